@@ -1,0 +1,1 @@
+"""Everything that learns or judges: decoders, reward models, GenEval, decoding strategies."""

@@ -1,0 +1,1 @@
+"""Whatever says how good an image, or a half-made one, is."""
