@@ -1,0 +1,1 @@
+"""Data: the embedded shapes world, GenEval prompts, images with captions, and rollouts with rewards."""

@@ -1,0 +1,82 @@
+"""From a prompt to a scene that fulfils it, and the endless deterministic stream of captioned images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from datamodules.shapes.prompts import COLORS, Metadata, Split, prompt_pool
+from datamodules.shapes.world import BACKGROUNDS, RADII, Scene, SceneObject, place, render
+
+_DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign of the offset
+
+
+def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
+    """Draw a scene that fulfils a prompt: exactly the objects asked for, everything left open at random.
+
+    Objects of one clause share a colour. A relation holds along the axis on which the objects are further apart.
+    """
+    wanted: list[tuple[str, str]] = []
+    direction: tuple[int, int] | None = None
+    for clause in metadata["include"]:
+        color = clause.get("color") or COLORS[rng.integers(len(COLORS))]
+        wanted += [(clause["class"], color)] * clause["count"]
+        if "position" in clause:
+            direction = _DIRECTION[clause["position"][0]]
+    radii = [RADII[0]] * len(wanted) if len(wanted) > 2 else [int(r) for r in rng.choice(RADII, len(wanted))]
+
+    def related(centres: np.ndarray) -> np.ndarray:
+        """Whether the second object lies in the wanted direction of the first, bool [tries]."""
+        assert direction is not None
+        axis, sign = direction
+        offset = centres[:, 1] - centres[:, 0]
+        return (sign * offset[:, axis] > 0) & (abs(offset[:, axis]) > abs(offset[:, 1 - axis]))
+
+    centres = place(rng, radii, related if direction else None)
+    objects = tuple(
+        SceneObject(name, color, int(x), int(y), radius)
+        for (name, color), (x, y), radius in zip(wanted, centres, radii, strict=True)
+    )
+    return Scene(objects, int(rng.integers(len(BACKGROUNDS))))
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image (uint8 [64, 64, 3]) with the prompt that it fulfils and the scene it shows."""
+
+    image: np.ndarray
+    metadata: Metadata
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class ShapesStream:
+    """Endless captioned images: `stream[index]` is a function of (seed, split, index) alone.
+
+    Attributes:
+        split: whose prompts are used.
+        seed: another seed is another stream.
+        task_weights: how often each task occurs, relative to the others; tasks left out do not occur.
+    """
+
+    split: Split = "train"
+    seed: int = 0
+    task_weights: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "single_object": 1,
+            "two_object": 2,
+            "counting": 2,
+            "colors": 2,
+            "position": 3,
+            "color_attr": 3,
+        }
+    )
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))
+        pool = prompt_pool(self.split)
+        bounds = np.cumsum(list(self.task_weights.values()))
+        task = list(self.task_weights)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
+        metadata = pool[task][rng.integers(len(pool[task]))]
+        scene = scene_for(metadata, rng)
+        return CaptionedImage(render(scene), metadata, scene)

@@ -1,0 +1,126 @@
+"""Image tokenizers: pixels to a grid of codes and back."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ImageTokenizer(nn.Module):
+    """What every image tokenizer offers.
+
+    Attributes:
+        codebook_size: number of different codes.
+        grid: codes along each side; an image has grid x grid tokens, row by row.
+        image_size: pixels along each side.
+    """
+
+    codebook_size: int
+    grid: int
+    image_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid**2
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> tokens, int64 [B, T]."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T] -> pixels [B, 3, H, W] in [0, 1]."""
+
+
+class PatchVQ(ImageTokenizer):
+    """A vector-quantised autoencoder whose code vectors are pixel patches.
+
+    The encoder is the nearest code vector of each patch; the decoder is a convolutional network over the grid of
+    codes that corrects each code's patch by what its neighbours say. Codes come from k-means (`fit_codebook`), which
+    cannot collapse the way a jointly trained codebook does on pictures that are mostly background.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, codebook_size: int, grid: int, image_size: int, width: int, blocks: int) -> None:
+        super().__init__()
+        if image_size % grid:
+            raise ValueError(f"image_size={image_size} is not a multiple of grid={grid}")
+        self.codebook_size, self.grid, self.image_size = codebook_size, grid, image_size
+        self.patch = image_size // grid
+        self.config = {
+            "codebook_size": codebook_size,
+            "grid": grid,
+            "image_size": image_size,
+            "width": width,
+            "blocks": blocks,
+        }
+        self.register_buffer("codebook", torch.zeros(codebook_size, 3 * self.patch**2))
+        self.embedding = nn.Embedding(codebook_size, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            )
+            for _ in range(blocks)
+        )  # fmt: skip
+        self.head = nn.Conv2d(width, 3 * self.patch**2, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, T, 3 * patch * patch]."""
+        return F.pixel_unshuffle(pixels, self.patch).flatten(2).transpose(1, 2)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return nearest(self.patches(pixels).flatten(0, 1), self.codebook).view(len(pixels), -1)
+
+    def reconstruct(self, tokens: Tensor) -> Tensor:
+        """Decode without clamping to [0, 1], for training."""
+        grid = (len(tokens), self.grid, self.grid)
+        x = self.embedding(tokens).view(*grid, -1).permute(0, 3, 1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        patches = self.codebook[tokens].view(*grid, -1).permute(0, 3, 1, 2) + self.head(x)
+        return F.pixel_shuffle(patches, self.patch)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.reconstruct(tokens).clamp(0, 1)
+
+    @torch.no_grad()
+    def fit_codebook(self, pixels: Tensor, iterations: int, generator: torch.Generator) -> float:
+        """Set the codebook by k-means on the distinct patches of some images.
+
+        Every distinct patch counts once: background is three quarters of all patches and would take the codes.
+
+        Args:
+            pixels: [N, 3, H, W] in [0, 1].
+            iterations: passes over the patches.
+            generator: draws the starting codes (k-means++).
+
+        Returns:
+            Mean squared error of a distinct patch to its code, summed over its pixels.
+        """
+        patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
+        if len(patches) < self.codebook_size:
+            raise ValueError(f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}")
+        distance = torch.full((len(patches),), torch.inf)
+        pick = torch.randint(len(patches), (1,), generator=generator)
+        for code in range(self.codebook_size):  # k-means++: far patches become codes first
+            self.codebook[code] = patches[pick]
+            distance = torch.minimum(distance, (patches - patches[pick]).square().sum(1))
+            pick = torch.multinomial(distance, 1, generator=generator)
+        for _ in range(iterations):
+            nearest_code = nearest(patches, self.codebook)
+            count = torch.bincount(nearest_code, minlength=self.codebook_size)
+            total = torch.zeros_like(self.codebook).index_add_(0, nearest_code, patches)
+            filled = count > 0
+            self.codebook[filled] = total[filled] / count[filled, None]
+        return float((patches - self.codebook[nearest(patches, self.codebook)]).square().sum(1).mean())
+
+
+def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
+    """Index of the nearest code (Euclidean) of each vector: [N, D], [K, D] -> int64 [N]."""
+    norms = codebook.square().sum(1)
+    return torch.cat([(norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(chunk)])

@@ -1,0 +1,286 @@
+"""The shared decoder: a Transformer that predicts an image's tokens one after the other, given a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.sampling import Sampling, draw
+from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
+from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the decoder knows about some tokens: all that a verifier in token space reads.
+
+    Either about S consecutive tokens of each row, or about k candidates (S = k) for one position, which then share
+    `hidden` (its S is 1) and `entropy`.
+
+    Attributes:
+        prompt: prompt embeddings, [B, L, dim].
+        embeddings: embeddings of the tokens, [B, S, dim].
+        hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
+        log_probs: log p(token | prompt, tokens before), [B, S], at temperature 1, without guidance.
+        unconditional_log_probs: the same without the prompt, [B, S].
+        entropy: of the distribution the log-probability is taken from, nats, [B, S].
+    """
+
+    prompt: Tensor
+    embeddings: Tensor
+    hidden: Tensor
+    log_probs: Tensor
+    unconditional_log_probs: Tensor
+    entropy: Tensor
+
+    def pick(self, choice: Tensor) -> "Evidence":
+        """The evidence about candidate `choice` [B] of each row, as one token (S = 1)."""
+        rows = torch.arange(len(choice), device=choice.device)
+        return Evidence(
+            self.prompt,
+            self.embeddings[rows, choice, None],
+            self.hidden,
+            self.log_probs[rows, choice, None],
+            self.unconditional_log_probs[rows, choice, None],
+            self.entropy,
+        )
+
+    def select(self, rows: Tensor) -> "Evidence":
+        """Keep some rows."""
+        return Evidence(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    @staticmethod
+    def concatenate(steps: Sequence["Evidence"]) -> "Evidence":
+        """Join evidence about consecutive tokens along S."""
+        names = list(Evidence.__dataclass_fields__)[1:]
+        return Evidence(steps[0].prompt, *(torch.cat([getattr(s, name) for s in steps], 1) for name in names))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """k candidates for the next token.
+
+    Attributes:
+        tokens: [B, k].
+        sampling_log_probs: log-probability of each under the sampling distribution (temperature, top-k, top-p,
+            guidance), [B, k].
+        evidence: what the decoder knows about each, for a verifier.
+    """
+
+    tokens: Tensor
+    sampling_log_probs: Tensor
+    evidence: Evidence
+
+
+@dataclass
+class Cost:
+    """Decoder passes (one position of one row; conditional and unconditional rows count alike)."""
+
+    decoder_passes: int = 0
+
+
+@dataclass
+class DecodingState:
+    """B half-decoded images.
+
+    Attributes:
+        tokens: [B, T], filled up to `length`.
+        length: tokens decided.
+        sampling: how candidates are drawn.
+        noise: uniform noise, [B, 1 + K, T]; row 0 is for choosing, row 1 + j for candidate j.
+        prompt: prompt embeddings [B, L, dim].
+        cache: keys and values, conditional rows first, then the unconditional ones.
+        hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
+        logits: of the next token, [2B, V].
+        cost: shared by all states that come from one `begin`.
+    """
+
+    tokens: Tensor
+    length: int
+    sampling: Sampling
+    noise: Tensor
+    prompt: Tensor
+    cache: KVCache
+    hidden: Tensor
+    logits: Tensor
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def done(self) -> bool:
+        return self.length == self.tokens.shape[1]
+
+    def select(self, rows: Tensor) -> "DecodingState":
+        """A state of rows `rows` [B'], in that order and as often as they occur."""
+        both = torch.cat([rows, rows + len(self.tokens)])
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            noise=self.noise[rows],
+            prompt=self.prompt[rows],
+            cache=self.cache.select(both),
+            hidden=self.hidden[both],
+            logits=self.logits[both],
+        )
+
+    def fork(self, k: int) -> "DecodingState":
+        """k paths per row, neighbours in the batch; path j draws with the noise of candidate j."""
+        rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(k)
+        paths = self.select(rows)
+        lane = 1 + torch.arange(k, device=rows.device).repeat(len(self.tokens))
+        own = paths.noise[torch.arange(len(rows), device=rows.device), lane]
+        return replace(paths, noise=torch.stack([paths.noise[:, 0], own], dim=1))
+
+
+class NextTokenDecoder(nn.Module):
+    """Prompts in, image tokens out, one token a step (`H0 = concat(prompt embeddings, image tokens < t)`).
+
+    Args:
+        image_tokenizer: fixes the number of tokens and the codebook; turns tokens into pixels.
+        vocabulary: the words that prompts consist of.
+        max_words: longest prompt, words.
+        transformer: sizes of the decoder.
+        text_depth: layers of the prompt encoder, which has the decoder's width and heads.
+        evidence_depths: after which layers (1 = first) hidden states are read by verifiers.
+    """
+
+    frozen_parts = ("image_tokenizer",)
+
+    def __init__(
+        self,
+        image_tokenizer: ImageTokenizer,
+        vocabulary: Sequence[str],
+        max_words: int,
+        transformer: TransformerConfig,
+        text_depth: int,
+        evidence_depths: Sequence[int],
+    ) -> None:
+        super().__init__()
+        if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
+            raise ValueError(f"evidence_depths={list(evidence_depths)} must lie in 1..{transformer.depth}")
+        dim = transformer.dim
+        self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
+        self.evidence_depths = tuple(evidence_depths)
+        self.prompt_encoder = PromptEncoder(
+            WordTokenizer(vocabulary, max_words), replace(transformer, depth=text_depth)
+        )
+        self.codes = nn.Embedding(image_tokenizer.codebook_size, dim)
+        self.rows = nn.Parameter(torch.zeros(image_tokenizer.grid, 1, dim))
+        self.columns = nn.Parameter(torch.zeros(1, image_tokenizer.grid, dim))
+        self.transformer = Transformer(transformer)
+        self.norm = nn.LayerNorm(dim)
+        for weight in (self.codes.weight, self.rows, self.columns):
+            nn.init.normal_(weight, std=0.02)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.image_tokenizer.num_tokens
+
+    @property
+    def dim(self) -> int:
+        return self.transformer.config.dim
+
+    @property
+    def evidence_dim(self) -> int:
+        """Width F of the hidden states in `Evidence`."""
+        return self.dim * len(self.evidence_depths)
+
+    def word_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> word ids [B, L] on the decoder's device; raises ValueError for unknown words."""
+        return self.prompt_encoder.tokenizer(prompts).to(self.rows.device)
+
+    def _embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Embeddings with positions of tokens [B, S] that stand at positions start..start+S."""
+        positions = (self.rows + self.columns).flatten(0, 1)
+        return self.codes(tokens) + positions[start : start + tokens.shape[1]]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[..., dim] -> [..., V]; the output matrix is the embedding of the codes."""
+        return self.norm(hidden) @ self.codes.weight.T
+
+    def _run(self, word_ids: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Full pass: prompt embeddings, and hidden states [B, T, dim] per layer that predict each token."""
+        prompt = self.prompt_encoder(word_ids)
+        inputs = torch.cat([prompt, self._embed(tokens[:, :-1])], dim=1)
+        hidden = self.transformer(inputs, causal=True)
+        return prompt, [h[:, prompt.shape[1] - 1 :] for h in hidden]
+
+    def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
+        """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
+        logits = self._logits(self._run(word_ids, tokens)[1][-1])
+        return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+    @torch.no_grad()
+    def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:
+        """Evidence about every token of finished images, from one pass with and one without the prompt."""
+        prompt, hidden = self._run(word_ids, tokens)
+        log_p = self._logits(hidden[-1]).log_softmax(-1)
+        return Evidence(
+            prompt=prompt,
+            embeddings=self._embed(tokens),
+            hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
+            log_probs=log_p.gather(-1, tokens[..., None]).squeeze(-1),
+            unconditional_log_probs=self.log_probs(torch.zeros_like(word_ids), tokens),
+            entropy=-(log_p.exp() * log_p).sum(-1),
+        )
+
+    @torch.no_grad()
+    def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
+        """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
+
+        Args:
+            prompts: B prompts.
+            noise: uniform noise [B, 1 + K, T] (`sampling.uniform_noise`), for up to K candidates a step.
+            sampling: how candidates are drawn.
+        """
+        ids = self.word_ids(prompts)
+        prompt = self.prompt_encoder(torch.cat([ids, torch.zeros_like(ids)]))
+        cache = KVCache(prompt.shape[1] + self.num_tokens)
+        hidden = [h[:, -1] for h in self.transformer(prompt, causal=True, cache=cache)]
+        state = DecodingState(
+            tokens=ids.new_zeros(len(ids), self.num_tokens),
+            length=0,
+            sampling=sampling,
+            noise=noise.to(prompt.device),
+            prompt=prompt[: len(ids)],
+            cache=cache,
+            hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
+            logits=self._logits(hidden[-1]),
+        )
+        state.cost.decoder_passes += len(prompt)
+        return state
+
+    @torch.no_grad()
+    def propose(self, state: DecodingState, k: int, distinct: bool = False) -> Proposal:
+        """k candidates for the next token, all from the one forward pass that led to this state.
+
+        Candidates are independent draws, or `distinct` ones (drawn without replacement).
+        """
+        conditional, unconditional = state.logits.chunk(2)
+        noise = state.noise[:, 1 : k + 1, state.length]
+        tokens, sampling_log_probs = draw(conditional, unconditional, state.sampling, noise, distinct)
+        log_p = conditional.log_softmax(-1)
+        evidence = Evidence(
+            prompt=state.prompt,
+            embeddings=self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)[state.length],
+            hidden=state.hidden[: len(tokens), None],
+            log_probs=log_p.gather(-1, tokens),
+            unconditional_log_probs=unconditional.log_softmax(-1).gather(-1, tokens),
+            entropy=-(log_p.exp() * log_p).sum(-1, keepdim=True),
+        )
+        return Proposal(tokens, sampling_log_probs, evidence)
+
+    @torch.no_grad()
+    def commit(self, state: DecodingState, tokens: Tensor) -> None:
+        """Make tokens [B] part of the state and, unless the image is finished, run the next forward pass."""
+        state.tokens[:, state.length] = tokens
+        state.length += 1
+        if state.done:
+            return
+        x = self._embed(tokens[:, None], state.length - 1).repeat(2, 1, 1)
+        hidden = [h[:, 0] for h in self.transformer.step(x, state.cache)]
+        state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        state.hidden = torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
+        state.logits = self._logits(hidden[-1])
+        state.cost.decoder_passes += len(x)

@@ -1,0 +1,99 @@
+"""Drawing tokens from logits with noise that belongs to the image, not to the batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; > 0.
+        top_k: keep only the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this (nucleus); 1 keeps all.
+        guidance: scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"sampling.temperature must be above 0, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k must be 0 (off) or positive, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
+        if self.guidance < 0:
+            raise ValueError(f"sampling.guidance must be at least 0, not {self.guidance}")
+
+
+def image_seed(*parts: int) -> int:
+    """One seed from (run seed, prompt index, sample index, ...): equal parts give equal seeds, on any machine."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
+    """Uniform noise in [0, 1) for decoding, [B, 1 + candidates, steps], row b from seeds[b] alone.
+
+    More candidates add rows and leave the first ones as they are.
+    """
+    generator = torch.Generator()
+    return torch.stack([torch.rand(1 + candidates, steps, generator=generator.manual_seed(s)) for s in seeds])
+
+
+def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities [B, V] of the distribution that tokens are drawn from, -inf for those cut off."""
+    logits = conditional
+    if sampling.guidance:
+        logits = torch.lerp(unconditional, conditional, 1 + sampling.guidance)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def draw(
+    conditional: Tensor, unconditional: Tensor, sampling: Sampling, noise: Tensor, distinct: bool
+) -> tuple[Tensor, Tensor]:
+    """Draw k tokens by inverting the cumulative distribution at uniform noise [B, k].
+
+    Args:
+        conditional, unconditional: logits [B, V].
+        distinct: draw without replacement. Where fewer than k tokens have any probability, the last one repeats.
+
+    Returns:
+        Tokens [B, k] and their log-probabilities [B, k] under the sampling distribution.
+    """
+    log_p = sampling_log_probs(conditional, unconditional, sampling)
+    probs = log_p.exp()
+    if not distinct:
+        tokens = _invert(probs, noise)
+        return tokens, log_p.gather(-1, tokens)
+    drawn = [_invert(probs, noise[:, :1])]
+    for j in range(1, noise.shape[1]):
+        probs = probs.scatter(-1, drawn[-1], 0.0)
+        token = _invert(probs, noise[:, j : j + 1])
+        drawn.append(torch.where(probs.sum(-1, keepdim=True) > 0, token, drawn[-1]))
+    tokens = torch.cat(drawn, dim=-1)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def _invert(probs: Tensor, noise: Tensor) -> Tensor:
+    """Index at which the cumulative sum of probs [B, V] (any scale) passes noise [B, k] times their sum."""
+    cumulative = probs.cumsum(-1)
+    # Rounding may carry the threshold to the very end, past tokens of no probability: step back to the last real one.
+    target = (noise * cumulative[:, -1:]).minimum(cumulative[:, -1:] * (1 - 1e-6))
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)

@@ -1,0 +1,58 @@
+"""Prompts: a word-level vocabulary and a small Transformer encoder over it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+
+
+class WordTokenizer:
+    """Maps the words of a prompt to ids; id 0 is padding, and a prompt of padding alone is the empty prompt."""
+
+    def __init__(self, vocabulary: Sequence[str], max_words: int) -> None:
+        self.vocabulary = list(vocabulary)
+        self.max_words = max_words
+        self._ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
+
+    def __len__(self) -> int:
+        return len(self.vocabulary) + 1
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Word ids, int64 [B, max_words].
+
+        Raises:
+            ValueError: a prompt has an unknown word or more than `max_words` words.
+        """
+        rows = []
+        for prompt in prompts:
+            words = prompt.split()
+            if unknown := [word for word in words if word not in self._ids]:
+                names = ", ".join(map(repr, dict.fromkeys(unknown)))
+                raise ValueError(f"prompt {prompt!r} has words outside the vocabulary: {names}")
+            if len(words) > self.max_words:
+                raise ValueError(f"prompt {prompt!r} has {len(words)} words, at most {self.max_words} are allowed")
+            rows.append([self._ids[word] for word in words] + [0] * (self.max_words - len(words)))
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_words)
+
+
+class PromptEncoder(nn.Module):
+    """Bidirectional Transformer over the words of a prompt.
+
+    Padding is attended to like a word: every prompt has the same length, and no mask is needed anywhere.
+    """
+
+    def __init__(self, tokenizer: WordTokenizer, config: TransformerConfig) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.words = nn.Embedding(len(tokenizer), config.dim)
+        self.positions = nn.Parameter(torch.zeros(tokenizer.max_words, config.dim))
+        self.transformer = Transformer(config)
+        self.norm = nn.LayerNorm(config.dim)
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, word_ids: Tensor) -> Tensor:
+        """Word ids [B, L] -> prompt embeddings [B, L, dim]."""
+        return self.norm(self.transformer(self.words(word_ids) + self.positions, causal=False)[-1])

@@ -1,0 +1,54 @@
+"""DecoderModule: likelihood training of the shared decoder on images with captions."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+
+
+class DecoderModule(FrozenPartsMixin, LightningModule):
+    """Trains log p(tokens | prompt); a share of the prompts is dropped so that guidance has an unconditional branch.
+
+    Batches have `image` [B, 3, H, W] in [0, 1] and `prompt`, a list of B strings.
+
+    Args:
+        decoder: the decoder to train; its image tokenizer stays as it is.
+        optimizer: makes the optimizer from parameters.
+        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        prompt_dropout: share of prompts replaced by the empty one.
+    """
+
+    frozen_parts = ("decoder.image_tokenizer",)
+
+    def __init__(
+        self, decoder: NextTokenDecoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.prompt_dropout = prompt_dropout
+
+    def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
+        """Mean negative log-likelihood, nats a token."""
+        word_ids = self.decoder.word_ids(batch["prompt"])
+        keep = torch.rand(len(word_ids), 1, device=word_ids.device) >= dropout
+        tokens = self.decoder.image_tokenizer.encode(batch["image"])
+        return -self.decoder.log_probs(word_ids * keep, tokens).mean()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self._loss(batch, self.prompt_dropout)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        size = len(batch["prompt"])
+        self.log("val/loss", self._loss(batch, 0.0), prog_bar=True, sync_dist=True, batch_size=size)
+        self.log("val/loss_unconditional", self._loss(batch, 1.0), sync_dist=True, batch_size=size)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return warmup_cosine(self, self.optimizer, self.warmup_steps)

@@ -1,0 +1,67 @@
+"""ImageTokenizerModule: fits the codebook of a patch VQ autoencoder and trains its decoder."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.optim import OptimizerFactory, warmup_cosine
+
+
+class ImageTokenizerModule(LightningModule):
+    """The codebook is fitted once, before the first step, on the first training images; the decoder by regression.
+
+    Batches have `image` [B, 3, H, W] in [0, 1].
+
+    Args:
+        tokenizer: the autoencoder.
+        optimizer: makes the optimizer from parameters.
+        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        codebook_images: images that k-means sees.
+        codebook_iterations: k-means passes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PatchVQ,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        codebook_images: int,
+        codebook_iterations: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.codebook_images = codebook_images
+        self.codebook_iterations = codebook_iterations
+
+    def on_train_start(self) -> None:
+        if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
+            return
+        dataset = self.trainer.datamodule.train_dataset  # type: ignore[attr-defined]
+        images = torch.stack([dataset[i]["image"] for i in range(self.codebook_images)]).float() / 255
+        generator = torch.Generator().manual_seed(0)
+        error = self.tokenizer.fit_codebook(images, self.codebook_iterations, generator)
+        rank_zero_info(f"Codebook of {self.tokenizer.codebook_size} patches: squared error {error:.4f} a patch")
+
+    def _reconstruct(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean absolute and mean squared error of the reconstruction."""
+        error = self.tokenizer.reconstruct(self.tokenizer.encode(batch["image"])) - batch["image"]
+        return error.abs().mean(), error.square().mean()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        absolute, squared = self._reconstruct(batch)
+        self.log_dict({"train/l1": absolute, "train/mse": squared}, prog_bar=True)
+        return absolute + 4 * squared
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        absolute, squared = self._reconstruct(batch)
+        metrics = {"val/l1": absolute, "val/mse": squared}
+        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return warmup_cosine(self, self.optimizer, self.warmup_steps)
