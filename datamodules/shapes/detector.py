@@ -4,15 +4,16 @@ It stands to the shapes world as Mask2Former and CLIP stand to photographs: it j
 nothing with the renderer. Colours and shapes are this module's own, and what looks like none of them gets a
 low score instead of the nearest name.
 
-The way from pixels to objects: every pixel is placed on the line from the background to one of ten colours,
-which tells its colour and, at blended rims too, how much of it is covered; pixels of one colour that touch are
-a candidate; the coverage of each candidate is compared with every class drawn at all sizes.
+The way from pixels to objects: each pixel is placed on the line from the background to one of ten colours,
+which tells its colour and, at blended rims too, how much of it is covered; pixels of one colour that touch
+are a candidate; the coverage of each candidate is compared with every class drawn at all sizes.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise, product
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ RADII = np.arange(7.0, 13.1, 0.5)  # sizes of the templates, pixels
 SAMPLES = 6  # per pixel and direction, for drawing templates
 SHIFTS = (-2, 0, 2)  # of a template in its window, in samples: a third of a pixel
 BLEMISH = 0.15  # wrong coverage, averaged over 3x3 pixels, that blur and noise may cause anywhere
-LIMIT, SPREAD = 0.45, 0.08  # the deviation that scores 0.5, and how fast scores fall around it
+LIMIT, SPREAD = 0.27, 0.04  # the doubt that scores 0.5, and how fast scores fall around it
 AROUND = np.ones((1, 3, 3), bool)  # a pixel and its eight neighbours in a stack of masks
 
 
@@ -59,7 +60,8 @@ def _star(x: Floats, y: Floats) -> Masks:
     return np.asarray((1 - distance * np.cos(angle)) * across > distance * np.sin(angle) * (1 - along))
 
 
-INSIDE: dict[str, Callable[[Floats, Floats], Masks]] = {  # which points of radius 1 a class covers; y points down
+# Which points each class covers when its centre is the origin and its radius 1; y points down.
+INSIDE: dict[str, Callable[[Floats, Floats], Masks]] = {
     "circle": lambda x, y: np.hypot(x, y) < 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.92,
     "triangle": lambda x, y: (y < 0.9) & (abs(x) < 0.54 * (y + 0.95)),
@@ -67,8 +69,7 @@ INSIDE: dict[str, Callable[[Floats, Floats], Masks]] = {  # which points of radi
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.97),
     "diamond": lambda x, y: abs(x) + abs(y) < 1,
     "ring": lambda x, y: (np.hypot(x, y) < 1) & (np.hypot(x, y) > 0.55),
-    # A disc, its halves sheared upwards.
-    "heart": lambda x, y: (x / 0.84) ** 2 + ((0.07 - y) / 0.77 - 0.62 * abs(x)) ** 2 < 1,
+    "heart": lambda x, y: (x / 0.84) ** 2 + ((0.07 - y) / 0.77 - 0.62 * abs(x)) ** 2 < 1,  # a sheared disc
 }
 
 
@@ -92,18 +93,12 @@ def _templates() -> Floats:
 class ShapesDetector:
     """`detector(images)` finds the objects of the shapes world, with GenEval-style scores in [0, 1].
 
-    A clean, slightly blurred or noisy shape scores above 0.9; half a shape, a splice of two or a blob far less.
-    An image's objects come in reading order of their topmost pixels.
-
-    Attributes:
-        batch_size: images looked at together; bounds the memory and changes no result.
+    A clean, slightly blurred or noisy shape scores above 0.9, half a shape, two fused or a blob far less.
+    The objects of an image come in reading order of their topmost pixels.
     """
 
-    batch_size: int = 128
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(INSIDE)
+    class_names: ClassVar[tuple[str, ...]] = tuple(INSIDE)
+    batch_size: int = 128  # images looked at together: bounds the memory, changes no result
 
     def __call__(self, images: NDArray[np.uint8]) -> list[Detections]:
         """Detect the objects of each image, uint8 [B, 64, 64, 3]; in a box, x2 and y2 are the last pixel + 1.
@@ -112,8 +107,8 @@ class ShapesDetector:
             ValueError: the images have another shape or type.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
-            wanted = f"uint8 images [B, {SIDE}, {SIDE}, 3]"
-            raise ValueError(f"the shapes detector needs {wanted}, not {images.dtype} {list(images.shape)}")
+            found = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"the shapes detector needs uint8 images [B, {SIDE}, {SIDE}, 3], not {found}")
         starts = range(0, len(images), self.batch_size)
         return [found for start in starts for found in self._detect(images[start : start + self.batch_size])]
 
@@ -121,8 +116,10 @@ class ShapesDetector:
         backgrounds = _backgrounds(images)
         offsets = images - backgrounds[:, None, None]
         candidates = _find(_color_labels(offsets, backgrounds))
-        deviations = _deviations(_coverage(offsets, candidates)) + candidates.overhang[:, None]
-        scores = expit((LIMIT - deviations.min(1)) / SPREAD).astype(np.float32)
+        deviations = _deviations(_coverage(offsets, candidates))
+        best, second = np.partition(deviations, 1, axis=1)[:, :2].T
+        doubts = best / np.sqrt(np.maximum(second, 1e-6))  # geometric mean of best and best / second
+        scores = expit((LIMIT - doubts) / SPREAD).astype(np.float32)
         classes = [self.class_names[i] for i in deviations.argmin(1)]
         colors = [tuple(REFERENCES)[i] for i in candidates.color]
         bounds = np.searchsorted(candidates.image, np.arange(len(images) + 1))
@@ -147,11 +144,8 @@ def _color_labels(offsets: Floats, backgrounds: Floats) -> NDArray[np.int8]:
     """The colour covering most of each pixel as an index into `REFERENCES`, [B, H, W]; -1 is background.
 
     A pixel has the colour whose line from the background passes closest, and is covered if it lies on the far
-    half of that line. So the rim of a red object is red, though half red on grey would by itself pass for pink.
-
-    Args:
-        offsets: pixels less their image's background, [B, H, W, 3].
-        backgrounds: [B, 3].
+    half of that line. So the rim of a red object is red, though half red on grey alone would pass for pink.
+    `offsets` are the pixels less their image's background, [B, H, W, 3].
     """
     labels = np.full(offsets.shape[:3], -1, np.int8)
     where = np.nonzero(np.einsum("bhwc,bhwc->bhw", offsets, offsets) > FAINT**2)
@@ -159,26 +153,25 @@ def _color_labels(offsets: Floats, backgrounds: Floats) -> NDArray[np.int8]:
     squares = (lines**2).sum(-1)[where[0]]
     dots = np.einsum("nc,nkc->nk", offsets[where], lines[where[0]])
     cover = np.clip(dots / squares, 0, 1)
-    best = (cover * (cover * squares - 2 * dots)).argmin(1)  # squared distance, less the pixel's own length
+    best = (cover * (cover * squares - 2 * dots)).argmin(1)  # squared distance but for the pixel's own length
     labels[where] = np.where(cover[np.arange(len(best)), best] > 0.5, best, -1)
     return labels
 
 
 def _components(labels: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Number the groups of equal labels that touch, also by corners, [B, H, W]; -1 is background."""
+    """Number equal labels that touch, also by corners, as they come in reading order, [B, H, W]; -1: none."""
     inside = labels >= 0
     numbers = np.full(labels.shape, -1, np.int32)
     numbers[inside] = np.arange(inside.sum())
-    heads, tails = [], []
-    for row, left, right in ((1, 0, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0)):  # neighbours: down, right, diagonals
+    edges = []
+    for row, left, right in ((1, 0, 0), (0, 0, 1), (1, 0, 1), (1, 1, 0)):  # down, right, the two diagonals
         here = np.s_[:, : SIDE - row, left : SIDE - right]
         there = np.s_[:, row:, right : SIDE - left]
         joined = inside[here] & (labels[here] == labels[there])
-        heads.append(numbers[here][joined])
-        tails.append(numbers[there][joined])
-    ends = np.concatenate(heads), np.concatenate(tails)
+        edges.append((numbers[here][joined], numbers[there][joined]))
     if inside.any():  # SciPy refuses an empty graph
-        graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(inside.sum(),) * 2)
+        ends = np.concatenate(edges, axis=1)
+        graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(inside.sum(),) * 2)
         numbers[inside] = connected_components(graph, directed=False)[1]
     return numbers
 
@@ -192,7 +185,6 @@ class _Candidates:
     color: NDArray[np.int8]  # [N], index into REFERENCES
     boxes: Floats  # [N, 4] as x1, y1, x2, y2
     corners: NDArray[np.intp]  # [N, 2], row and column where the window around the centroid begins, maybe < 0
-    overhang: NDArray[np.intp]  # [N], pixels outside that window; a real object has none
 
 
 def _find(labels: NDArray[np.int8]) -> _Candidates:
@@ -204,21 +196,17 @@ def _find(labels: NDArray[np.int8]) -> _Candidates:
     owner = numbers[numbers >= 0]
     order = np.argsort(owner, kind="stable")
     image, row, column = (index[order] for index in np.nonzero(numbers >= 0))
-    owner, areas = owner[order], areas[large]
-    first = np.cumsum(areas) - areas
+    areas = areas[large]
+    first = np.cumsum(areas) - areas  # of each candidate's pixels
     low = [np.minimum.reduceat(index, first) for index in (column, row)]
     high = [np.maximum.reduceat(index, first) + 1 for index in (column, row)]
     middles = [np.add.reduceat(index, first) / areas + 0.5 for index in (row, column)]
-    corners = np.rint(np.stack(middles, 1)).astype(np.intp) - WINDOW // 2
-    within = np.stack([row, column], 1) - corners[owner]
-    outside = ((within < 0) | (within >= WINDOW)).any(1)
     return _Candidates(
         numbers=numbers,
         image=image[first],
         color=labels[image[first], row[first], column[first]],
         boxes=np.stack(low + high, 1).astype(np.float32),
-        corners=corners,
-        overhang=np.bincount(owner[outside], minlength=len(areas)),
+        corners=np.rint(np.stack(middles, 1)).astype(np.intp) - WINDOW // 2,
     )
 
 
@@ -227,12 +215,12 @@ def _coverage(offsets: Floats, candidates: _Candidates) -> Floats:
 
     Rims count with their share, measured along the candidate's own colour; other candidates' pixels do not.
     """
-    rows, columns = (candidates.corners[:, axis, None] + np.arange(WINDOW) for axis in (0, 1))
-    rows, columns = rows[:, :, None], columns[:, None, :]
+    rows = candidates.corners[:, 0, None, None] + np.arange(WINDOW)[:, None]
+    columns = candidates.corners[:, 1, None, None] + np.arange(WINDOW)
     exists = (rows >= 0) & (rows < SIDE) & (columns >= 0) & (columns < SIDE)
     at = candidates.image[:, None, None], rows.clip(0, SIDE - 1), columns.clip(0, SIDE - 1)
     own = exists & (candidates.numbers[at] == np.arange(len(rows))[:, None, None])
-    near = ndimage.binary_dilation(own, AROUND) & exists & (candidates.numbers[at] < 0)
+    near = exists & (candidates.numbers[at] < 0) & ndimage.binary_dilation(own, AROUND)
     inner = ndimage.binary_erosion(own, AROUND)
     inner |= own & ~inner.any((1, 2), keepdims=True)  # too thin to have an inside
     weights = inner / inner.sum((1, 2), dtype=np.float32, keepdims=True)
