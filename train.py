@@ -1,24 +1,70 @@
-"""Compose the config, build the parts, call the Trainer. `python train.py --help` lists what there is."""
+"""Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
 
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig
+from lightning import LightningModule, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_modules.backbone.loading import export, write_text
+
+
+def run(config: DictConfig) -> None:
+    """Do the task of a config."""
+    if config.task not in ("fit", "evaluate", "rollout", "export"):
+        raise ValueError(f"task must be fit, evaluate, rollout or export, not {config.task!r}")
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
+    seed_everything(config.seed, workers=True, verbose=False)
+    plain = OmegaConf.to_container(config, resolve=True)
+    write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    module = instantiate(config.module)
+    if config.task == "export":
+        load_checkpoint(module, config.ckpt_path)
+        export(module.exported, Path(config.export_dir), plain)
+        print(f"Exported {type(module.exported).__name__} to {config.export_dir}")
+        return
+    data = instantiate(config.data)
+    if config.task == "rollout":
+        load_checkpoint(module, config.ckpt_path)
+        data.collect_all(module)
+        return
+    callbacks = list(instantiate(config.callbacks).values())
+    loggers = list(instantiate(config.logger).values())
+    for logger in loggers:
+        logger.log_hyperparams(plain)
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    if config.task == "fit":
+        trainer.fit(module, data, ckpt_path=config.ckpt_path)
+        trainer.test(module, data, verbose=False)
+    else:
+        trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
+
+
+def load_checkpoint(module: LightningModule, ckpt_path: str | None) -> None:
+    """Load a Lightning checkpoint into a module outside of any Trainer."""
+    if ckpt_path is not None:
+        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
-    seed_everything(config.seed, workers=True, verbose=False)
-    module: LightningModule = instantiate(config.module)
-    data: LightningDataModule = instantiate(config.data)
-    callbacks: list[Callback] = list(instantiate(config.callbacks).values())
-    loggers = list(instantiate(config.logger).values())
-    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
-    trainer.fit(module, data, ckpt_path=config.ckpt_path)
+    try:
+        run(config)
+    except (ValueError, FileNotFoundError, InstantiationException) as error:
+        # One sentence for what the user can mend; HYDRA_FULL_ERROR=1 shows where it came from.
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"Error: {error.__cause__ or error}")
 
 
 if __name__ == "__main__":

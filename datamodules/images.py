@@ -78,3 +78,6 @@ class ImagesDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.validation_dataset)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self.validation_dataset)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
 class DecoderModule(FrozenPartsMixin, LightningModule):
@@ -33,6 +34,16 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         self.warmup_steps = warmup_steps
         self.prompt_dropout = prompt_dropout
 
+    @property
+    def judges(self) -> dict[str, Verifier[Any]]:
+        """The verifiers that strategies can name."""
+        return {"likelihood": Likelihood()}
+
+    @property
+    def exported(self) -> NextTokenDecoder:
+        """What `task=export` writes."""
+        return self.decoder
+
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a token."""
         word_ids = self.decoder.word_ids(batch["prompt"])
@@ -49,6 +60,9 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         size = len(batch["prompt"])
         self.log("val/loss", self._loss(batch, 0.0), prog_bar=True, sync_dist=True, batch_size=size)
         self.log("val/loss_unconditional", self._loss(batch, 1.0), sync_dist=True, batch_size=size)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return warmup_cosine(self, self.optimizer, self.warmup_steps)

@@ -39,6 +39,11 @@ class ImageTokenizerModule(LightningModule):
         self.codebook_images = codebook_images
         self.codebook_iterations = codebook_iterations
 
+    @property
+    def exported(self) -> PatchVQ:
+        """What `task=export` writes."""
+        return self.tokenizer
+
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
             return
@@ -62,6 +67,10 @@ class ImageTokenizerModule(LightningModule):
         absolute, squared = self._reconstruct(batch)
         metrics = {"val/l1": absolute, "val/mse": squared}
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        absolute, squared = self._reconstruct(batch)
+        self.log_dict({"test/l1": absolute, "test/mse": squared}, sync_dist=True, batch_size=len(batch["image"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         return warmup_cosine(self, self.optimizer, self.warmup_steps)

@@ -12,13 +12,13 @@ from itertools import combinations, product
 from typing import Any, Literal
 
 from datamodules.shapes.world import CLASSES, PALETTE
+from lightning_modules.rewards.geneval import RELATIONS
 
 Metadata = dict[str, Any]
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 COLORS = tuple(PALETTE)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 
 _HELD_OUT = {  # combinations a split keeps to itself, the rest is for training
     "color": {"validation": 8, "evaluation": 16},

@@ -49,13 +49,6 @@ class PatchVQ(ImageTokenizer):
             raise ValueError(f"image_size={image_size} is not a multiple of grid={grid}")
         self.codebook_size, self.grid, self.image_size = codebook_size, grid, image_size
         self.patch = image_size // grid
-        self.config = {
-            "codebook_size": codebook_size,
-            "grid": grid,
-            "image_size": image_size,
-            "width": width,
-            "blocks": blocks,
-        }
         self.register_buffer("codebook", torch.zeros(codebook_size, 3 * self.patch**2))
         self.embedding = nn.Embedding(codebook_size, width)
         self.blocks = nn.ModuleList(

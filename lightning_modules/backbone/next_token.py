@@ -47,6 +47,18 @@ class Evidence:
             self.entropy,
         )
 
+    def unfold(self) -> "Evidence":
+        """Evidence about k candidates of B rows as evidence about one token each of B * k rows."""
+        k = self.log_probs.shape[1]
+        return Evidence(
+            self.prompt.repeat_interleave(k, 0),
+            self.embeddings.flatten(0, 1)[:, None],
+            self.hidden.repeat_interleave(k, 0),
+            self.log_probs.flatten()[:, None],
+            self.unconditional_log_probs.flatten()[:, None],
+            self.entropy.repeat_interleave(k, 0),
+        )
+
     def select(self, rows: Tensor) -> "Evidence":
         """Keep some rows."""
         return Evidence(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -76,9 +88,15 @@ class Proposal:
 
 @dataclass
 class Cost:
-    """Decoder passes (one position of one row; conditional and unconditional rows count alike)."""
+    """What decoding took, summed over its rows.
+
+    Attributes:
+        decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
+        verifier_calls: values asked of a judge.
+    """
 
     decoder_passes: int = 0
+    verifier_calls: int = 0
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Callbacks: GenEval during and after training, and what it reports."""

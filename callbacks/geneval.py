@@ -1,0 +1,235 @@
+"""GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from tqdm import tqdm
+
+from callbacks.report import StrategyResult, print_table, write_report
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.rewards.geneval import Verdict
+from lightning_modules.rewards.geneval_metric import GenEvalMetric
+from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+
+
+@dataclass
+class _Share:
+    """What one rank found for one strategy."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
+    decoder_passes: int = 0
+    verifier_calls: int = 0
+    seconds: float = 0.0
+
+
+class GenEvalCallback(Callback):
+    """GenEval at validation epoch ends (on validation prompts) and in testing (on evaluation prompts).
+
+    Prompts are split over ranks without padding; no collective runs while decoding. The image of (prompt, sample)
+    depends on the seed alone. In validation `val/geneval` is the score of `monitor`, for ModelCheckpoint; in an epoch
+    without evaluation the latest score is logged again, so that the key is always there.
+
+    Args:
+        reward: judges the images.
+        strategies: by name, all of them in testing.
+        validation_strategies: the names that validation decodes.
+        monitor: the strategy whose score is `val/geneval`.
+        validation_prompts, test_prompts: GenEval metadata.
+        images_per_prompt: samples of each prompt.
+        batch_size: images decoded at a time, candidates included in none of it.
+        every_n_epochs: how often validation runs it.
+        seed: of all images.
+        folder: where results go.
+        sheet_prompts: prompts on the contact sheets.
+    """
+
+    def __init__(
+        self,
+        reward: GenEvalReward,
+        strategies: Mapping[str, Strategy],
+        validation_strategies: Sequence[str],
+        monitor: str,
+        validation_prompts: Sequence[Mapping[str, Any]],
+        test_prompts: Sequence[Mapping[str, Any]],
+        images_per_prompt: int,
+        batch_size: int,
+        every_n_epochs: int,
+        seed: int,
+        folder: str,
+        sheet_prompts: int,
+    ) -> None:
+        for name in [*validation_strategies, monitor]:
+            if name not in strategies:
+                known = ", ".join(strategies)
+                raise ValueError(f"callbacks.geneval names the strategy {name!r}; there are: {known}")
+        if monitor not in validation_strategies:
+            raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
+        if images_per_prompt < 1:
+            raise ValueError(f"callbacks.geneval.images_per_prompt must be at least 1, not {images_per_prompt}")
+        self.reward = reward
+        self.strategies = dict(strategies)
+        self.validation_strategies = list(validation_strategies)
+        self.monitor = monitor
+        self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
+        self.images_per_prompt = images_per_prompt
+        self.batch_size = batch_size
+        self.every_n_epochs = every_n_epochs
+        self.seed = seed
+        self.folder = Path(folder)
+        self.sheet_prompts = sheet_prompts
+        self._latest: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse prompts with unknown words before any work starts."""
+        prompts = self.test_prompts if stage == "test" else self.validation_prompts
+        pl_module.decoder.word_ids([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if not self._latest or trainer.current_epoch % self.every_n_epochs == 0:
+            results = self._evaluate(trainer, pl_module, self.validation_prompts, self.validation_strategies)
+            self._latest = {f"val/geneval/{name}": result.overall for name, result in results.items()}
+            self._latest["val/geneval"] = results[self.monitor].overall
+        pl_module.log_dict(self._latest, prog_bar=False)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        results = self._evaluate(trainer, pl_module, self.test_prompts, list(self.strategies))
+        scores = {}
+        for name, result in results.items():
+            scores[f"test/geneval/{name}"] = result.overall
+            scores |= {f"test/geneval/{name}/{task}": score for task, score in result.tasks.items()}
+        pl_module.log_dict(scores)
+        if trainer.is_global_zero:
+            about = {
+                "decoder": type(pl_module.decoder).__name__,
+                "seed": self.seed,
+                "prompts": len(self.test_prompts),
+                "images_per_prompt": self.images_per_prompt,
+            }
+            write_report(self.folder, about, results)
+            print_table(results)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    _log_wandb(logger, results)
+
+    @torch.no_grad()
+    def _evaluate(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prompts: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+    ) -> dict[str, StrategyResult]:
+        """Decode and judge this rank's share by each strategy, then put the shares together."""
+        pl_module.eval()
+        judges: Judges = {**pl_module.judges, "geneval": self.reward}  # type: ignore[dict-item, arg-type]
+        rank, world_size = trainer.global_rank, trainer.world_size
+        jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
+        results = {}
+        for name in names:
+            share = _Share()
+            metric = GenEvalMetric().to(pl_module.device)
+            with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
+                for start in range(0, len(jobs), self.batch_size):
+                    batch = jobs[start : start + self.batch_size]
+                    verdicts = self._decode(pl_module, judges, self.strategies[name], prompts, batch, share)
+                    tags = [prompts[i]["tag"] for i, _ in batch]
+                    metric.update(tags, torch.tensor([v.correct for v in verdicts], device=pl_module.device))
+                    bar.update(len(batch))
+            scores = {task: float(score) for task, score in metric.compute().items()}
+            results[name] = _combine(name, _gather(share), scores)
+        return results
+
+    def _decode(
+        self,
+        pl_module: LightningModule,
+        judges: Judges,
+        strategy: Strategy,
+        prompts: Sequence[Mapping[str, Any]],
+        jobs: Sequence[tuple[int, int]],
+        share: _Share,
+    ) -> list[Verdict]:
+        """Decode and judge one batch, and add it to the share of this rank."""
+        decoder: Any = pl_module.decoder
+        rows = [prompts[i] for i, _ in jobs]
+        start = time.perf_counter()
+        decoded = strategy.decode(decoder, judges, rows, [image_seed(self.seed, i, j) for i, j in jobs])
+        images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
+        share.seconds += time.perf_counter() - start
+        share.decoder_passes += decoded.cost.decoder_passes
+        share.verifier_calls += decoded.cost.verifier_calls
+        verdicts = self.reward.verdicts(rows, images)
+        for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
+            share.rows.append(
+                {
+                    "filename": f"{i:05d}/samples/{j:04d}.png",
+                    "tag": row["tag"],
+                    "prompt": row["prompt"],
+                    "correct": verdict.correct,
+                    "reason": verdict.reason,
+                    "metadata": json.dumps(row),
+                    "details": json.dumps(verdict.details),
+                }
+            )
+            if j == 0 and i in _spread(len(prompts), self.sheet_prompts):
+                share.thumbnails[i] = image
+        return verdicts
+
+
+def _spread(total: int, wanted: int) -> range:
+    """About `wanted` indices spread evenly over 0..total."""
+    return range(0, total, max(1, total // max(1, wanted)))
+
+
+def _gather(share: _Share) -> list[_Share]:
+    """The shares of all ranks, on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [share]
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, share)
+    return shares
+
+
+def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -> StrategyResult:
+    rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
+    thumbnails: dict[int, np.ndarray] = {}
+    for share in shares:
+        thumbnails |= share.thumbnails
+    return StrategyResult(
+        name=name,
+        overall=scores["overall"],
+        tasks={task: score for task, score in scores.items() if task != "overall"},
+        rows=rows,
+        thumbnails=dict(sorted(thumbnails.items())),
+        decoder_forwards=sum(share.decoder_passes for share in shares) / len(rows),
+        verifier_calls=sum(share.verifier_calls for share in shares) / len(rows),
+        seconds=sum(share.seconds for share in shares) / len(rows),
+    )
+
+
+def _log_wandb(logger: WandbLogger, results: Mapping[str, StrategyResult]) -> None:
+    """A table with one row a prompt: the image and the verdict of every strategy."""
+    import wandb
+
+    first = next(iter(results.values()))
+    columns = ["prompt", *(f"{name}{suffix}" for name in results for suffix in ("", " verdict"))]
+    data = []
+    for index in first.thumbnails:
+        row: list[Any] = []
+        for result in results.values():
+            verdict = result.row_of(index)
+            row += [verdict["prompt"]] if not row else []
+            row += [wandb.Image(result.thumbnails[index]), "correct" if verdict["correct"] else verdict["reason"]]
+        data.append(row)
+    logger.log_table("geneval/images", columns=columns, data=data)

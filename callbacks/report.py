@@ -1,0 +1,135 @@
+"""What an evaluation leaves: geneval.json, results.jsonl, contact sheets, and the table on the console."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.backbone.loading import write_text
+from lightning_modules.rewards.geneval import TASKS
+
+
+@dataclass(frozen=True)
+class StrategyResult:
+    """One strategy's images and scores.
+
+    Attributes:
+        name: of the strategy.
+        overall: mean of the task means.
+        tasks: share of correct images of each task.
+        rows: one an image, with the columns of GenEval's results.jsonl.
+        thumbnails: uint8 [H, W, 3] of some prompts' first images, by prompt index.
+        decoder_forwards: forward passes of the decoder an image, with and without the prompt counted apart.
+        verifier_calls: values asked of a judge, an image.
+        seconds: wall time an image, summed over ranks.
+    """
+
+    name: str
+    overall: float
+    tasks: dict[str, float]
+    rows: list[dict[str, Any]]
+    thumbnails: dict[int, np.ndarray]
+    decoder_forwards: float
+    verifier_calls: float
+    seconds: float
+
+    def row_of(self, index: int) -> dict[str, Any]:
+        """The row of the first image of prompt `index`."""
+        return next(row for row in self.rows if row["filename"].startswith(f"{index:05d}/samples/0000"))
+
+    def interval(self, resamples: int = 2000) -> tuple[float, float]:
+        """95 % bootstrap interval of `overall`.
+
+        Distinct prompts are resampled within their task, with all their images: images of one prompt are not
+        independent, and neither are rows that repeat a prompt.
+        """
+        rng = np.random.default_rng(0)
+        means = []
+        for task in self.tasks:
+            counts: dict[str, list[int]] = {}
+            for row in self.rows:
+                if row["tag"] == task:
+                    entry = counts.setdefault(row["prompt"], [0, 0])
+                    entry[0] += int(row["correct"])
+                    entry[1] += 1
+            table = np.array(list(counts.values()))
+            drawn = table[rng.integers(0, len(table), (resamples, len(table)))].sum(1)
+            means.append(drawn[:, 0] / drawn[:, 1])
+        low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+        return float(low), float(high)
+
+
+def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, StrategyResult]) -> None:
+    """Write geneval.json, results.jsonl and sheets/NAME.png into the run's folder."""
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    strategies = {}
+    lines = []
+    for name, result in results.items():
+        low, high = result.interval()
+        strategies[name] = {
+            "overall": result.overall,
+            "interval_95": [low, high],
+            "tasks": result.tasks,
+            "decoder_forwards_per_image": result.decoder_forwards,
+            "verifier_calls_per_image": result.verifier_calls,
+            "seconds_per_image": result.seconds,
+        }
+        lines += [json.dumps(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
+        sheet = folder / "sheets" / f"{name}.png"
+        contact_sheet(result).save(sheet.with_suffix(".partial"), format="PNG")
+        sheet.with_suffix(".partial").replace(sheet)
+    report = {"benchmark": "GenEval", **about, "strategies": strategies}
+    write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")
+    write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
+
+
+def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> Image.Image:
+    """Images with their prompts, framed green (correct) or red with the reason."""
+    font = ImageFont.load_default(11)
+    side = scale * next(iter(result.thumbnails.values())).shape[0]
+    width, height, text = side + 60, side + 66, 60
+    lines = -(-len(result.thumbnails) // columns)
+    sheet = Image.new("RGB", (columns * width, lines * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (index, pixels) in enumerate(result.thumbnails.items()):
+        x, y = (place % columns) * width, (place // columns) * height
+        row = result.row_of(index)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x + 30, y + 3))
+        color = "green" if row["correct"] else "red"
+        draw.rectangle((x + 28, y + 1, x + 31 + side, y + 4 + side), outline=color, width=2)
+        caption = row["prompt"].removeprefix("a photo of ") + "\n" + row["reason"].replace("\n", "; ")
+        wrapped = "\n".join(_wrap(line, width - 8, font) for line in caption.splitlines())
+        draw.multiline_text((x + 4, y + height - text + 2), wrapped, fill="black", font=font, spacing=1)
+    return sheet
+
+
+def _wrap(line: str, width: int, font: Any) -> str:
+    """Break a line at spaces so that it fits, pixels."""
+    rows = [""]
+    for word in line.split():
+        longer = f"{rows[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return "\n".join(rows)
+
+
+def print_table(results: Mapping[str, StrategyResult]) -> None:
+    """Print strategies x tasks, with intervals and costs."""
+    table = Table(title="GenEval")
+    table.add_column("strategy")
+    for heading in ("overall", "95 %", *(task.replace("_", " ") for task in TASKS), "decoder", "verifier", "s/image"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        low, high = result.interval()
+        tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
+        costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
+        table.add_row(name, f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks, *costs)
+    Console(width=140).print(table)

@@ -1,0 +1,234 @@
+"""Rollouts: images sampled from the decoder with GenEval's verdict, collected once, stored with `datasets`."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lightning_modules.backbone.loading import fingerprint, write_text
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.parm import PARM
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """A set of rollouts: every prompt decoded `samples` times by a strategy.
+
+    Attributes:
+        prompts: GenEval metadata, one row a prompt.
+        samples: images a prompt.
+        strategy: how they are decoded.
+        from_epoch: the epoch from which training uses them; they are collected then, with the PARM of that moment.
+    """
+
+    prompts: Sequence[Mapping[str, Any]]
+    samples: int
+    strategy: Strategy
+    from_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
+
+
+def provenance(spec: RolloutSpec, decoder: NextTokenDecoder, judges: Judges, seed: int) -> dict[str, Any]:
+    """What makes a set of rollouts: equal provenance, equal rollouts."""
+    assert is_dataclass(spec.strategy)
+    verifiers = {
+        name: fingerprint(judge)
+        for name, judge in judges.items()
+        if isinstance(judge, PARM) and f'"{name}"' in json.dumps(asdict(spec.strategy))
+    }
+    prompts = hashlib.sha256(json.dumps(list(spec.prompts), sort_keys=True).encode()).hexdigest()[:16]
+    return {
+        "decoder": fingerprint(decoder),
+        "verifiers": verifiers,
+        "strategy": {"name": type(spec.strategy).__name__, **asdict(spec.strategy)},
+        "prompts": prompts,
+        "samples": spec.samples,
+        "seed": seed,
+    }
+
+
+def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
+    """Create a rollouts folder, or make sure that an existing one was made with the same things.
+
+    Raises:
+        ValueError: it was not; the sentence names what differs.
+    """
+    about = folder / "provenance.json"
+    if not about.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(about, json.dumps(made_with, indent=2) + "\n")
+        return
+    stored = json.loads(about.read_text(encoding="utf-8"))
+    if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
+        raise ValueError(f"rollouts in {folder} were made with another {' and another '.join(different)}")
+
+
+def collect(
+    spec: RolloutSpec,
+    folder: Path,
+    decoder: NextTokenDecoder,
+    judges: Judges,
+    reward: GenEvalReward,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Dataset:
+    """Collect what is still missing of a set of rollouts, and return all of it.
+
+    Batches are stored one by one, each whole or not at all, so that a killed collection goes on where it was.
+    The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
+
+    Returns:
+        Rows with prompt, metadata (JSON), tokens, reward, clauses, free_from, seed, prompt_index, sample, settings.
+    """
+    made_with = provenance(spec, decoder, judges, seed)
+    open_folder(folder, made_with)
+    jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
+    chunks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    parts = [folder / f"part-{batch_size}-{number:05d}" for number in range(len(chunks))]
+    missing = [(part, chunk) for part, chunk in zip(parts, chunks, strict=True) if not part.is_dir()]
+    settings = json.dumps(made_with["strategy"])
+    decoder.eval()
+    with tqdm(total=sum(len(chunk) for _, chunk in missing[rank::world_size]), desc="Rollouts", unit="image",
+              disable=rank > 0 or not missing) as bar:  # fmt: skip
+        for part, chunk in missing[rank::world_size]:
+            rows = [spec.prompts[i] for i, _ in chunk]
+            seeds = [image_seed(seed, i, j) for i, j in chunk]
+            decoded = spec.strategy.decode(decoder, judges, rows, seeds)
+            images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
+            verdicts = reward.verdicts(rows, images)
+            columns = {
+                "prompt": [row["prompt"] for row in rows],
+                "metadata": [json.dumps(row) for row in rows],
+                "tokens": decoded.tokens.cpu().numpy().astype("int32"),
+                "reward": [float(verdict.correct) for verdict in verdicts],
+                "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
+                "free_from": decoded.free_from.long().tolist(),
+                "seed": seeds,
+                "prompt_index": [i for i, _ in chunk],
+                "sample": [j for _, j in chunk],
+                "settings": [settings] * len(chunk),
+            }
+            _store(Dataset.from_dict(columns), part)
+            bar.update(len(chunk))
+    if world_size > 1:
+        torch.distributed.barrier()
+    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in parts])
+
+
+def _store(rows: Dataset, part: Path) -> None:
+    """Write a part whole or not at all."""
+    partial = part.with_name(part.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    rows.save_to_disk(str(partial))
+    os.replace(partial, part)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Some rollouts -> a batch of `PARMModule`."""
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([row[name] for row in rows]))
+
+    return {
+        "prompt": [row["prompt"] for row in rows],
+        "tokens": column("tokens").long(),
+        "correct": column("reward").float(),
+        "clauses": column("clauses").float(),
+        "free_from": column("free_from"),
+        "group": column("prompt_index"),
+    }
+
+
+class RolloutsDataModule(LightningDataModule):
+    """Rollouts of the LightningModule's own decoder, collected when they are first needed.
+
+    Args:
+        reward: labels the images.
+        train: sets of rollouts; set by set they join the training data at their `from_epoch` (with the Trainer's
+            `reload_dataloaders_every_n_epochs: 1`).
+        validation, test: rollouts of prompts that training does not use.
+        folder: where rollouts are kept; each set has a sub-folder named by what made it.
+        seed: of all images.
+        collect_batch_size: images decoded at a time.
+        batch_size: rollouts a training batch, per rank.
+    """
+
+    def __init__(
+        self,
+        reward: GenEvalReward,
+        train: Mapping[str, RolloutSpec],
+        validation: RolloutSpec,
+        test: RolloutSpec,
+        folder: str,
+        seed: int,
+        collect_batch_size: int,
+        batch_size: int,
+    ) -> None:
+        super().__init__()
+        self.reward = reward
+        self.train, self.validation, self.test = train, validation, test
+        self.folder = Path(folder)
+        self.seed = seed
+        self.collect_batch_size = collect_batch_size
+        self.batch_size = batch_size
+        self._collected: dict[str, Dataset] = {}
+
+    def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
+        """A named set of rollouts; collected with the models as they are when it is first asked for."""
+        assert self.trainer is not None
+        if name not in self._collected:
+            ranks = self.trainer.global_rank, self.trainer.world_size
+            self._collected[name] = self._collect_with(self.trainer.lightning_module, name, spec, *ranks)
+        return self._collected[name]
+
+    def _collect_with(self, module: Any, name: str, spec: RolloutSpec, rank: int, world_size: int) -> Dataset:
+        made_with = provenance(spec, module.decoder, module.judges, self.seed)
+        key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.folder / f"{name}-{key}"
+        size = self.collect_batch_size
+        return collect(spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size)
+
+    def collect_all(self, module: Any) -> None:
+        """Collect every set with the models as they are, on one process, and print how much of it is correct."""
+        for name, spec in {**self.train, "validation": self.validation, "test": self.test}.items():
+            rows = self._collect_with(module, name, spec, 0, 1)
+            print(f"{name}: {len(rows)} rollouts, {np.mean(rows['reward']):.3f} correct")
+
+    def _loader(self, rows: Dataset, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
+        rows = rows.with_format("numpy", columns=["tokens", "clauses", "reward", "free_from", "prompt_index"],
+                                output_all_columns=True)  # fmt: skip
+        return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        assert self.trainer is not None
+        due = [(name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
+        rows = concatenate_datasets([self._collect(name, spec) for name, spec in due])
+        return self._loader(rows, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._collect("validation", self.validation), self.collect_batch_size, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._collect("test", self.test), self.collect_batch_size, shuffle=False)
+

@@ -1,0 +1,49 @@
+"""Best-of-n: decode n images of each prompt and keep the one that a judge likes best (the paper's ORM baseline)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.rewards.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class BestOfN(Strategy):
+    """Wraps any strategy.
+
+    Attributes:
+        strategy: makes the candidates; the first has the image's own seed, so it is what `strategy` alone makes.
+        n: candidates an image.
+        judge: name of a verifier (its value of the finished image) or of a reward.
+    """
+
+    strategy: Strategy
+    n: int
+    judge: str
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"best-of-n needs n of at least 1, not {self.n}")
+
+    def decode(
+        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> Decoded:
+        if self.judge not in judges:
+            raise ValueError(f"judge {self.judge!r} does not exist here; there are: {', '.join(judges)}")
+        judge = judges[self.judge]
+        candidate_seeds = [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(self.n)]
+        repeated = [row for row in prompts for _ in range(self.n)]
+        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds)
+        if isinstance(judge, Verifier):
+            scores = judge.values(all_images.evidence, [decoder.num_tokens])[:, 0]
+        else:
+            scores = judge(repeated, decoder.image_tokenizer.decode(all_images.tokens))
+        all_images.cost.verifier_calls += len(repeated)
+        first = torch.arange(0, len(repeated), self.n, device=scores.device)
+        winner = first + scores.view(-1, self.n).argmax(1)
+        return all_images.select(winner)

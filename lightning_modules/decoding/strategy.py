@@ -1,0 +1,54 @@
+"""What every strategy is given and gives back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_modules.backbone.next_token import Cost, Evidence, NextTokenDecoder
+from lightning_modules.rewards.verifier import Reward, Verifier
+
+Judges = Mapping[str, Verifier[Any] | Reward]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """B finished images.
+
+    Attributes:
+        tokens: [B, T].
+        evidence: what the decoder knew about each token when it was chosen.
+        cost: of the whole batch, candidates that were not kept included.
+        free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
+    """
+
+    tokens: Tensor
+    evidence: Evidence
+    cost: Cost
+    free_from: Tensor
+
+    def select(self, rows: Tensor) -> "Decoded":
+        """Some of the images; the cost stays that of all."""
+        free_from = self.free_from[rows.cpu()]
+        return Decoded(self.tokens[rows], self.evidence.select(rows), self.cost, free_from)
+
+
+class Strategy(ABC):
+    """A way to decode; strategies know judges by name, so that a config can be read before anything is trained."""
+
+    @abstractmethod
+    def decode(
+        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> Decoded:
+        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
+
+
+def verifier_named(judges: Judges, name: str) -> Verifier[Any]:
+    """Look up a judge that must be a verifier; raises ValueError with the names there are."""
+    judge = judges.get(name)
+    if not isinstance(judge, Verifier):
+        known = ", ".join(key for key, value in judges.items() if isinstance(value, Verifier))
+        raise ValueError(f"verifier {name!r} does not exist here; there are: {known}")
+    return judge

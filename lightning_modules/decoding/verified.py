@@ -1,0 +1,131 @@
+"""Verified decoding: at every step the verifier sees k candidates and says which one goes on (PARM at test time)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.next_token import DecodingState, Evidence, NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, image_seed, uniform_noise
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, verifier_named
+from lightning_modules.rewards.verifier import Verifier, VerifierState
+
+
+@dataclass(frozen=True)
+class Verified(Strategy):
+    """Candidates of `stride` tokens each, valued after their last token.
+
+    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every token, the best goes
+    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion
+    to its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
+    images that fulfil the prompt.
+
+    Attributes:
+        sampling: how candidates are drawn.
+        k: candidates a step.
+        stride: tokens a step; 8 verifies the rows of an 8x8 grid.
+        verifier: its name.
+        distinct: candidates (their first tokens) without repetition, instead of independent draws.
+        choose: the best candidate, or a draw from softmax(score).
+        value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
+        random_stop: verify each image only up to a random token and go on plainly, to collect rollouts that show
+            what becomes of the prefixes verified decoding visits (needs stride 1).
+    """
+
+    sampling: Sampling
+    k: int
+    stride: int = 1
+    verifier: str = "parm"
+    distinct: bool = False
+    choose: Literal["argmax", "sample"] = "argmax"
+    value_weight: float = 1.0
+    prior_weight: float = 0.0
+    random_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"verified decoding needs k of at least 1, not {self.k}")
+        if self.stride < 1:
+            raise ValueError(f"verified decoding needs a stride of at least 1, not {self.stride}")
+        if self.random_stop and self.stride != 1:
+            raise ValueError(f"random_stop needs stride 1, not {self.stride}")
+        if self.choose not in ("argmax", "sample"):
+            raise ValueError(f"choose must be 'argmax' or 'sample', not {self.choose!r}")
+
+    def decode(
+        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+    ) -> Decoded:
+        verifier = verifier_named(judges, self.verifier)
+        noise = uniform_noise(seeds, self.k, decoder.num_tokens)
+        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
+        watch = verifier.begin(state.prompt, decoder.num_tokens)
+        stop = torch.full((len(prompts),), decoder.num_tokens)
+        if self.random_stop:
+            stop = torch.tensor([image_seed(seed, 0) % decoder.num_tokens for seed in seeds])
+        steps: list[Evidence] = []
+        while not state.done:
+            if self.stride == 1:
+                steps.append(self._token(decoder, verifier, state, watch, stop > state.length))
+            else:
+                state, watch, evidence = self._block(decoder, verifier, state, watch)
+                steps.append(evidence)
+        return Decoded(state.tokens, Evidence.concatenate(steps), state.cost, stop)
+
+    def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
+        """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
+        score = self.value_weight * values + self.prior_weight * log_probs
+        if self.choose == "argmax":
+            return score.argmax(1)
+        cumulative = score.softmax(1).cumsum(1)
+        return (cumulative < noise[:, None] * cumulative[:, -1:]).sum(1).clamp(max=self.k - 1)
+
+    def _token(
+        self,
+        decoder: NextTokenDecoder,
+        verifier: Verifier[Any],
+        state: DecodingState,
+        watch: VerifierState,
+        verify: Tensor,
+    ) -> Evidence:
+        """One token: k candidates from the pass that was made anyway, all against the one cached prefix.
+
+        Rows in which `verify` [B] is false take their first candidate.
+        """
+        proposal = decoder.propose(state, self.k, self.distinct)
+        values = verifier.score(watch, proposal.evidence)
+        choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.length])
+        choice = choice * verify.to(choice.device)
+        verifier.commit(watch, choice)
+        decoder.commit(state, proposal.tokens.gather(1, choice[:, None]).squeeze(1))
+        state.cost.verifier_calls += values.numel()
+        return proposal.evidence.pick(choice)
+
+    def _block(
+        self, decoder: NextTokenDecoder, verifier: Verifier[Any], state: DecodingState, watch: VerifierState
+    ) -> tuple[DecodingState, VerifierState, Evidence]:
+        """`stride` tokens: k paths run side by side, one of them goes on."""
+        batch, start = len(state.tokens), state.length
+        proposal = decoder.propose(state, self.k, self.distinct)
+        paths = state.fork(self.k)
+        rows = torch.arange(batch, device=state.tokens.device)
+        path_watch = watch.select(rows.repeat_interleave(self.k))
+        tokens, log_probs = proposal.tokens.flatten(), proposal.sampling_log_probs.flatten()
+        evidence = proposal.evidence.unfold()
+        steps: list[Evidence] = []
+        for _ in range(min(self.stride, decoder.num_tokens - start)):
+            if steps:
+                proposal = decoder.propose(paths, 1)
+                tokens, evidence = proposal.tokens[:, 0], proposal.evidence
+                log_probs = log_probs + proposal.sampling_log_probs[:, 0]
+            values = verifier.score(path_watch, evidence)
+            verifier.commit(path_watch, torch.zeros_like(tokens))
+            decoder.commit(paths, tokens)
+            steps.append(evidence)
+        state.cost.verifier_calls += values.numel()
+        noise = state.noise[:, 0, start]
+        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), noise)
+        kept = rows * self.k + choice
+        state = replace(paths.select(kept), noise=state.noise)
+        return state, path_watch.select(kept), Evidence.concatenate(steps).select(kept)

@@ -1,0 +1,192 @@
+"""PARM, the potential assessment reward model: a Transformer that values a prompt with the first tokens of an image.
+
+The paper (arXiv 2501.13926, section 3) asks a vision-language model about half-made images; this is the compact
+reading in token space: 6 layers and a head d -> d/2 -> GELU -> 1 on (prompt, tokens so far, candidate).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.backbone.next_token import Evidence
+from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+from lightning_modules.rewards.geneval import CLAUSES
+from lightning_modules.rewards.verifier import Verifier
+
+Features = Literal["hidden", "embeddings"]
+# log p and log p without the prompt of the token, entropy, and running sums of log p, of the pointwise mutual
+# information with the prompt, and of log p + entropy (how surprising the prefix is for this decoder).
+_STATISTICS = 6
+_SUM_SCALE = 0.1
+
+
+@dataclass
+class PARMState:
+    """B half-decoded images as PARM knows them.
+
+    Attributes:
+        cache: keys and values of prompt and prefix (causal PARM).
+        sums: running sums over the prefix, [B, 3].
+        length: tokens in the prefix.
+        inputs: projected inputs of the prefix, [B, length, dim]; only filled where PARM is not causal.
+        prompt: projected prompt, [B, L, dim].
+        candidate_sums: `sums` with each candidate of the last `score`, [B, k, 3].
+        candidate_inputs: projected inputs of those candidates, [B, k, dim].
+    """
+
+    cache: KVCache
+    sums: Tensor
+    length: int
+    inputs: Tensor
+    prompt: Tensor
+    candidate_sums: Tensor
+    candidate_inputs: Tensor
+
+    def select(self, rows: Tensor) -> "PARMState":
+        return replace(
+            self,
+            cache=self.cache.select(rows),
+            sums=self.sums[rows],
+            inputs=self.inputs[rows],
+            prompt=self.prompt[rows],
+            candidate_sums=self.candidate_sums[rows],
+            candidate_inputs=self.candidate_inputs[rows],
+        )
+
+
+class PARM(nn.Module, Verifier[PARMState]):
+    """Log-probability that the finished image will fulfil the prompt, for every prefix of its tokens.
+
+    Args:
+        transformer: sizes; the method's are width 512, 6 layers, 8 heads.
+        grid: codes along each side of an image, which then has T = grid * grid tokens.
+        decoder_dim: width of the shared decoder.
+        evidence_depths: the depths at which the shared decoder shows its hidden states in `Evidence`.
+        features: `hidden` reads the decoder's hidden states and log-probabilities beside its embeddings,
+            `embeddings` reads the embeddings alone.
+        causal: True values every prefix in one pass and decodes with a cache; False reads the whole grid with the
+            undecided tokens masked, one pass a prefix.
+        dropout: of the inputs, in training.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig,
+        grid: int,
+        decoder_dim: int,
+        evidence_depths: Sequence[int],
+        features: Features,
+        causal: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        if features not in ("hidden", "embeddings"):
+            raise ValueError(f"parm.features must be 'hidden' or 'embeddings', not {features!r}")
+        dim, num_tokens = transformer.dim, grid**2
+        evidence_dim = decoder_dim * len(evidence_depths)
+        self.features, self.causal, self.num_tokens = features, causal, num_tokens
+        self.prompt_proj = nn.Linear(decoder_dim, dim)
+        self.token_proj = nn.Linear(decoder_dim, dim)
+        self.token_norm = nn.LayerNorm(decoder_dim)
+        if features == "hidden":
+            self.hidden_norm = nn.LayerNorm(evidence_dim)
+            self.hidden_proj = nn.Linear(evidence_dim, dim)
+            self.statistics_proj = nn.Linear(_STATISTICS, dim)
+        if not causal:
+            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(num_tokens, dim) * 0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.transformer = Transformer(transformer)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, 1))
+        self.clause_head = nn.Linear(dim, len(CLAUSES))
+
+    def _inputs(self, evidence: Evidence, sums: Tensor) -> Tensor:
+        """Projected tokens, without positions, [B, S, dim]; `sums` [B, S, 3] include the token itself."""
+        x = self.token_proj(self.token_norm(evidence.embeddings))
+        if self.features == "hidden":
+            x = x + self.hidden_proj(self.hidden_norm(evidence.hidden))
+            entropy = evidence.entropy.expand_as(evidence.log_probs)
+            own = torch.stack([evidence.log_probs, evidence.unconditional_log_probs, entropy], dim=-1)
+            x = x + self.statistics_proj(torch.cat([own, _SUM_SCALE * sums], dim=-1))
+        return self.dropout(x)
+
+    @staticmethod
+    def _increments(evidence: Evidence) -> Tensor:
+        """What each token adds to the running sums, [B, S, 3]."""
+        log_p = evidence.log_probs
+        return torch.stack([log_p, log_p - evidence.unconditional_log_probs, log_p + evidence.entropy], dim=-1)
+
+    def forward(self, evidence: Evidence, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits that the image will be right, and that each clause of its prompt will hold.
+
+        Args:
+            evidence: about all T tokens of finished images.
+            lengths: for a PARM that is not causal, the prefix length (1..T) to value in each row, [B].
+
+        Returns:
+            [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses].
+        """
+        x = self._inputs(evidence, self._increments(evidence).cumsum(1))
+        if self.causal:
+            x = torch.cat([self.prompt_proj(evidence.prompt), x + self.positions], dim=1)
+            hidden = self.norm(self.transformer(x, causal=True)[-1][:, -self.num_tokens :])
+        else:
+            assert lengths is not None
+            hidden = self._read_masked(self.prompt_proj(evidence.prompt), x, lengths)
+        return self.head(hidden).squeeze(-1), self.clause_head(hidden)
+
+    def _read_masked(self, prompt: Tensor, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """Mean output over the grid whose tokens from `lengths` [B] on are masked, [B, 1, dim]."""
+        known = torch.arange(self.num_tokens, device=inputs.device) < lengths[:, None]
+        x = torch.where(known[..., None], inputs, self.mask) + self.positions
+        hidden = self.transformer(torch.cat([prompt, x], dim=1), causal=False)[-1]
+        return self.norm(hidden[:, -self.num_tokens :]).mean(1, keepdim=True)
+
+    @torch.no_grad()
+    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
+        if self.causal:
+            index = torch.as_tensor(lengths, device=evidence.log_probs.device) - 1
+            return F.logsigmoid(self(evidence)[0][:, index])
+        rows = torch.ones_like(evidence.log_probs[:, 0], dtype=torch.int64)
+        return F.logsigmoid(torch.cat([self(evidence, rows * length)[0] for length in lengths], dim=1))
+
+    @torch.no_grad()
+    def begin(self, prompt: Tensor, capacity: int) -> PARMState:
+        projected = self.prompt_proj(prompt)
+        cache = KVCache(prompt.shape[1] + capacity)
+        if self.causal:
+            self.transformer(projected, causal=True, cache=cache)
+        sums = projected.new_zeros(len(prompt), 3)
+        nothing = projected[:, :0]
+        return PARMState(cache, sums, 0, nothing, projected, sums[:, None], nothing)
+
+    @torch.no_grad()
+    def score(self, state: PARMState, evidence: Evidence) -> Tensor:
+        state.candidate_sums = state.sums[:, None] + self._increments(evidence)
+        x = self._inputs(evidence, state.candidate_sums)
+        state.candidate_inputs = x
+        if self.causal:
+            hidden = self.norm(self.transformer.step(x + self.positions[state.length], state.cache)[-1])
+            return F.logsigmoid(self.head(hidden).squeeze(-1))
+        batch, k, dim = x.shape
+        grid = x.new_zeros(batch, k, self.num_tokens, dim)
+        grid[:, :, : state.length] = state.inputs[:, None]
+        grid[:, :, state.length] = x
+        lengths = torch.full((batch * k,), state.length + 1, device=x.device)
+        hidden = self._read_masked(state.prompt.repeat_interleave(k, 0), grid.flatten(0, 1), lengths)
+        return F.logsigmoid(self.head(hidden).view(batch, k))
+
+    @torch.no_grad()
+    def commit(self, state: PARMState, choice: Tensor) -> None:
+        rows = torch.arange(len(choice), device=choice.device)
+        state.sums = state.candidate_sums[rows, choice]
+        state.length += 1
+        if self.causal:
+            state.cache.commit(choice)
+        else:
+            state.inputs = torch.cat([state.inputs, state.candidate_inputs[rows, choice, None]], dim=1)

@@ -1,0 +1,79 @@
+"""What says how good an image is: verifiers walk beside the decoder, rewards judge finished images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.next_token import Evidence
+
+
+class VerifierState(Protocol):
+    """What a verifier remembers of B half-decoded images."""
+
+    def select(self, rows: Tensor) -> Self:
+        """A state of rows `rows` [B'], in that order and as often as they occur."""
+        ...
+
+
+S = TypeVar("S", bound=VerifierState)
+
+
+class Verifier(ABC, Generic[S]):
+    """Values prefixes in token space, as log-values: higher is better, 0 is best for those that are probabilities."""
+
+    @abstractmethod
+    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
+        """Log-value of the prefixes of these lengths (1..T) of finished images, [B, len(lengths)]."""
+
+    @abstractmethod
+    def begin(self, prompt: Tensor, capacity: int) -> S:
+        """Start beside a decoder: prompt embeddings [B, L, dim], for images of `capacity` tokens."""
+
+    @abstractmethod
+    def score(self, state: S, evidence: Evidence) -> Tensor:
+        """Log-value of the prefix extended by each of k candidates, [B, k]."""
+
+    @abstractmethod
+    def commit(self, state: S, choice: Tensor) -> None:
+        """Candidate `choice` [B] of the last `score` becomes part of the prefix."""
+
+
+class Reward(ABC):
+    """Judges finished images."""
+
+    @abstractmethod
+    def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
+        """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
+
+
+@dataclass
+class LikelihoodState:
+    """Log-probability of the prefix [B], and with each candidate of the last `score` [B, k]."""
+
+    total: Tensor
+    candidates: Tensor
+
+    def select(self, rows: Tensor) -> "LikelihoodState":
+        return replace(self, total=self.total[rows], candidates=self.candidates[rows])
+
+
+class Likelihood(Verifier[LikelihoodState]):
+    """The decoder's own log p(tokens | prompt): costs nothing, and is what every other verifier has to beat."""
+
+    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
+        return evidence.log_probs.cumsum(-1)[:, torch.as_tensor(lengths, device=evidence.log_probs.device) - 1]
+
+    def begin(self, prompt: Tensor, capacity: int) -> LikelihoodState:
+        total = prompt.new_zeros(len(prompt))
+        return LikelihoodState(total, total[:, None])
+
+    def score(self, state: LikelihoodState, evidence: Evidence) -> Tensor:
+        state.candidates = state.total[:, None] + evidence.log_probs
+        return state.candidates
+
+    def commit(self, state: LikelihoodState, choice: Tensor) -> None:
+        state.total = state.candidates.gather(1, choice[:, None]).squeeze(1)
