@@ -16,6 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_modules.backbone.loading import export, write_text
 
 
+def build(node: DictConfig) -> Any:
+    """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects."""
+    return instantiate(node, _convert_="all")
+
+
 def run(config: DictConfig) -> None:
     """Do the task of a config."""
     if config.task not in ("fit", "evaluate", "rollout", "export"):
@@ -24,20 +29,22 @@ def run(config: DictConfig) -> None:
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
     seed_everything(config.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(config, resolve=True)
-    write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    module = instantiate(config.module)
+    write_text(
+        Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True)
+    )
+    module = build(config.module)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
         export(module.exported, Path(config.export_dir), plain)
         print(f"Exported {type(module.exported).__name__} to {config.export_dir}")
         return
-    data = instantiate(config.data)
+    data = build(config.data)
     if config.task == "rollout":
         load_checkpoint(module, config.ckpt_path)
         data.collect_all(module)
         return
-    callbacks = list(instantiate(config.callbacks).values())
-    loggers = list(instantiate(config.logger).values())
+    callbacks = list(build(config.callbacks).values())
+    loggers = list(build(config.logger).values())
     for logger in loggers:
         logger.log_hyperparams(plain)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)

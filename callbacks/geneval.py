@@ -75,7 +75,9 @@ class GenEvalCallback(Callback):
         if monitor not in validation_strategies:
             raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
         if images_per_prompt < 1:
-            raise ValueError(f"callbacks.geneval.images_per_prompt must be at least 1, not {images_per_prompt}")
+            raise ValueError(
+                f"callbacks.geneval.images_per_prompt must be at least 1, not {images_per_prompt}"
+            )
         self.reward = reward
         self.strategies = dict(strategies)
         self.validation_strategies = list(validation_strategies)
@@ -230,6 +232,9 @@ def _log_wandb(logger: WandbLogger, results: Mapping[str, StrategyResult]) -> No
         for result in results.values():
             verdict = result.row_of(index)
             row += [verdict["prompt"]] if not row else []
-            row += [wandb.Image(result.thumbnails[index]), "correct" if verdict["correct"] else verdict["reason"]]
+            row += [
+                wandb.Image(result.thumbnails[index]),
+                "correct" if verdict["correct"] else verdict["reason"],
+            ]
         data.append(row)
     logger.log_table("geneval/images", columns=columns, data=data)

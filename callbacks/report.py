@@ -14,6 +14,8 @@ from rich.table import Table
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.geneval import TASKS
 
+_HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
+
 
 @dataclass(frozen=True)
 class StrategyResult:
@@ -124,12 +126,12 @@ def _wrap(line: str, width: int, font: Any) -> str:
 def print_table(results: Mapping[str, StrategyResult]) -> None:
     """Print strategies x tasks, with intervals and costs."""
     table = Table(title="GenEval")
-    table.add_column("strategy")
-    for heading in ("overall", "95 %", *(task.replace("_", " ") for task in TASKS), "decoder", "verifier", "s/image"):
-        table.add_column(heading, justify="right")
+    table.add_column("strategy", no_wrap=True)
+    for heading in ("overall", "95 %", *_HEADINGS, "decoder", "verifier", "s/image"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         low, high = result.interval()
         tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
         costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
         table.add_row(name, f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks, *costs)
-    Console(width=140).print(table)
+    Console(width=120).print(table)

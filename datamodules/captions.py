@@ -6,6 +6,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.loaders import make_loader
 from datamodules.shapes.captions import CaptionPair
 
 
@@ -74,20 +75,18 @@ class CaptionsDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def _loader(self, dataset: PairDataset) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            persistent_workers=self.num_workers > 0,
+    def _loader(self, dataset: PairDataset, train: bool) -> DataLoader[dict[str, Any]]:
+        # A stream is random by itself: shuffling would only cost the reproducible order.
+        assert self.trainer is not None
+        return make_loader(
+            dataset, self.trainer, self.batch_size, collate, train=train, num_workers=self.num_workers
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self.train_dataset)
+        return self._loader(self.train_dataset, train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self.validation_dataset)
+        return self._loader(self.validation_dataset, train=False)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self.validation_dataset)
+        return self._loader(self.validation_dataset, train=False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datamodules.loaders import make_loader
 from lightning_modules.backbone.loading import fingerprint, write_text
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
@@ -138,6 +139,7 @@ def collect(
 
 def _store(rows: Dataset, part: Path) -> None:
     """Write a part whole or not at all."""
+    datasets.disable_progress_bars()  # one for every part would drown the one of the collection
     partial = part.with_name(part.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     rows.save_to_disk(str(partial))
@@ -207,7 +209,9 @@ class RolloutsDataModule(LightningDataModule):
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
         size = self.collect_batch_size
-        return collect(spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size)
+        return collect(
+            spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size
+        )
 
     def collect_all(self, module: Any) -> None:
         """Collect every set with the models as they are, on one process, and print how much of it is correct."""
@@ -215,20 +219,24 @@ class RolloutsDataModule(LightningDataModule):
             rows = self._collect_with(module, name, spec, 0, 1)
             print(f"{name}: {len(rows)} rollouts, {np.mean(rows['reward']):.3f} correct")
 
-    def _loader(self, rows: Dataset, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
-        rows = rows.with_format("numpy", columns=["tokens", "clauses", "reward", "free_from", "prompt_index"],
-                                output_all_columns=True)  # fmt: skip
-        return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+    def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
+        assert self.trainer is not None
+        arrays = ["tokens", "clauses", "reward", "free_from", "prompt_index"]
+        rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
+        return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        due = [(name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
+        due = [
+            (name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch
+        ]
         rows = concatenate_datasets([self._collect(name, spec) for name, spec in due])
-        return self._loader(rows, self.batch_size, shuffle=True)
+        return self._loader(rows, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._collect("validation", self.validation), self.collect_batch_size, shuffle=False)
+        return self._loader(
+            self._collect("validation", self.validation), self.collect_batch_size, train=False
+        )
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._collect("test", self.test), self.collect_batch_size, shuffle=False)
-
+        return self._loader(self._collect("test", self.test), self.collect_batch_size, train=False)

@@ -79,7 +79,9 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         value_loss = F.binary_cross_entropy_with_logits(logits, target, weight=trained, reduction="sum")
         asked = trained[..., None] * (~batch["clauses"].isnan()).float()[:, None]
         clauses = batch["clauses"].nan_to_num()[:, None].expand_as(clause_logits)
-        clause_loss = F.binary_cross_entropy_with_logits(clause_logits, clauses, weight=asked, reduction="sum")
+        clause_loss = F.binary_cross_entropy_with_logits(
+            clause_logits, clauses, weight=asked, reduction="sum"
+        )
         return value_loss / trained.sum().clamp(min=1), clause_loss / asked.sum().clamp(min=1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
                 yield "class", color_attr((a, x), (name, y))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _known(split: Split) -> frozenset[str]:
     return frozenset(row["prompt"] for rows in prompt_pool(split).values() for row in rows)
 
@@ -112,7 +112,9 @@ class CaptionPairs:
 
     def __getitem__(self, index: int) -> CaptionPair:
         sample = self.stream[index]
-        rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
+        rng = np.random.Generator(
+            np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64))
+        )
         captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
         found = truth(sample.scene)
         verdicts = (_RULES.evaluate(captions[0], found), _RULES.evaluate(captions[1], found))

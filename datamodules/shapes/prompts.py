@@ -7,7 +7,7 @@ class pairs of `two_object` and the class-relation-class triples of `position` a
 
 import random
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
     return shuffled[bounds[split]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     """All distinct prompts of a split, by task, in an order that is shuffled once and for all."""
     if split not in SPLITS:

@@ -8,7 +8,12 @@ import numpy as np
 from datamodules.shapes.prompts import COLORS, Metadata, Split, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, RADII, Scene, SceneObject, place, render
 
-_DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign of the offset
+_DIRECTION = {
+    "left of": (0, -1),
+    "right of": (0, 1),
+    "above": (1, -1),
+    "below": (1, 1),
+}  # axis, sign of the offset
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:

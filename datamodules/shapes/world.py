@@ -6,7 +6,7 @@ supersampling, so that rendering an image is a handful of small alpha blends.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -87,7 +87,7 @@ _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(name: str, radius: int) -> np.ndarray:
     """Coverage in [0, 1] of each pixel around the centre, float32 [2r, 2r, 1], 8x8 samples a pixel."""
     side = 2 * radius
@@ -102,7 +102,9 @@ def render(scene: Scene) -> np.ndarray:
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
-        window = canvas[item.y - item.radius : item.y + item.radius, item.x - item.radius : item.x + item.radius]
+        window = canvas[
+            item.y - item.radius : item.y + item.radius, item.x - item.radius : item.x + item.radius
+        ]
         window += _sprite(item.name, item.radius) * (np.asarray(PALETTE[item.color], np.float32) - window)
     return np.rint(canvas).astype(np.uint8)
 
@@ -137,4 +139,3 @@ def place(
             fits &= accept(centres)
         if fits.any():
             return centres[int(fits.argmax())]
-

@@ -97,7 +97,9 @@ class PatchVQ(ImageTokenizer):
         """
         patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
         if len(patches) < self.codebook_size:
-            raise ValueError(f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}")
+            raise ValueError(
+                f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}"
+            )
         distance = torch.full((len(patches),), torch.inf)
         pick = torch.randint(len(patches), (1,), generator=generator)
         for code in range(self.codebook_size):  # k-means++: far patches become codes first

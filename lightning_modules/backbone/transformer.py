@@ -36,6 +36,10 @@ class KVCache:
         """Add a layer's keys and values of the k candidates, [B, heads, k, head_dim]."""
         self._candidates.append((key, value))
 
+    def forget(self) -> None:
+        """Drop the candidates, if any: others are proposed for the same position."""
+        self._candidates.clear()
+
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
         index = choice.view(-1, 1, 1, 1)
@@ -43,7 +47,7 @@ class KVCache:
             expanded = index.expand(-1, key.shape[1], 1, key.shape[3])
             self.keys[layer][:, :, self.length] = key.gather(2, expanded).squeeze(2)
             self.values[layer][:, :, self.length] = value.gather(2, expanded).squeeze(2)
-        self._candidates.clear()
+        self.forget()
         self.length += 1
 
     def select(self, rows: Tensor) -> "KVCache":
@@ -154,6 +158,7 @@ class Transformer(nn.Module):
 
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
         """One position, k alternatives: x [B, k, dim] against the cached prefix; hidden states after every layer."""
+        cache.forget()
         hidden = []
         for layer, block in enumerate(self.blocks):
             x = block.step(x, cache, layer)

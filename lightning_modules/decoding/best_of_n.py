@@ -31,7 +31,11 @@ class BestOfN(Strategy):
             raise ValueError(f"best-of-n needs n of at least 1, not {self.n}")
 
     def decode(
-        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+        self,
+        decoder: NextTokenDecoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
     ) -> Decoded:
         if self.judge not in judges:
             raise ValueError(f"judge {self.judge!r} does not exist here; there are: {', '.join(judges)}")

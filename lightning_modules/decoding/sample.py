@@ -18,7 +18,11 @@ class Sample(Strategy):
     sampling: Sampling
 
     def decode(
-        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+        self,
+        decoder: NextTokenDecoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
     ) -> Decoded:
         noise = uniform_noise(seeds, 1, decoder.num_tokens)
         state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)

@@ -40,7 +40,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def decode(
-        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+        self,
+        decoder: NextTokenDecoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
     ) -> Decoded:
         """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
 

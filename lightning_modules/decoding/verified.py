@@ -55,7 +55,11 @@ class Verified(Strategy):
             raise ValueError(f"choose must be 'argmax' or 'sample', not {self.choose!r}")
 
     def decode(
-        self, decoder: NextTokenDecoder, judges: Judges, prompts: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+        self,
+        decoder: NextTokenDecoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
         noise = uniform_noise(seeds, self.k, decoder.num_tokens)

@@ -1,0 +1,77 @@
+"""Weights on disk: strict, named errors, bundled weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, own_state, pretrained, resolve
+from tests.conftest import make_decoder
+
+
+def test_export_and_load_give_the_same_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
+    export(first, tmp_path, {"what": "linear"}, torch.float32)
+    assert fingerprint(first) != fingerprint(second)
+    assert fingerprint(pretrained(second, str(tmp_path))) == fingerprint(first)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_frozen_parts_are_not_written() -> None:
+    decoder = make_decoder()
+    assert any(key.startswith("image_tokenizer.") for key in decoder.state_dict())
+    assert not any(key.startswith("image_tokenizer.") for key in own_state(decoder))
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        (nn.Linear(3, 5), r"made for another model: 'weight' has shape \[4, 3\] instead of \[5, 3\]"),
+        (nn.Linear(3, 4, bias=False), "has a tensor 'bias' unknown to Linear"),
+        (nn.BatchNorm1d(4), "has no tensor 'running_mean', which BatchNorm1d needs|has shape"),
+    ],
+)
+def test_other_shapes_missing_and_surplus_tensors_are_named(
+    tmp_path: Path, module: nn.Module, sentence: str
+) -> None:
+    export(nn.Linear(3, 4), tmp_path, {})
+    with pytest.raises(ValueError, match=sentence):
+        pretrained(module, str(tmp_path))
+
+
+def test_a_missing_checkpoint_says_what_there_is() -> None:
+    with pytest.raises(FileNotFoundError, match="no model.safetensors in .*bundled:shapes_decoder"):
+        resolve("bundled:shapes_painter")
+
+
+def test_bundled_weights_fit_in_the_budget_and_say_where_they_come_from() -> None:
+    files = list(BUNDLED.glob("*/model.safetensors"))
+    assert {path.parent.name for path in files} >= {"shapes_tokenizer", "shapes_decoder", "shapes_parm_start"}
+    assert sum(path.stat().st_size for path in files) < 20e6
+    for path in files:
+        assert "python train.py experiment=" in (path.parent / "PROVENANCE.md").read_text()
+        assert (path.parent / "config.json").is_file()
+
+
+def test_bundled_tokenizer_reconstructs_shapes() -> None:
+    import numpy as np
+
+    from datamodules.shapes.detector import ShapesDetector
+    from datamodules.shapes.scenes import ShapesStream
+    from lightning_modules.rewards.geneval_metric import GenEvalMetric
+    from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+
+    tokenizer = pretrained(PatchVQ(1024, 8, 64, 96, 2), "bundled:shapes_tokenizer").eval()
+    stream = ShapesStream(split="evaluation", seed=21)
+    samples = [stream[i] for i in range(400)]
+    pixels = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        images = to_uint8(tokenizer.decode(tokenizer.encode(pixels)))
+    rows = [s.metadata for s in samples]
+    metric = GenEvalMetric()
+    verdicts = GenEvalReward(ShapesDetector()).verdicts(rows, images)
+    metric.update([row["tag"] for row in rows], torch.tensor([v.correct for v in verdicts]))
+    assert metric.compute()["overall"] >= 0.97

@@ -1,0 +1,92 @@
+"""The shared decoder: cached decoding against full passes, and images that depend on their seed alone."""
+
+import pytest
+import torch
+
+from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
+from lightning_modules.decoding.sample import Sample
+from tests.conftest import make_decoder
+
+SAMPLING = Sampling(temperature=0.8, guidance=0.5)
+
+
+def test_log_probs_are_those_of_a_distribution(decoder: NextTokenDecoder) -> None:
+    ids = decoder.word_ids(["a photo of a star"])
+    tokens = torch.randint(0, 32, (32, decoder.num_tokens))
+    tokens[:, :3] = tokens[:1, :3]
+    tokens[:, 3] = torch.arange(32)
+    total = decoder.log_probs(ids.expand(32, -1), tokens)[:, 3].exp().sum()
+    assert total.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_log_probs_do_not_depend_on_later_tokens(decoder: NextTokenDecoder) -> None:
+    ids = decoder.word_ids(["a photo of a star"])
+    tokens = torch.randint(0, 32, (1, decoder.num_tokens))
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 32
+    before, after = decoder.log_probs(ids, tokens), decoder.log_probs(ids, changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_cached_decoding_draws_the_tokens_of_uncached_decoding(
+    decoder: NextTokenDecoder, rows: list[dict]
+) -> None:
+    seeds = list(range(len(rows)))
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds)
+    noise = uniform_noise(seeds, 1, decoder.num_tokens)[:, 1]
+    ids = decoder.word_ids([row["prompt"] for row in rows])
+    tokens = torch.zeros(len(rows), decoder.num_tokens, dtype=torch.int64)
+    for t in range(decoder.num_tokens):
+        logits = [
+            decoder._logits(decoder._run(words, tokens)[1][-1])[:, t]
+            for words in (ids, torch.zeros_like(ids))
+        ]
+        cumulative = sampling_log_probs(logits[0], logits[1], SAMPLING).exp().cumsum(-1)
+        tokens[:, t] = (cumulative < noise[:, t : t + 1] * cumulative[:, -1:]).sum(-1)
+    assert torch.equal(decoded.tokens, tokens)
+    assert len(decoded.tokens.unique()) > 5
+
+
+def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
+    decoder: NextTokenDecoder, rows: list[dict]
+) -> None:
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, list(range(len(rows))))
+    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    for name in Evidence.__dataclass_fields__:
+        torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
+    log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch() -> None:
+    decoder = make_decoder()
+    strategy = Sample(Sampling())
+    rows = [{"prompt": "a photo of a star"}, {"prompt": "a photo of two circles"}] * 32
+    seeds = [image_seed(7, i) for i in range(64)]
+    together = strategy.decode(decoder, {}, rows, seeds).tokens
+    apart = torch.cat(
+        [strategy.decode(decoder, {}, [r], [s]).tokens for r, s in zip(rows, seeds, strict=True)]
+    )
+    flipped = (together != apart).any(1).sum().item()
+    assert flipped == 0, f"{flipped} of 64 images changed with the batch size"
+    assert len(together.unique(dim=0)) == 64
+
+
+def test_fork_continues_each_path_with_its_own_noise(decoder: NextTokenDecoder) -> None:
+    noise = uniform_noise([3, 4], 3, decoder.num_tokens)
+    state = decoder.begin(["a photo of a star", "a photo of a ring"], noise, SAMPLING)
+    expected = decoder.propose(state, 3).tokens
+    paths = state.fork(3)
+    assert torch.equal(decoder.propose(paths, 1).tokens.view(2, 3), expected)
+
+
+def test_unknown_words_are_named(decoder: NextTokenDecoder) -> None:
+    with pytest.raises(ValueError, match=r"'a photo of a dog' has words outside the vocabulary: 'dog'"):
+        decoder.word_ids(["a photo of a star", "a photo of a dog"])
+
+
+def test_prompts_that_are_too_long_are_refused(decoder: NextTokenDecoder) -> None:
+    with pytest.raises(ValueError, match="has 13 words, at most 12"):
+        decoder.word_ids([" ".join(["a"] * 13)])

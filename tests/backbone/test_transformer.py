@@ -1,0 +1,60 @@
+"""The cached step against the full pass."""
+
+import pytest
+import torch
+
+from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(dim=16, depth=3, heads=2)).double()
+
+
+def test_steps_against_the_cache_equal_the_full_causal_pass(model: Transformer) -> None:
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    full = model(x, causal=True)
+    cache = KVCache(capacity=7)
+    prefix = model(x[:, :3], causal=True, cache=cache)
+    torch.testing.assert_close(prefix[-1], full[-1][:, :3])
+    for t in range(3, 7):
+        step = model.step(x[:, t : t + 1], cache)
+        for got, expected in zip(step, full, strict=True):
+            torch.testing.assert_close(got[:, 0], expected[:, t])
+        cache.commit(torch.zeros(2, dtype=torch.int64))
+
+
+def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transformer) -> None:
+    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    candidates = torch.randn(2, 5, 16, dtype=torch.float64)
+    after = torch.randn(2, 1, 16, dtype=torch.float64)
+    choice = torch.tensor([3, 1])
+    cache = KVCache(capacity=6)
+    model(x, causal=True, cache=cache)
+    together = model.step(candidates, cache)[-1]
+    cache.commit(choice)
+    following = model.step(after, cache)[-1]
+    for k in range(5):
+        alone = model(torch.cat([x, candidates[:, k : k + 1]], 1), causal=True)[-1][:, -1]
+        torch.testing.assert_close(together[:, k], alone)
+    chosen = candidates[torch.arange(2), choice, None]
+    expected = model(torch.cat([x, chosen, after], 1), causal=True)[-1][:, -1:]
+    torch.testing.assert_close(following, expected)
+
+
+def test_selected_rows_are_independent_of_the_original_cache(model: Transformer) -> None:
+    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    cache = KVCache(capacity=6)
+    model(x, causal=True, cache=cache)
+    twin = cache.select(torch.tensor([1, 1, 0]))
+    model.step(torch.randn(3, 1, 16, dtype=torch.float64), twin)
+    twin.commit(torch.zeros(3, dtype=torch.int64))
+    assert (twin.length, cache.length) == (5, 4)
+    torch.testing.assert_close(twin.keys[0][2, :, :4], cache.keys[0][0, :, :4])
+    assert not cache.keys[0][:, :, 4].any()
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"dim=10 is not a multiple of heads=4"):
+        TransformerConfig(dim=10, depth=1, heads=4)

@@ -1,0 +1,109 @@
+"""Speed claims, measured side by side: pytest tests/benchmarks --benchmark-only
+
+Each test times the fast way with pytest-benchmark, the naive way (or plain sampling) in the same run, and checks the
+ratio. All at batch 64 with the bundled decoder and PARM.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from datamodules.shapes.prompts import shapes_prompts
+from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.backbone.sampling import uniform_noise
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.verified import Verified
+
+BATCH = 64
+
+
+def seconds(function: Callable[[], object], rounds: int = 3) -> float:
+    """Median wall time of a function."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The bundled decoder, PARM and sampling settings of the main job."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    from tests.conftest import ROOT
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train")
+    decoder, parm = instantiate(config.decoder, _convert_="all"), instantiate(config.parm, _convert_="all")
+    return decoder.eval(), parm.eval(), instantiate(config.sampling)
+
+
+def test_verified_decoding_costs_at_most_two_and_a_half_times_plain_sampling(
+    benchmark: BenchmarkFixture, parts
+) -> None:
+    decoder, parm, sampling = parts
+    rows = shapes_prompts("validation", 11)[:BATCH]
+    seeds = list(range(BATCH))
+    plain, verified = Sample(sampling), Verified(sampling, k=8)
+    plain_seconds = seconds(lambda: plain.decode(decoder, {}, rows, seeds))
+    benchmark.pedantic(verified.decode, (decoder, {"parm": parm}, rows, seeds), rounds=3, warmup_rounds=1)
+    ratio = statistics.median(benchmark.stats.stats.data) / plain_seconds
+    benchmark.extra_info |= {"plain_seconds": plain_seconds, "times_plain": ratio}
+    print(f"\nverified k=8: {ratio:.2f} x plain sampling ({plain_seconds:.2f} s for {BATCH} images)")
+    assert ratio <= 2.5
+
+
+def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_anew(
+    benchmark: BenchmarkFixture, parts
+) -> None:
+    decoder, parm, sampling = parts
+    rows = shapes_prompts("validation", 11)[:BATCH]
+    k, half = 8, decoder.num_tokens // 2
+    prompts = [row["prompt"] for row in rows]
+    state = decoder.begin(prompts, uniform_noise(range(BATCH), k, decoder.num_tokens), sampling)
+    watch = parm.begin(state.prompt, decoder.num_tokens)
+    first = torch.zeros(BATCH, dtype=torch.int64)
+    for _ in range(half):
+        proposal = decoder.propose(state, 1)
+        parm.score(watch, proposal.evidence)
+        parm.commit(watch, first)
+        decoder.commit(state, proposal.tokens[:, 0])
+    proposal = decoder.propose(state, k)
+    words = decoder.word_ids(prompts)
+
+    def anew() -> torch.Tensor:
+        columns = []
+        for j in range(k):
+            tokens = state.tokens.clone()
+            tokens[:, half] = proposal.tokens[:, j]
+            columns.append(parm.values(decoder.evidence(words, tokens), [half + 1]))
+        return torch.cat(columns, 1)
+
+    def cached() -> torch.Tensor:
+        return parm.score(watch, proposal.evidence)
+
+    torch.testing.assert_close(cached(), anew(), atol=2e-3, rtol=1e-3)
+    anew_seconds = seconds(anew)
+    benchmark.pedantic(cached, rounds=10, warmup_rounds=2)
+    ratio = anew_seconds / statistics.median(benchmark.stats.stats.data)
+    benchmark.extra_info |= {"anew_seconds": anew_seconds, "times_faster": ratio}
+    print(f"\ncached prefix: {ratio:.1f} x faster than encoding {k} candidates anew")
+    assert ratio >= 10
+
+
+def test_rendering(benchmark: BenchmarkFixture) -> None:
+    stream = ShapesStream()
+    images = 500
+    benchmark.pedantic(lambda: np.stack([stream[i].image for i in range(images)]), rounds=5, warmup_rounds=1)
+    rate = images / statistics.median(benchmark.stats.stats.data)
+    benchmark.extra_info |= {"images_per_second": rate}
+    print(f"\nrendering: {rate:.0f} images/s")
+    assert rate >= 1500

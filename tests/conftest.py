@@ -1,0 +1,99 @@
+"""A tiny real decoder and PARM with random weights, and the project's config, for all tests."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from datamodules.shapes.prompts import shapes_prompts, vocabulary
+from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.transformer import TransformerConfig
+from lightning_modules.rewards.parm import PARM, Features
+
+ROOT = Path(__file__).parent.parent
+# Overrides that make any experiment of the shapes world small enough for a test.
+TINY = [
+    "tokenizer.module.width=16",
+    "tokenizer.checkpoint=null",
+    "decoder.checkpoint=null",
+    "decoder.module.transformer.dim=32",
+    "decoder.module.transformer.depth=2",
+    "decoder.module.evidence_depths=[1,2]",
+    "parm.checkpoint=null",
+    "parm.module.transformer.dim=32",
+    "parm.module.transformer.depth=1",
+]
+
+torch.set_num_threads(1)
+
+
+def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
+    """A decoder of 16 tokens an image with sharpened random weights, so that distributions are far from uniform."""
+    torch.manual_seed(0)
+    tokenizer = PatchVQ(codebook_size=32, grid=grid, image_size=64, width=16, blocks=1)
+    torch.nn.init.uniform_(tokenizer.codebook)
+    transformer = TransformerConfig(dim=32, depth=depth, heads=4)
+    decoder = NextTokenDecoder(
+        tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth]
+    )
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    return decoder.eval()
+
+
+def make_parm(decoder: NextTokenDecoder, features: Features = "hidden", causal: bool = True) -> PARM:
+    """A PARM for `make_decoder`, random weights."""
+    torch.manual_seed(1)
+    parm = PARM(
+        TransformerConfig(dim=32, depth=2, heads=4),
+        grid=decoder.image_tokenizer.grid,
+        decoder_dim=decoder.dim,
+        evidence_depths=decoder.evidence_depths,
+        features=features,
+        causal=causal,
+        dropout=0.0,
+    )
+    with torch.no_grad():
+        for weight in parm.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    return parm.eval()
+
+
+@pytest.fixture(scope="session")
+def decoder() -> NextTokenDecoder:
+    return make_decoder()
+
+
+@pytest.fixture(scope="session")
+def parm(decoder: NextTokenDecoder) -> PARM:
+    return make_parm(decoder)
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """Twelve prompts, two of each task."""
+    return shapes_prompts("train", 2)
+
+
+@pytest.fixture
+def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Compose the project's config with overrides; the run directory is a temporary one."""
+
+    def compose_(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train", overrides=list(overrides), return_hydra_config=True)
+        config.hydra.runtime.output_dir = str(tmp_path)
+        return config
+
+    return compose_

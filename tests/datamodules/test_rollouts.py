@@ -1,0 +1,94 @@
+"""Rollouts: resumable, keyed by what made them, the same whatever the batch size."""
+
+import json
+
+import pytest
+
+from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance
+from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.verified import Verified
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.parm import PARM
+from tests.conftest import make_decoder, make_parm
+
+
+@pytest.fixture(scope="module")
+def reward() -> GenEvalReward:
+    return GenEvalReward(ShapesDetector())
+
+
+def columns(rows) -> list[tuple]:
+    return [(r["prompt_index"], r["sample"], r["seed"], tuple(r["tokens"]), r["reward"]) for r in rows]
+
+
+def test_interrupted_collection_goes_on_where_it_was(
+    tmp_path, decoder: NextTokenDecoder, reward: GenEvalReward, rows: list[dict]
+) -> None:
+    class Killed(Exception):
+        pass
+
+    class Mortal(Sample):
+        calls = 0
+
+        def decode(self, *args):
+            type(self).calls += 1
+            if type(self).calls == 3:
+                raise Killed
+            return super().decode(*args)
+
+    straight = collect(RolloutSpec(rows, 2, Mortal(Sampling())), tmp_path / "a", decoder, {}, reward, 0, 24)
+    spec = RolloutSpec(rows, 2, Mortal(Sampling()))
+    with pytest.raises(Killed):
+        collect(spec, tmp_path / "b", decoder, {}, reward, 0, 5)
+    done = sorted((tmp_path / "b").glob("part-*"))
+    times = [part.stat().st_mtime_ns for part in done]
+    resumed = collect(spec, tmp_path / "b", decoder, {}, reward, 0, 5)
+    assert len(done) == 1
+    assert [part.stat().st_mtime_ns for part in done] == times
+    assert columns(resumed) == columns(straight)
+    assert len(resumed) == 24
+    assert json.loads(resumed[0]["metadata"]) == rows[0]
+
+
+def test_rollouts_of_another_decoder_are_refused(tmp_path, decoder, reward, rows) -> None:
+    spec = RolloutSpec(rows[:2], 1, Sample(Sampling()))
+    collect(spec, tmp_path, decoder, {}, reward, 0, 2)
+    with pytest.raises(ValueError, match="were made with another decoder"):
+        collect(spec, tmp_path, make_decoder(depth=2), {}, reward, 0, 2)
+    with pytest.raises(ValueError, match="were made with another strategy and another seed"):
+        other = RolloutSpec(rows[:2], 1, Sample(Sampling(temperature=2.0)))
+        collect(other, tmp_path, decoder, {}, reward, 1, 2)
+
+
+def test_verified_rollouts_are_keyed_by_their_verifier(decoder, parm: PARM, rows) -> None:
+    plain = RolloutSpec(rows, 1, Sample(Sampling()))
+    verified = RolloutSpec(rows, 1, Verified(Sampling(), k=2))
+    other = make_parm(decoder, "embeddings")
+    assert provenance(plain, decoder, {"parm": parm}, 0) == provenance(plain, decoder, {"parm": other}, 0)
+    mine, theirs = (provenance(verified, decoder, {"parm": p}, 0) for p in (parm, other))
+    assert mine["verifiers"] != theirs["verifiers"]
+
+
+def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> None:
+    collected = collect(RolloutSpec(rows, 1, Sample(Sampling())), tmp_path, decoder, {}, reward, 0, 12)
+    batch = collate([collected.with_format("numpy")[i] for i in (0, 11)])
+    assert batch["tokens"].shape == (2, decoder.num_tokens)
+    assert batch["clauses"].shape == (2, 6)
+    assert batch["clauses"][0].isnan().tolist() == [False, True, True, True, True, True]
+    assert batch["group"].tolist() == [0, 11]
+    assert batch["correct"].tolist() == [collected[0]["reward"], collected[11]["reward"]]
+
+
+def test_empty_requests_are_refused(rows) -> None:
+    with pytest.raises(ValueError, match="samples of at least 1 a prompt, not 0"):
+        RolloutSpec(rows, 0, Sample(Sampling()))
+
+
+def test_a_folder_that_was_opened_stays_what_it_was(tmp_path) -> None:
+    open_folder(tmp_path / "x", {"decoder": "a", "seed": 1})
+    open_folder(tmp_path / "x", {"decoder": "a", "seed": 1})
+    with pytest.raises(ValueError, match="another seed"):
+        open_folder(tmp_path / "x", {"decoder": "a", "seed": 2})

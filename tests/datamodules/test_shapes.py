@@ -1,0 +1,108 @@
+"""The shapes world: rendering, prompts and their splits, scenes that fulfil their prompt, altered captions."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from datamodules.shapes.captions import CaptionPairs, altered, truth
+from datamodules.shapes.prompts import SPLITS, prompt_pool, shapes_prompts, vocabulary
+from datamodules.shapes.scenes import ShapesStream
+from datamodules.shapes.world import CLASSES, GAP, PALETTE
+from lightning_modules.rewards.geneval import COLORS, TASKS, GenEvalRules, validate_metadata
+
+RULES = GenEvalRules(class_names=CLASSES)
+
+
+def named(split: str) -> tuple[set, set, set]:
+    """Class-colour pairs, class pairs and class-relation-class triples that a split's prompts name."""
+    colors, pairs, triples = set(), set(), set()
+    for rows in prompt_pool(split).values():  # type: ignore[arg-type]
+        for row in rows:
+            clauses = row["include"]
+            colors |= {(c["class"], c["color"]) for c in clauses if "color" in c}
+            if row["tag"] == "two_object":
+                pairs.add(frozenset(c["class"] for c in clauses))
+            if row["tag"] == "position":
+                triples.add((clauses[1]["class"], clauses[1]["position"][0], clauses[0]["class"]))
+    return colors, pairs, triples
+
+
+def test_no_combination_is_named_in_two_splits() -> None:
+    for first, second in (("train", "evaluation"), ("train", "validation"), ("validation", "evaluation")):
+        for mine, other in zip(named(first), named(second), strict=True):
+            assert mine
+            assert not mine & other
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompts_are_valid_geneval_metadata_in_the_vocabulary(split) -> None:
+    rows = shapes_prompts(split, 50)
+    assert [row["tag"] for row in rows[::50]] == list(TASKS)
+    words = set(vocabulary())
+    for row in rows:
+        validate_metadata(row, CLASSES, "row")
+        assert set(row["prompt"].split()) <= words
+
+
+def test_templates_are_geneval_s() -> None:
+    pool = prompt_pool("train")
+    prompts = {row["prompt"] for rows in pool.values() for row in rows}
+    assert "a photo of two crosses" in prompts
+    assert "a photo of a star" in prompts
+    assert any(prompt.startswith("a photo of an orange ") for prompt in prompts)
+    position = pool["position"][0]
+    target, placed = (clause["class"] for clause in position["include"])
+    assert position["prompt"] == f"a photo of a {placed} {position['include'][1]['position'][0]} a {target}"
+    counting = pool["counting"][0]
+    assert counting["exclude"][0]["count"] == counting["include"][0]["count"] + 1
+
+
+def test_the_palette_is_geneval_s() -> None:
+    assert tuple(PALETTE) == COLORS
+    assert len(CLASSES) >= 8
+
+
+def test_images_are_a_function_of_the_index_and_streams_pickle() -> None:
+    stream = ShapesStream(seed=3)
+    twin = pickle.loads(pickle.dumps(stream))
+    for index in (0, 17, 10**9):
+        assert np.array_equal(stream[index].image, twin[index].image)
+        assert stream[index].metadata == twin[index].metadata
+    assert not np.array_equal(stream[0].image, ShapesStream(seed=4)[0].image)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_scenes_fulfil_their_prompt_without_touching(split) -> None:
+    stream = ShapesStream(split=split, seed=11)
+    for index in range(300):
+        sample = stream[index]
+        assert sample.image.shape == (64, 64, 3)
+        assert RULES.evaluate(sample.metadata, truth(sample.scene)).correct, sample.metadata["prompt"]
+        for i, a in enumerate(sample.scene.objects):
+            assert min(a.box) >= 0 and max(a.box) <= 64
+            for b in sample.scene.objects[:i]:
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
+
+
+def test_altered_captions_differ_in_one_thing_and_stay_in_their_split() -> None:
+    pairs = CaptionPairs(ShapesStream(seed=5))
+    known = {row["prompt"] for rows in prompt_pool("train").values() for row in rows}
+    wrong = 0
+    for index in range(300):
+        pair = pairs[index]
+        true, other = pair.captions
+        assert true["tag"] == other["tag"] and true["prompt"] != other["prompt"]
+        assert {true["prompt"], other["prompt"]} <= known
+        assert pair.verdicts[0].correct
+        wrong += not pair.verdicts[1].correct
+    assert wrong > 290
+
+
+def test_altering_changes_everything_that_can_change() -> None:
+    rng = np.random.default_rng(0)
+    row = next(r for r in prompt_pool("train")["position"])
+    relations = {altered(row, "train", rng)["include"][1]["position"][0] for _ in range(100)}
+    classes = {altered(row, "train", rng)["include"][0]["class"] for _ in range(100)}
+    assert len(relations) > 2
+    assert len(classes) > 3

@@ -1,0 +1,154 @@
+"""Strategies: what they reduce to in the simplest case, what they choose, what they cost."""
+
+import pytest
+import torch
+
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.verified import Verified
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Likelihood, Reward
+
+SAMPLING = Sampling(guidance=0.5)
+SEEDS = [image_seed(1, i) for i in range(12)]
+
+
+class Darkness(Reward):
+    """Likes dark images."""
+
+    def __call__(self, prompts, pixels):
+        return -pixels.mean((1, 2, 3))
+
+
+@pytest.fixture
+def judges(parm: PARM) -> dict:
+    return {"parm": parm, "likelihood": Likelihood(), "darkness": Darkness()}
+
+
+@pytest.mark.parametrize("stride", [1, 3, 16])
+def test_one_candidate_is_plain_sampling(
+    decoder: NextTokenDecoder, rows: list, judges: dict, stride: int
+) -> None:
+    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS)
+    verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(verified.tokens, plain.tokens)
+    torch.testing.assert_close(verified.evidence.log_probs, plain.evidence.log_probs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stride_of_the_whole_image_is_best_of_k(
+    decoder: NextTokenDecoder, rows: list, judges: dict
+) -> None:
+    verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
+    lanes = [Verified(SAMPLING, k=4, stride=16, verifier="likelihood", value_weight=w) for w in (1.0, -1.0)]
+    best, worst = (lane.decode(decoder, judges, rows, SEEDS).evidence.log_probs.sum(1) for lane in lanes)
+    torch.testing.assert_close(verified.evidence.log_probs.sum(1), best)
+    assert (best > worst).all()
+
+
+def test_greedy_likelihood_takes_the_likeliest_of_the_candidates(
+    decoder: NextTokenDecoder, rows: list, judges: dict
+) -> None:
+    wide = Verified(SAMPLING, k=32, distinct=True, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
+    ids = decoder.word_ids([row["prompt"] for row in rows])
+    top = decoder._logits(decoder._run(ids, wide.tokens)[1][-1]).argmax(-1)
+    assert torch.equal(wide.tokens, top)  # all 32 codes are candidates, so the greedy image comes out
+
+
+def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
+    decoder: NextTokenDecoder, rows: list, judges: dict
+) -> None:
+    plain = Sample(SAMPLING)
+    one = BestOfN(plain, 1, "darkness").decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(one.tokens, plain.decode(decoder, judges, rows, SEEDS).tokens)
+    five = BestOfN(plain, 5, "darkness").decode(decoder, judges, rows, SEEDS)
+    candidates = [
+        plain.decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]).tokens
+        for j in range(5)
+    ]
+    pixels = [decoder.image_tokenizer.decode(tokens).mean((1, 2, 3)) for tokens in candidates]
+    torch.testing.assert_close(
+        decoder.image_tokenizer.decode(five.tokens).mean((1, 2, 3)), torch.stack(pixels).min(0).values
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Verified(SAMPLING, k=3),
+        Verified(SAMPLING, k=3, distinct=True, choose="sample", prior_weight=1.0),
+        Verified(SAMPLING, k=3, stride=4),
+        Verified(SAMPLING, k=3, random_stop=True),
+        BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_images_do_not_depend_on_the_batch(
+    decoder: NextTokenDecoder, rows: list, judges: dict, strategy
+) -> None:
+    together = strategy.decode(decoder, judges, rows, SEEDS).tokens
+    apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
+    flipped = (together != torch.cat(apart)).any(1).sum().item()
+    assert flipped == 0, f"{flipped} of {len(rows)} images changed with the batch size"
+
+
+def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenDecoder, judges: dict) -> None:
+    """The choice follows softmax(value_weight * value + prior_weight * log p)."""
+    values = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(2000, -1)
+    log_probs = torch.tensor([[0.2, 0.2, 0.6]]).log().expand(2000, -1)
+    noise = torch.linspace(0, 1, 2001)[:-1]
+    drawn = Verified(SAMPLING, k=3, choose="sample", value_weight=2.0, prior_weight=1.0)._choose(
+        values, log_probs, noise
+    )
+    weights = torch.tensor([0.25 * 0.2, 0.0625 * 0.2, 0.0625 * 0.6])
+    torch.testing.assert_close(drawn.bincount() / 2000, weights / weights.sum(), atol=2e-3, rtol=0)
+    best = Verified(SAMPLING, k=3)._choose(values, log_probs, noise)
+    assert (best == 0).all()
+
+
+def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    literal = Verified(SAMPLING, k=8).decode(decoder, judges, rows, SEEDS)
+    stopped = Verified(SAMPLING, k=8, random_stop=True).decode(decoder, judges, rows, SEEDS)
+    for i, stop in enumerate(stopped.free_from.tolist()):
+        assert torch.equal(stopped.tokens[i, :stop], literal.tokens[i, :stop])
+    assert len(set(stopped.free_from.tolist())) > 4
+    assert (stopped.tokens != literal.tokens).any()
+
+
+def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    steps, batch = decoder.num_tokens, len(rows)
+    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS).cost
+    assert (plain.decoder_passes, plain.verifier_calls) == (2 * steps * batch, 0)
+    token = Verified(SAMPLING, k=8).decode(decoder, judges, rows, SEEDS).cost
+    assert (token.decoder_passes, token.verifier_calls) == (2 * steps * batch, 8 * steps * batch)
+    block = Verified(SAMPLING, k=4, stride=4).decode(decoder, judges, rows, SEEDS).cost
+    assert block.verifier_calls == 4 * batch * steps // 4
+    best = BestOfN(Sample(SAMPLING), 3, "parm").decode(decoder, judges, rows, SEEDS).cost
+    assert (best.decoder_passes, best.verifier_calls) == (3 * plain.decoder_passes, 3 * batch)
+
+
+def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    with pytest.raises(
+        ValueError, match="verifier 'darkness' does not exist here; there are: parm, likelihood"
+    ):
+        Verified(SAMPLING, k=2, verifier="darkness").decode(decoder, judges, rows, SEEDS)
+    with pytest.raises(
+        ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"
+    ):
+        BestOfN(Sample(SAMPLING), 2, "clip").decode(decoder, judges, rows, SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Verified(SAMPLING, k=0), "k of at least 1, not 0"),
+        (lambda: Verified(SAMPLING, k=2, stride=0), "stride of at least 1, not 0"),
+        (lambda: Verified(SAMPLING, k=2, choose="worst"), "choose must be"),  # type: ignore[arg-type]
+        (lambda: Verified(SAMPLING, k=2, stride=2, random_stop=True), "random_stop needs stride 1, not 2"),
+        (lambda: BestOfN(Sample(SAMPLING), 0, "parm"), "n of at least 1, not 0"),
+    ],
+)
+def test_impossible_settings_are_refused(make, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()

@@ -1,0 +1,100 @@
+"""PARM: causality, candidates scored together, cached steps against full passes."""
+
+import pytest
+import torch
+
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, uniform_noise
+from lightning_modules.rewards.parm import PARM, Features
+from tests.conftest import make_parm
+
+
+def evidence_of(decoder: NextTokenDecoder, tokens: torch.Tensor):
+    return decoder.evidence(decoder.word_ids(["a photo of a red star"] * len(tokens)), tokens)
+
+
+@pytest.fixture
+def tokens(decoder: NextTokenDecoder) -> torch.Tensor:
+    return torch.randint(0, 32, (4, decoder.num_tokens), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("features", ["hidden", "embeddings"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_value_of_a_prefix_does_not_change_when_later_tokens_do(
+    decoder: NextTokenDecoder, tokens: torch.Tensor, features: Features, causal: bool
+) -> None:
+    parm = make_parm(decoder, features, causal)
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 5) % 32
+    lengths = [1, 9, 10, decoder.num_tokens]
+    before = parm.values(evidence_of(decoder, tokens), lengths)
+    after = parm.values(evidence_of(decoder, changed), lengths)
+    torch.testing.assert_close(before[:, :2], after[:, :2])
+    assert (before[:, 2:] != after[:, 2:]).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
+    decoder: NextTokenDecoder, rows: list[dict], causal: bool
+) -> None:
+    parm = make_parm(decoder, "hidden", causal)
+    state = decoder.begin([row["prompt"] for row in rows], uniform_noise(range(len(rows)), 5, 16), Sampling())
+    watch = parm.begin(state.prompt, decoder.num_tokens)
+    walked = []
+    while not state.done:
+        proposal = decoder.propose(state, 5)
+        values = parm.score(watch, proposal.evidence)
+        choice = torch.full((len(rows),), state.length % 5)
+        parm.commit(watch, choice)
+        walked.append(values[:, state.length % 5])
+        decoder.commit(state, proposal.tokens.gather(1, choice[:, None])[:, 0])
+    evidence = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), state.tokens)
+    full = parm.values(evidence, range(1, decoder.num_tokens + 1))
+    torch.testing.assert_close(torch.stack(walked, 1), full, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("features", ["hidden", "embeddings"])
+def test_candidates_scored_together_equal_candidates_scored_apart(
+    decoder: NextTokenDecoder, rows: list[dict], features: Features
+) -> None:
+    parm = make_parm(decoder, features)
+    state = decoder.begin([row["prompt"] for row in rows], uniform_noise(range(len(rows)), 8, 16), Sampling())
+    watch = parm.begin(state.prompt, decoder.num_tokens)
+    for _ in range(5):
+        proposal = decoder.propose(state, 1)
+        parm.score(watch, proposal.evidence)
+        parm.commit(watch, torch.zeros(len(rows), dtype=torch.int64))
+        decoder.commit(state, proposal.tokens[:, 0])
+    proposal = decoder.propose(state, 8)
+    together = parm.score(watch, proposal.evidence)
+    everyone = torch.arange(len(rows))
+    apart = [
+        parm.score(watch.select(everyone), proposal.evidence.pick(torch.full((len(rows),), j)))
+        for j in range(8)
+    ]
+    torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=0)
+    assert together.std() > 1e-3
+
+
+def test_values_are_log_probabilities(decoder: NextTokenDecoder, parm: PARM, tokens: torch.Tensor) -> None:
+    values = parm.values(evidence_of(decoder, tokens), [1, 16])
+    assert (values < 0).all()
+    logits, clauses = parm(evidence_of(decoder, tokens))
+    torch.testing.assert_close(values, logits[:, [0, 15]].sigmoid().log())
+    assert clauses.shape == (4, 16, 6)
+
+
+def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
+    from lightning_modules.backbone.transformer import TransformerConfig
+
+    compact = PARM(TransformerConfig(512, 6, 8), 4, decoder.dim, decoder.evidence_depths, "hidden", True, 0.0)
+    assert [tuple(layer.weight.shape) for layer in (compact.head[0], compact.head[2])] == [
+        (256, 512),
+        (1, 256),
+    ]
+    assert len(compact.transformer.blocks) == 6
+
+
+def test_unknown_features_are_refused(decoder: NextTokenDecoder) -> None:
+    with pytest.raises(ValueError, match="parm.features must be 'hidden' or 'embeddings', not 'pixels'"):
+        make_parm(decoder, "pixels")  # type: ignore[arg-type]

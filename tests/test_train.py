@@ -1,0 +1,234 @@
+"""The command line: every config composes and builds, the jobs run, wrong input ends in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT, TINY
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+GROUPS = [
+    f"{folder.name}={path.stem}"
+    for folder in sorted((ROOT / "conf").iterdir())
+    if folder.is_dir() and folder.name not in ("experiment", "hydra")
+    for path in sorted(folder.glob("*.yaml"))
+]
+SMALL = [
+    *TINY,
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    "geneval.train_prompts.per_task=2",
+    "geneval.validation_prompts.per_task=1",
+    "geneval.test_prompts.per_task=1",
+    "strategies.best_of_8_likelihood.n=2",
+    "callbacks.geneval.batch_size=8",
+]
+SMALL_PARM = [
+    *SMALL,
+    "strategies.best_of_8_parm.n=2",
+    "strategies.parm.n=2",
+    "data.train.plain.samples=2",
+    "data.train.verified.samples=1",
+    "data.train.verified.from_epoch=1",
+    "data.validation.samples=2",
+    "data.test.samples=2",
+    "data.batch_size=8",
+    "data.collect_batch_size=12",
+    "trainer.max_steps=5",
+    "trainer.check_val_every_n_epoch=1",
+]
+
+
+def command(
+    tmp_path: Path, *overrides: str, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run train.py in a process of its own, from a temporary folder."""
+    fixed = [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *fixed, *overrides],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize("choice", ["", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
+def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
+    small = [] if choice in ("decoder=full", "tokenizer=full", "experiment=full_decoder") else list(TINY)
+    if choice == "geneval=file":
+        small.append(f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl")
+    config = compose_config(*([choice] if choice else []), *small)
+    OmegaConf.resolve(config)
+    for part in ("module", "data", "callbacks", "logger"):
+        assert instantiate(config[part], _convert_="all") is not None
+    if "ddp" not in choice:  # those want several devices, which this machine may lack
+        assert instantiate(config.trainer) is not None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_say_their_command(name: str) -> None:
+    first, second = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second.startswith(f"# python train.py experiment={name}")
+
+
+def test_the_full_size_decoder_trains_one_step(compose_config) -> None:
+    config = compose_config("experiment=full_decoder")
+    module = instantiate(config.module, _convert_="all")
+    decoder = module.decoder
+    assert (decoder.dim, decoder.num_tokens, decoder.image_tokenizer.codebook_size) == (768, 256, 8192)
+    assert len(decoder.transformer.blocks) == 12 and decoder.transformer.config.heads == 12
+    tokens = torch.randint(0, 8192, (1, 256))
+    optimizer = module.optimizer(module.parameters())
+    before = -decoder.log_probs(decoder.word_ids(["a photo of a star"]), tokens).mean()
+    before.backward()
+    optimizer.step()
+    after = -decoder.log_probs(decoder.word_ids(["a photo of a star"]), tokens).mean()
+    assert after < before
+
+
+def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
+    done = command(tmp_path, *SMALL_PARM, "logger=default", "geneval.test_prompts.per_task=2")
+    run = tmp_path / "run"
+    names = ["sample", "best_of_8_likelihood", "best_of_8_parm", "parm_literal", "parm"]
+    report = json.loads((run / "geneval.json").read_text())
+    assert sorted(report["strategies"]) == sorted(names)
+    assert report["prompts"] == 12
+    for name in names:
+        assert name in done.stdout
+        assert (run / "sheets" / f"{name}.png").is_file()
+    assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("train/loss", "val/parm/auc_50", "val/likelihood/auc_50", "val/parm/ece", "val/geneval",
+                "test/geneval/parm", "test/parm/auc"):  # fmt: skip
+        assert key in header
+    assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
+    assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
+    assert list(run.glob("wandb/offline-run-*"))
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
+    # The checkpoint evaluates to what the end of training printed, and exports.
+    seeded = [*SMALL_PARM, "geneval.test_prompts.per_task=2", f"ckpt_path={run}/checkpoints/last.ckpt"]
+    command(tmp_path, *seeded, "task=evaluate", f"hydra.run.dir={tmp_path}/again")
+    again = json.loads((tmp_path / "again" / "geneval.json").read_text())
+    assert {k: v["overall"] for k, v in again["strategies"].items()} == {
+        k: v["overall"] for k, v in report["strategies"].items()
+    }
+    command(tmp_path, *seeded, "task=export", f"export_dir={tmp_path}/export")
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
+    common = [*SMALL_PARM, "task=evaluate", "geneval.test_prompts.per_task=3", "seed=5"]
+    command(tmp_path, *common)
+    command(tmp_path, *common, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
+    one, two = ((tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("run", "two"))
+    assert len(one) == len(two) == 5 * 18
+    flipped = sum(a != b for a, b in zip(one, two, strict=True))
+    assert flipped == 0, f"{flipped} of {len(one)} rows differ between one and two processes"
+    first, second = (json.loads((tmp_path / name / "geneval.json").read_text()) for name in ("run", "two"))
+    for name, scores in first["strategies"].items():
+        assert second["strategies"][name]["tasks"] == scores["tasks"]
+        assert (
+            second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
+        )
+
+
+def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
+    command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", "trainer.max_steps=3")
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("name", ["shapes_tokenizer", "shapes_decoder", "shapes_parm_start"])
+def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
+    overrides = [
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "data.validation_images=8",
+        "data.batch_size=4",
+    ]
+    small = SMALL
+    if name == "shapes_tokenizer":
+        small = [item for item in SMALL if "callbacks" not in item]
+        overrides += ["module.codebook_images=2048", "module.codebook_iterations=1"]
+    else:
+        overrides += ["data.num_workers=0"]
+    if name == "shapes_parm_start":
+        small = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
+    command(tmp_path, f"experiment={name}", *small, *overrides)
+    assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
+    done = command(tmp_path, *SMALL_PARM, "task=rollout")
+    assert "plain: 24 rollouts, 0." in done.stdout
+    assert len(list((tmp_path / "rollouts").iterdir())) == 4
+
+
+def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
+    shown = command(tmp_path, "--help").stdout
+    assert "task=evaluate ckpt_path=PATH" in shown and "shapes_parm_start" in shown
+    wrong = command(tmp_path, "experiment=nothing", check=False)
+    assert wrong.returncode != 0 and "shapes_decoder" in wrong.stderr
+    wrong = command(tmp_path, "sampling.temprature=1", check=False)
+    assert wrong.returncode != 0 and "temprature" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
+        (["strategies.parm_literal.k=0"], "verified decoding needs k of at least 1, not 0"),
+        (["strategies.best_of_8_parm.n=0"], "best-of-n needs n of at least 1, not 0"),
+        (["task=train"], "task must be fit, evaluate, rollout or export, not 'train'"),
+        (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
+        (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
+        (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
+    ],
+)
+def test_bad_config_ends_in_one_sentence_before_work_starts(
+    tmp_path: Path, overrides: list[str], sentence: str
+) -> None:
+    done = command(tmp_path, *SMALL_PARM, *overrides, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and sentence in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"tag": "single_object"', "prompts.jsonl:2"),
+        (
+            '{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a star"}',
+            "'dog'",
+        ),
+        (
+            '{"tag": "colors", "include": [{"class": "star", "count": 1, "color": "teal"}], "prompt": "a star"}',
+            "'teal'",
+        ),
+    ],
+)
+def test_broken_prompt_files_are_named_with_their_line(tmp_path: Path, line: str, sentence: str) -> None:
+    good = (
+        '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
+    )
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    done = command(
+        tmp_path, *SMALL_PARM[:-5], "geneval=file", f"geneval.test_prompts.path={path}", check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "prompts.jsonl:2" in last and sentence in last
