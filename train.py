@@ -29,9 +29,7 @@ def run(config: DictConfig) -> None:
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
     seed_everything(config.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(config, resolve=True)
-    write_text(
-        Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True)
-    )
+    write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     module = build(config.module)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)

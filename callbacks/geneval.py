@@ -75,9 +75,7 @@ class GenEvalCallback(Callback):
         if monitor not in validation_strategies:
             raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
         if images_per_prompt < 1:
-            raise ValueError(
-                f"callbacks.geneval.images_per_prompt must be at least 1, not {images_per_prompt}"
-            )
+            raise ValueError(f"callbacks.geneval.images_per_prompt must be at least 1, not {images_per_prompt}")
         self.reward = reward
         self.strategies = dict(strategies)
         self.validation_strategies = list(validation_strategies)
@@ -135,7 +133,7 @@ class GenEvalCallback(Callback):
     ) -> dict[str, StrategyResult]:
         """Decode and judge this rank's share by each strategy, then put the shares together."""
         pl_module.eval()
-        judges: Judges = {**pl_module.judges, "geneval": self.reward}  # type: ignore[dict-item, arg-type]
+        judges: Judges = {**pl_module.judges, "geneval": self.reward}  # type: ignore[dict-item]
         rank, world_size = trainer.global_rank, trainer.world_size
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}

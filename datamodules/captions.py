@@ -78,9 +78,7 @@ class CaptionsDataModule(LightningDataModule):
     def _loader(self, dataset: PairDataset, train: bool) -> DataLoader[dict[str, Any]]:
         # A stream is random by itself: shuffling would only cost the reproducible order.
         assert self.trainer is not None
-        return make_loader(
-            dataset, self.trainer, self.batch_size, collate, train=train, num_workers=self.num_workers
-        )
+        return make_loader(dataset, self.trainer, self.batch_size, collate, train=train, num_workers=self.num_workers)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.train_dataset, train=True)

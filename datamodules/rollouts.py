@@ -209,9 +209,7 @@ class RolloutsDataModule(LightningDataModule):
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
         size = self.collect_batch_size
-        return collect(
-            spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size
-        )
+        return collect(spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size)
 
     def collect_all(self, module: Any) -> None:
         """Collect every set with the models as they are, on one process, and print how much of it is correct."""
@@ -227,16 +225,12 @@ class RolloutsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        due = [
-            (name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch
-        ]
+        due = [(name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
         rows = concatenate_datasets([self._collect(name, spec) for name, spec in due])
         return self._loader(rows, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(
-            self._collect("validation", self.validation), self.collect_batch_size, train=False
-        )
+        return self._loader(self._collect("validation", self.validation), self.collect_batch_size, train=False)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self._collect("test", self.test), self.collect_batch_size, train=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,7 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-def warmup_cosine(module: LightningModule, optimizer: OptimizerFactory, warmup_steps: int) -> dict[str, Any]:
+def warmup_cosine(
+    module: LightningModule, optimizer: OptimizerFactory, warmup_steps: int
+) -> OptimizerLRSchedulerConfig:
     """Lightning's optimizer dictionary: linear warm-up, then cosine decay to zero at the last step of the Trainer."""
     built = optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
     total = int(module.trainer.estimated_stepping_batches)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -79,9 +80,7 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         value_loss = F.binary_cross_entropy_with_logits(logits, target, weight=trained, reduction="sum")
         asked = trained[..., None] * (~batch["clauses"].isnan()).float()[:, None]
         clauses = batch["clauses"].nan_to_num()[:, None].expand_as(clause_logits)
-        clause_loss = F.binary_cross_entropy_with_logits(
-            clause_logits, clauses, weight=asked, reduction="sum"
-        )
+        clause_loss = F.binary_cross_entropy_with_logits(clause_logits, clauses, weight=asked, reduction="sum")
         return value_loss / trained.sum().clamp(min=1), clause_loss / asked.sum().clamp(min=1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -96,7 +95,7 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         evidence = self._evidence(batch)
         for name, judge in self.judges.items():
             values = judge.values(evidence, tenths(self.decoder.num_tokens))
-            self.ranking[name].update(values, batch["correct"], batch["group"])
+            self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]
 
     def _log_ranking(self, stage: str) -> None:
         for name, metric in self.ranking.items():
@@ -125,5 +124,5 @@ class PARMModule(FrozenPartsMixin, LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_ranking("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return warmup_cosine(self, self.optimizer, self.warmup_steps)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -64,5 +65,5 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return warmup_cosine(self, self.optimizer, self.warmup_steps)

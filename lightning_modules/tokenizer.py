@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.image_tokenizer import PatchVQ
@@ -51,9 +52,7 @@ class ImageTokenizerModule(LightningModule):
         images = torch.stack([dataset[i]["image"] for i in range(self.codebook_images)]).float() / 255
         generator = torch.Generator().manual_seed(0)
         error = self.tokenizer.fit_codebook(images, self.codebook_iterations, generator)
-        rank_zero_info(
-            f"Codebook of {self.tokenizer.codebook_size} patches: squared error {error:.4f} a patch"
-        )
+        rank_zero_info(f"Codebook of {self.tokenizer.codebook_size} patches: squared error {error:.4f} a patch")
 
     def _reconstruct(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean absolute and mean squared error of the reconstruction."""
@@ -72,9 +71,7 @@ class ImageTokenizerModule(LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         absolute, squared = self._reconstruct(batch)
-        self.log_dict(
-            {"test/l1": absolute, "test/mse": squared}, sync_dist=True, batch_size=len(batch["image"])
-        )
+        self.log_dict({"test/l1": absolute, "test/mse": squared}, sync_dist=True, batch_size=len(batch["image"]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return warmup_cosine(self, self.optimizer, self.warmup_steps)

@@ -41,9 +41,7 @@ def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
     tokenizer = PatchVQ(codebook_size=32, grid=grid, image_size=64, width=16, blocks=1)
     torch.nn.init.uniform_(tokenizer.codebook)
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
-    decoder = NextTokenDecoder(
-        tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth]
-    )
+    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth])
     with torch.no_grad():
         for weight in decoder.parameters():
             if weight.ndim > 1:

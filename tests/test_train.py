@@ -46,9 +46,7 @@ SMALL_PARM = [
 ]
 
 
-def command(
-    tmp_path: Path, *overrides: str, check: bool = True, **env: str
-) -> subprocess.CompletedProcess[str]:
+def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run train.py in a process of its own, from a temporary folder."""
     fixed = [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
     done = subprocess.run(
@@ -137,9 +135,7 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / name / "geneval.json").read_text()) for name in ("run", "two"))
     for name, scores in first["strategies"].items():
         assert second["strategies"][name]["tasks"] == scores["tasks"]
-        assert (
-            second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
-        )
+        assert second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
 
 
 def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
@@ -221,14 +217,10 @@ def test_bad_config_ends_in_one_sentence_before_work_starts(
     ],
 )
 def test_broken_prompt_files_are_named_with_their_line(tmp_path: Path, line: str, sentence: str) -> None:
-    good = (
-        '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
-    )
+    good = '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
     path = tmp_path / "prompts.jsonl"
     path.write_text(f"{good}\n{line}\n")
-    done = command(
-        tmp_path, *SMALL_PARM[:-5], "geneval=file", f"geneval.test_prompts.path={path}", check=False
-    )
+    done = command(tmp_path, *SMALL_PARM[:-5], "geneval=file", f"geneval.test_prompts.path={path}", check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "prompts.jsonl:2" in last and sentence in last

@@ -112,9 +112,7 @@ class CaptionPairs:
 
     def __getitem__(self, index: int) -> CaptionPair:
         sample = self.stream[index]
-        rng = np.random.Generator(
-            np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64))
-        )
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
         captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
         found = truth(sample.scene)
         verdicts = (_RULES.evaluate(captions[0], found), _RULES.evaluate(captions[1], found))

@@ -102,9 +102,7 @@ def render(scene: Scene) -> np.ndarray:
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
-        window = canvas[
-            item.y - item.radius : item.y + item.radius, item.x - item.radius : item.x + item.radius
-        ]
+        window = canvas[item.y - item.radius : item.y + item.radius, item.x - item.radius : item.x + item.radius]
         window += _sprite(item.name, item.radius) * (np.asarray(PALETTE[item.color], np.float32) - window)
     return np.rint(canvas).astype(np.uint8)
 

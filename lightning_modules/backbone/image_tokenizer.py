@@ -60,7 +60,7 @@ class PatchVQ(ImageTokenizer):
         )  # fmt: skip
         self.head = nn.Conv2d(width, 3 * self.patch**2, 1)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def patches(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, T, 3 * patch * patch]."""
@@ -97,9 +97,7 @@ class PatchVQ(ImageTokenizer):
         """
         patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
         if len(patches) < self.codebook_size:
-            raise ValueError(
-                f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}"
-            )
+            raise ValueError(f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}")
         distance = torch.full((len(patches),), torch.inf)
         pick = torch.randint(len(patches), (1,), generator=generator)
         for code in range(self.codebook_size):  # k-means++: far patches become codes first

@@ -24,12 +24,8 @@ def resolve(checkpoint: str) -> Path:
     name = checkpoint.removeprefix("bundled:")
     folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
     if not (folder / "model.safetensors").is_file():
-        known = ", ".join(
-            sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors"))
-        )
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})"
-        )
+        known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
+        raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
     return folder
 
 
@@ -52,27 +48,19 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
     stored, expected = load_file(folder / "model.safetensors"), own_state(module)
     for key in expected:
         if key not in stored:
-            raise ValueError(
-                f"checkpoint {checkpoint!r} has no tensor {key!r}, which {type(module).__name__} needs"
-            )
+            raise ValueError(f"checkpoint {checkpoint!r} has no tensor {key!r}, which {type(module).__name__} needs")
         if stored[key].shape != expected[key].shape:
             shapes = f"{list(stored[key].shape)} instead of {list(expected[key].shape)}"
-            raise ValueError(
-                f"checkpoint {checkpoint!r} was made for another model: {key!r} has shape {shapes}"
-            )
+            raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {key!r} has shape {shapes}")
     if surplus := sorted(stored.keys() - expected.keys()):
-        raise ValueError(
-            f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {type(module).__name__}"
-        )
+        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {type(module).__name__}")
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(stored[key])
     return module
 
 
-def export(
-    module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16
-) -> None:
+def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Write a module's own weights and the config that builds it, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -227,9 +227,7 @@ class NextTokenDecoder(nn.Module):
     def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
         """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
         logits = self._logits(self._run(word_ids, tokens)[1][-1])
-        return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(
-            tokens
-        )
+        return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     @torch.no_grad()
     def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:

@@ -32,9 +32,7 @@ class WordTokenizer:
                 names = ", ".join(map(repr, dict.fromkeys(unknown)))
                 raise ValueError(f"prompt {prompt!r} has words outside the vocabulary: {names}")
             if len(words) > self.max_words:
-                raise ValueError(
-                    f"prompt {prompt!r} has {len(words)} words, at most {self.max_words} are allowed"
-                )
+                raise ValueError(f"prompt {prompt!r} has {len(words)} words, at most {self.max_words} are allowed")
             rows.append([self._ids[word] for word in words] + [0] * (self.max_words - len(words)))
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_words)
 

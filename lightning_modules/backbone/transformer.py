@@ -161,6 +161,6 @@ class Transformer(nn.Module):
         cache.forget()
         hidden = []
         for layer, block in enumerate(self.blocks):
-            x = block.step(x, cache, layer)
+            x = block.step(x, cache, layer)  # type: ignore[operator]
             hidden.append(x)
         return hidden

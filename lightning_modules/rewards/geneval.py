@@ -134,9 +134,7 @@ class GenEvalRules:
             # The cap comes before the suppression of overlaps, so suppressed boxes use up places.
             for i in indices[: self.max_objects]:
                 better = kept.setdefault(name, [])
-                if self.max_overlap >= 1 or all(
-                    overlap(boxes[i], boxes[j]) < self.max_overlap for j in better
-                ):
+                if self.max_overlap >= 1 or all(overlap(boxes[i], boxes[j]) < self.max_overlap for j in better):
                     better.append(i)
         return kept
 
@@ -195,9 +193,7 @@ def overlap(box: Sequence[float], other: Sequence[float]) -> float:
     return shared / union if union else 0.0
 
 
-def relations(
-    box: NDArray[np.float32], target: NDArray[np.float32], position_threshold: float = 0.1
-) -> set[str]:
+def relations(box: NDArray[np.float32], target: NDArray[np.float32], position_threshold: float = 0.1) -> set[str]:
     """Where `box` lies as seen from `target`, both [4] (x1, y1, x2, y2): none, one or two of `RELATIONS`.
 
     Along each axis the offset of the centres is shortened by `position_threshold` times the summed box sizes;

@@ -99,9 +99,7 @@ class GenEvalMetric(Metric):
             raise ValueError(f"unknown GenEval tags {sorted(unknown)}, known are {', '.join(TASKS)}")
         verdicts = torch.as_tensor(correct, device=self.total.device).long()
         if verdicts.shape != (len(tags),):
-            raise ValueError(
-                f"{len(tags)} tags need verdicts of shape [{len(tags)}], found {list(verdicts.shape)}"
-            )
+            raise ValueError(f"{len(tags)} tags need verdicts of shape [{len(tags)}], found {list(verdicts.shape)}")
         tasks = torch.tensor([TASKS.index(tag) for tag in tags], dtype=torch.long, device=self.total.device)
         self.correct.index_add_(0, tasks, verdicts)
         self.total.index_add_(0, tasks, torch.ones_like(verdicts))

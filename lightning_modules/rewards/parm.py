@@ -119,9 +119,7 @@ class PARM(nn.Module, Verifier[PARMState]):
     def _increments(evidence: Evidence) -> Tensor:
         """What each token adds to the running sums, [B, S, 3]."""
         log_p = evidence.log_probs
-        return torch.stack(
-            [log_p, log_p - evidence.unconditional_log_probs, log_p + evidence.entropy], dim=-1
-        )
+        return torch.stack([log_p, log_p - evidence.unconditional_log_probs, log_p + evidence.entropy], dim=-1)
 
     def forward(self, evidence: Evidence, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits that the image will be right, and that each clause of its prompt will hold.

@@ -48,9 +48,7 @@ class RankingMetric(Metric):
             pairs += difference.shape[0] * difference.shape[1]
             chosen.append(right[own.argmax(0)].float())
         probability = values.clamp(max=0).exp()
-        ece = [
-            binary_calibration_error(p, correct.long(), n_bins=10, norm="l1") for p in probability.unbind(1)
-        ]
+        ece = [binary_calibration_error(p, correct.long(), n_bins=10, norm="l1") for p in probability.unbind(1)]
         return {"auc": wins / max(pairs, 1), "chosen": torch.stack(chosen).mean(0), "ece": torch.stack(ece)}
 
 

@@ -65,9 +65,7 @@ class Likelihood(Verifier[LikelihoodState]):
     """The decoder's own log p(tokens | prompt): costs nothing, and is what every other verifier has to beat."""
 
     def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
-        return evidence.log_probs.cumsum(-1)[
-            :, torch.as_tensor(lengths, device=evidence.log_probs.device) - 1
-        ]
+        return evidence.log_probs.cumsum(-1)[:, torch.as_tensor(lengths, device=evidence.log_probs.device) - 1]
 
     def begin(self, prompt: Tensor, capacity: int) -> LikelihoodState:
         total = prompt.new_zeros(len(prompt))

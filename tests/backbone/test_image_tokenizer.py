@@ -22,9 +22,7 @@ def test_k_means_finds_every_distinct_patch_and_codes_round_trip() -> None:
     tokens = tokenizer.encode(pixels)
     assert tokens.shape == (32, 16)
     assert len(tokens.unique()) == 8
-    torch.testing.assert_close(
-        tokenizer.decode(tokens), pixels, atol=0.01, rtol=0
-    )  # an untrained decoder adds 0
+    torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=0.01, rtol=0)  # an untrained decoder adds 0
 
 
 def test_patches_are_read_row_by_row() -> None:

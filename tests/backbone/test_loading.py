@@ -34,16 +34,14 @@ def test_frozen_parts_are_not_written() -> None:
         (nn.BatchNorm1d(4), "has no tensor 'running_mean', which BatchNorm1d needs|has shape"),
     ],
 )
-def test_other_shapes_missing_and_surplus_tensors_are_named(
-    tmp_path: Path, module: nn.Module, sentence: str
-) -> None:
+def test_other_shapes_missing_and_surplus_tensors_are_named(tmp_path: Path, module: nn.Module, sentence: str) -> None:
     export(nn.Linear(3, 4), tmp_path, {})
     with pytest.raises(ValueError, match=sentence):
         pretrained(module, str(tmp_path))
 
 
 def test_a_missing_checkpoint_says_what_there_is() -> None:
-    with pytest.raises(FileNotFoundError, match="no model.safetensors in .*bundled:shapes_decoder"):
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors in .*bundled:shapes_decoder"):
         resolve("bundled:shapes_painter")
 
 

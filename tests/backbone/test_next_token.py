@@ -30,19 +30,14 @@ def test_log_probs_do_not_depend_on_later_tokens(decoder: NextTokenDecoder) -> N
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-def test_cached_decoding_draws_the_tokens_of_uncached_decoding(
-    decoder: NextTokenDecoder, rows: list[dict]
-) -> None:
+def test_cached_decoding_draws_the_tokens_of_uncached_decoding(decoder: NextTokenDecoder, rows: list[dict]) -> None:
     seeds = list(range(len(rows)))
     decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds)
     noise = uniform_noise(seeds, 1, decoder.num_tokens)[:, 1]
     ids = decoder.word_ids([row["prompt"] for row in rows])
     tokens = torch.zeros(len(rows), decoder.num_tokens, dtype=torch.int64)
     for t in range(decoder.num_tokens):
-        logits = [
-            decoder._logits(decoder._run(words, tokens)[1][-1])[:, t]
-            for words in (ids, torch.zeros_like(ids))
-        ]
+        logits = [decoder._logits(decoder._run(words, tokens)[1][-1])[:, t] for words in (ids, torch.zeros_like(ids))]
         cumulative = sampling_log_probs(logits[0], logits[1], SAMPLING).exp().cumsum(-1)
         tokens[:, t] = (cumulative < noise[:, t : t + 1] * cumulative[:, -1:]).sum(-1)
     assert torch.equal(decoded.tokens, tokens)
@@ -66,9 +61,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch() -> None:
     rows = [{"prompt": "a photo of a star"}, {"prompt": "a photo of two circles"}] * 32
     seeds = [image_seed(7, i) for i in range(64)]
     together = strategy.decode(decoder, {}, rows, seeds).tokens
-    apart = torch.cat(
-        [strategy.decode(decoder, {}, [r], [s]).tokens for r, s in zip(rows, seeds, strict=True)]
-    )
+    apart = torch.cat([strategy.decode(decoder, {}, [r], [s]).tokens for r, s in zip(rows, seeds, strict=True)])
     flipped = (together != apart).any(1).sum().item()
     assert flipped == 0, f"{flipped} of 64 images changed with the batch size"
     assert len(together.unique(dim=0)) == 64

@@ -63,9 +63,7 @@ def one(name: str, color: str = "blue", x: int = 32, radius: int = 8) -> Images:
     return render(Scene((SceneObject(name, color, x, 32, radius),), 0))
 
 
-@pytest.mark.parametrize(
-    "change", [None, noisy, blurred, recolored, lambda i, rng: noisy(blurred(i, rng), rng)]
-)
+@pytest.mark.parametrize("change", [None, noisy, blurred, recolored, lambda i, rng: noisy(blurred(i, rng), rng)])
 def test_pictures_that_fulfil_their_prompt_are_correct(
     pictures: list[CaptionedImage],
     rng: np.random.Generator,

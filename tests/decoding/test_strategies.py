@@ -28,18 +28,14 @@ def judges(parm: PARM) -> dict:
 
 
 @pytest.mark.parametrize("stride", [1, 3, 16])
-def test_one_candidate_is_plain_sampling(
-    decoder: NextTokenDecoder, rows: list, judges: dict, stride: int
-) -> None:
+def test_one_candidate_is_plain_sampling(decoder: NextTokenDecoder, rows: list, judges: dict, stride: int) -> None:
     plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS)
     verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, rows, SEEDS)
     assert torch.equal(verified.tokens, plain.tokens)
     torch.testing.assert_close(verified.evidence.log_probs, plain.evidence.log_probs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stride_of_the_whole_image_is_best_of_k(
-    decoder: NextTokenDecoder, rows: list, judges: dict
-) -> None:
+def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
     lanes = [Verified(SAMPLING, k=4, stride=16, verifier="likelihood", value_weight=w) for w in (1.0, -1.0)]
     best, worst = (lane.decode(decoder, judges, rows, SEEDS).evidence.log_probs.sum(1) for lane in lanes)
@@ -64,8 +60,7 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
     assert torch.equal(one.tokens, plain.decode(decoder, judges, rows, SEEDS).tokens)
     five = BestOfN(plain, 5, "darkness").decode(decoder, judges, rows, SEEDS)
     candidates = [
-        plain.decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]).tokens
-        for j in range(5)
+        plain.decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]).tokens for j in range(5)
     ]
     pixels = [decoder.image_tokenizer.decode(tokens).mean((1, 2, 3)) for tokens in candidates]
     torch.testing.assert_close(
@@ -84,9 +79,7 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
     ],
     ids=lambda strategy: type(strategy).__name__,
 )
-def test_images_do_not_depend_on_the_batch(
-    decoder: NextTokenDecoder, rows: list, judges: dict, strategy
-) -> None:
+def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
     together = strategy.decode(decoder, judges, rows, SEEDS).tokens
     apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
     flipped = (together != torch.cat(apart)).any(1).sum().item()
@@ -129,13 +122,9 @@ def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, ju
 
 
 def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    with pytest.raises(
-        ValueError, match="verifier 'darkness' does not exist here; there are: parm, likelihood"
-    ):
+    with pytest.raises(ValueError, match="verifier 'darkness' does not exist here; there are: parm, likelihood"):
         Verified(SAMPLING, k=2, verifier="darkness").decode(decoder, judges, rows, SEEDS)
-    with pytest.raises(
-        ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"
-    ):
+    with pytest.raises(ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"):
         BestOfN(Sample(SAMPLING), 2, "clip").decode(decoder, judges, rows, SEEDS)
 
 

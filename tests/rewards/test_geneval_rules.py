@@ -123,9 +123,7 @@ def test_nothing_asked_has_no_labels() -> None:
 
 def test_two_relations_are_printed_sorted() -> None:
     include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["below", 0]}]
-    reason = judge(
-        [{**CAT, "bbox": [100, 100, 110, 110]}, {**DOG, "bbox": [0, 0, 10, 10]}], include=include
-    ).reason
+    reason = judge([{**CAT, "bbox": [100, 100, 110, 110]}, {**DOG, "bbox": [0, 0, 10, 10]}], include=include).reason
     assert reason == "expected dog below target, found above and left of target"
 
 
@@ -161,9 +159,7 @@ def test_colors_are_asked_only_for_objects_that_need_one() -> None:
 def test_a_world_with_its_own_classes() -> None:
     rules = GenEvalRules(class_names=("star", "circle"))
     objects = [{**CAT, "class": "circle"}, {**DOG, "class": "star"}]
-    verdict = rules.evaluate(
-        {"tag": "colors", "include": [{"class": "star", "count": 1}]}, detections(objects)
-    )
+    verdict = rules.evaluate({"tag": "colors", "include": [{"class": "star", "count": 1}]}, detections(objects))
     assert verdict.correct
     assert list(verdict.details) == ["star", "circle"]
     with pytest.raises(KeyError, match="cat"):

@@ -68,10 +68,7 @@ def test_candidates_scored_together_equal_candidates_scored_apart(
     proposal = decoder.propose(state, 8)
     together = parm.score(watch, proposal.evidence)
     everyone = torch.arange(len(rows))
-    apart = [
-        parm.score(watch.select(everyone), proposal.evidence.pick(torch.full((len(rows),), j)))
-        for j in range(8)
-    ]
+    apart = [parm.score(watch.select(everyone), proposal.evidence.pick(torch.full((len(rows),), j))) for j in range(8)]
     torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=0)
     assert together.std() > 1e-3
 
@@ -96,5 +93,5 @@ def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
 
 
 def test_unknown_features_are_refused(decoder: NextTokenDecoder) -> None:
-    with pytest.raises(ValueError, match="parm.features must be 'hidden' or 'embeddings', not 'pixels'"):
+    with pytest.raises(ValueError, match=r"parm.features must be 'hidden' or 'embeddings', not 'pixels'"):
         make_parm(decoder, "pixels")  # type: ignore[arg-type]
