@@ -33,8 +33,9 @@ def run(config: DictConfig) -> None:
     module = build(config.module)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
-        export(module.exported, Path(config.export_dir), plain)
-        print(f"Exported {type(module.exported).__name__} to {config.export_dir}")
+        node, part = module.exported
+        export(part, Path(config.export_dir), plain[node])
+        print(f"Exported {type(part).__name__} to {config.export_dir}")
         return
     data = build(config.data)
     if config.task == "rollout":

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -125,7 +126,7 @@ def _wrap(line: str, width: int, font: Any) -> str:
 
 def print_table(results: Mapping[str, StrategyResult]) -> None:
     """Print strategies x tasks, with intervals and costs."""
-    table = Table(title="GenEval")
+    table = Table(title="GenEval", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     for heading in ("overall", "95 %", *_HEADINGS, "decoder", "verifier", "s/image"):
         table.add_column(heading, justify="right", no_wrap=True)

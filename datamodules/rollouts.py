@@ -26,6 +26,8 @@ from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.parm import PARM
 
+_STATISTICS = ("log_probs", "unconditional_log_probs", "entropy")
+
 
 @dataclass(frozen=True)
 class RolloutSpec:
@@ -48,7 +50,9 @@ class RolloutSpec:
             raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
 
 
-def provenance(spec: RolloutSpec, decoder: NextTokenDecoder, judges: Judges, seed: int) -> dict[str, Any]:
+def provenance(
+    spec: RolloutSpec, decoder: NextTokenDecoder, judges: Judges, seed: int, keep_evidence: bool
+) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     assert is_dataclass(spec.strategy)
     verifiers = {
@@ -64,6 +68,7 @@ def provenance(spec: RolloutSpec, decoder: NextTokenDecoder, judges: Judges, see
         "prompts": prompts,
         "samples": spec.samples,
         "seed": seed,
+        "evidence": keep_evidence,
     }
 
 
@@ -91,6 +96,7 @@ def collect(
     reward: GenEvalReward,
     seed: int,
     batch_size: int,
+    keep_evidence: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Dataset:
@@ -99,10 +105,13 @@ def collect(
     Batches are stored one by one, each whole or not at all, so that a killed collection goes on where it was.
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
 
+    With `keep_evidence` rows also hold what the decoder knew of each token, so that PARM trains without decoder passes;
+    that is T x F half-precision numbers an image, 37 kB for the shapes decoder.
+
     Returns:
         Rows with prompt, metadata (JSON), tokens, reward, clauses, free_from, seed, prompt_index, sample, settings.
     """
-    made_with = provenance(spec, decoder, judges, seed)
+    made_with = provenance(spec, decoder, judges, seed, keep_evidence)
     open_folder(folder, made_with)
     jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
     chunks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
@@ -130,6 +139,9 @@ def collect(
                 "sample": [j for _, j in chunk],
                 "settings": [settings] * len(chunk),
             }
+            if keep_evidence:
+                columns["hidden"] = [row.tobytes() for row in decoded.evidence.hidden.half().cpu().numpy()]
+                columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in _STATISTICS}
             _store(Dataset.from_dict(columns), part)
             bar.update(len(chunk))
     if world_size > 1:
@@ -152,7 +164,12 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def column(name: str) -> Tensor:
         return torch.from_numpy(np.stack([row[name] for row in rows]))
 
+    evidence = {}
+    if "hidden" in rows[0]:
+        hidden = np.stack([np.frombuffer(row["hidden"], np.float16).reshape(len(row["tokens"]), -1) for row in rows])
+        evidence = {"hidden": torch.from_numpy(hidden).float(), **{name: column(name) for name in _STATISTICS}}
     return {
+        **({"evidence": evidence} if evidence else {}),
         "prompt": [row["prompt"] for row in rows],
         "tokens": column("tokens").long(),
         "correct": column("reward").float(),
@@ -172,6 +189,7 @@ class RolloutsDataModule(LightningDataModule):
         validation, test: rollouts of prompts that training does not use.
         folder: where rollouts are kept; each set has a sub-folder named by what made it.
         seed: of all images.
+        keep_evidence: store what the decoder knew of each token with it; see `collect`.
         collect_batch_size: images decoded at a time.
         batch_size: rollouts a training batch, per rank.
     """
@@ -184,6 +202,7 @@ class RolloutsDataModule(LightningDataModule):
         test: RolloutSpec,
         folder: str,
         seed: int,
+        keep_evidence: bool,
         collect_batch_size: int,
         batch_size: int,
     ) -> None:
@@ -192,6 +211,7 @@ class RolloutsDataModule(LightningDataModule):
         self.train, self.validation, self.test = train, validation, test
         self.folder = Path(folder)
         self.seed = seed
+        self.keep_evidence = keep_evidence
         self.collect_batch_size = collect_batch_size
         self.batch_size = batch_size
         self._collected: dict[str, Dataset] = {}
@@ -205,11 +225,21 @@ class RolloutsDataModule(LightningDataModule):
         return self._collected[name]
 
     def _collect_with(self, module: Any, name: str, spec: RolloutSpec, rank: int, world_size: int) -> Dataset:
-        made_with = provenance(spec, module.decoder, module.judges, self.seed)
+        made_with = provenance(spec, module.decoder, module.judges, self.seed, self.keep_evidence)
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
-        size = self.collect_batch_size
-        return collect(spec, folder, module.decoder, module.judges, self.reward, self.seed, size, rank, world_size)
+        return collect(
+            spec,
+            folder,
+            module.decoder,
+            module.judges,
+            self.reward,
+            self.seed,
+            self.collect_batch_size,
+            self.keep_evidence,
+            rank,
+            world_size,
+        )
 
     def collect_all(self, module: Any) -> None:
         """Collect every set with the models as they are, on one process, and print how much of it is correct."""
@@ -220,6 +250,7 @@ class RolloutsDataModule(LightningDataModule):
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
         arrays = ["tokens", "clauses", "reward", "free_from", "prompt_index"]
+        arrays += _STATISTICS if self.keep_evidence else ()
         rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
         return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)
 

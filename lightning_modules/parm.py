@@ -20,7 +20,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` [B, 3, H, W], `correct` [B] in {0, 1}, `clauses`
     [B, C] (1, 0, or NaN where the prompt does not ask), `free_from` [B] (prefixes that end before it are not trained:
-    a verifier steered what came next) and, in validation, `group` [B] (index of the prompt).
+    a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of
+    the tokens when it drew them, no decoder pass is needed.
 
     Args:
         decoder: the shared decoder, frozen here.
@@ -54,14 +55,17 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         return {"parm": self.parm, "likelihood": Likelihood()}
 
     @property
-    def exported(self) -> PARM:
-        """What `task=export` writes."""
-        return self.parm
+    def exported(self) -> tuple[str, PARM]:
+        """What `task=export` writes: the config node that builds it, and the thing itself."""
+        return "parm", self.parm
 
     def _evidence(self, batch: dict[str, Any]) -> Evidence:
         self.decoder.eval()
         tokens = batch["tokens"] if "tokens" in batch else self.decoder.image_tokenizer.encode(batch["image"])
-        return self.decoder.evidence(self.decoder.word_ids(batch["prompt"]), tokens)
+        word_ids = self.decoder.word_ids(batch["prompt"])
+        if "evidence" in batch:
+            return self.decoder.recall(word_ids, tokens, **batch["evidence"])
+        return self.decoder.evidence(word_ids, tokens)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Value loss and clause loss, nats a prediction."""

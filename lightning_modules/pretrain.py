@@ -41,9 +41,9 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         return {"likelihood": Likelihood()}
 
     @property
-    def exported(self) -> NextTokenDecoder:
-        """What `task=export` writes."""
-        return self.decoder
+    def exported(self) -> tuple[str, NextTokenDecoder]:
+        """What `task=export` writes: the config node that builds it, and the thing itself."""
+        return "decoder", self.decoder
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a token."""

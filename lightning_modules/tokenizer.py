@@ -41,9 +41,9 @@ class ImageTokenizerModule(LightningModule):
         self.codebook_iterations = codebook_iterations
 
     @property
-    def exported(self) -> PatchVQ:
-        """What `task=export` writes."""
-        return self.tokenizer
+    def exported(self) -> tuple[str, PatchVQ]:
+        """What `task=export` writes: the config node that builds it, and the thing itself."""
+        return "tokenizer", self.tokenizer
 
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint

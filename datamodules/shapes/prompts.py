@@ -21,7 +21,7 @@ COLORS = tuple(PALETTE)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 _HELD_OUT = {  # combinations a split keeps to itself, the rest is for training
-    "color": {"validation": 8, "evaluation": 16},
+    "color": {"validation": 6, "evaluation": 10},
     "pair": {"validation": 3, "evaluation": 6},
     "triple": {"validation": 24, "evaluation": 50},
 }

@@ -68,12 +68,12 @@ class ShapesStream:
     seed: int = 0
     task_weights: Mapping[str, float] = field(
         default_factory=lambda: {
-            "single_object": 1,
-            "two_object": 2,
+            "single_object": 0.5,
+            "two_object": 1,
             "counting": 2,
-            "colors": 2,
+            "colors": 4,
             "position": 3,
-            "color_attr": 3,
+            "color_attr": 4,
         }
     )
 

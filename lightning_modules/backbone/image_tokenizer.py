@@ -99,11 +99,13 @@ class PatchVQ(ImageTokenizer):
         if len(patches) < self.codebook_size:
             raise ValueError(f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}")
         distance = torch.full((len(patches),), torch.inf)
-        pick = torch.randint(len(patches), (1,), generator=generator)
         for code in range(self.codebook_size):  # k-means++: far patches become codes first
+            if code:
+                pick = torch.multinomial(distance, 1, generator=generator)
+            else:
+                pick = torch.randint(len(patches), (1,), generator=generator)
             self.codebook[code] = patches[pick]
             distance = torch.minimum(distance, (patches - patches[pick]).square().sum(1))
-            pick = torch.multinomial(distance, 1, generator=generator)
         for _ in range(iterations):
             nearest_code = nearest(patches, self.codebook)
             count = torch.bincount(nearest_code, minlength=self.codebook_size)

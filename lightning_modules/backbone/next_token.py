@@ -244,6 +244,17 @@ class NextTokenDecoder(nn.Module):
         )
 
     @torch.no_grad()
+    def recall(self, word_ids: Tensor, tokens: Tensor, **stored: Tensor) -> Evidence:
+        """Evidence that was stored while decoding, without what follows from prompts and tokens cheaply.
+
+        Args:
+            word_ids: [B, L].
+            tokens: [B, T].
+            stored: `hidden`, `log_probs`, `unconditional_log_probs` and `entropy` as in `Evidence`.
+        """
+        return Evidence(prompt=self.prompt_encoder(word_ids), embeddings=self._embed(tokens), **stored)
+
+    @torch.no_grad()
     def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
         """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
 

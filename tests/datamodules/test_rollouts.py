@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance
 from datamodules.shapes.detector import ShapesDetector
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
@@ -67,8 +68,8 @@ def test_verified_rollouts_are_keyed_by_their_verifier(decoder, parm: PARM, rows
     plain = RolloutSpec(rows, 1, Sample(Sampling()))
     verified = RolloutSpec(rows, 1, Verified(Sampling(), k=2))
     other = make_parm(decoder, "embeddings")
-    assert provenance(plain, decoder, {"parm": parm}, 0) == provenance(plain, decoder, {"parm": other}, 0)
-    mine, theirs = (provenance(verified, decoder, {"parm": p}, 0) for p in (parm, other))
+    assert provenance(plain, decoder, {"parm": parm}, 0, False) == provenance(plain, decoder, {"parm": other}, 0, False)
+    mine, theirs = (provenance(verified, decoder, {"parm": p}, 0, False) for p in (parm, other))
     assert mine["verifiers"] != theirs["verifiers"]
 
 
@@ -80,6 +81,33 @@ def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> No
     assert batch["clauses"][0].isnan().tolist() == [False, True, True, True, True, True]
     assert batch["group"].tolist() == [0, 11]
     assert batch["correct"].tolist() == [collected[0]["reward"], collected[11]["reward"]]
+
+
+def test_stored_evidence_is_that_of_a_decoder_pass(tmp_path, decoder, reward, rows) -> None:
+    spec = RolloutSpec(rows, 1, Sample(Sampling()))
+    collected = collect(spec, tmp_path, decoder, {}, reward, 0, 12, keep_evidence=True)
+    numpy_rows = collected.with_format(
+        "numpy",
+        columns=[
+            "tokens",
+            "clauses",
+            "reward",
+            "free_from",
+            "prompt_index",
+            "log_probs",
+            "unconditional_log_probs",
+            "entropy",
+        ],
+        output_all_columns=True,
+    )
+    batch = collate([numpy_rows[i] for i in range(12)])
+    words = decoder.word_ids(batch["prompt"])
+    stored, fresh = (
+        decoder.recall(words, batch["tokens"], **batch["evidence"]),
+        decoder.evidence(words, batch["tokens"]),
+    )
+    for name in Evidence.__dataclass_fields__:
+        torch.testing.assert_close(getattr(stored, name), getattr(fresh, name), atol=5e-3, rtol=5e-3)
 
 
 def test_empty_requests_are_refused(rows) -> None:

@@ -8,13 +8,13 @@ from lightning_modules.rewards.ranking import RankingMetric, tenths
 
 def test_only_images_of_one_prompt_are_compared() -> None:
     metric = RankingMetric()
-    values = torch.tensor([[-1.0], [-2.0], [-9.0], [-8.0], [-0.5]])
+    values = torch.tensor([-1.0, -2.0, -9.0, -8.0, -0.5])[:, None].expand(-1, 2)
     correct = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     metric.update(values[:2], correct[:2], torch.tensor([0, 0]))
     metric.update(values[2:], correct[2:], torch.tensor([1, 1, 2]))
     result = metric.compute()
-    assert result["auc"].tolist() == [0.5]  # prompt 0 right, prompt 1 wrong, prompt 2 has nothing to compare
-    assert result["chosen"].tolist() == [pytest.approx(2 / 3)]
+    assert result["auc"].tolist() == [0.5, 0.5]  # prompt 0 right, prompt 1 wrong, prompt 2 has nothing to compare
+    assert result["chosen"].tolist() == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_ties_count_half_and_columns_are_ranked_apart() -> None:
