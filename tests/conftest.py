@@ -10,7 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 
 from datamodules.shapes.prompts import shapes_prompts, vocabulary
 from lightning_modules.backbone.image_tokenizer import PatchVQ
@@ -92,6 +93,9 @@ def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = compose("train", overrides=list(overrides), return_hydra_config=True)
         config.hydra.runtime.output_dir = str(tmp_path)
+        HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
+        with open_dict(config):
+            del config.hydra
         return config
 
     return compose_

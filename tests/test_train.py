@@ -20,6 +20,14 @@ GROUPS = [
     if folder.is_dir() and folder.name not in ("experiment", "hydra")
     for path in sorted(folder.glob("*.yaml"))
 ]
+# What some choices need beside them; the others are built small.
+COMPANIONS = {
+    "tokenizer=full": ["decoder=full", "parm.checkpoint=null"],
+    "decoder=full": ["tokenizer=full", "parm.checkpoint=null"],
+    "experiment=full_decoder": [],
+    "strategies=decoder": [*TINY, "callbacks=decoder"],
+    "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
+}
 SMALL = [
     *TINY,
     "logger=csv",
@@ -60,10 +68,7 @@ def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> 
 
 @pytest.mark.parametrize("choice", ["", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
 def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
-    small = [] if choice in ("decoder=full", "tokenizer=full", "experiment=full_decoder") else list(TINY)
-    if choice == "geneval=file":
-        small.append(f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl")
-    config = compose_config(*([choice] if choice else []), *small)
+    config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
         assert instantiate(config[part], _convert_="all") is not None
@@ -94,7 +99,9 @@ def test_the_full_size_decoder_trains_one_step(compose_config) -> None:
 
 
 def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
-    done = command(tmp_path, *SMALL_PARM, "logger=default", "geneval.test_prompts.per_task=2")
+    done = command(
+        tmp_path, *SMALL_PARM, "logger=default", "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2"
+    )
     run = tmp_path / "run"
     names = ["sample", "best_of_8_likelihood", "best_of_8_parm", "parm_literal", "parm"]
     report = json.loads((run / "geneval.json").read_text())
@@ -220,7 +227,8 @@ def test_broken_prompt_files_are_named_with_their_line(tmp_path: Path, line: str
     good = '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
     path = tmp_path / "prompts.jsonl"
     path.write_text(f"{good}\n{line}\n")
-    done = command(tmp_path, *SMALL_PARM[:-5], "geneval=file", f"geneval.test_prompts.path={path}", check=False)
+    small = [item for item in SMALL_PARM if not item.startswith("geneval.test_prompts")]
+    done = command(tmp_path, *small, "geneval=file", f"geneval.test_prompts.path={path}", check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert "prompts.jsonl:2" in last and sentence in last
