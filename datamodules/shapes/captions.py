@@ -74,18 +74,19 @@ def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
 
 
 @cache
-def _known(split: Split) -> frozenset[str]:
-    return frozenset(row["prompt"] for rows in prompt_pool(split).values() for row in rows)
+def _train_prompts() -> frozenset[str]:
+    return frozenset(row["prompt"] for rows in prompt_pool("train").values() for row in rows)
 
 
 def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
-    """A prompt of the split that differs in one class, colour, count or relation, or in the order of its objects.
+    """A prompt with another class, colour, count or relation, or with its objects in another order.
 
+    Beside a training prompt it is a training prompt too, so that training never names a held-out combination.
     What to change is drawn first, then how: relations have fewer alternatives than classes and matter as much.
     """
     kinds: dict[str, list[Metadata]] = {}
     for kind, other in _changes(row):
-        if other["prompt"] != row["prompt"] and other["prompt"] in _known(split):
+        if other["prompt"] != row["prompt"] and (split != "train" or other["prompt"] in _train_prompts()):
             kinds.setdefault(kind, []).append(other)
     options = list(kinds.values())[rng.integers(len(kinds))]
     return options[rng.integers(len(options))]
@@ -104,8 +105,7 @@ class CaptionPair:
 class CaptionPairs:
     """Endless caption pairs: `pairs[index]` is a function of (stream, index) alone.
 
-    The altered caption is another prompt of the same split, so that no held-out combination is ever named. Its
-    verdict comes from the rules, not from the assumption that an altered caption is false.
+    The verdict on the altered caption comes from the rules, not from the assumption that it is false.
     """
 
     stream: ShapesStream

@@ -99,6 +99,14 @@ def test_altered_captions_differ_in_one_thing_and_stay_in_their_split() -> None:
     assert wrong > 290
 
 
+@pytest.mark.parametrize("split", ["validation", "evaluation"])
+def test_every_prompt_of_a_small_split_can_be_altered(split) -> None:
+    rng = np.random.default_rng(0)
+    for rows in prompt_pool(split).values():
+        for row in rows:
+            assert altered(row, split, rng)["prompt"] != row["prompt"]
+
+
 def test_altering_changes_everything_that_can_change() -> None:
     rng = np.random.default_rng(0)
     row = next(r for r in prompt_pool("train")["position"])
