@@ -18,9 +18,9 @@ from lightning_modules.rewards.verifier import Likelihood, Verifier
 class PARMModule(FrozenPartsMixin, LightningModule):
     """Binary cross-entropy of the value of every prefix against the outcome of the finished image.
 
-    Batches have `prompt` (B strings), `tokens` [B, T] or `image` [B, 3, H, W], `correct` [B] in {0, 1}, `clauses`
-    [B, C] (1, 0, or NaN where the prompt does not ask), `free_from` [B] (prefixes that end before it are not trained:
-    a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of
+    Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), `correct` [B] in
+    {0, 1}, `clauses` [B, C] (1, 0, or NaN where the prompt does not ask), `free_from` [B] (prefixes that end before it
+    are not trained: a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of
     the tokens when it drew them, no decoder pass is needed.
 
     Args:
@@ -67,9 +67,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
             return self.decoder.recall(word_ids, tokens, **batch["evidence"])
         return self.decoder.evidence(word_ids, tokens)
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def loss(self, evidence: Evidence, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Value loss and clause loss, nats a prediction."""
-        evidence = self._evidence(batch)
         batch_size, num_tokens = evidence.log_probs.shape
         if self.parm.causal:
             lengths = torch.arange(1, num_tokens + 1, device=self.device).expand(batch_size, -1)
@@ -88,15 +87,15 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         return value_loss / trained.sum().clamp(min=1), clause_loss / asked.sum().clamp(min=1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        value_loss, clause_loss = self.loss(batch)
+        value_loss, clause_loss = self.loss(self._evidence(batch), batch)
         self.log_dict({"train/loss": value_loss, "train/clause_loss": clause_loss}, prog_bar=True)
         return value_loss + self.clause_weight * clause_loss
 
     def _rank(self, batch: dict[str, Any], stage: str) -> None:
-        value_loss, _ = self.loss(batch)
+        evidence = self._evidence(batch)
+        value_loss, _ = self.loss(evidence, batch)
         size = len(batch["prompt"])
         self.log(f"{stage}/loss", value_loss, prog_bar=True, sync_dist=True, batch_size=size)
-        evidence = self._evidence(batch)
         for name, judge in self.judges.items():
             values = judge.values(evidence, tenths(self.decoder.num_tokens))
             self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]

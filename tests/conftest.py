@@ -44,8 +44,8 @@ def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
     decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth])
     with torch.no_grad():
-        for weight in decoder.parameters():
-            if weight.ndim > 1:
+        for name, weight in decoder.named_parameters():
+            if weight.ndim > 1 and name != "code_proj.weight":
                 weight.mul_(5)
     return decoder.eval()
 
@@ -66,6 +66,8 @@ def make_parm(decoder: NextTokenDecoder, features: Features = "hidden", causal: 
         for weight in parm.parameters():
             if weight.ndim > 1:
                 weight.mul_(5)
+        if features == "hidden":
+            parm.statistics_head.weight.normal_(std=0.1)
     return parm.eval()
 
 

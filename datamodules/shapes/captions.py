@@ -3,79 +3,68 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from typing import Any
 
 import numpy as np
 
-from datamodules.shapes.prompts import (
-    COLORS,
-    NUMBERS,
-    RELATIONS,
-    Metadata,
-    Split,
-    color_attr,
-    colors,
-    counting,
-    position,
-    prompt_pool,
-    single_object,
-    two_object,
-)
+from datamodules.shapes.prompts import ANYTHING, COLORS, NUMBERS, RELATIONS, Metadata, Split, prompt_pool, with_clauses
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import CLASSES
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 
-_RULES = GenEvalRules(class_names=CLASSES)
+_RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
 
-def truth(scene: Scene) -> Detections:
-    """What a perfect detector would find in a rendered scene."""
+def truth(scene: Scene, anything: int | None = None) -> Detections:
+    """What a perfect detector would find in a rendered scene; object `anything` goes by the name of "shape"."""
     objects = scene.objects
     return Detections(
-        classes=[item.name for item in objects],
+        classes=[ANYTHING if i == anything else item.name for i, item in enumerate(objects)],
         scores=np.ones(len(objects), np.float32),
         boxes=np.array([item.box for item in objects], np.float32).reshape(-1, 4),
         colors=lambda indices: [objects[i].color for i in indices],
     )
 
 
+def judge(scene: Scene, row: Metadata) -> Verdict:
+    """GenEval's verdict on a rendered scene; a "shape" in the prompt may be any one of the objects."""
+    vague = any(clause["class"] == ANYTHING for clause in row["include"])
+    meant = range(len(scene.objects)) if vague else (None,)
+    return max((_RULES.evaluate(row, truth(scene, i)) for i in meant), key=lambda verdict: verdict.correct)
+
+
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
     """Every prompt of the same task with one thing changed, and what was changed."""
     clauses = row["include"]
-    names = [clause["class"] for clause in clauses]
-    match row["tag"]:
-        case "single_object":
-            yield from (("class", single_object(name)) for name in CLASSES)
-        case "counting":
-            yield from (("class", counting(name, clauses[0]["count"])) for name in CLASSES)
-            yield from (("count", counting(names[0], count)) for count in NUMBERS)
-        case "colors":
-            yield from (("class", colors(name, clauses[0]["color"])) for name in CLASSES)
-            yield from (("color", colors(names[0], color)) for color in COLORS)
-        case "two_object":
-            for name in CLASSES:
-                yield "class", two_object(name, names[1])
-                yield "class", two_object(names[0], name)
-        case "position":
-            relation = clauses[1]["position"][0]
-            yield "order", position(names[0], relation, names[1])
-            yield from (("relation", position(names[1], other, names[0])) for other in RELATIONS)
-            for name in CLASSES:
-                yield "class", position(name, relation, names[0])
-                yield "class", position(names[1], relation, name)
-        case "color_attr":
-            (a, b), (x, y) = names, (clause["color"] for clause in clauses)
-            yield "order", color_attr((a, y), (b, x))
-            for color in COLORS:
-                yield "color", color_attr((a, color), (b, y))
-                yield "color", color_attr((a, x), (b, color))
-            for name in CLASSES:
-                yield "class", color_attr((name, x), (b, y))
-                yield "class", color_attr((a, x), (name, y))
+
+    def changed(i: int, key: str, value: Any) -> Metadata:
+        return with_clauses(row, [clause | {key: value} if i == j else clause for j, clause in enumerate(clauses)])
+
+    for i, clause in enumerate(clauses):
+        yield from (("class", changed(i, "class", name)) for name in CLASSES)
+        if "color" in clause:
+            yield from (("color", changed(i, "color", color)) for color in COLORS)
+        if "position" in clause:
+            yield from (("relation", changed(i, "position", [relation, 0])) for relation in RELATIONS)
+    if row["tag"] == "counting":
+        yield from (("count", changed(0, "count", count)) for count in NUMBERS)
+    if row["tag"] in ("position", "color_attr"):
+        swapped = [own | {"class": other["class"]} for own, other in zip(clauses, clauses[::-1], strict=True)]
+        yield "order", with_clauses(row, swapped)
 
 
 @cache
 def _train_prompts() -> frozenset[str]:
-    return frozenset(row["prompt"] for rows in prompt_pool("train").values() for row in rows)
+    """The training prompts, and what `vague` makes of them."""
+    rows = [row for pool in prompt_pool("train").values() for row in pool]
+    vague = (
+        with_clauses(row, [clause | {"class": ANYTHING, "color": color} if i == j else clause for j, clause in clauses])
+        for row in (*prompt_pool("train")["colors"], *prompt_pool("train")["color_attr"])
+        for clauses in [list(enumerate(row["include"]))]
+        for i, color in product(range(len(clauses)), COLORS)
+    )
+    return frozenset(row["prompt"] for row in (*rows, *vague))
 
 
 def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
@@ -114,6 +103,5 @@ class CaptionPairs:
         sample = self.stream[index]
         rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
         captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
-        found = truth(sample.scene)
-        verdicts = (_RULES.evaluate(captions[0], found), _RULES.evaluate(captions[1], found))
+        verdicts = (judge(sample.scene, captions[0]), judge(sample.scene, captions[1]))
         return CaptionPair(sample.image, captions, verdicts)

@@ -18,6 +18,7 @@ Metadata = dict[str, Any]
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 COLORS = tuple(PALETTE)
+ANYTHING = "shape"  # the word for an object of any class
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 _HELD_OUT = {  # combinations a split keeps to itself, the rest is for training
@@ -78,6 +79,25 @@ def color_attr(first: tuple[str, str], second: tuple[str, str]) -> Metadata:
     return {"tag": "color_attr", "include": include, "prompt": f"a photo of {a} and {b}"}
 
 
+def with_clauses(row: Metadata, include: list[Metadata]) -> Metadata:
+    """The prompt of the same task with other classes, colours or counts in its clauses."""
+    names = [clause["class"] for clause in include]
+    match row["tag"]:
+        case "single_object":
+            return single_object(names[0])
+        case "two_object":
+            return two_object(names[0], names[1])
+        case "counting":
+            return counting(names[0], include[0]["count"])
+        case "colors":
+            return colors(names[0], include[0]["color"])
+        case "position":
+            return position(names[1], include[1]["position"][0], names[0])
+        case _:
+            first, second = ((clause["class"], clause["color"]) for clause in include)
+            return color_attr(first, second)
+
+
 def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
     """The part of all combinations of a kind that belongs to a split; the same in every process."""
     shuffled = list(items)
@@ -126,5 +146,6 @@ def shapes_prompts(split: Split, per_task: int) -> list[Metadata]:
 def vocabulary() -> list[str]:
     """Every word that a shapes prompt can contain, sorted."""
     words = {word for relation in RELATIONS for word in relation.split()}
-    words |= {"a", "an", "photo", "of", "and", *NUMBERS.values(), *CLASSES, *map(_plural, CLASSES), *COLORS}
+    nouns = (*CLASSES, ANYTHING)
+    words |= {"a", "an", "photo", "of", "and", *NUMBERS.values(), *nouns, *map(_plural, nouns), *COLORS}
     return sorted(words)

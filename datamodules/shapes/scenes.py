@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from datamodules.shapes.prompts import COLORS, Metadata, Split, prompt_pool
-from datamodules.shapes.world import BACKGROUNDS, RADII, Scene, SceneObject, place, render
+from datamodules.shapes.prompts import ANYTHING, COLORS, Metadata, Split, prompt_pool, with_clauses
+from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
 
 _DIRECTION = {
     "left of": (0, -1),
@@ -25,7 +25,8 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
     direction: tuple[int, int] | None = None
     for clause in metadata["include"]:
         color = clause.get("color") or COLORS[rng.integers(len(COLORS))]
-        wanted += [(clause["class"], color)] * clause["count"]
+        name = clause["class"] if clause["class"] != ANYTHING else CLASSES[rng.integers(len(CLASSES))]
+        wanted += [(name, color)] * clause["count"]
         if "position" in clause:
             direction = _DIRECTION[clause["position"][0]]
     radii = [RADII[0]] * len(wanted) if len(wanted) > 2 else [int(r) for r in rng.choice(RADII, len(wanted))]
@@ -45,6 +46,14 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
     return Scene(objects, int(rng.integers(len(BACKGROUNDS))))
 
 
+def vague(row: Metadata, rng: np.random.Generator) -> Metadata:
+    """A prompt with colours, one of whose clauses now says "shape" for the class and names any colour."""
+    include = list(row["include"])
+    color = COLORS[rng.integers(len(COLORS))]
+    include[rng.integers(len(include))] = {"class": ANYTHING, "count": 1, "color": color}
+    return with_clauses(row, include)
+
+
 @dataclass(frozen=True)
 class CaptionedImage:
     """An image (uint8 [64, 64, 3]) with the prompt that it fulfils and the scene it shows."""
@@ -62,6 +71,8 @@ class ShapesStream:
         split: whose prompts are used.
         seed: another seed is another stream.
         task_weights: how often each task occurs, relative to the others; tasks left out do not occur.
+        vagueness: share of the prompts with colours in which one class is "shape". They teach that a colour goes with
+            every class: from named combinations alone a decoder learns that the held-out ones are never meant.
     """
 
     split: Split = "train"
@@ -76,6 +87,7 @@ class ShapesStream:
             "color_attr": 4,
         }
     )
+    vagueness: float = 0.0
 
     def __getitem__(self, index: int) -> CaptionedImage:
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))
@@ -83,5 +95,7 @@ class ShapesStream:
         bounds = np.cumsum(list(self.task_weights.values()))
         task = list(self.task_weights)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
         metadata = pool[task][rng.integers(len(pool[task]))]
+        if self.vagueness and task in ("colors", "color_attr") and rng.random() < self.vagueness:
+            metadata = vague(metadata, rng)
         scene = scene_for(metadata, rng)
         return CaptionedImage(render(scene), metadata, scene)

@@ -24,6 +24,11 @@ class ImageTokenizer(nn.Module):
     def num_tokens(self) -> int:
         return self.grid**2
 
+    @property
+    @abstractmethod
+    def code_vectors(self) -> Tensor:
+        """A vector for each code, [codebook_size, D], about unit scale; codes that look alike have similar ones."""
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> tokens, int64 [B, T]."""
@@ -61,6 +66,11 @@ class PatchVQ(ImageTokenizer):
         self.head = nn.Conv2d(width, 3 * self.patch**2, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    @property
+    def code_vectors(self) -> Tensor:
+        centred = self.codebook - self.codebook.mean(0)
+        return centred / centred.std().clamp(min=1e-6)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, T, 3 * patch * patch]."""
@@ -118,4 +128,5 @@ class PatchVQ(ImageTokenizer):
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
     """Index of the nearest code (Euclidean) of each vector: [N, D], [K, D] -> int64 [N]."""
     norms = codebook.square().sum(1)
-    return torch.cat([(norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(chunk)])
+    with torch.autocast(vectors.device.type, enabled=False):  # look-alikes differ by less than bfloat16 resolves
+        return torch.cat([(norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(chunk)])

@@ -109,6 +109,7 @@ class DecodingState:
         sampling: how candidates are drawn.
         noise: uniform noise, [B, 1 + K, T]; row 0 is for choosing, row 1 + j for candidate j.
         prompt: prompt embeddings [B, L, dim].
+        codes: embeddings of all codes, [V, dim].
         cache: keys and values, conditional rows first, then the unconditional ones.
         hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
         logits: of the next token, [2B, V].
@@ -120,6 +121,7 @@ class DecodingState:
     sampling: Sampling
     noise: Tensor
     prompt: Tensor
+    codes: Tensor
     cache: KVCache
     hidden: Tensor
     logits: Tensor
@@ -183,13 +185,15 @@ class NextTokenDecoder(nn.Module):
         self.prompt_encoder = PromptEncoder(
             WordTokenizer(vocabulary, max_words), replace(transformer, depth=text_depth)
         )
-        self.codes = nn.Embedding(image_tokenizer.codebook_size, dim)
+        self.codes = nn.Parameter(torch.zeros(image_tokenizer.codebook_size, dim))
+        self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], dim, bias=False)
         self.rows = nn.Parameter(torch.zeros(image_tokenizer.grid, 1, dim))
         self.columns = nn.Parameter(torch.zeros(1, image_tokenizer.grid, dim))
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(dim)
-        for weight in (self.codes.weight, self.rows, self.columns):
+        for weight in (self.codes, self.rows, self.columns):
             nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
 
     @property
     def num_tokens(self) -> int:
@@ -204,42 +208,64 @@ class NextTokenDecoder(nn.Module):
         """Width F of the hidden states in `Evidence`."""
         return self.dim * len(self.evidence_depths)
 
+    @property
+    def _positions(self) -> Tensor:
+        """Position embeddings, [T, dim]."""
+        return (self.rows + self.columns).flatten(0, 1)
+
     def word_ids(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> word ids [B, L] on the decoder's device; raises ValueError for unknown words."""
         return self.prompt_encoder.tokenizer(prompts).to(self.rows.device)
 
-    def _embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Embeddings with positions of tokens [B, S] that stand at positions start..start+S."""
-        positions = (self.rows + self.columns).flatten(0, 1)
-        return self.codes(tokens) + positions[start : start + tokens.shape[1]]
+    def _code_embeddings(self) -> Tensor:
+        """Embeddings of all codes, [V, dim]: a map of what they look like, and a part of each one's own.
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+        The map carries what is learned of one code over to its look-alikes, a red rim's to a blue one's: without it
+        the decoder hardly combines classes and colours that no training prompt names together.
+        """
+        return self.code_proj(self.image_tokenizer.code_vectors) + self.codes
+
+    def _embed(self, codes: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings, with positions, of an image's first tokens [B, S], given those of all codes."""
+        return codes[tokens] + self._positions[: tokens.shape[1]]
+
+    def _logits(self, codes: Tensor, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., V]; the output matrix is the embedding of the codes."""
-        return self.norm(hidden) @ self.codes.weight.T
+        return self.norm(hidden) @ codes.T
 
-    def _run(self, word_ids: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, codes: Tensor, word_ids: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Full pass: prompt embeddings, and hidden states [B, T, dim] per layer that predict each token."""
         prompt = self.prompt_encoder(word_ids)
-        inputs = torch.cat([prompt, self._embed(tokens[:, :-1])], dim=1)
+        inputs = torch.cat([prompt, self._embed(codes, tokens[:, :-1])], dim=1)
         hidden = self.transformer(inputs, causal=True)
         return prompt, [h[:, prompt.shape[1] - 1 :] for h in hidden]
 
     def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
         """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
-        logits = self._logits(self._run(word_ids, tokens)[1][-1])
+        codes = self._code_embeddings()
+        logits = self._logits(codes, self._run(codes, word_ids, tokens)[1][-1])
         return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     @torch.no_grad()
     def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:
-        """Evidence about every token of finished images, from one pass with and one without the prompt."""
-        prompt, hidden = self._run(word_ids, tokens)
-        log_p = self._logits(hidden[-1]).log_softmax(-1)
+        """Evidence about every token of finished images, from a pass with each prompt and one without any.
+
+        Args:
+            word_ids: prompts, [B * c, L].
+            tokens: images, [B, T]; each stands for c prompts, which are neighbours.
+        """
+        copies = len(word_ids) // len(tokens)
+        unconditional = self.log_probs(torch.zeros_like(word_ids[::copies]), tokens)
+        tokens = tokens.repeat_interleave(copies, 0)
+        codes = self._code_embeddings()
+        prompt, hidden = self._run(codes, word_ids, tokens)
+        log_p = self._logits(codes, hidden[-1]).log_softmax(-1)
         return Evidence(
             prompt=prompt,
-            embeddings=self._embed(tokens),
+            embeddings=self._embed(codes, tokens),
             hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
             log_probs=log_p.gather(-1, tokens[..., None]).squeeze(-1),
-            unconditional_log_probs=self.log_probs(torch.zeros_like(word_ids), tokens),
+            unconditional_log_probs=unconditional.repeat_interleave(copies, 0),
             entropy=-(log_p.exp() * log_p).sum(-1),
         )
 
@@ -252,7 +278,8 @@ class NextTokenDecoder(nn.Module):
             tokens: [B, T].
             stored: `hidden`, `log_probs`, `unconditional_log_probs` and `entropy` as in `Evidence`.
         """
-        return Evidence(prompt=self.prompt_encoder(word_ids), embeddings=self._embed(tokens), **stored)
+        embeddings = self._embed(self._code_embeddings(), tokens)
+        return Evidence(prompt=self.prompt_encoder(word_ids), embeddings=embeddings, **stored)
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
@@ -266,6 +293,7 @@ class NextTokenDecoder(nn.Module):
         ids = self.word_ids(prompts)
         prompt = self.prompt_encoder(torch.cat([ids, torch.zeros_like(ids)]))
         cache = KVCache(prompt.shape[1] + self.num_tokens)
+        codes = self._code_embeddings()
         hidden = [h[:, -1] for h in self.transformer(prompt, causal=True, cache=cache)]
         state = DecodingState(
             tokens=ids.new_zeros(len(ids), self.num_tokens),
@@ -273,9 +301,10 @@ class NextTokenDecoder(nn.Module):
             sampling=sampling,
             noise=noise.to(prompt.device),
             prompt=prompt[: len(ids)],
+            codes=codes,
             cache=cache,
             hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
-            logits=self._logits(hidden[-1]),
+            logits=self._logits(codes, hidden[-1]),
         )
         state.cost.decoder_passes += len(prompt)
         return state
@@ -292,7 +321,7 @@ class NextTokenDecoder(nn.Module):
         log_p = conditional.log_softmax(-1)
         evidence = Evidence(
             prompt=state.prompt,
-            embeddings=self.codes(tokens) + (self.rows + self.columns).flatten(0, 1)[state.length],
+            embeddings=state.codes[tokens] + self._positions[state.length],
             hidden=state.hidden[: len(tokens), None],
             log_probs=log_p.gather(-1, tokens),
             unconditional_log_probs=unconditional.log_softmax(-1).gather(-1, tokens),
@@ -307,9 +336,9 @@ class NextTokenDecoder(nn.Module):
         state.length += 1
         if state.done:
             return
-        x = self._embed(tokens[:, None], state.length - 1).repeat(2, 1, 1)
+        x = (state.codes[tokens] + self._positions[state.length - 1])[:, None].repeat(2, 1, 1)
         hidden = [h[:, 0] for h in self.transformer.step(x, state.cache)]
         state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         state.hidden = torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
-        state.logits = self._logits(hidden[-1])
+        state.logits = self._logits(state.codes, hidden[-1])
         state.cost.decoder_passes += len(x)

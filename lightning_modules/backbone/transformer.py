@@ -80,6 +80,19 @@ class TransformerConfig:
             raise ValueError(f"Transformer width dim={self.dim} is not a multiple of heads={self.heads}")
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Scaled dot-product attention, [B, heads, S, head_dim] each.
+
+    On CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three times so.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -99,7 +112,7 @@ class Attention(nn.Module):
         q, k, v = self._split(x)
         if cache is not None:
             cache.prefill(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        attended = attend(q, k, v, causal)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
     def step(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:

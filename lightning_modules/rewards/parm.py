@@ -96,6 +96,8 @@ class PARM(nn.Module, Verifier[PARMState]):
             self.hidden_norm = nn.LayerNorm(evidence_dim)
             self.hidden_proj = nn.Linear(evidence_dim, dim)
             self.statistics_proj = nn.Linear(_STATISTICS, dim)
+            self.statistics_head = nn.Linear(_STATISTICS, 1, bias=False)
+            nn.init.zeros_(self.statistics_head.weight)
         if not causal:
             self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         self.positions = nn.Parameter(torch.randn(num_tokens, dim) * 0.02)
@@ -105,15 +107,29 @@ class PARM(nn.Module, Verifier[PARMState]):
         self.head = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, 1))
         self.clause_head = nn.Linear(dim, len(CLAUSES))
 
-    def _inputs(self, evidence: Evidence, sums: Tensor) -> Tensor:
-        """Projected tokens, without positions, [B, S, dim]; `sums` [B, S, 3] include the token itself."""
+    def _inputs(self, evidence: Evidence, statistics: Tensor) -> Tensor:
+        """Projected tokens, without positions, [B, S, dim]."""
         x = self.token_proj(self.token_norm(evidence.embeddings))
         if self.features == "hidden":
-            x = x + self.hidden_proj(self.hidden_norm(evidence.hidden))
-            entropy = evidence.entropy.expand_as(evidence.log_probs)
-            own = torch.stack([evidence.log_probs, evidence.unconditional_log_probs, entropy], dim=-1)
-            x = x + self.statistics_proj(torch.cat([own, _SUM_SCALE * sums], dim=-1))
+            x = x + self.hidden_proj(self.hidden_norm(evidence.hidden)) + self.statistics_proj(statistics)
         return self.dropout(x)
+
+    def _logits(self, hidden: Tensor, statistics: Tensor) -> Tensor:
+        """Value logits [B, S] from hidden states [B, S, dim]; the statistics have a say of their own.
+
+        The sum of log p ranks images by itself: PARM learns what to add to it.
+        """
+        logits = self.head(hidden)
+        if self.features == "hidden":
+            logits = logits + self.statistics_head(statistics)
+        return logits.squeeze(-1)
+
+    @staticmethod
+    def _statistics(evidence: Evidence, sums: Tensor) -> Tensor:
+        """Numbers about each token, [B, S, 6]; the running `sums` [B, S, 3] include the token itself."""
+        entropy = evidence.entropy.expand_as(evidence.log_probs)
+        own = torch.stack([evidence.log_probs, evidence.unconditional_log_probs, entropy], dim=-1)
+        return torch.cat([own, _SUM_SCALE * sums], dim=-1)
 
     @staticmethod
     def _increments(evidence: Evidence) -> Tensor:
@@ -131,14 +147,16 @@ class PARM(nn.Module, Verifier[PARMState]):
         Returns:
             [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses].
         """
-        x = self._inputs(evidence, self._increments(evidence).cumsum(1))
+        statistics = self._statistics(evidence, self._increments(evidence).cumsum(1))
+        x = self._inputs(evidence, statistics)
         if self.causal:
             x = torch.cat([self.prompt_proj(evidence.prompt), x + self.positions], dim=1)
             hidden = self.norm(self.transformer(x, causal=True)[-1][:, -self.num_tokens :])
         else:
             assert lengths is not None
             hidden = self._read_masked(self.prompt_proj(evidence.prompt), x, lengths)
-        return self.head(hidden).squeeze(-1), self.clause_head(hidden)
+            statistics = statistics[torch.arange(len(x), device=x.device), lengths - 1, None]
+        return self._logits(hidden, statistics), self.clause_head(hidden)
 
     def _read_masked(self, prompt: Tensor, inputs: Tensor, lengths: Tensor) -> Tensor:
         """Mean output over the grid whose tokens from `lengths` [B] on are masked, [B, 1, dim]."""
@@ -168,18 +186,19 @@ class PARM(nn.Module, Verifier[PARMState]):
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:
         state.candidate_sums = state.sums[:, None] + self._increments(evidence)
-        x = self._inputs(evidence, state.candidate_sums)
+        statistics = self._statistics(evidence, state.candidate_sums)
+        x = self._inputs(evidence, statistics)
         state.candidate_inputs = x
         if self.causal:
             hidden = self.norm(self.transformer.step(x + self.positions[state.length], state.cache)[-1])
-            return F.logsigmoid(self.head(hidden).squeeze(-1))
+            return F.logsigmoid(self._logits(hidden, statistics))
         batch, k, dim = x.shape
         grid = x.new_zeros(batch, k, self.num_tokens, dim)
         grid[:, :, : state.length] = state.inputs[:, None]
         grid[:, :, state.length] = x
         lengths = torch.full((batch * k,), state.length + 1, device=x.device)
         hidden = self._read_masked(state.prompt.repeat_interleave(k, 0), grid.flatten(0, 1), lengths)
-        return F.logsigmoid(self.head(hidden).view(batch, k))
+        return F.logsigmoid(self._logits(hidden.view(batch, k, dim), statistics))
 
     @torch.no_grad()
     def commit(self, state: PARMState, choice: Tensor) -> None:

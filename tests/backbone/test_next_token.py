@@ -36,8 +36,10 @@ def test_cached_decoding_draws_the_tokens_of_uncached_decoding(decoder: NextToke
     noise = uniform_noise(seeds, 1, decoder.num_tokens)[:, 1]
     ids = decoder.word_ids([row["prompt"] for row in rows])
     tokens = torch.zeros(len(rows), decoder.num_tokens, dtype=torch.int64)
+    codes = decoder._code_embeddings()
     for t in range(decoder.num_tokens):
-        logits = [decoder._logits(decoder._run(words, tokens)[1][-1])[:, t] for words in (ids, torch.zeros_like(ids))]
+        runs = [decoder._run(codes, words, tokens)[1][-1] for words in (ids, torch.zeros_like(ids))]
+        logits = [decoder._logits(codes, hidden)[:, t] for hidden in runs]
         cumulative = sampling_log_probs(logits[0], logits[1], SAMPLING).exp().cumsum(-1)
         tokens[:, t] = (cumulative < noise[:, t : t + 1] * cumulative[:, -1:]).sum(-1)
     assert torch.equal(decoded.tokens, tokens)
@@ -53,6 +55,23 @@ def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
+
+
+def test_evidence_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:
+    ids = decoder.word_ids(["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"])
+    tokens = torch.randint(0, 32, (2, decoder.num_tokens))
+    shared, repeated = decoder.evidence(ids, tokens), decoder.evidence(ids, tokens.repeat_interleave(2, 0))
+    for name in Evidence.__dataclass_fields__:
+        torch.testing.assert_close(getattr(shared, name), getattr(repeated, name))
+
+
+def test_codes_that_look_alike_start_with_like_embeddings() -> None:
+    decoder = make_decoder()
+    decoder.image_tokenizer.codebook[1] = decoder.image_tokenizer.codebook[0] + 1e-3
+    with torch.no_grad():
+        decoder.codes.zero_()
+        embeddings = decoder._code_embeddings()
+    assert torch.dist(embeddings[0], embeddings[1]) < 0.02 * torch.dist(embeddings[0], embeddings[2])
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch() -> None:

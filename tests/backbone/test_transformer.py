@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig, attend
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,13 @@ def test_selected_rows_are_independent_of_the_original_cache(model: Transformer)
     assert (twin.length, cache.length) == (5, 4)
     torch.testing.assert_close(twin.keys[0][2, :, :4], cache.keys[0][0, :, :4])
     assert not cache.keys[0][:, :, 4].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_by_matrix_products_is_scaled_dot_product_attention(causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(attend(q, k, v, causal), expected)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

@@ -5,13 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.shapes.captions import CaptionPairs, altered, truth
+from datamodules.shapes.captions import CaptionPairs, altered, judge
 from datamodules.shapes.prompts import SPLITS, prompt_pool, shapes_prompts, vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import CLASSES, GAP, PALETTE
-from lightning_modules.rewards.geneval import COLORS, TASKS, GenEvalRules, validate_metadata
-
-RULES = GenEvalRules(class_names=CLASSES)
+from lightning_modules.rewards.geneval import COLORS, TASKS, validate_metadata
 
 
 def named(split: str) -> tuple[set, set, set]:
@@ -78,11 +76,39 @@ def test_scenes_fulfil_their_prompt_without_touching(split) -> None:
     for index in range(300):
         sample = stream[index]
         assert sample.image.shape == (64, 64, 3)
-        assert RULES.evaluate(sample.metadata, truth(sample.scene)).correct, sample.metadata["prompt"]
+        assert judge(sample.scene, sample.metadata).correct, sample.metadata["prompt"]
         for i, a in enumerate(sample.scene.objects):
             assert min(a.box) >= 0 and max(a.box) <= 64
             for b in sample.scene.objects[:i]:
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_vague_prompts_say_shape_and_are_fulfilled(split) -> None:
+    stream = ShapesStream(split=split, seed=12, vagueness=1.0)
+    colored = set()
+    for index in range(400):
+        sample = stream[index]
+        vague = [clause["class"] for clause in sample.metadata["include"]].count("shape")
+        assert vague == (sample.metadata["tag"] in ("colors", "color_attr"))
+        assert judge(sample.scene, sample.metadata).correct, sample.metadata["prompt"]
+        if sample.metadata["tag"] == "colors":
+            colored |= {(item.name, item.color) for item in sample.scene.objects}
+    assert len(colored) > 50  # any class, whatever the split may name together with the colour
+
+
+def test_training_captions_never_name_a_held_out_combination() -> None:
+    held_out = {
+        (clause["class"], clause["color"])
+        for split in ("validation", "evaluation")
+        for row in prompt_pool(split)["colors"]
+        for clause in row["include"]
+    }
+    pairs = CaptionPairs(ShapesStream(seed=6, vagueness=0.5))
+    for index in range(500):
+        for caption in pairs[index].captions:
+            named = {(clause["class"], clause.get("color")) for clause in caption["include"]}
+            assert not named & held_out, caption["prompt"]
 
 
 def test_altered_captions_differ_in_one_thing_and_stay_in_their_split() -> None:

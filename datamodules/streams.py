@@ -1,0 +1,79 @@
+"""Training data made on the fly: streams of samples that are functions of their index."""
+
+from abc import abstractmethod
+from typing import Any, Generic, Protocol, TypeVar
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.loaders import make_loader
+
+Sample = TypeVar("Sample")
+Sample_co = TypeVar("Sample_co", covariant=True)
+
+
+class Stream(Protocol[Sample_co]):
+    """Endless samples."""
+
+    def __getitem__(self, index: int) -> Sample_co: ...
+
+
+class StreamDataset(Dataset[tuple[int, Sample]]):
+    """The first `length` samples of a stream, each with its index."""
+
+    def __init__(self, stream: Stream[Sample], length: int) -> None:
+        self.stream = stream
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.stream[index]
+
+
+class StreamDataModule(LightningDataModule, Generic[Sample]):
+    """Samples from one stream for training and another for validation and test.
+
+    Args:
+        train, validation: streams.
+        train_images, validation_images: samples an epoch, and of a validation.
+        batch_size: samples a batch, per rank.
+        num_workers: processes that render; 0 renders in the main process.
+    """
+
+    def __init__(
+        self,
+        train: Stream[Sample],
+        validation: Stream[Sample],
+        train_images: int,
+        validation_images: int,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.train_dataset = StreamDataset(train, train_images)
+        self.validation_dataset = StreamDataset(validation, validation_images)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @staticmethod
+    @abstractmethod
+    def collate(samples: list[tuple[int, Any]]) -> dict[str, Any]:
+        """Samples with their indices -> a batch."""
+
+    def _loader(self, dataset: StreamDataset[Sample], train: bool) -> DataLoader[dict[str, Any]]:
+        # A stream is random by itself: shuffling would only cost the reproducible order.
+        assert self.trainer is not None
+        return make_loader(
+            dataset, self.trainer, self.batch_size, self.collate, train=train, num_workers=self.num_workers
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self.train_dataset, train=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self.validation_dataset, train=False)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self.validation_dataset, train=False)
