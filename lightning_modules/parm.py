@@ -20,8 +20,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), `correct` [B] in
     {0, 1}, `clauses` [B, C] (1, 0, or NaN where the prompt does not ask), `free_from` [B] (prefixes that end before it
-    are not trained: a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of
-    the tokens when it drew them, no decoder pass is needed.
+    are not trained: a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the
+    decoder knew of the tokens when it drew them, no decoder pass is needed.
 
     Args:
         decoder: the shared decoder, frozen here.

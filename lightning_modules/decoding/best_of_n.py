@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds
 from lightning_modules.rewards.verifier import Verifier
 
 
@@ -40,9 +39,8 @@ class BestOfN(Strategy):
         if self.judge not in judges:
             raise ValueError(f"judge {self.judge!r} does not exist here; there are: {', '.join(judges)}")
         judge = judges[self.judge]
-        candidate_seeds = [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(self.n)]
         repeated = [row for row in prompts for _ in range(self.n)]
-        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds)
+        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n))
         if isinstance(judge, Verifier):
             scores = judge.values(all_images.evidence, [decoder.num_tokens])[:, 0]
         else:

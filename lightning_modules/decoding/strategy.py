@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.backbone.next_token import Cost, Evidence, NextTokenDecoder
+from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.verifier import Reward, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
@@ -47,6 +48,11 @@ class Strategy(ABC):
         seeds: Sequence[int],
     ) -> Decoded:
         """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
+
+
+def candidate_seeds(seeds: Sequence[int], n: int) -> list[int]:
+    """Seeds of n candidates for each image, neighbours; the first of them is the image's own."""
+    return [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(n)]
 
 
 def verifier_named(judges: Judges, name: str) -> Verifier[Any]:

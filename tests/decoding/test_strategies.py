@@ -6,6 +6,7 @@ import torch
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.particles import Particles, redraw
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
@@ -48,7 +49,8 @@ def test_greedy_likelihood_takes_the_likeliest_of_the_candidates(
 ) -> None:
     wide = Verified(SAMPLING, k=32, distinct=True, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
     ids = decoder.word_ids([row["prompt"] for row in rows])
-    top = decoder._logits(decoder._run(ids, wide.tokens)[1][-1]).argmax(-1)
+    codes = decoder._code_embeddings()
+    top = decoder._logits(codes, decoder._run(codes, ids, wide.tokens)[1][-1]).argmax(-1)
     assert torch.equal(wide.tokens, top)  # all 32 codes are candidates, so the greedy image comes out
 
 
@@ -68,6 +70,30 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
     )
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_particles_that_are_never_redrawn_are_best_of_n(
+    decoder: NextTokenDecoder, rows: list, judges: dict, n: int
+) -> None:
+    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, rows, SEEDS)
+    particles = Particles(SAMPLING, n, stride=16).decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(particles.tokens, best.tokens)
+    torch.testing.assert_close(particles.evidence.log_probs, best.evidence.log_probs, atol=1e-4, rtol=1e-4)
+
+
+def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    """The evidence that travels with the paths is that of the tokens they ended with."""
+    decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, rows, SEEDS)
+    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+
+
+def test_redrawing_follows_the_weights() -> None:
+    weights = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    assert redraw(weights.log(), torch.tensor([0.3, 0.9])).tolist() == [[0, 0, 1, 2], [2, 2, 2, 2]]
+    shares = torch.stack([redraw(torch.tensor([[0.6, 0.4]]).log(), torch.tensor([u]))[0] for u in torch.rand(2000)])
+    assert (shares == 0).float().mean().item() == pytest.approx(0.6, abs=0.03)
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -76,6 +102,7 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
         Verified(SAMPLING, k=3, stride=4),
         Verified(SAMPLING, k=3, random_stop=True),
         BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"),
+        Particles(SAMPLING, n=3, stride=4),
     ],
     ids=lambda strategy: type(strategy).__name__,
 )

@@ -1,0 +1,90 @@
+"""Verified decoding with many paths: unpromising ones are dropped on the way, promising ones are continued twice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, uniform_noise
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, verifier_named
+
+
+@dataclass(frozen=True)
+class Particles(Strategy):
+    """n paths an image; every `stride` tokens they are redrawn by how much each has gained in value.
+
+    This is sequential Monte Carlo with the verifier as the twisting function: with `value_weight` 1, a perfect value
+    and many paths it samples images from the decoder's distribution of those that fulfil the prompt. Where best-of-n
+    finishes every candidate, here the compute of a hopeless prefix goes to a hopeful one. The path of the highest
+    final value is the image; with a stride of the whole image this is best-of-n.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        n: paths.
+        stride: tokens between redraws; 8 redraws after each row of an 8x8 grid.
+        verifier: its name.
+        value_weight: paths are redrawn in proportion to (value / value at the last redraw) ** value_weight.
+    """
+
+    sampling: Sampling
+    n: int
+    stride: int = 8
+    verifier: str = "parm"
+    value_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("n", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"decoding with particles needs {name} of at least 1, not {getattr(self, name)}")
+
+    @torch.no_grad()
+    def decode(
+        self,
+        decoder: NextTokenDecoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+    ) -> Decoded:
+        verifier = verifier_named(judges, self.verifier)
+        noise = uniform_noise(candidate_seeds(seeds, self.n), 1, decoder.num_tokens)
+        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling)
+        noise = noise.to(state.noise.device)
+        first = torch.arange(len(prompts), device=noise.device)
+        paths = first.repeat_interleave(self.n)
+        watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
+        state = replace(state.select(paths), noise=noise)
+        last = noise.new_zeros(len(prompts), self.n)
+        steps: list[Evidence] = []
+        while not state.done:
+            proposal = decoder.propose(state, 1)
+            values = verifier.score(watch, proposal.evidence).view(-1, self.n)
+            verifier.commit(watch, torch.zeros_like(paths))
+            decoder.commit(state, proposal.tokens[:, 0])
+            steps.append(proposal.evidence)
+            if state.length % self.stride == 0 and not state.done:
+                state.cost.verifier_calls += values.numel()
+                # Systematic resampling: one uniform number places n evenly spaced points.
+                kept = redraw(self.value_weight * (values - last), noise[:: self.n, 0, state.length - 1])
+                rows = (first[:, None] * self.n + kept).flatten()
+                last = values.gather(1, kept)
+                state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
+                steps = [Evidence.concatenate(steps).select(rows)]
+        state.cost.verifier_calls += values.numel()
+        finished = Decoded(state.tokens, Evidence.concatenate(steps), state.cost, torch.zeros(len(paths)))
+        return finished.select(first * self.n + values.argmax(1))
+
+
+def redraw(log_weights: Tensor, noise: Tensor) -> Tensor:
+    """Systematic resampling: indices [B, n], in order, each drawn about n times its weight.
+
+    Args:
+        log_weights: [B, n], unnormalised.
+        noise: uniform, [B].
+    """
+    cumulative = log_weights.softmax(1).cumsum(1)
+    n = log_weights.shape[1]
+    points = (torch.arange(n, device=noise.device) + noise[:, None]) / n
+    return torch.searchsorted(cumulative, points.contiguous(), right=True).clamp(max=n - 1)
