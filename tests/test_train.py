@@ -131,6 +131,18 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
     assert (tmp_path / "export" / "model.safetensors").is_file()
 
 
+def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    command(tmp_path, *SMALL_PARM, "trainer.max_steps=2", "callbacks.checkpoint_last.every_n_train_steps=2")
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    overrides = ["trainer.max_steps=5", f"ckpt_path={last}", "callbacks.checkpoint_last.every_n_train_steps=1"]
+    command(tmp_path, *SMALL_PARM, *overrides, f"hydra.run.dir={tmp_path}/more", "trainer.log_every_n_steps=1")
+    assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    rows = (tmp_path / "more" / "metrics.csv").read_text().splitlines()
+    step = rows[0].split(",").index("step")
+    assert min(int(row.split(",")[step]) for row in rows[1:]) >= 2  # trains on, not anew
+
+
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     common = [*SMALL_PARM, "task=evaluate", "geneval.test_prompts.per_task=3", "seed=5"]
     command(tmp_path, *common)

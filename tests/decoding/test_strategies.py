@@ -146,6 +146,9 @@ def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, ju
     assert block.verifier_calls == 4 * batch * steps // 4
     best = BestOfN(Sample(SAMPLING), 3, "parm").decode(decoder, judges, rows, SEEDS).cost
     assert (best.decoder_passes, best.verifier_calls) == (3 * plain.decoder_passes, 3 * batch)
+    # Particles encode the prompt once for all paths; redraws cost values, not passes.
+    paths = Particles(SAMPLING, 3, stride=4).decode(decoder, judges, rows, SEEDS).cost
+    assert (paths.decoder_passes, paths.verifier_calls) == (2 * batch * (3 * steps - 2), 3 * batch * steps // 4)
 
 
 def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
@@ -163,6 +166,8 @@ def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges:
         (lambda: Verified(SAMPLING, k=2, choose="worst"), "choose must be"),  # type: ignore[arg-type]
         (lambda: Verified(SAMPLING, k=2, stride=2, random_stop=True), "random_stop needs stride 1, not 2"),
         (lambda: BestOfN(Sample(SAMPLING), 0, "parm"), "n of at least 1, not 0"),
+        (lambda: Particles(SAMPLING, 0), "n of at least 1, not 0"),
+        (lambda: Particles(SAMPLING, 4, stride=0), "stride of at least 1, not 0"),
     ],
 )
 def test_impossible_settings_are_refused(make, sentence: str) -> None:
