@@ -119,9 +119,10 @@ class PARM(nn.Module, Verifier[PARMState]):
 
         The sum of log p ranks images by itself: PARM learns what to add to it.
         """
-        logits = self.head(hidden)
-        if self.features == "hidden":
-            logits = logits + self.statistics_head(statistics)
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would tie values that differ
+            logits = self.head(hidden.float())
+            if self.features == "hidden":
+                logits = logits + self.statistics_head(statistics.float())
         return logits.squeeze(-1)
 
     @staticmethod

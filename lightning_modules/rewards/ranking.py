@@ -18,7 +18,8 @@ class RankingMetric(Metric):
 
     Update with values [B, P] (P prefix lengths), correct [B] (0 or 1) and group [B] (which prompt). `compute` gives
     `auc` [P] (share of correct-wrong pairs of a prompt that are ordered right, ties half), `chosen` [P] (share of
-    prompts whose highest-valued image is correct) and `ece` [P] (expected calibration error of exp(value), 10 bins).
+    prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration error of
+    exp(value), 10 bins).
     """
 
     full_state_update = False
@@ -46,7 +47,8 @@ class RankingMetric(Metric):
             difference = good[:, None] - bad[None]
             wins += (difference > 0).sum((0, 1)) + 0.5 * (difference == 0).sum((0, 1))
             pairs += difference.shape[0] * difference.shape[1]
-            chosen.append(right[own.argmax(0)].float())
+            best = (own == own.amax(0)).float()  # [n, P]; ties share the choice
+            chosen.append((best * right[:, None]).sum(0) / best.sum(0))
         probability = values.clamp(max=0).exp()
         ece = [binary_calibration_error(p, correct.long(), n_bins=10, norm="l1") for p in probability.unbind(1)]
         return {"auc": wins / max(pairs, 1), "chosen": torch.stack(chosen).mean(0), "ece": torch.stack(ece)}

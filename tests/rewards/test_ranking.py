@@ -22,6 +22,7 @@ def test_ties_count_half_and_columns_are_ranked_apart() -> None:
     values = torch.tensor([[-1.0, -1.0], [-1.0, -3.0]])
     metric.update(values, torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
     assert metric.compute()["auc"].tolist() == [0.5, 1.0]
+    assert metric.compute()["chosen"].tolist() == [0.5, 1.0]
 
 
 def test_calibration_error_of_a_sure_and_wrong_verifier() -> None:
