@@ -109,7 +109,8 @@ def collect(
     that is T x F half-precision numbers an image, 37 kB for the shapes decoder.
 
     Returns:
-        Rows with prompt, metadata (JSON), tokens, reward, clauses, free_from, seed, prompt_index, sample, settings.
+        Rows with prompt, metadata (JSON), tokens, reward, clauses, free_from, objects (found in the image), seed,
+        prompt_index, sample, settings.
     """
     made_with = provenance(spec, decoder, judges, seed, keep_evidence)
     open_folder(folder, made_with)
@@ -134,6 +135,7 @@ def collect(
                 "reward": [float(verdict.correct) for verdict in verdicts],
                 "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
                 "free_from": decoded.free_from.long().tolist(),
+                "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
                 "seed": seeds,
                 "prompt_index": [i for i, _ in chunk],
                 "sample": [j for _, j in chunk],
@@ -142,20 +144,20 @@ def collect(
             if keep_evidence:
                 columns["hidden"] = [row.tobytes() for row in decoded.evidence.hidden.half().cpu().numpy()]
                 columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in _STATISTICS}
-            _store(Dataset.from_dict(columns), part)
+            store(Dataset.from_dict(columns), part)
             bar.update(len(chunk))
     if world_size > 1:
         torch.distributed.barrier()
     return concatenate_datasets([datasets.load_from_disk(str(part)) for part in parts])
 
 
-def _store(rows: Dataset, part: Path) -> None:
-    """Write a part whole or not at all."""
+def store(rows: Dataset, folder: Path) -> None:
+    """Write a data set to a folder, whole or not at all."""
     datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-    partial = part.with_name(part.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     rows.save_to_disk(str(partial))
-    os.replace(partial, part)
+    os.replace(partial, folder)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -182,6 +182,22 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
 
 
+def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
+    tiny = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
+    small = ["data.train.samples=4", "data.validation.samples=4", "data.batch_size=4", "trainer.max_steps=3",
+             "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"]  # fmt: skip
+    done = command(tmp_path, "experiment=dpo", *tiny, *small)
+    assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/rewards/accuracies", "val/geneval"):
+        assert key in header
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert not any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
+    exported = tmp_path / "aligned"
+    command(tmp_path, "experiment=dpo", *tiny, *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
+    command(tmp_path, *SMALL_PARM, "task=evaluate", f"decoder.checkpoint={exported}")
+
+
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
     done = command(tmp_path, *SMALL_PARM, "task=rollout")
     assert "plain: 24 rollouts, 0." in done.stdout

@@ -1,0 +1,125 @@
+"""DPOModule: aligns the shared decoder to preferences (arXiv 2305.18290; for image tokens, arXiv 2501.13926)."""
+
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import grad_norm
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Likelihood, Verifier
+
+
+class PreferenceLoss(Protocol):
+    """Loss of each pair [B], from log-probabilities of whole sequences [B] under the policy and the reference."""
+
+    def __call__(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor: ...
+
+
+def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """-log σ(β ((log π(x⁺) - log π_ref(x⁺)) - (log π(x⁻) - log π_ref(x⁻)))), arXiv 2305.18290, equation 7."""
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 1.0) -> Tensor:
+    """-log σ(β (s(x⁺) - s(x⁻))), s = log π: no reference holds the policy back; β 1 is the method's."""
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+class DPOModule(FrozenPartsMixin, LightningModule):
+    """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
+
+    Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected` [B], the
+    log-probabilities that the reference gives them, and `weight` [B] of each pair.
+
+    Args:
+        decoder: the shared decoder, which is trained.
+        parm: a reward model for verified decoding of the aligned decoder; stays as it is.
+        optimizer: makes the optimizer from parameters.
+        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        loss: of a pair.
+        sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
+        max_fall: training stops when chosen images have become this much less likely than under the reference, nats
+            an image.
+    """
+
+    frozen_parts = ("decoder.image_tokenizer", "parm")
+
+    def __init__(
+        self,
+        decoder: NextTokenDecoder,
+        parm: PARM,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        loss: PreferenceLoss,
+        sft_weight: float,
+        max_fall: float,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.parm = parm.eval().requires_grad_(False)
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.loss = loss
+        self.sft_weight = sft_weight
+        self.max_fall = max_fall
+
+    @property
+    def judges(self) -> dict[str, Verifier[Any]]:
+        """The verifiers that strategies can name."""
+        return {"parm": self.parm, "likelihood": Likelihood()}
+
+    @property
+    def exported(self) -> tuple[str, NextTokenDecoder]:
+        """What `task=export` writes: the config node that builds it, and the thing itself."""
+        return "decoder", self.decoder
+
+    def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
+        word_ids = self.decoder.word_ids(batch["prompt"])
+        tokens = torch.cat([batch["chosen"], batch["rejected"]])
+        chosen, rejected = self.decoder.log_probs(word_ids.repeat(2, 1), tokens).sum(1).chunk(2)
+        ref_chosen, ref_rejected = batch["ref_chosen"], batch["ref_rejected"]
+        losses = self.loss(chosen, rejected, ref_chosen, ref_rejected)
+        loss = (losses * batch["weight"]).mean() - self.sft_weight * chosen.mean() / tokens.shape[1]
+        gain_chosen, gain_rejected = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=stage != "train", batch_size=len(losses))
+        log = {
+            "rewards/chosen": gain_chosen.mean(),
+            "rewards/rejected": gain_rejected.mean(),
+            "rewards/margins": (gain_chosen - gain_rejected).mean(),
+            "rewards/accuracies": (gain_chosen > gain_rejected).float().mean(),
+            "logps/chosen": chosen.detach().mean(),
+            "logps/rejected": rejected.detach().mean(),
+            # KL(reference || policy), from images that the reference drew
+            "kl": -(gain_chosen + gain_rejected).mean() / 2,
+        }
+        named = {f"{stage}/{name}": value for name, value in log.items()}
+        self.log_dict(named, sync_dist=stage != "train", batch_size=len(losses))
+        if stage == "train" and gain_chosen.mean() < -self.max_fall:
+            raise ValueError(
+                f"chosen images became {-gain_chosen.mean():.1f} nats less likely than under the reference, more than "
+                f"module.max_fall={self.max_fall}: the policy is collapsing; lower the learning rate or raise beta or "
+                "module.sft_weight"
+            )
+        return loss
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.log("train/grad_norm", grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"])
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return warmup_cosine(self, self.optimizer, self.warmup_steps)

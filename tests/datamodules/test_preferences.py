@@ -1,0 +1,46 @@
+"""Pairs from rollouts: who is chosen, who is dropped, and how tasks are balanced."""
+
+import pytest
+
+from datamodules.preferences import Pair, PairRule, balance, make_pairs
+
+IMAGES = [[i] for i in range(8)]
+
+
+def test_the_best_stands_against_the_worst() -> None:
+    pairs, dropped = make_pairs([0, 0, 0, 1, 1, 1], IMAGES[:6], [0.2, 0.9, 0.5, 0.3, 0.1, 0.0], [0] * 6, PairRule())
+    assert pairs == [Pair(1, 0, pytest.approx(0.7)), Pair(3, 5, pytest.approx(0.3))]
+    assert not +dropped
+
+
+def test_widest_margins_come_first_and_no_image_twice() -> None:
+    pairs, _ = make_pairs([0] * 5, IMAGES[:5], [0.0, 1.0, 0.4, 0.8, 0.1], [0] * 5, PairRule(per_prompt=9))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(1, 0), (3, 4)]
+
+
+def test_prompts_without_contrast_and_duplicates_are_dropped_and_counted() -> None:
+    images = [[1], [1], [2], [3], [4]]
+    pairs, dropped = make_pairs([0, 0, 0, 1, 1], images, [1, 1, 0, 1, 1], [0] * 5, PairRule())
+    assert pairs == [Pair(0, 2, 1.0)]
+    assert dropped == {"duplicates": 1, "no contrast": 1}
+
+
+def test_of_equally_correct_images_the_one_without_surplus_is_chosen() -> None:
+    pairs, _ = make_pairs([0, 0, 0], IMAGES[:3], [1, 1, 1], [1, 0, 9], PairRule())
+    assert pairs == [Pair(1, 2, pytest.approx(0.2))]
+    correct_first, _ = make_pairs([0, 0], IMAGES[:2], [1, 0], [5, 0], PairRule())
+    assert correct_first == [Pair(0, 1, pytest.approx(0.8))]  # surplus never outweighs being right
+
+
+def test_tasks_weigh_the_same() -> None:
+    weights = balance(["colors"] * 3 + ["position"])
+    assert weights == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [({"per_prompt": 0}, "per_prompt of at least 1, not 0"), ({"min_margin": 0.0}, "min_margin above 0, not 0.0")],
+)
+def test_impossible_rules_are_refused(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PairRule(**settings)

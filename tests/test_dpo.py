@@ -1,0 +1,87 @@
+"""DPOModule: losses against float64 by hand, the reference against a recomputation, a policy that learns."""
+
+import math
+
+import pytest
+import torch
+
+from datamodules.preferences import sequence_log_probs
+from lightning_modules.dpo import DPOModule, compact, dpo
+from lightning_modules.optim import OptimizerFactory
+from tests.conftest import make_decoder, make_parm
+
+PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle"]
+
+
+def make_module(optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0) -> DPOModule:
+    decoder = make_decoder()
+    return DPOModule(decoder, make_parm(decoder), optimizer, 1, lambda *sides: dpo(*sides, beta=0.1), sft_weight, 5.0)
+
+
+def make_batch(module: DPOModule) -> dict:
+    torch.manual_seed(3)
+    sides = {name: torch.randint(0, 32, (3, module.decoder.num_tokens)) for name in ("chosen", "rejected")}
+    reference = {f"ref_{name}": sequence_log_probs(module.decoder, PROMPTS, side, 2) for name, side in sides.items()}
+    return {"prompt": PROMPTS, "weight": torch.tensor([1.0, 0.5, 1.5]), **sides, **reference}
+
+
+@pytest.mark.parametrize(
+    ("loss", "by_hand", "slope"),
+    [
+        (lambda *a: dpo(*a, beta=0.3), lambda c, r, rc, rr: 0.3 * (c - rc - r + rr), 0.3),
+        (compact, lambda c, r, rc, rr: c - r, 1.0),
+    ],
+    ids=["dpo", "compact"],
+)
+def test_losses_and_gradients_equal_the_formula(loss, by_hand, slope: float) -> None:
+    sides = torch.tensor([[-10.0, -8.0], [-9.0, -12.5], [-10.5, -9.0], [-9.5, -11.0]], dtype=torch.float64)
+    sides.requires_grad_()
+    value = loss(*sides)
+    value.sum().backward()
+    assert sides.grad is not None
+    for i in range(2):
+        logit = by_hand(*sides[:, i].tolist())
+        assert value[i].item() == pytest.approx(math.log1p(math.exp(-logit)), rel=1e-12)
+        pull = -slope / (1 + math.exp(logit))
+        assert sides.grad[:2, i].tolist() == pytest.approx([pull, -pull], rel=1e-12)
+        assert sides.grad[2:, i].abs().max() == pytest.approx(abs(pull) if loss is not compact else 0.0)
+
+
+def test_the_policy_starts_at_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module()
+    logged: dict = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))
+    batch = make_batch(module)
+    loss = module._step(batch, "train")
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-4)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl"):
+        assert logged[f"train/{name}"] == pytest.approx(0.0, abs=2e-4), name
+    assert logged["train/logps/chosen"] == pytest.approx(batch["ref_chosen"].mean().item(), rel=1e-5)
+
+
+def test_training_prefers_the_chosen_and_stops_when_it_collapses(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module(sft_weight=0.1)
+    logged: dict = {}
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))
+    batch = make_batch(module)
+    optimizer = torch.optim.AdamW(module.decoder.parameters(), lr=1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        module._step(batch, "train").backward()
+        optimizer.step()
+    assert logged["train/rewards/accuracies"] == 1.0 and logged["train/rewards/margins"] > 1
+    batch["ref_chosen"] = batch["ref_chosen"] + 100
+    with pytest.raises(ValueError, match=r"chosen images became .* more than module\.max_fall=5\.0"):
+        module._step(batch, "train")
+
+
+def test_reference_log_probs_are_those_of_a_plain_pass_at_any_batch_size() -> None:
+    decoder = make_decoder()
+    tokens = torch.randint(0, 32, (3, decoder.num_tokens))
+    plain = decoder.log_probs(decoder.word_ids(PROMPTS), tokens).sum(1)
+    for batch_size in (1, 2, 3):
+        torch.testing.assert_close(
+            sequence_log_probs(decoder, PROMPTS, tokens, batch_size), plain, atol=1e-5, rtol=1e-5
+        )
