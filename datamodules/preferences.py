@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -19,8 +19,11 @@ from torch.utils.data import DataLoader
 
 from datamodules.loaders import make_loader
 from datamodules.rollouts import RolloutSpec, collect, provenance, store
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.parm import PARM
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,21 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class PreferencesDataModule(LightningDataModule):
-    """Pairs of the LightningModule's own decoder, with the log-probabilities that it gives them at the start.
+    """Pairs of the LightningModule's own decoder, with the log-probabilities that it gives them when they are made.
 
-    Rollouts, pairs and reference log-probabilities are stored, keyed by what made them, and made once.
+    Rollouts, pairs and reference log-probabilities are stored, keyed by what made them, and made once; a resumed run
+    goes on with the pairs that it had. In iterative DPO a new round of rollouts comes from the policy as it then is,
+    which is also the round's reference.
 
     Args:
         reward: scores the images.
-        train, validation: rollouts that become pairs; of prompts that are not evaluated on.
-        rule: how.
+        train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set, so
+            that a set of verified ones proposes what is chosen.
+        validation: rollouts of prompts that are neither trained nor evaluated on.
+        rule: how rollouts become pairs.
+        parm_weight: of the probability that PARM gives a finished image, added to its score.
+        epochs_per_round: epochs after which new rollouts are made (the Trainer's
+            `reload_dataloaders_every_n_epochs`); null for one round.
         folder: where rollouts and pairs are kept.
         seed: of all images.
         collect_batch_size: images decoded at a time.
@@ -138,9 +148,11 @@ class PreferencesDataModule(LightningDataModule):
     def __init__(
         self,
         reward: GenEvalReward,
-        train: RolloutSpec,
+        train: Mapping[str, RolloutSpec],
         validation: RolloutSpec,
         rule: PairRule,
+        parm_weight: float,
+        epochs_per_round: int | None,
         folder: str,
         seed: int,
         collect_batch_size: int,
@@ -148,57 +160,73 @@ class PreferencesDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.reward = reward
-        self.specs = {"train": train, "validation": validation}
+        self.train = train
+        self.validation = validation
         self.rule = rule
+        self.parm_weight = parm_weight
+        self.epochs_per_round = epochs_per_round
         self.folder = Path(folder)
         self.seed = seed
         self.collect_batch_size = collect_batch_size
         self.batch_size = batch_size
-        self.pairs: dict[str, Dataset] = {}
+        self._folders: dict[str, str] = {}
 
-    def setup(self, stage: str) -> None:
-        assert self.trainer is not None
-        if not self.pairs:
-            module = self.trainer.lightning_module
-            self.pairs = {name: self._pairs(name, spec, module) for name, spec in self.specs.items()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"folders": dict(self._folders)}
 
-    def _pairs(self, name: str, spec: RolloutSpec, module: Any) -> Dataset:
-        """The stored pairs of a set of rollouts, made if they are not there yet."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._folders = dict(state_dict["folders"])
+
+    def _pairs(self, name: str, specs: Mapping[str, RolloutSpec], turn: int = 0) -> Dataset:
+        """The pairs of round `turn`; made with the policy of this moment if they are not there yet."""
         assert self.trainer is not None
-        made_with = {**provenance(spec, module.decoder, module.judges, self.seed, False), "rule": asdict(self.rule)}
-        key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
-        stored = self.folder / f"{name}-pairs-{key}"
-        if not stored.is_dir():
-            ranks = self.trainer.global_rank, self.trainer.world_size
-            rollouts = collect(
-                spec,
-                self.folder / f"{name}-rollouts-{key}",
-                module.decoder,
-                module.judges,
-                self.reward,
-                self.seed,
-                self.collect_batch_size,
-                False,
-                *ranks,
-            )
-            if self.trainer.is_global_zero:
-                store(self._make(name, rollouts, module.decoder), stored)
+        key = f"{name}-{turn}"
+        if key not in self._folders:
+            module, ranks = self.trainer.lightning_module, (self.trainer.global_rank, self.trainer.world_size)
+            decoder: Any = module.decoder
+            parm: Any = module.parm
+            seed = image_seed(self.seed, turn) if turn else self.seed
+            made_with = [provenance(spec, decoder, module.judges, seed, False) for spec in specs.values()]  # type: ignore[arg-type]
+            about = [made_with, asdict(self.rule), self.parm_weight, fingerprint(parm) if self.parm_weight else None]
+            digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+            stored = self.folder / f"{name}-pairs-{digest}"
+            sets = [
+                collect(
+                    spec,
+                    self.folder / f"{name}-{set_name}-{digest}",
+                    decoder,
+                    module.judges,  # type: ignore[arg-type]
+                    self.reward,
+                    seed,
+                    self.collect_batch_size,
+                    False,
+                    *ranks,
+                )
+                for set_name, spec in specs.items()
+                if not stored.is_dir()
+            ]
+            if sets and self.trainer.is_global_zero:
+                store(self._make(name, concatenate_datasets(sets), decoder, parm), stored)
             self.trainer.strategy.barrier()
-        return datasets.load_from_disk(str(stored))
+            self._folders[key] = str(stored)
+        return datasets.load_from_disk(self._folders[key])
 
-    def _make(self, name: str, rollouts: Dataset, decoder: NextTokenDecoder) -> Dataset:
+    def _make(self, name: str, rollouts: Dataset, decoder: NextTokenDecoder, parm: PARM) -> Dataset:
         columns: Mapping[str, list[Any]] = rollouts.to_dict()
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]
         surplus = [max(0, found - wanted) for found, wanted in zip(columns["objects"], asked, strict=True)]
-        pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], columns["reward"], surplus, self.rule)
+        tokens = torch.tensor(columns["tokens"])
+        decoder.eval()
+        scores = np.array(columns["reward"])
+        if self.parm_weight:
+            scores = scores + self.parm_weight * self._values(decoder, parm, columns["prompt"], tokens).exp().numpy()
+        pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], scores.tolist(), surplus, self.rule)
         if not pairs:
             raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ; nothing to learn from")
         rank_zero_info(f"{name}: {len(pairs)} pairs; dropped: {dict(dropped)}")
         better, worse = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
         prompts = [columns["prompt"][row] for row in better]
-        tokens = torch.from_numpy(np.array(columns["tokens"]))
-        decoder.eval()
         reference = {
             side: sequence_log_probs(decoder, prompts, tokens[rows], self.collect_batch_size).tolist()
             for side, rows in (("ref_chosen", better), ("ref_rejected", worse))
@@ -210,19 +238,33 @@ class PreferencesDataModule(LightningDataModule):
                 "rejected": tokens[worse].tolist(),
                 "margin": [pair.margin for pair in pairs],
                 "weight": balance([metadata[row]["tag"] for row in better]),
+                "chosen_settings": [columns["settings"][row] for row in better],
                 "chosen_seed": [columns["seed"][row] for row in better],
                 "rejected_seed": [columns["seed"][row] for row in worse],
                 **reference,
             }
         )
 
+    def _values(self, decoder: NextTokenDecoder, parm: PARM, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """PARM's log-value of finished images, [N]."""
+        size, device = self.collect_batch_size, decoder.rows.device
+        parts = [
+            parm.values(decoder.evidence(decoder.word_ids(prompts[i : i + size]), part.to(device)), [part.shape[1]])
+            for i, part in zip(range(0, len(tokens), size), tokens.split(size), strict=True)
+        ]
+        return torch.cat(parts)[:, 0].cpu()
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        return make_loader(self.pairs["train"], self.trainer, self.batch_size, collate, train=True, shuffle=True)
+        turn = self.trainer.current_epoch // self.epochs_per_round if self.epochs_per_round else 0
+        pairs = self._pairs("train", self.train, turn)
+        self._pairs("validation", {"plain": self.validation})  # against the policy as it is before training
+        return make_loader(pairs, self.trainer, self.batch_size, collate, train=True, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        return make_loader(self.pairs["validation"], self.trainer, self.collect_batch_size, collate, train=False)
+        pairs = self._pairs("validation", {"plain": self.validation})
+        return make_loader(pairs, self.trainer, self.collect_batch_size, collate, train=False)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self.val_dataloader()

@@ -182,11 +182,20 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
 
 
+# Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
+SMALL_DPO = [
+    *(item for item in SMALL if not item.startswith(("tokenizer", "decoder", "parm"))),
+    "strategies.best_of_8_parm.n=2",
+    "strategies.parm.n=2",
+    "data.train.plain.samples=4",
+    "data.validation.samples=4",
+    "trainer.log_every_n_steps=1",
+]
+
+
 def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
-    tiny = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
-    small = ["data.train.samples=4", "data.validation.samples=4", "data.batch_size=4", "trainer.max_steps=3",
-             "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"]  # fmt: skip
-    done = command(tmp_path, "experiment=dpo", *tiny, *small)
+    small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1"]
+    done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/rewards/accuracies", "val/geneval"):
@@ -194,8 +203,22 @@ def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert not any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     exported = tmp_path / "aligned"
-    command(tmp_path, "experiment=dpo", *tiny, *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
-    command(tmp_path, *SMALL_PARM, "task=evaluate", f"decoder.checkpoint={exported}")
+    command(tmp_path, "experiment=dpo", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
+    again = ["task=evaluate", f"decoder.checkpoint={exported}", f"hydra.run.dir={tmp_path}/again"]
+    command(tmp_path, "experiment=dpo", *small, *again)
+
+
+def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
+    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1", "trainer.check_val_every_n_epoch=1",
+             "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
+    command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
+    made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
+    assert len(made) == 3, made  # validation and two rounds
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    more = [f"ckpt_path={last}", f"hydra.run.dir={tmp_path}/more", "trainer.max_steps=3"]
+    command(tmp_path, "experiment=dpo_iterative", *small, *more)
+    added = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")} - made
+    assert len(added) == 1 and next(iter(added)).startswith("train-pairs-"), added  # the third round's alone
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
