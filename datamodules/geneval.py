@@ -1,6 +1,6 @@
 """GenEval prompts: the embedded shapes prompts or a file in the official format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datamodules.shapes.prompts import Split, shapes_prompts
@@ -9,8 +9,8 @@ from lightning_modules.rewards.geneval import read_prompts
 Metadata = dict[str, Any]
 
 
-def prompts_from_shapes(split: Split, per_task: int) -> list[Metadata]:
-    """`per_task` prompts of each task from a split of the shapes world."""
+def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int]) -> list[Metadata]:
+    """`per_task` prompts of each task, or of those that it names, from a split of the shapes world."""
     return shapes_prompts(split, per_task)
 
 

@@ -6,7 +6,7 @@ class pairs of `two_object` and the class-relation-class triples of `position` a
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import combinations, product
 from typing import Any, Literal
@@ -133,14 +133,19 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     return {task: tuple(prompts) for task, prompts in pool.items()}
 
 
-def shapes_prompts(split: Split, per_task: int) -> list[Metadata]:
-    """GenEval metadata for `per_task` prompts of each of the six tasks, task after task.
+def shapes_prompts(split: Split, per_task: int | Mapping[str, int]) -> list[Metadata]:
+    """GenEval metadata for `per_task` prompts of each of the six tasks, or of those that it names, task after task.
 
     A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed.
     """
-    if per_task < 1:
-        raise ValueError(f"per_task must be at least 1, not {per_task}")
-    return [prompts[i % len(prompts)] for prompts in prompt_pool(split).values() for i in range(per_task)]
+    pool = prompt_pool(split)
+    counts = per_task if isinstance(per_task, Mapping) else dict.fromkeys(pool, per_task)
+    for task, count in counts.items():
+        if task not in pool:
+            raise ValueError(f"per_task names the task {task!r}; there are: {', '.join(pool)}")
+        if count < 1:
+            raise ValueError(f"per_task must be at least 1, not {count} ({task})")
+    return [pool[task][i % len(pool[task])] for task, count in counts.items() for i in range(count)]
 
 
 def vocabulary() -> list[str]:

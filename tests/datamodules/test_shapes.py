@@ -140,3 +140,13 @@ def test_altering_changes_everything_that_can_change() -> None:
     classes = {altered(row, "train", rng)["include"][0]["class"] for _ in range(100)}
     assert len(relations) > 2
     assert len(classes) > 3
+
+
+def test_tasks_can_have_numbers_of_prompts_of_their_own() -> None:
+    rows = shapes_prompts("train", {"position": 3, "colors": 70})
+    assert [row["tag"] for row in rows] == ["position"] * 3 + ["colors"] * 70
+    assert rows[3] == rows[3 + 64]  # there are 64 of these prompts; then they repeat
+    with pytest.raises(ValueError, match="names the task 'position '"):
+        shapes_prompts("train", {"position ": 3})
+    with pytest.raises(ValueError, match=r"at least 1, not 0 \(colors\)"):
+        shapes_prompts("train", {"colors": 0})
