@@ -224,7 +224,7 @@ def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_p
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
     done = command(tmp_path, *SMALL_PARM, "task=rollout")
     assert "plain: 24 rollouts, 0." in done.stdout
-    assert len(list((tmp_path / "rollouts").iterdir())) == 4
+    assert len(list((tmp_path / "rollouts").iterdir())) == 5
 
 
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
