@@ -48,8 +48,9 @@ class ImageTokenizerModule(LightningModule):
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
             return
-        dataset = self.trainer.datamodule.train_dataset  # type: ignore[attr-defined]
-        images = torch.stack([dataset[i]["image"] for i in range(self.codebook_images)]).float() / 255
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        dataset = data.train_dataset
+        images = data.collate([dataset[i] for i in range(self.codebook_images)])["image"]
         generator = torch.Generator().manual_seed(0)
         error = self.tokenizer.fit_codebook(images, self.codebook_iterations, generator)
         rank_zero_info(f"Codebook of {self.tokenizer.codebook_size} patches: squared error {error:.4f} a patch")
