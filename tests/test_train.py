@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,20 @@ SMALL_PARM = [
 ]
 
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def arguments(tmp_path: Path, *overrides: str) -> list[str]:
+    """The command line of train.py that leaves everything in a temporary folder."""
+    fixed = [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
+    return [sys.executable, str(ROOT / "train.py"), *fixed, *overrides]
+
+
 def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run train.py in a process of its own, from a temporary folder."""
-    fixed = [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *fixed, *overrides],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env,
-    )  # fmt: skip
+        arguments(tmp_path, *overrides), capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV | env
+    )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -225,6 +232,28 @@ def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> N
     done = command(tmp_path, *SMALL_PARM, "task=rollout")
     assert "plain: 24 rollouts, 0." in done.stdout
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
+
+
+def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
+    overrides = [*SMALL_PARM, "task=rollout", "data.train.plain.samples=40", "data.collect_batch_size=10"]
+
+    def parts() -> dict[Path, int]:
+        found = (tmp_path / "rollouts").glob("plain-*/part-*")
+        return {path: path.stat().st_mtime_ns for path in found if path.suffix != ".partial"}
+
+    process = subprocess.Popen(arguments(tmp_path, *overrides), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(parts()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = parts()
+    assert 5 <= len(before) < 48, "killed too late, or it never began"
+    command(tmp_path, *overrides)
+    after = parts()
+    assert len(after) == 48
+    assert {path: after[path] for path in before} == before  # nothing is collected twice
+    assert not list((tmp_path / "rollouts").glob("*/*.partial"))
 
 
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
