@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from datamodules.images import as_pixels
@@ -22,6 +23,7 @@ class CaptionsDataModule(StreamDataModule[CaptionPair]):
             "prompt": [caption["prompt"] for pair in pairs for caption in pair.captions],
             "correct": torch.tensor([float(verdict.correct) for verdict in verdicts]),
             "clauses": torch.tensor([verdict.clauses for verdict in verdicts]),
+            "grounding": torch.from_numpy(np.stack([found for pair in pairs for found in pair.grounding])),
             "free_from": torch.zeros_like(group),
             "group": group,
         }

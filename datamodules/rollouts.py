@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.grounding import grounding
 from lightning_modules.rewards.parm import PARM
 
+_FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
+_HIDDEN = ("hidden", "unconditional_hidden")
 _STATISTICS = ("log_probs", "unconditional_log_probs", "entropy")
 
 
@@ -69,6 +73,7 @@ def provenance(
         "samples": spec.samples,
         "seed": seed,
         "evidence": keep_evidence,
+        "format": _FORMAT,
     }
 
 
@@ -106,11 +111,11 @@ def collect(
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
 
     With `keep_evidence` rows also hold what the decoder knew of each token, so that PARM trains without decoder passes;
-    that is T x F half-precision numbers an image, 37 kB for the shapes decoder.
+    that is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder.
 
     Returns:
-        Rows with prompt, metadata (JSON), tokens, reward, clauses, free_from, objects (found in the image), seed,
-        prompt_index, sample, settings.
+        Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, free_from, objects (found in the image),
+        seed, prompt_index, sample, settings.
     """
     made_with = provenance(spec, decoder, judges, seed, keep_evidence)
     open_folder(folder, made_with)
@@ -119,21 +124,31 @@ def collect(
     parts = [folder / f"part-{batch_size}-{number:05d}" for number in range(len(chunks))]
     missing = [(part, chunk) for part, chunk in zip(parts, chunks, strict=True) if not part.is_dir()]
     settings = json.dumps(made_with["strategy"])
-    decoder.eval()
+    tokenizer = decoder.eval().image_tokenizer
+    ground = partial(
+        grounding,
+        class_names=reward.detector.class_names,
+        threshold=reward.rules.threshold,
+        max_words=decoder.prompt_encoder.tokenizer.max_words,
+        grid=tokenizer.grid,
+        image_size=tokenizer.image_size,
+    )
     with tqdm(total=sum(len(chunk) for _, chunk in missing[rank::world_size]), desc="Rollouts", unit="image",
               disable=rank > 0 or not missing) as bar:  # fmt: skip
         for part, chunk in missing[rank::world_size]:
             rows = [spec.prompts[i] for i, _ in chunk]
             seeds = [image_seed(seed, i, j) for i, j in chunk]
             decoded = spec.strategy.decode(decoder, judges, rows, seeds)
-            images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
-            verdicts = reward.verdicts(rows, images)
+            images = to_uint8(tokenizer.decode(decoded.tokens))
+            found = reward.detector(images)
+            verdicts = reward.judge(rows, found)
             columns = {
                 "prompt": [row["prompt"] for row in rows],
                 "metadata": [json.dumps(row) for row in rows],
                 "tokens": decoded.tokens.cpu().numpy().astype("int32"),
                 "reward": [float(verdict.correct) for verdict in verdicts],
                 "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
+                "grounding": [ground(row, detections) for row, detections in zip(rows, found, strict=True)],
                 "free_from": decoded.free_from.long().tolist(),
                 "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
                 "seed": seeds,
@@ -142,7 +157,9 @@ def collect(
                 "settings": [settings] * len(chunk),
             }
             if keep_evidence:
-                columns["hidden"] = [row.tobytes() for row in decoded.evidence.hidden.half().cpu().numpy()]
+                for name in _HIDDEN:
+                    stored = getattr(decoded.evidence, name).half().cpu().numpy()
+                    columns[name] = [row.tobytes() for row in stored]
                 columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in _STATISTICS}
             store(Dataset.from_dict(columns), part)
             bar.update(len(chunk))
@@ -166,16 +183,20 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def column(name: str) -> Tensor:
         return torch.from_numpy(np.stack([row[name] for row in rows]))
 
+    def hidden(name: str) -> Tensor:
+        states = [np.frombuffer(row[name], np.float16).reshape(len(row["tokens"]), -1) for row in rows]
+        return torch.from_numpy(np.stack(states)).float()
+
     evidence = {}
     if "hidden" in rows[0]:
-        hidden = np.stack([np.frombuffer(row["hidden"], np.float16).reshape(len(row["tokens"]), -1) for row in rows])
-        evidence = {"hidden": torch.from_numpy(hidden).float(), **{name: column(name) for name in _STATISTICS}}
+        evidence = {name: hidden(name) for name in _HIDDEN} | {name: column(name) for name in _STATISTICS}
     return {
         **({"evidence": evidence} if evidence else {}),
         "prompt": [row["prompt"] for row in rows],
         "tokens": column("tokens").long(),
         "correct": column("reward").float(),
         "clauses": column("clauses").float(),
+        "grounding": column("grounding").float(),
         "free_from": column("free_from"),
         "group": column("prompt_index"),
     }
@@ -251,7 +272,7 @@ class RolloutsDataModule(LightningDataModule):
 
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        arrays = ["tokens", "clauses", "reward", "free_from", "prompt_index"]
+        arrays = ["tokens", "clauses", "grounding", "reward", "free_from", "prompt_index"]
         arrays += _STATISTICS if self.keep_evidence else ()
         rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
         return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)

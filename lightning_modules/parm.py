@@ -15,13 +15,20 @@ from lightning_modules.rewards.ranking import RankingMetric, tenths
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
+def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean binary cross-entropy over the targets in `mask` (broadcast) that are not NaN, nats; 0 if there are none."""
+    weight = (mask & ~targets.isnan()).float()
+    total = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), weight=weight, reduction="sum")
+    return total / weight.sum().clamp(min=1)
+
+
 class PARMModule(FrozenPartsMixin, LightningModule):
     """Binary cross-entropy of the value of every prefix against the outcome of the finished image.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), `correct` [B] in
-    {0, 1}, `clauses` [B, C] (1, 0, or NaN where the prompt does not ask), `free_from` [B] (prefixes that end before it
-    are not trained: a verifier steered what came next) and `group` [B] (index of the prompt). With `evidence`, what the
-    decoder knew of the tokens when it drew them, no decoder pass is needed.
+    {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt does not ask), `free_from` [B]
+    (prefixes that end before it are not trained: a verifier steered what came next) and `group` [B] (index of the
+    prompt). With `evidence`, what the decoder knew of the tokens when it drew them, no decoder pass is needed.
 
     Args:
         decoder: the shared decoder, frozen here.
@@ -29,6 +36,10 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         optimizer: makes the optimizer from parameters.
         warmup_steps: steps of linear warm-up, then cosine decay to zero.
         clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
+        grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
+        evidence_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
+            given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
+            this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
     """
 
     frozen_parts = ("decoder",)
@@ -40,6 +51,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         optimizer: OptimizerFactory,
         warmup_steps: int,
         clause_weight: float,
+        grounding_weight: float,
+        evidence_dropout: float,
     ) -> None:
         super().__init__()
         self.decoder = decoder.eval().requires_grad_(False)
@@ -47,6 +60,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.clause_weight = clause_weight
+        self.grounding_weight = grounding_weight
+        self.evidence_dropout = evidence_dropout
         self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.judges})
 
     @property
@@ -67,35 +82,36 @@ class PARMModule(FrozenPartsMixin, LightningModule):
             return self.decoder.recall(word_ids, tokens, **batch["evidence"])
         return self.decoder.evidence(word_ids, tokens)
 
-    def loss(self, evidence: Evidence, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Value loss and clause loss, nats a prediction."""
+    def losses(self, evidence: Evidence, batch: dict[str, Any], trusted: Tensor | None = None) -> dict[str, Tensor]:
+        """Losses of value (`loss`), clauses and grounding, nats a prediction; for `trusted` see `PARM.forward`."""
         batch_size, num_tokens = evidence.log_probs.shape
+        first = batch["free_from"].clamp(min=1)  # shortest prefix that is trained
         if self.parm.causal:
             lengths = torch.arange(1, num_tokens + 1, device=self.device).expand(batch_size, -1)
-            logits, clause_logits = self.parm(evidence)
         else:
-            span = num_tokens - batch["free_from"].clamp(min=1) + 1
-            drawn = (torch.rand(batch_size, device=self.device) * span).long()
-            lengths = (batch["free_from"].clamp(min=1) + drawn)[:, None].clamp(max=num_tokens)
-            logits, clause_logits = self.parm(evidence, lengths[:, 0])
-        trained = (lengths >= batch["free_from"][:, None]).float()
-        target = batch["correct"][:, None].expand_as(logits)
-        value_loss = F.binary_cross_entropy_with_logits(logits, target, weight=trained, reduction="sum")
-        asked = trained[..., None] * (~batch["clauses"].isnan()).float()[:, None]
-        clauses = batch["clauses"].nan_to_num()[:, None].expand_as(clause_logits)
-        clause_loss = F.binary_cross_entropy_with_logits(clause_logits, clauses, weight=asked, reduction="sum")
-        return value_loss / trained.sum().clamp(min=1), clause_loss / asked.sum().clamp(min=1)
+            drawn = (torch.rand(batch_size, device=self.device) * (num_tokens - first + 1)).long()
+            lengths = (first + drawn)[:, None].clamp(max=num_tokens)
+        logits, clause_logits, match_logits = self.parm(evidence, lengths[:, 0], trusted)
+        trained = lengths >= first[:, None]
+        known = torch.arange(num_tokens, device=self.device) < lengths.amax(1, keepdim=True)
+        correct, clauses = batch["correct"][:, None], batch["clauses"][:, None]
+        return {
+            "loss": masked_bce(logits, correct.expand_as(logits), trained),
+            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None]),
+            "grounding_loss": masked_bce(match_logits, batch["grounding"], known[..., None]),
+        }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        value_loss, clause_loss = self.loss(self._evidence(batch), batch)
-        self.log_dict({"train/loss": value_loss, "train/clause_loss": clause_loss}, prog_bar=True)
-        return value_loss + self.clause_weight * clause_loss
+        trusted = torch.rand(len(batch["prompt"]), device=self.device) >= self.evidence_dropout
+        losses = self.losses(self._evidence(batch), batch, trusted)
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, prog_bar=True)
+        auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
+        return losses["loss"] + auxiliary
 
     def _rank(self, batch: dict[str, Any], stage: str) -> None:
         evidence = self._evidence(batch)
-        value_loss, _ = self.loss(evidence, batch)
-        size = len(batch["prompt"])
-        self.log(f"{stage}/loss", value_loss, prog_bar=True, sync_dist=True, batch_size=size)
+        losses = {f"{stage}/{name}": loss for name, loss in self.losses(evidence, batch).items()}
+        self.log_dict(losses, sync_dist=True, batch_size=len(batch["prompt"]))
         for name, judge in self.judges.items():
             values = judge.values(evidence, tenths(self.decoder.num_tokens))
             self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]
@@ -109,9 +125,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
             for i, auc in enumerate(result["auc"]):
                 log[f"{stage}/{name}/auc_{10 * (i + 1)}"] = auc
             log[f"{stage}/{name}/chosen"] = result["chosen"][-1]
-            if name == "parm":
-                log[f"{stage}/{name}/ece"] = result["ece"][-1]
-                log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]
+            log[f"{stage}/{name}/ece"] = result["ece"][-1]
+            log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]
             self.log_dict(log)
             self.log(f"{stage}/{name}/auc", result["auc"][-1], prog_bar=True)
 

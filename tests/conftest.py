@@ -60,7 +60,6 @@ def make_parm(decoder: NextTokenDecoder, features: Features = "hidden", causal: 
         evidence_depths=decoder.evidence_depths,
         features=features,
         causal=causal,
-        dropout=0.0,
     )
     with torch.no_grad():
         for weight in parm.parameters():

@@ -10,8 +10,9 @@ import numpy as np
 
 from datamodules.shapes.prompts import ANYTHING, COLORS, NUMBERS, RELATIONS, Metadata, Split, prompt_pool, with_clauses
 from datamodules.shapes.scenes import Scene, ShapesStream
-from datamodules.shapes.world import CLASSES
+from datamodules.shapes.world import CLASSES, SIZE
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
+from lightning_modules.rewards.grounding import grounding
 
 _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
@@ -56,13 +57,15 @@ def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
 
 @cache
 def _train_prompts() -> frozenset[str]:
-    """The training prompts, and what `vague` makes of them."""
+    """The training prompts, and what `vague` makes of those with colours or two classes."""
     rows = [row for pool in prompt_pool("train").values() for row in pool]
     vague = (
-        with_clauses(row, [clause | {"class": ANYTHING, "color": color} if i == j else clause for j, clause in clauses])
-        for row in (*prompt_pool("train")["colors"], *prompt_pool("train")["color_attr"])
-        for clauses in [list(enumerate(row["include"]))]
+        with_clauses(row, [clause | change if i == j else clause for j, clause in enumerate(clauses)])
+        for row in rows
+        for clauses in [row["include"]]
         for i, color in product(range(len(clauses)), COLORS)
+        for change in [{"class": ANYTHING} | ({"color": color} if "color" in clauses[i] else {})]
+        if row["tag"] not in ("single_object", "counting")
     )
     return frozenset(row["prompt"] for row in (*rows, *vague))
 
@@ -83,11 +86,12 @@ def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
 
 @dataclass(frozen=True)
 class CaptionPair:
-    """A rendered image (uint8 [64, 64, 3]) with two captions and the verdict of GenEval's rules on each."""
+    """A rendered image (uint8 [64, 64, 3]) with two captions, GenEval's verdict on each, and the grounding of each."""
 
     image: np.ndarray
     captions: tuple[Metadata, Metadata]
     verdicts: tuple[Verdict, Verdict]
+    grounding: tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,21 @@ class CaptionPairs:
     """Endless caption pairs: `pairs[index]` is a function of (stream, index) alone.
 
     The verdict on the altered caption comes from the rules, not from the assumption that it is false.
+
+    Attributes:
+        stream: images with true captions.
+        max_words, grid: of the longest prompt, and image tokens along each side, for grounding.
     """
 
     stream: ShapesStream
+    max_words: int
+    grid: int
 
     def __getitem__(self, index: int) -> CaptionPair:
         sample = self.stream[index]
         rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
         captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
         verdicts = (judge(sample.scene, captions[0]), judge(sample.scene, captions[1]))
-        return CaptionPair(sample.image, captions, verdicts)
+        objects = truth(sample.scene)
+        true, other = (grounding(row, objects, CLASSES, 0.0, self.max_words, self.grid, SIZE) for row in captions)
+        return CaptionPair(sample.image, captions, verdicts, (true, other))

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from datamodules.shapes.world import CLASSES, PALETTE
 from lightning_modules.rewards.geneval import RELATIONS
+from lightning_modules.rewards.grounding import ANYTHING
 
 Metadata = dict[str, Any]
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 COLORS = tuple(PALETTE)
-ANYTHING = "shape"  # the word for an object of any class
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 _HELD_OUT = {  # combinations a split keeps to itself, the rest is for training

@@ -47,10 +47,11 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def vague(row: Metadata, rng: np.random.Generator) -> Metadata:
-    """A prompt with colours, one of whose clauses now says "shape" for the class and names any colour."""
+    """A prompt one of whose clauses now says "shape" for the class and, if it names a colour, any colour."""
     include = list(row["include"])
     color = COLORS[rng.integers(len(COLORS))]
-    include[rng.integers(len(include))] = {"class": ANYTHING, "count": 1, "color": color}
+    i = rng.integers(len(include))
+    include[i] = include[i] | {"class": ANYTHING} | ({"color": color} if "color" in include[i] else {})
     return with_clauses(row, include)
 
 
@@ -71,8 +72,8 @@ class ShapesStream:
         split: whose prompts are used.
         seed: another seed is another stream.
         task_weights: how often each task occurs, relative to the others; tasks left out do not occur.
-        vagueness: share of the prompts with colours in which one class is "shape". They teach that a colour goes with
-            every class: from named combinations alone a decoder learns that the held-out ones are never meant.
+        vagueness: by task, share of the prompts in which one class is "shape". They teach that a colour, or a relation,
+            goes with every class: from named combinations alone one learns that the held-out ones are never meant.
     """
 
     split: Split = "train"
@@ -87,7 +88,7 @@ class ShapesStream:
             "color_attr": 4,
         }
     )
-    vagueness: float = 0.0
+    vagueness: Mapping[str, float] = field(default_factory=dict)
 
     def __getitem__(self, index: int) -> CaptionedImage:
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))
@@ -95,7 +96,7 @@ class ShapesStream:
         bounds = np.cumsum(list(self.task_weights.values()))
         task = list(self.task_weights)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
         metadata = pool[task][rng.integers(len(pool[task]))]
-        if self.vagueness and task in ("colors", "color_attr") and rng.random() < self.vagueness:
+        if task in self.vagueness and rng.random() < self.vagueness[task]:
             metadata = vague(metadata, rng)
         scene = scene_for(metadata, rng)
         return CaptionedImage(render(scene), metadata, scene)

@@ -17,12 +17,13 @@ class Evidence:
     """What the decoder knows about some tokens: all that a verifier in token space reads.
 
     Either about S consecutive tokens of each row, or about k candidates (S = k) for one position, which then share
-    `hidden` (its S is 1) and `entropy`.
+    the hidden states (their S is 1) and `entropy`.
 
     Attributes:
         prompt: prompt embeddings, [B, L, dim].
         embeddings: embeddings of the tokens, [B, S, dim].
         hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
+        unconditional_hidden: the same without the prompt: what the decoder sees in the image itself, [B, S, F].
         log_probs: log p(token | prompt, tokens before), [B, S], at temperature 1, without guidance.
         unconditional_log_probs: the same without the prompt, [B, S].
         entropy: of the distribution the log-probability is taken from, nats, [B, S].
@@ -31,6 +32,7 @@ class Evidence:
     prompt: Tensor
     embeddings: Tensor
     hidden: Tensor
+    unconditional_hidden: Tensor
     log_probs: Tensor
     unconditional_log_probs: Tensor
     entropy: Tensor
@@ -42,6 +44,7 @@ class Evidence:
             self.prompt,
             self.embeddings[rows, choice, None],
             self.hidden,
+            self.unconditional_hidden,
             self.log_probs[rows, choice, None],
             self.unconditional_log_probs[rows, choice, None],
             self.entropy,
@@ -54,6 +57,7 @@ class Evidence:
             self.prompt.repeat_interleave(k, 0),
             self.embeddings.flatten(0, 1)[:, None],
             self.hidden.repeat_interleave(k, 0),
+            self.unconditional_hidden.repeat_interleave(k, 0),
             self.log_probs.flatten()[:, None],
             self.unconditional_log_probs.flatten()[:, None],
             self.entropy.repeat_interleave(k, 0),
@@ -240,6 +244,10 @@ class NextTokenDecoder(nn.Module):
         hidden = self.transformer(inputs, causal=True)
         return prompt, [h[:, prompt.shape[1] - 1 :] for h in hidden]
 
+    def _read(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Hidden states of every layer [..., dim] -> those that verifiers read, side by side, [..., F]."""
+        return torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
+
     def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
         """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
         codes = self._code_embeddings()
@@ -255,15 +263,18 @@ class NextTokenDecoder(nn.Module):
             tokens: images, [B, T]; each stands for c prompts, which are neighbours.
         """
         copies = len(word_ids) // len(tokens)
-        unconditional = self.log_probs(torch.zeros_like(word_ids[::copies]), tokens)
-        tokens = tokens.repeat_interleave(copies, 0)
         codes = self._code_embeddings()
+        _, hidden = self._run(codes, torch.zeros_like(word_ids[::copies]), tokens)
+        unconditional = self._logits(codes, hidden[-1]).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        unconditional_hidden = self._read(hidden)
+        tokens = tokens.repeat_interleave(copies, 0)
         prompt, hidden = self._run(codes, word_ids, tokens)
         log_p = self._logits(codes, hidden[-1]).log_softmax(-1)
         return Evidence(
             prompt=prompt,
             embeddings=self._embed(codes, tokens),
-            hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
+            hidden=self._read(hidden),
+            unconditional_hidden=unconditional_hidden.repeat_interleave(copies, 0),
             log_probs=log_p.gather(-1, tokens[..., None]).squeeze(-1),
             unconditional_log_probs=unconditional.repeat_interleave(copies, 0),
             entropy=-(log_p.exp() * log_p).sum(-1),
@@ -276,7 +287,7 @@ class NextTokenDecoder(nn.Module):
         Args:
             word_ids: [B, L].
             tokens: [B, T].
-            stored: `hidden`, `log_probs`, `unconditional_log_probs` and `entropy` as in `Evidence`.
+            stored: the other fields of `Evidence`.
         """
         embeddings = self._embed(self._code_embeddings(), tokens)
         return Evidence(prompt=self.prompt_encoder(word_ids), embeddings=embeddings, **stored)
@@ -303,7 +314,7 @@ class NextTokenDecoder(nn.Module):
             prompt=prompt[: len(ids)],
             codes=codes,
             cache=cache,
-            hidden=torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1),
+            hidden=self._read(hidden),
             logits=self._logits(codes, hidden[-1]),
         )
         state.cost.decoder_passes += len(prompt)
@@ -323,6 +334,7 @@ class NextTokenDecoder(nn.Module):
             prompt=state.prompt,
             embeddings=state.codes[tokens] + self._positions[state.length],
             hidden=state.hidden[: len(tokens), None],
+            unconditional_hidden=state.hidden[len(tokens) :, None],
             log_probs=log_p.gather(-1, tokens),
             unconditional_log_probs=unconditional.log_softmax(-1).gather(-1, tokens),
             entropy=-(log_p.exp() * log_p).sum(-1, keepdim=True),
@@ -339,6 +351,6 @@ class NextTokenDecoder(nn.Module):
         x = (state.codes[tokens] + self._positions[state.length - 1])[:, None].repeat(2, 1, 1)
         hidden = [h[:, 0] for h in self.transformer.step(x, state.cache)]
         state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
-        state.hidden = torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
+        state.hidden = self._read(hidden)
         state.logits = self._logits(state.codes, hidden[-1])
         state.cost.decoder_passes += len(x)

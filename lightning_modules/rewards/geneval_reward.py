@@ -39,7 +39,10 @@ class GenEvalReward(Reward):
 
     def verdicts(self, prompts: Sequence[Mapping[str, Any]], images: np.ndarray) -> list[Verdict]:
         """GenEval metadata of B prompts and uint8 images [B, H, W, 3] -> what the rules say of each."""
-        found = self.detector(images)
+        return self.judge(prompts, self.detector(images))
+
+    def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
+        """The same from what was detected in the images."""
         return [self.rules.evaluate(row, detections) for row, detections in zip(prompts, found, strict=True)]
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:

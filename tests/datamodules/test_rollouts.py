@@ -78,6 +78,8 @@ def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> No
     batch = collate([collected.with_format("numpy")[i] for i in (0, 11)])
     assert batch["tokens"].shape == (2, decoder.num_tokens)
     assert batch["clauses"].shape == (2, 6)
+    assert batch["grounding"].shape == (2, decoder.num_tokens, 12)
+    assert batch["grounding"][0, 0].isnan().tolist() == [place != 4 for place in range(12)]  # a photo of a NAME
     assert batch["clauses"][0].isnan().tolist() == [False, True, True, True, True, True]
     assert batch["group"].tolist() == [0, 11]
     assert batch["correct"].tolist() == [collected[0]["reward"], collected[11]["reward"]]
@@ -86,20 +88,9 @@ def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> No
 def test_stored_evidence_is_that_of_a_decoder_pass(tmp_path, decoder, reward, rows) -> None:
     spec = RolloutSpec(rows, 1, Sample(Sampling()))
     collected = collect(spec, tmp_path, decoder, {}, reward, 0, 12, keep_evidence=True)
-    numpy_rows = collected.with_format(
-        "numpy",
-        columns=[
-            "tokens",
-            "clauses",
-            "reward",
-            "free_from",
-            "prompt_index",
-            "log_probs",
-            "unconditional_log_probs",
-            "entropy",
-        ],
-        output_all_columns=True,
-    )
+    arrays = ["tokens", "clauses", "grounding", "reward", "free_from", "prompt_index"]
+    arrays += ["log_probs", "unconditional_log_probs", "entropy"]
+    numpy_rows = collected.with_format("numpy", columns=arrays, output_all_columns=True)
     batch = collate([numpy_rows[i] for i in range(12)])
     words = decoder.word_ids(batch["prompt"])
     stored, fresh = (

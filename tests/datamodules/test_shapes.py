@@ -85,12 +85,13 @@ def test_scenes_fulfil_their_prompt_without_touching(split) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_vague_prompts_say_shape_and_are_fulfilled(split) -> None:
-    stream = ShapesStream(split=split, seed=12, vagueness=1.0)
+    tasks = ("two_object", "colors", "position", "color_attr")
+    stream = ShapesStream(split=split, seed=12, vagueness=dict.fromkeys(tasks, 1.0))
     colored = set()
     for index in range(400):
         sample = stream[index]
         vague = [clause["class"] for clause in sample.metadata["include"]].count("shape")
-        assert vague == (sample.metadata["tag"] in ("colors", "color_attr"))
+        assert vague == (sample.metadata["tag"] in tasks)
         assert judge(sample.scene, sample.metadata).correct, sample.metadata["prompt"]
         if sample.metadata["tag"] == "colors":
             colored |= {(item.name, item.color) for item in sample.scene.objects}
@@ -98,21 +99,18 @@ def test_vague_prompts_say_shape_and_are_fulfilled(split) -> None:
 
 
 def test_training_captions_never_name_a_held_out_combination() -> None:
-    held_out = {
-        (clause["class"], clause["color"])
-        for split in ("validation", "evaluation")
-        for row in prompt_pool(split)["colors"]
-        for clause in row["include"]
-    }
-    pairs = CaptionPairs(ShapesStream(seed=6, vagueness=0.5))
+    others = [row for split in ("validation", "evaluation") for rows in prompt_pool(split).values() for row in rows]
+    held_out = {row["prompt"] for row in others if row["tag"] not in ("single_object", "counting")}
+    colored = {(c["class"], c["color"]) for row in others if row["tag"] == "colors" for c in row["include"]}
+    pairs = CaptionPairs(ShapesStream(seed=6, vagueness={"colors": 0.5, "position": 0.5}), max_words=12, grid=8)
     for index in range(500):
         for caption in pairs[index].captions:
             named = {(clause["class"], clause.get("color")) for clause in caption["include"]}
-            assert not named & held_out, caption["prompt"]
+            assert caption["prompt"] not in held_out and not named & colored, caption["prompt"]
 
 
 def test_altered_captions_differ_in_one_thing_and_stay_in_their_split() -> None:
-    pairs = CaptionPairs(ShapesStream(seed=5))
+    pairs = CaptionPairs(ShapesStream(seed=5), max_words=12, grid=8)
     known = {row["prompt"] for rows in prompt_pool("train").values() for row in rows}
     wrong = 0
     for index in range(300):

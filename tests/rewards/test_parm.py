@@ -1,5 +1,7 @@
 """PARM: causality, candidates scored together, cached steps against full passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,15 +78,31 @@ def test_candidates_scored_together_equal_candidates_scored_apart(
 def test_values_are_log_probabilities(decoder: NextTokenDecoder, parm: PARM, tokens: torch.Tensor) -> None:
     values = parm.values(evidence_of(decoder, tokens), [1, 16])
     assert (values < 0).all()
-    logits, clauses = parm(evidence_of(decoder, tokens))
+    logits, clauses, matches = parm(evidence_of(decoder, tokens))
     torch.testing.assert_close(values, logits[:, [0, 15]].sigmoid().log())
     assert clauses.shape == (4, 16, 6)
+    assert matches.shape == (4, 16, 12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_the_decoder_thinks_given_the_prompt_counts_only_in_trusted_rows(
+    decoder: NextTokenDecoder, tokens: torch.Tensor, causal: bool
+) -> None:
+    parm = make_parm(decoder, "hidden", causal)
+    lengths = torch.full((4,), 16)
+    evidence = evidence_of(decoder, tokens)
+    other = replace(evidence, hidden=evidence.hidden + 1, log_probs=evidence.log_probs - 1)
+    trusted = torch.tensor([True, False, True, False])
+    mixed, changed = (parm(e, lengths, trusted)[0] for e in (evidence, other))
+    torch.testing.assert_close(mixed[trusted], parm(evidence, lengths)[0][trusted])
+    torch.testing.assert_close(mixed[~trusted], changed[~trusted])
+    assert (mixed[trusted] != changed[trusted]).all()
 
 
 def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
     from lightning_modules.backbone.transformer import TransformerConfig
 
-    compact = PARM(TransformerConfig(512, 6, 8), 4, decoder.dim, decoder.evidence_depths, "hidden", True, 0.0)
+    compact = PARM(TransformerConfig(512, 6, 8), 4, decoder.dim, decoder.evidence_depths, "hidden", True)
     assert [tuple(layer.weight.shape) for layer in (compact.head[0], compact.head[2])] == [
         (256, 512),
         (1, 256),
