@@ -25,6 +25,10 @@ def run(config: DictConfig) -> None:
     """Do the task of a config."""
     if config.task not in ("fit", "evaluate", "rollout", "export"):
         raise ValueError(f"task must be fit, evaluate, rollout or export, not {config.task!r}")
+    if config.task == "export" and config.ckpt_path is None:
+        raise ValueError("task=export needs ckpt_path, the checkpoint to export")
+    if missing := OmegaConf.missing_keys(config.geneval):
+        raise ValueError(f"{min(missing)} needs a value")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
     seed_everything(config.seed, workers=True, verbose=False)

@@ -96,7 +96,14 @@ def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> I
     """Images with their prompts, framed green (correct) or red with the reason."""
     font = ImageFont.load_default(11)
     side = scale * next(iter(result.thumbnails.values())).shape[0]
-    width, height, text = side + 60, side + 66, 60
+    width = side + 60
+    captions = []
+    for index in result.thumbnails:
+        row = result.row_of(index)
+        caption = row["prompt"].removeprefix("a photo of ") + "\n" + row["reason"]
+        captions.append("\n".join(_wrap(line, width - 8, font) for line in caption.splitlines()))
+    text = 13 * max(caption.count("\n") + 1 for caption in captions)
+    height = side + text + 12
     lines = -(-len(result.thumbnails) // columns)
     sheet = Image.new("RGB", (columns * width, lines * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -106,9 +113,7 @@ def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> I
         sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x + 30, y + 3))
         color = "green" if row["correct"] else "red"
         draw.rectangle((x + 28, y + 1, x + 31 + side, y + 4 + side), outline=color, width=2)
-        caption = row["prompt"].removeprefix("a photo of ") + "\n" + row["reason"].replace("\n", "; ")
-        wrapped = "\n".join(_wrap(line, width - 8, font) for line in caption.splitlines())
-        draw.multiline_text((x + 4, y + height - text + 2), wrapped, fill="black", font=font, spacing=1)
+        draw.multiline_text((x + 4, y + side + 8), captions[place], fill="black", font=font, spacing=1)
     return sheet
 
 

@@ -273,6 +273,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["strategies.best_of_8_parm.n=0"], "best-of-n needs n of at least 1, not 0"),
         (["task=train"], "task must be fit, evaluate, rollout or export, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["task=export"], "task=export needs ckpt_path"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
@@ -287,6 +288,12 @@ def test_bad_config_ends_in_one_sentence_before_work_starts(
     assert last.startswith("Error: ") and sentence in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "rollouts").exists()
+
+
+def test_a_prompt_file_must_be_named(tmp_path: Path) -> None:
+    done = command(tmp_path, "geneval=file", check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "Error: geneval.test_prompts.path needs a value"
 
 
 @pytest.mark.parametrize(
