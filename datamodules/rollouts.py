@@ -118,11 +118,16 @@ def collect(
         seed, prompt_index, sample, settings.
     """
     made_with = provenance(spec, decoder, judges, seed, keep_evidence)
-    open_folder(folder, made_with)
+    if rank == 0:
+        open_folder(folder, made_with)
+    if world_size > 1:
+        torch.distributed.barrier()  # the others must not write the same file at the same moment
     jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
     chunks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     parts = [folder / f"part-{batch_size}-{number:05d}" for number in range(len(chunks))]
-    missing = [(part, chunk) for part, chunk in zip(parts, chunks, strict=True) if not part.is_dir()]
+    # Which parts are a rank's own must not depend on what the other ranks have finished by now.
+    own = zip(parts[rank::world_size], chunks[rank::world_size], strict=True)
+    missing = [(part, chunk) for part, chunk in own if not part.is_dir()]
     settings = json.dumps(made_with["strategy"])
     tokenizer = decoder.eval().image_tokenizer
     ground = partial(
@@ -133,9 +138,9 @@ def collect(
         grid=tokenizer.grid,
         image_size=tokenizer.image_size,
     )
-    with tqdm(total=sum(len(chunk) for _, chunk in missing[rank::world_size]), desc="Rollouts", unit="image",
+    with tqdm(total=sum(len(chunk) for _, chunk in missing), desc="Rollouts", unit="image",
               disable=rank > 0 or not missing) as bar:  # fmt: skip
-        for part, chunk in missing[rank::world_size]:
+        for part, chunk in missing:
             rows = [spec.prompts[i] for i, _ in chunk]
             seeds = [image_seed(seed, i, j) for i, j in chunk]
             decoded = spec.strategy.decode(decoder, judges, rows, seeds)
