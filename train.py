@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"task must be fit, evaluate, rollout or export, not {config.task!r}")
     if config.task == "export" and config.ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
-    if missing := OmegaConf.missing_keys(config.geneval):
+    if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{min(missing)} needs a value")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
@@ -37,9 +37,10 @@ def run(config: DictConfig) -> None:
     module = build(config.module)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
-        node, part = module.exported
-        export(part, Path(config.export_dir), plain[node])
-        print(f"Exported {type(part).__name__} to {config.export_dir}")
+        for node, part in module.exported.items():
+            folder = Path(config.export_dir) / (node if len(module.exported) > 1 else "")
+            export(part, folder, plain[node])
+            print(f"Exported {type(part).__name__} to {folder}")
         return
     data = build(config.data)
     if config.task == "rollout":
@@ -53,7 +54,7 @@ def run(config: DictConfig) -> None:
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
-        trainer.test(module, data, verbose=False)
+        trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
     else:
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 from callbacks.report import StrategyResult, print_table, write_report
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.verifier import Verifier
 
 
 @dataclass
@@ -30,6 +32,8 @@ class _Share:
     decoder_passes: int = 0
     verifier_calls: int = 0
     seconds: float = 0.0
+    objects: int = 0
+    holdout: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class GenEvalCallback(Callback):
@@ -51,6 +55,8 @@ class GenEvalCallback(Callback):
         seed: of all images.
         folder: where results go.
         sheet_prompts: prompts on the contact sheets.
+        holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
+            are objects per image: what training does not optimise tells whether it has found a way to cheat.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class GenEvalCallback(Callback):
         seed: int,
         folder: str,
         sheet_prompts: int,
+        holdout: Sequence[str],
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -87,10 +94,15 @@ class GenEvalCallback(Callback):
         self.seed = seed
         self.folder = Path(folder)
         self.sheet_prompts = sheet_prompts
+        self.holdout = list(holdout)
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse prompts with unknown words before any work starts."""
+        """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
+        for name in self.holdout:
+            if name not in pl_module.judges:  # type: ignore[operator]
+                known = ", ".join(pl_module.judges)  # type: ignore[arg-type]
+                raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.word_ids([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
 
@@ -100,6 +112,9 @@ class GenEvalCallback(Callback):
         if not self._latest or trainer.current_epoch % self.every_n_epochs == 0:
             results = self._evaluate(trainer, pl_module, self.validation_prompts, self.validation_strategies)
             self._latest = {f"val/geneval/{name}": result.overall for name, result in results.items()}
+            for name, result in results.items():
+                self._latest[f"val/objects/{name}"] = result.objects
+                self._latest |= {f"val/holdout/{judge}/{name}": value for judge, value in result.holdout.items()}
             self._latest["val/geneval"] = results[self.monitor].overall
         pl_module.log_dict(self._latest, prog_bar=False)
 
@@ -170,6 +185,11 @@ class GenEvalCallback(Callback):
         share.decoder_passes += decoded.cost.decoder_passes
         share.verifier_calls += decoded.cost.verifier_calls
         verdicts = self.reward.verdicts(rows, images)
+        share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
+        for name in self.holdout:
+            judge = judges[name]
+            values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
+            share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
         for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
             share.rows.append(
                 {
@@ -215,6 +235,8 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
         decoder_forwards=sum(share.decoder_passes for share in shares) / len(rows),
         verifier_calls=sum(share.verifier_calls for share in shares) / len(rows),
         seconds=sum(share.seconds for share in shares) / len(rows),
+        objects=sum(share.objects for share in shares) / len(rows),
+        holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
     )
 
 

@@ -31,6 +31,8 @@ class StrategyResult:
         decoder_forwards: forward passes of the decoder an image, with and without the prompt counted apart.
         verifier_calls: values asked of a judge, an image.
         seconds: wall time an image, summed over ranks.
+        objects: found in an image.
+        holdout: mean opinion of judges, by name.
     """
 
     name: str
@@ -41,6 +43,8 @@ class StrategyResult:
     decoder_forwards: float
     verifier_calls: float
     seconds: float
+    objects: float
+    holdout: dict[str, float]
 
     def row_of(self, index: int) -> dict[str, Any]:
         """The row of the first image of prompt `index`."""
@@ -82,6 +86,8 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
             "decoder_forwards_per_image": result.decoder_forwards,
             "verifier_calls_per_image": result.verifier_calls,
             "seconds_per_image": result.seconds,
+            "objects_per_image": result.objects,
+            "holdout": result.holdout,
         }
         lines += [json.dumps(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
         sheet = folder / "sheets" / f"{name}.png"

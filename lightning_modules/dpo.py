@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
@@ -36,20 +37,22 @@ class DPOModule(FrozenPartsMixin, LightningModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
     Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected` [B], the
-    log-probabilities that the reference gives them, and `weight` [B] of each pair.
+    log-probabilities that the reference gives them, and `weight` [B] of each pair; to refit PARM also the labels of
+    `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
 
     Args:
         decoder: the shared decoder, which is trained.
-        parm: a reward model for verified decoding of the aligned decoder; stays as it is.
+        parm: a reward model for verified decoding of the aligned decoder.
         optimizer: makes the optimizer from parameters.
         warmup_steps: steps of linear warm-up, then cosine decay to zero.
         loss: of a pair.
         sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
         max_fall: training stops when chosen images have become this much less likely than under the reference, nats
             an image.
+        refit: loss by which PARM learns from the same images, to follow the policy that it reads; null leaves it as it
+            is.
+        refit_lr: learning rate of PARM.
     """
-
-    frozen_parts = ("decoder.image_tokenizer", "parm")
 
     def __init__(
         self,
@@ -60,15 +63,20 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         loss: PreferenceLoss,
         sft_weight: float,
         max_fall: float,
+        refit: PARMObjective | None,
+        refit_lr: float,
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.parm = parm.eval().requires_grad_(False)
+        self.parm = parm.requires_grad_(refit is not None)
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.loss = loss
         self.sft_weight = sft_weight
         self.max_fall = max_fall
+        self.refit = refit
+        self.refit_lr = refit_lr
+        self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
 
     @property
     def judges(self) -> dict[str, Verifier[Any]]:
@@ -76,9 +84,9 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         return {"parm": self.parm, "likelihood": Likelihood()}
 
     @property
-    def exported(self) -> tuple[str, NextTokenDecoder]:
-        """What `task=export` writes: the config node that builds it, and the thing itself."""
-        return "decoder", self.decoder
+    def exported(self) -> dict[str, torch.nn.Module]:
+        """What `task=export` writes, by the config node that builds it."""
+        return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit else {})
 
     def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
         word_ids = self.decoder.word_ids(batch["prompt"])
@@ -101,16 +109,36 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         }
         named = {f"{stage}/{name}": value for name, value in log.items()}
         self.log_dict(named, sync_dist=stage != "train", batch_size=len(losses))
-        if stage == "train" and gain_chosen.mean() < -self.max_fall:
+        if stage == "train":
+            self._refuse_collapse(-gain_chosen.mean())
+        return loss
+
+    def _refuse_collapse(self, fall: Tensor) -> None:
+        """Raise ValueError, on every rank at once, when chosen images have become too unlikely."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(fall, torch.distributed.ReduceOp.MAX)
+        if fall > self.max_fall:
             raise ValueError(
-                f"chosen images became {-gain_chosen.mean():.1f} nats less likely than under the reference, more than "
+                f"chosen images became {fall:.1f} nats less likely than under the reference, more than "
                 f"module.max_fall={self.max_fall}: the policy is collapsing; lower the learning rate or raise beta or "
                 "module.sft_weight"
             )
-        return loss
+
+    def _refit_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Loss of PARM on both sides' images, read by the policy as it is now."""
+        assert self.refit is not None
+        if "correct" not in batch:
+            raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
+        tokens = torch.cat([batch["chosen"], batch["rejected"]])
+        evidence = self.decoder.evidence(self.decoder.word_ids(batch["prompt"]).repeat(2, 1), tokens)
+        free_from = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        losses = self.refit.training_losses(self.parm, evidence, batch | {"free_from": free_from})
+        self.log("train/parm_loss", losses["loss"], prog_bar=True)
+        return losses["total"]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        loss = self._step(batch, "train")
+        return loss + self._refit_loss(batch) if self.refit else loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._step(batch, "val")
@@ -122,4 +150,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         self.log("train/grad_norm", grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer, self.warmup_steps)
+        groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]
+        if self.refit:
+            groups.append({"params": trainable(self.parm), "lr": self.refit_lr})
+        return warmup_cosine(self, self.optimizer(groups), self.warmup_steps)

@@ -10,14 +10,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]  # of parameters, or of groups of them
 
 
-def warmup_cosine(
-    module: LightningModule, optimizer: OptimizerFactory, warmup_steps: int
-) -> OptimizerLRSchedulerConfig:
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def warmup_cosine(module: LightningModule, optimizer: Optimizer, warmup_steps: int) -> OptimizerLRSchedulerConfig:
     """Lightning's optimizer dictionary: linear warm-up, then cosine decay to zero at the last step of the Trainer."""
-    built = optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
     total = int(module.trainer.estimated_stepping_batches)
 
     def factor(step: int) -> float:
@@ -26,7 +28,7 @@ def warmup_cosine(
         done = (step - warmup_steps) / max(1, total - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, factor), "interval": "step"}}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 class FrozenPartsMixin:

@@ -1,5 +1,7 @@
 """PARMModule: trains the reward model on what the frozen shared decoder knows of images with known outcome."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
 from lightning_modules.rewards.verifier import Likelihood, Verifier
@@ -22,24 +24,75 @@ def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return total / weight.sum().clamp(min=1)
 
 
-class PARMModule(FrozenPartsMixin, LightningModule):
+@dataclass(frozen=True)
+class PARMObjective:
     """Binary cross-entropy of the value of every prefix against the outcome of the finished image.
 
-    Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), `correct` [B] in
-    {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt does not ask), `free_from` [B]
-    (prefixes that end before it are not trained: a verifier steered what came next) and `group` [B] (index of the
-    prompt). With `evidence`, what the decoder knew of the tokens when it drew them, no decoder pass is needed.
+    Attributes:
+        clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
+        grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
+        evidence_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
+            given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
+            this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
+    """
+
+    clause_weight: float = 0.5
+    grounding_weight: float = 2.0
+    evidence_dropout: float = 0.5
+
+    def losses(
+        self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor], trusted: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of value (`loss`), clauses and grounding, nats a prediction.
+
+        Args:
+            parm: the reward model.
+            evidence: about finished images.
+            labels: `correct` [B] in {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt
+                does not ask), `free_from` [B] (prefixes that end before it are not trained: a verifier steered what
+                came next).
+            trusted: see `PARM.forward`.
+        """
+        batch_size, num_tokens = evidence.log_probs.shape
+        device = evidence.log_probs.device
+        first = labels["free_from"].clamp(min=1)  # shortest prefix that is trained
+        if parm.causal:
+            lengths = torch.arange(1, num_tokens + 1, device=device).expand(batch_size, -1)
+        else:
+            drawn = (torch.rand(batch_size, device=device) * (num_tokens - first + 1)).long()
+            lengths = (first + drawn)[:, None].clamp(max=num_tokens)
+        logits, clause_logits, match_logits = parm(evidence, lengths[:, 0], trusted)
+        trained = lengths >= first[:, None]
+        known = torch.arange(num_tokens, device=device) < lengths.amax(1, keepdim=True)
+        correct, clauses = labels["correct"][:, None], labels["clauses"][:, None]
+        return {
+            "loss": masked_bce(logits, correct.expand_as(logits), trained),
+            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None]),
+            "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None]),
+        }
+
+    def training_losses(self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with evidence dropout, and their weighted sum (`total`)."""
+        log_probs = evidence.log_probs
+        trusted = torch.rand(len(log_probs), device=log_probs.device) >= self.evidence_dropout
+        losses = self.losses(parm, evidence, labels, trusted)
+        auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
+        return losses | {"total": losses["loss"] + auxiliary}
+
+
+class PARMModule(FrozenPartsMixin, LightningModule):
+    """Trains the reward model; measures how well it ranks images of one prompt.
+
+    Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
+    `PARMObjective.losses` and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of the tokens
+    when it drew them, no decoder pass is needed.
 
     Args:
         decoder: the shared decoder, frozen here.
         parm: the reward model.
         optimizer: makes the optimizer from parameters.
         warmup_steps: steps of linear warm-up, then cosine decay to zero.
-        clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
-        grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
-        evidence_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
-            given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
-            this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
+        objective: the loss.
     """
 
     frozen_parts = ("decoder",)
@@ -50,18 +103,14 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         parm: PARM,
         optimizer: OptimizerFactory,
         warmup_steps: int,
-        clause_weight: float,
-        grounding_weight: float,
-        evidence_dropout: float,
+        objective: PARMObjective,
     ) -> None:
         super().__init__()
         self.decoder = decoder.eval().requires_grad_(False)
         self.parm = parm
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
-        self.clause_weight = clause_weight
-        self.grounding_weight = grounding_weight
-        self.evidence_dropout = evidence_dropout
+        self.objective = objective
         self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.judges})
 
     @property
@@ -70,9 +119,9 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         return {"parm": self.parm, "likelihood": Likelihood()}
 
     @property
-    def exported(self) -> tuple[str, PARM]:
-        """What `task=export` writes: the config node that builds it, and the thing itself."""
-        return "parm", self.parm
+    def exported(self) -> dict[str, torch.nn.Module]:
+        """What `task=export` writes, by the config node that builds it."""
+        return {"parm": self.parm}
 
     def _evidence(self, batch: dict[str, Any]) -> Evidence:
         self.decoder.eval()
@@ -82,35 +131,15 @@ class PARMModule(FrozenPartsMixin, LightningModule):
             return self.decoder.recall(word_ids, tokens, **batch["evidence"])
         return self.decoder.evidence(word_ids, tokens)
 
-    def losses(self, evidence: Evidence, batch: dict[str, Any], trusted: Tensor | None = None) -> dict[str, Tensor]:
-        """Losses of value (`loss`), clauses and grounding, nats a prediction; for `trusted` see `PARM.forward`."""
-        batch_size, num_tokens = evidence.log_probs.shape
-        first = batch["free_from"].clamp(min=1)  # shortest prefix that is trained
-        if self.parm.causal:
-            lengths = torch.arange(1, num_tokens + 1, device=self.device).expand(batch_size, -1)
-        else:
-            drawn = (torch.rand(batch_size, device=self.device) * (num_tokens - first + 1)).long()
-            lengths = (first + drawn)[:, None].clamp(max=num_tokens)
-        logits, clause_logits, match_logits = self.parm(evidence, lengths[:, 0], trusted)
-        trained = lengths >= first[:, None]
-        known = torch.arange(num_tokens, device=self.device) < lengths.amax(1, keepdim=True)
-        correct, clauses = batch["correct"][:, None], batch["clauses"][:, None]
-        return {
-            "loss": masked_bce(logits, correct.expand_as(logits), trained),
-            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None]),
-            "grounding_loss": masked_bce(match_logits, batch["grounding"], known[..., None]),
-        }
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        trusted = torch.rand(len(batch["prompt"]), device=self.device) >= self.evidence_dropout
-        losses = self.losses(self._evidence(batch), batch, trusted)
+        losses = self.objective.training_losses(self.parm, self._evidence(batch), batch)
+        total = losses.pop("total")
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, prog_bar=True)
-        auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
-        return losses["loss"] + auxiliary
+        return total
 
     def _rank(self, batch: dict[str, Any], stage: str) -> None:
         evidence = self._evidence(batch)
-        losses = {f"{stage}/{name}": loss for name, loss in self.losses(evidence, batch).items()}
+        losses = {f"{stage}/{name}": loss for name, loss in self.objective.losses(self.parm, evidence, batch).items()}
         self.log_dict(losses, sync_dist=True, batch_size=len(batch["prompt"]))
         for name, judge in self.judges.items():
             values = judge.values(evidence, tenths(self.decoder.num_tokens))
@@ -143,4 +172,4 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         self._log_ranking("test")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer, self.warmup_steps)
+        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

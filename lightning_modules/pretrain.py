@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, warmup_cosine
+from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
@@ -41,9 +41,9 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         return {"likelihood": Likelihood()}
 
     @property
-    def exported(self) -> tuple[str, NextTokenDecoder]:
-        """What `task=export` writes: the config node that builds it, and the thing itself."""
-        return "decoder", self.decoder
+    def exported(self) -> dict[str, torch.nn.Module]:
+        """What `task=export` writes, by the config node that builds it."""
+        return {"decoder": self.decoder}
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a token."""
@@ -66,4 +66,4 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer, self.warmup_steps)
+        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.image_tokenizer import PatchVQ
-from lightning_modules.optim import OptimizerFactory, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, trainable, warmup_cosine
 
 
 class ImageTokenizerModule(LightningModule):
@@ -41,9 +41,9 @@ class ImageTokenizerModule(LightningModule):
         self.codebook_iterations = codebook_iterations
 
     @property
-    def exported(self) -> tuple[str, PatchVQ]:
-        """What `task=export` writes: the config node that builds it, and the thing itself."""
-        return "tokenizer", self.tokenizer
+    def exported(self) -> dict[str, torch.nn.Module]:
+        """What `task=export` writes, by the config node that builds it."""
+        return {"tokenizer": self.tokenizer}
 
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
@@ -75,4 +75,4 @@ class ImageTokenizerModule(LightningModule):
         self.log_dict({"test/l1": absolute, "test/mse": squared}, sync_dist=True, batch_size=len(batch["image"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer, self.warmup_steps)
+        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

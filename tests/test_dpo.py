@@ -15,7 +15,9 @@ PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle
 
 def make_module(optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0) -> DPOModule:
     decoder = make_decoder()
-    return DPOModule(decoder, make_parm(decoder), optimizer, 1, lambda *sides: dpo(*sides, beta=0.1), sft_weight, 5.0)
+    return DPOModule(
+        decoder, make_parm(decoder), optimizer, 1, lambda *sides: dpo(*sides, beta=0.1), sft_weight, 5.0, None, 1e-4
+    )
 
 
 def make_batch(module: DPOModule) -> dict:

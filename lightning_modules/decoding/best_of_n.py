@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judged
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,9 @@ class BestOfN(Strategy):
     ) -> Decoded:
         if self.judge not in judges:
             raise ValueError(f"judge {self.judge!r} does not exist here; there are: {', '.join(judges)}")
-        judge = judges[self.judge]
         repeated = [row for row in prompts for _ in range(self.n)]
         all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n))
-        if isinstance(judge, Verifier):
-            scores = judge.values(all_images.evidence, [decoder.num_tokens])[:, 0]
-        else:
-            scores = judge(repeated, decoder.image_tokenizer.decode(all_images.tokens))
+        scores = judged(judges[self.judge], decoder, repeated, all_images.tokens, all_images.evidence)
         all_images.cost.verifier_calls += len(repeated)
         first = torch.arange(0, len(repeated), self.n, device=scores.device)
         winner = first + scores.view(-1, self.n).argmax(1)

@@ -50,6 +50,19 @@ class Strategy(ABC):
         """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
 
 
+def judged(
+    judge: Verifier[Any] | Reward,
+    decoder: NextTokenDecoder,
+    prompts: Sequence[Mapping[str, Any]],
+    tokens: Tensor,
+    evidence: Evidence,
+) -> Tensor:
+    """What a judge says of finished images [B, T]: a verifier's log-value, or a reward, [B]."""
+    if isinstance(judge, Verifier):
+        return judge.values(evidence, [decoder.num_tokens])[:, 0]
+    return judge(prompts, decoder.image_tokenizer.decode(tokens))
+
+
 def candidate_seeds(seeds: Sequence[int], n: int) -> list[int]:
     """Seeds of n candidates for each image, neighbours; the first of them is the image's own."""
     return [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(n)]

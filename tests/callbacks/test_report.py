@@ -26,7 +26,9 @@ def result(correct: list[bool], per_prompt: int = 2) -> StrategyResult:
     half = len(correct) // 2
     tasks = {"colors": float(np.mean(correct[:half])), "position": float(np.mean(correct[half:]))}
     image = np.full((64, 64, 3), 128, np.uint8)
-    return StrategyResult("parm", float(np.mean(list(tasks.values()))), tasks, rows, {0: image, 3: image}, 128, 8, 0.1)
+    return StrategyResult(
+        "parm", float(np.mean(list(tasks.values()))), tasks, rows, {0: image, 3: image}, 128, 8, 0.1, 1.5, {}
+    )
 
 
 def test_report_files(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.preferences import Pair, PairRule, balance, make_pairs
+from datamodules.pairs import Pair, PairRule, balance, make_pairs
 
 IMAGES = [[i] for i in range(8)]
 
@@ -22,7 +22,7 @@ def test_prompts_without_contrast_and_duplicates_are_dropped_and_counted() -> No
     images = [[1], [1], [2], [3], [4]]
     pairs, dropped = make_pairs([0, 0, 0, 1, 1], images, [1, 1, 0, 1, 1], [0] * 5, PairRule())
     assert pairs == [Pair(0, 2, 1.0)]
-    assert dropped == {"duplicates": 1, "no contrast": 1}
+    assert dropped == {"duplicates": 1, "ties": 1, "no contrast": 1}
 
 
 def test_of_equally_correct_images_the_one_without_surplus_is_chosen() -> None:
@@ -32,14 +32,29 @@ def test_of_equally_correct_images_the_one_without_surplus_is_chosen() -> None:
     assert correct_first == [Pair(0, 1, pytest.approx(0.8))]  # surplus never outweighs being right
 
 
+def test_all_pairs_over_the_margin() -> None:
+    rule = PairRule(per_prompt=None, min_margin=0.5)
+    pairs, dropped = make_pairs([0, 0, 0], IMAGES[:3], [1.0, 0.7, 0.0], [0] * 3, rule)
+    assert {(pair.chosen, pair.rejected) for pair in pairs} == {(0, 2), (1, 2)}
+    assert dropped["ties"] == 1
+
+
 def test_tasks_weigh_the_same() -> None:
-    weights = balance(["colors"] * 3 + ["position"])
+    weights = balance(["colors"] * 3 + ["position"], [1.0] * 4)
     assert weights == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0])
+
+
+def test_margins_share_the_weight_of_their_task() -> None:
+    weights = balance(["colors", "colors", "position"], [0.9, 0.3, 0.1])
+    assert weights == pytest.approx([1.125, 0.375, 1.5])
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"per_prompt": 0}, "per_prompt of at least 1, not 0"), ({"min_margin": 0.0}, "min_margin above 0, not 0.0")],
+    [
+        ({"per_prompt": 0}, "per_prompt must be at least 1, or null for all, not 0"),
+        ({"min_margin": 0.0}, "min_margin must be above 0, not 0.0"),
+    ],
 )
 def test_impossible_rules_are_refused(settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
