@@ -23,8 +23,11 @@ def build(node: DictConfig) -> Any:
 
 def run(config: DictConfig) -> None:
     """Do the task of a config."""
-    if config.task not in ("fit", "evaluate", "rollout", "export"):
-        raise ValueError(f"task must be fit, evaluate, rollout or export, not {config.task!r}")
+    if config.task not in ("fit", "evaluate", "rollout", "export", "ladder"):
+        raise ValueError(f"task must be fit, evaluate, rollout, export or ladder, not {config.task!r}")
+    if config.task == "ladder":
+        build(config.ladder).run()
+        return
     if config.task == "export" and config.ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if missing := OmegaConf.missing_keys(config):

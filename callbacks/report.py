@@ -1,7 +1,7 @@
 """What an evaluation leaves: geneval.json, results.jsonl, contact sheets, and the table on the console."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,26 +50,37 @@ class StrategyResult:
         """The row of the first image of prompt `index`."""
         return next(row for row in self.rows if row["filename"].startswith(f"{index:05d}/samples/0000"))
 
-    def interval(self, resamples: int = 2000) -> tuple[float, float]:
-        """95 % bootstrap interval of `overall`.
-
-        Distinct prompts are resampled within their task, with all their images: images of one prompt are not
-        independent, and neither are rows that repeat a prompt.
-        """
-        rng = np.random.default_rng(0)
-        means = []
-        for task in self.tasks:
-            counts: dict[str, list[int]] = {}
-            for row in self.rows:
-                if row["tag"] == task:
-                    entry = counts.setdefault(row["prompt"], [0, 0])
-                    entry[0] += int(row["correct"])
-                    entry[1] += 1
-            table = np.array(list(counts.values()))
-            drawn = table[rng.integers(0, len(table), (resamples, len(table)))].sum(1)
-            means.append(drawn[:, 0] / drawn[:, 1])
-        low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of `overall` over prompts."""
+        low, high = np.quantile(_resampled([self]), [0.025, 0.975])
         return float(low), float(high)
+
+    def gain_over(self, base: "StrategyResult") -> tuple[float, float, float]:
+        """`overall` above that of another result on the same prompts, with its 95 % bootstrap interval."""
+        own, other = _resampled([self, base])
+        low, high = np.quantile(own - other, [0.025, 0.975])
+        return self.overall - base.overall, float(low), float(high)
+
+
+def _resampled(results: Sequence[StrategyResult], resamples: int = 2000) -> np.ndarray:
+    """Bootstrap samples of `overall` of results on the same prompts, [len(results), resamples].
+
+    Distinct prompts are resampled within their task, with all their images: images of one prompt are not independent,
+    and neither are rows that repeat a prompt. All results are given the same prompts, so that differences are paired.
+    """
+    rng = np.random.default_rng(0)
+    means = []
+    for task in results[0].tasks:
+        counts: dict[str, np.ndarray] = {}  # of a prompt: correct images and images, of each result
+        for i, result in enumerate(results):
+            for row in result.rows:
+                if row["tag"] == task:
+                    entry = counts.setdefault(row["prompt"], np.zeros((len(results), 2), np.int64))
+                    entry[i] += (row["correct"], 1)
+        table = np.stack(list(counts.values()))
+        drawn = table[rng.integers(0, len(table), (resamples, len(table)))].sum(1)
+        means.append(drawn[..., 0] / drawn[..., 1])
+    return np.mean(means, axis=0).T
 
 
 def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, StrategyResult]) -> None:

@@ -8,6 +8,7 @@ import torch
 from datamodules.preferences import sequence_log_probs
 from lightning_modules.dpo import DPOModule, compact, dpo
 from lightning_modules.optim import OptimizerFactory
+from lightning_modules.parm import PARMObjective
 from tests.conftest import make_decoder, make_parm
 
 PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle"]
@@ -52,7 +53,7 @@ def test_losses_and_gradients_equal_the_formula(loss, by_hand, slope: float) -> 
 def test_the_policy_starts_at_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make_module()
     logged: dict = {}
-    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value.detach())}))
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))
     batch = make_batch(module)
     loss = module._step(batch, "train")
@@ -87,3 +88,53 @@ def test_reference_log_probs_are_those_of_a_plain_pass_at_any_batch_size() -> No
         torch.testing.assert_close(
             sequence_log_probs(decoder, PROMPTS, tokens, batch_size), plain, atol=1e-5, rtol=1e-5
         )
+
+
+def labelled(batch: dict, module: DPOModule) -> dict:
+    """What pairs from rollouts know of both sides: chosen images are right, rejected ones wrong."""
+    words = module.decoder.prompt_encoder.tokenizer.max_words
+    return batch | {
+        "correct": torch.tensor([1.0] * 3 + [0.0] * 3),
+        "clauses": torch.full((6, 6), math.nan),
+        "grounding": torch.full((6, module.decoder.num_tokens, words), math.nan),
+    }
+
+
+def test_refitting_trains_parm_and_leaves_the_policy_to_the_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder()
+    module = DPOModule(
+        decoder, make_parm(decoder), torch.optim.AdamW, 1, lambda *a: dpo(*a, beta=0.1), 0.0, 5.0, PARMObjective(), 1e-3
+    )
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    batch = labelled(make_batch(module), module)
+    module._step(batch, "train").backward()
+    alone = {name: p.grad.clone() for name, p in module.decoder.named_parameters() if p.grad is not None}
+    assert all(p.grad is None for p in module.parm.parameters())
+    module.zero_grad()
+    module.training_step(batch, 0).backward()
+    for name, parameter in module.decoder.named_parameters():
+        if name in alone:
+            torch.testing.assert_close(parameter.grad, alone[name])
+    assert sum(p.grad.abs().sum() for p in module.parm.parameters() if p.grad is not None) > 0
+    optimizer = torch.optim.AdamW(module.parm.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = module._refit_loss(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert list(module.exported) == ["decoder", "parm"]
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert any(key.startswith("parm.") for key in checkpoint["state_dict"])
+    assert not any(key.startswith("decoder.image_tokenizer.") for key in checkpoint["state_dict"])
+
+
+def test_refitting_needs_labels() -> None:
+    decoder = make_decoder()
+    module = DPOModule(decoder, make_parm(decoder), torch.optim.AdamW, 1, compact, 0.0, 5.0, PARMObjective(), 1e-3)
+    with pytest.raises(ValueError, match=r"module\.refit needs pairs made from rollouts"):
+        module._refit_loss(make_batch(module))

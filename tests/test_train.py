@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from datamodules.preferences import sequence_log_probs
 from tests.conftest import ROOT, TINY
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -26,6 +29,7 @@ COMPANIONS = {
     "tokenizer=full": ["decoder=full", "parm.checkpoint=null"],
     "decoder=full": ["tokenizer=full", "parm.checkpoint=null"],
     "experiment=full_decoder": [],
+    "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
@@ -81,6 +85,16 @@ def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
         assert instantiate(config[part], _convert_="all") is not None
     if "ddp" not in choice:  # those want several devices, which this machine may lack
         assert instantiate(config.trainer) is not None
+
+
+def test_every_job_of_the_ladder_composes(compose_config) -> None:
+    ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
+    for job in ladder.jobs.values():
+        overrides = [re.sub("<(.*?)>", "outputs/seed=0/\\1", item) for item in job.overrides]
+        config = compose_config(*overrides)
+        for rung in ladder.rungs.values():
+            assert rung.strategy in config.strategies
+        assert not any("<" in str(value) for value in (config.parm.checkpoint, config.ckpt_path, config.export_dir))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -216,7 +230,7 @@ def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1", "trainer.check_val_every_n_epoch=1",
+    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1",
              "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
     command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
     made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
@@ -226,6 +240,44 @@ def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_p
     command(tmp_path, "experiment=dpo_iterative", *small, *more)
     added = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")} - made
     assert len(added) == 1 and next(iter(added)).startswith("train-pairs-"), added  # the third round's alone
+
+
+def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: Path, compose_config) -> None:
+    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1", "data.reference=run",
+             "data.train.guided.samples=1", "module.optimizer.lr=1e-3",
+             "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
+    command(tmp_path, "experiment=dpo_guided", *small, "trainer.max_steps=2")
+    decoder = instantiate(compose_config().decoder, _convert_="all").eval()
+    sets = [datasets.load_from_disk(str(path)) for path in (tmp_path / "rollouts").glob("train-pairs-*")]
+    assert len(sets) == 2
+    for pairs in sets:  # the second round's policy is another one by then
+        for side in ("chosen", "rejected"):
+            anew = sequence_log_probs(decoder, pairs["prompt"][:], torch.tensor(pairs[side][:]), 7)
+            torch.testing.assert_close(torch.tensor(pairs[f"ref_{side}"][:]), anew, atol=1e-3, rtol=1e-5)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("train/parm_loss", "val/objects/sample", "val/holdout/parm/sample"):
+        assert key in header
+    exported = tmp_path / "aligned"
+    command(tmp_path, "experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
+    assert {path.parent.name for path in exported.rglob("model.safetensors")} == {"decoder", "parm"}
+
+
+def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "a photo of a star", "chosen": [i] * 64, "rejected": [i + 1] * 64} for i in range(6)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["data=preference_files", f"data.train.path={path}", f"data.validation.path={path}"]
+    small = [*(item for item in SMALL_DPO if not item.startswith("data.")), "data.batch_size=2", "trainer.max_steps=2"]
+    command(tmp_path, "experiment=dpo", *given, *small, "trainer.val_check_interval=1", "module.max_fall=1e9")
+    assert len(list((tmp_path / "rollouts").glob("*-encoded-*"))) == 2
+    path.write_text(path.read_text() + "{}\n")
+    refused = command(tmp_path, "experiment=dpo", *given, *small, check=False)
+    assert refused.returncode == 1
+    assert "pairs.jsonl:7: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
+    nothing = command(tmp_path, "experiment=dpo", "data=preference_files", *small, check=False)
+    assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
@@ -271,11 +323,12 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
         (["strategies.parm_literal.k=0"], "verified decoding needs k of at least 1, not 0"),
         (["strategies.best_of_8_parm.n=0"], "best-of-n needs n of at least 1, not 0"),
-        (["task=train"], "task must be fit, evaluate, rollout or export, not 'train'"),
+        (["task=train"], "task must be fit, evaluate, rollout, export or ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
+        (["callbacks.geneval.holdout=[clip]"], "callbacks.geneval.holdout names the judge 'clip'; there are: parm,"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
     ],
 )

@@ -4,6 +4,7 @@ Each test times the fast way with pytest-benchmark, the naive way (or plain samp
 ratio. All at batch 64 with the bundled decoder and PARM.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.sampling import uniform_noise
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
+from lightning_modules.dpo import dpo
 
 BATCH = 64
 
@@ -97,6 +100,34 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
     benchmark.extra_info |= {"anew_seconds": anew_seconds, "times_faster": ratio}
     print(f"\ncached prefix: {ratio:.1f} x faster than encoding {k} candidates anew")
     assert ratio >= 10
+
+
+def test_a_dpo_step_with_a_stored_reference_costs_less_than_with_a_live_one(benchmark: BenchmarkFixture, parts) -> None:
+    decoder = copy.deepcopy(parts[0])
+    reference = copy.deepcopy(decoder).requires_grad_(False)
+    words = decoder.word_ids([row["prompt"] for row in shapes_prompts("train", 6)[:32]] * 2)
+    tokens = torch.randint(0, decoder.image_tokenizer.codebook_size, (64, decoder.num_tokens))
+    with torch.no_grad():
+        stored = decoder.log_probs(words, tokens).sum(1)
+
+    def step(ref: Tensor) -> None:
+        chosen, rejected = decoder.log_probs(words, tokens).sum(1).chunk(2)
+        dpo(chosen, rejected, *ref.chunk(2), beta=0.1).mean().backward()
+        decoder.zero_grad()
+
+    def live() -> None:
+        with torch.no_grad():
+            ref = reference.log_probs(words, tokens).sum(1)
+        step(ref)
+
+    live_seconds = seconds(live)
+    benchmark.pedantic(lambda: step(stored), rounds=3, warmup_rounds=1)
+    stored_seconds = statistics.median(benchmark.stats.stats.data)
+    weights = sum(weight.nbytes for weight in (*reference.parameters(), *reference.buffers())) / 2**20
+    ratio = live_seconds / stored_seconds
+    benchmark.extra_info |= {"live_seconds": live_seconds, "times_live": ratio, "mebibytes_saved": weights}
+    print(f"\nDPO step, 32 pairs: {stored_seconds:.2f} s, live reference: {ratio:.2f} x that, {weights:.0f} MiB more")
+    assert ratio >= 1.1
 
 
 def test_rendering(benchmark: BenchmarkFixture) -> None:

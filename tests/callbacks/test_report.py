@@ -67,3 +67,10 @@ def test_wrong_images_are_framed_red_with_their_reason() -> None:
 def test_table_shows_every_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     print_table({"best_of_8_likelihood": result([True] * 8)})
     assert "best_of_8_likelihood" in capsys.readouterr().out
+
+
+def test_the_gain_over_another_strategy_is_paired_by_prompt() -> None:
+    base, better = result([True, False] * 10), result([True, True] * 10)
+    same = base.gain_over(base)
+    assert same == (0.0, 0.0, 0.0)  # unpaired resamples would differ
+    assert better.gain_over(base) == (0.5, 0.5, 0.5)  # each prompt gains one of its two images
