@@ -104,9 +104,9 @@ def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
     random.Random(f"shapes {kind}").shuffle(shuffled)
     validation, evaluation = (_HELD_OUT[kind][name] for name in ("validation", "evaluation"))
     bounds = {
-        "evaluation": slice(0, evaluation),
-        "validation": slice(evaluation, evaluation + validation),
-        "train": slice(evaluation + validation, None),
+        "train": slice(0, -evaluation - validation),
+        "validation": slice(-evaluation - validation, -evaluation),
+        "evaluation": slice(-evaluation, None),
     }
     return shuffled[bounds[split]]
 

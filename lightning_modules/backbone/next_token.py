@@ -20,7 +20,7 @@ class Evidence:
     the hidden states (their S is 1) and `entropy`.
 
     Attributes:
-        prompt: prompt embeddings, [B, L, dim].
+        prompt: its words, by themselves and in the prompt, [B, L, 2 dim] (`PromptEncoder.read`).
         embeddings: embeddings of the tokens, [B, S, dim].
         hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
         unconditional_hidden: the same without the prompt: what the decoder sees in the image itself, [B, S, F].
@@ -112,7 +112,7 @@ class DecodingState:
         length: tokens decided.
         sampling: how candidates are drawn.
         noise: uniform noise, [B, 1 + K, T]; row 0 is for choosing, row 1 + j for candidate j.
-        prompt: prompt embeddings [B, L, dim].
+        prompt: what verifiers read of it, [B, L, 2 dim].
         codes: embeddings of all codes, [V, dim].
         cache: keys and values, conditional rows first, then the unconditional ones.
         hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
@@ -271,7 +271,7 @@ class NextTokenDecoder(nn.Module):
         prompt, hidden = self._run(codes, word_ids, tokens)
         log_p = self._logits(codes, hidden[-1]).log_softmax(-1)
         return Evidence(
-            prompt=prompt,
+            prompt=self.prompt_encoder.read(word_ids, prompt),
             embeddings=self._embed(codes, tokens),
             hidden=self._read(hidden),
             unconditional_hidden=unconditional_hidden.repeat_interleave(copies, 0),
@@ -290,7 +290,8 @@ class NextTokenDecoder(nn.Module):
             stored: the other fields of `Evidence`.
         """
         embeddings = self._embed(self._code_embeddings(), tokens)
-        return Evidence(prompt=self.prompt_encoder(word_ids), embeddings=embeddings, **stored)
+        prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
+        return Evidence(prompt=prompt, embeddings=embeddings, **stored)
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
@@ -311,7 +312,7 @@ class NextTokenDecoder(nn.Module):
             length=0,
             sampling=sampling,
             noise=noise.to(prompt.device),
-            prompt=prompt[: len(ids)],
+            prompt=self.prompt_encoder.read(ids, prompt[: len(ids)]),
             codes=codes,
             cache=cache,
             hidden=self._read(hidden),

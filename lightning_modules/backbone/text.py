@@ -56,3 +56,12 @@ class PromptEncoder(nn.Module):
     def forward(self, word_ids: Tensor) -> Tensor:
         """Word ids [B, L] -> prompt embeddings [B, L, dim]."""
         return self.norm(self.transformer(self.words(word_ids) + self.positions, causal=False)[-1])
+
+    def read(self, word_ids: Tensor, encoded: Tensor) -> Tensor:
+        """What verifiers read of a prompt: each word by itself beside its embedding in the prompt, [B, L, 2 dim].
+
+        In the latter a word is mixed with its neighbours, in some decoders so much that PARM does not find out which
+        word names what it sees.
+        """
+        words = self.words(word_ids)
+        return torch.cat([nn.functional.layer_norm(words, words.shape[-1:]), encoded], dim=-1)

@@ -106,7 +106,7 @@ class PARM(nn.Module, Verifier[PARMState]):
         dim, num_tokens = transformer.dim, grid**2
         evidence_dim = decoder_dim * len(evidence_depths)
         self.features, self.causal, self.num_tokens = features, causal, num_tokens
-        self.prompt_proj = nn.Linear(decoder_dim, dim)
+        self.prompt_proj = nn.Linear(2 * decoder_dim, dim)
         self.token_proj = nn.Linear(decoder_dim, dim)
         self.token_norm = nn.LayerNorm(decoder_dim)
         self.matching = Matching(dim)

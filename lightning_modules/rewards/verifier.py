@@ -31,7 +31,7 @@ class Verifier(ABC, Generic[S]):
 
     @abstractmethod
     def begin(self, prompt: Tensor, capacity: int) -> S:
-        """Start beside a decoder: prompt embeddings [B, L, dim], for images of `capacity` tokens."""
+        """Start beside a decoder: the `prompt` of `Evidence`, [B, L, 2 dim], for images of `capacity` tokens."""
 
     @abstractmethod
     def score(self, state: S, evidence: Evidence) -> Tensor:

@@ -102,3 +102,13 @@ def test_unknown_words_are_named(decoder: NextTokenDecoder) -> None:
 def test_prompts_that_are_too_long_are_refused(decoder: NextTokenDecoder) -> None:
     with pytest.raises(ValueError, match="has 13 words, at most 12"):
         decoder.word_ids([" ".join(["a"] * 13)])
+
+
+def test_verifiers_read_each_word_by_itself_and_in_its_prompt(decoder: NextTokenDecoder) -> None:
+    ids = decoder.word_ids(["a photo of a red star", "a photo of a blue star"])
+    read = decoder.prompt_encoder.read(ids, decoder.prompt_encoder(ids))
+    alone, within = read.chunk(2, -1)
+    star = 5
+    torch.testing.assert_close(alone[0, star], alone[1, star])
+    assert not torch.allclose(within[0, star], within[1, star], atol=1e-3)
+    assert not torch.allclose(alone[0, 4], alone[1, 4], atol=1e-3)  # red, blue
