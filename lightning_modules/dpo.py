@@ -1,6 +1,6 @@
 """DPOModule: aligns the shared decoder to preferences (arXiv 2305.18290; for image tokens, arXiv 2501.13926)."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning import LightningModule
@@ -15,6 +15,9 @@ from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainabl
 from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Verifier
+
+if TYPE_CHECKING:  # needs peft, which only those who use it install
+    from lightning_modules.backbone.lora import LoRA
 
 
 class PreferenceLoss(Protocol):
@@ -52,6 +55,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         refit: loss by which PARM learns from the same images, to follow the policy that it reads; null leaves it as it
             is.
         refit_lr: learning rate of PARM.
+        lora: adapters that are trained instead of the decoder's own weights; null trains these.
     """
 
     def __init__(
@@ -65,8 +69,11 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         max_fall: float,
         refit: PARMObjective | None,
         refit_lr: float,
+        lora: "LoRA | None" = None,
     ) -> None:
         super().__init__()
+        if lora is not None:
+            lora.inject(decoder)
         self.decoder = decoder
         self.parm = parm.requires_grad_(refit is not None)
         self.optimizer = optimizer
@@ -76,6 +83,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         self.max_fall = max_fall
         self.refit = refit
         self.refit_lr = refit_lr
+        self.lora = lora
         self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
 
     @property
@@ -86,7 +94,13 @@ class DPOModule(FrozenPartsMixin, LightningModule):
     @property
     def exported(self) -> dict[str, torch.nn.Module]:
         """What `task=export` writes, by the config node that builds it."""
+        if self.lora is not None:
+            self.lora.merge(self.decoder)
         return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit else {})
+
+    def _is_frozen(self, key: str) -> bool:
+        beside_adapters = self.lora is not None and key.startswith("decoder.") and not self.lora.is_adapter(key)
+        return beside_adapters or super()._is_frozen(key)
 
     def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
         word_ids = self.decoder.word_ids(batch["prompt"])

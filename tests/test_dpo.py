@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from datamodules.preferences import sequence_log_probs
+from lightning_modules.backbone.lora import LoRA
 from lightning_modules.dpo import DPOModule, compact, dpo
-from lightning_modules.optim import OptimizerFactory
+from lightning_modules.optim import OptimizerFactory, trainable
 from lightning_modules.parm import PARMObjective
 from tests.conftest import make_decoder, make_parm
 
@@ -138,3 +139,40 @@ def test_refitting_needs_labels() -> None:
     module = DPOModule(decoder, make_parm(decoder), torch.optim.AdamW, 1, compact, 0.0, 5.0, PARMObjective(), 1e-3)
     with pytest.raises(ValueError, match=r"module\.refit needs pairs made from rollouts"):
         module._refit_loss(make_batch(module))
+
+
+def test_adapters_alone_are_trained_and_saved_and_merge_into_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder()
+    plain = {key: value.clone() for key, value in decoder.state_dict().items()}
+    optimizer, loss = torch.optim.AdamW, lambda *a: dpo(*a, beta=0.1)
+    module = DPOModule(decoder, make_parm(decoder), optimizer, 1, loss, 0.0, 50.0, None, 1e-4, LoRA(rank=4))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trained and all(".lora_" in name for name in trained)
+    batch = make_batch(module)
+    before = module._step(batch, "train").item()
+    built = torch.optim.AdamW(trainable(module), lr=1e-2)
+    for _ in range(5):
+        built.zero_grad()
+        module._step(batch, "train").backward()
+        built.step()
+    after = module._step(batch, "train").item()
+    assert after < before
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == set(trained)
+    ids = module.decoder.word_ids(PROMPTS)
+    adapted = module.decoder.log_probs(ids, batch["chosen"])
+    merged = module.exported["decoder"]
+    assert merged.state_dict().keys() == plain.keys()
+    torch.testing.assert_close(merged.log_probs(ids, batch["chosen"]), adapted, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(
+        merged.state_dict()["transformer.blocks.0.attention.qkv.weight"],
+        plain["transformer.blocks.0.attention.qkv.weight"],
+    )
+
+
+def test_adapters_for_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        LoRA(targets=("nothing",)).inject(make_decoder())

@@ -1,0 +1,39 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685), to align decoders that are too large to be trained whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters beside some linear layers; all else is frozen.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: their output is scaled by alpha / rank.
+        targets: names of linear layers; those of all blocks that end in one of them.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Sequence[str] = ("qkv", "proj", "mlp.0", "mlp.2")
+
+    def inject(self, module: nn.Module) -> None:
+        """Put adapters into a module, in place; raises ValueError if it has no such layer."""
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))  # type: ignore[arg-type]
+        inject_adapter_in_model(config, module)
+
+    def is_adapter(self, key: str) -> bool:
+        """Whether a key of the state dict belongs to an adapter."""
+        return ".lora_" in key
+
+    def merge(self, module: nn.Module) -> None:
+        """Add the adapters to the layers that they stand beside and remove them, in place."""
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                module.set_submodule(name, layer.get_base_layer())
