@@ -1,9 +1,28 @@
-"""Preference pairs from scored rollouts: for one prompt, an image that was better and one that was worse."""
+"""Preference pairs: an image that was better and one that was worse, for one prompt, and what a reference says of both."""
 
+import hashlib
+import json
+from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.loaders import make_loader
+from datamodules.rollouts import store
+from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.backbone.next_token import NextTokenDecoder
+
+SIDES = ("chosen", "rejected")
+LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
 
 
 @dataclass(frozen=True)
@@ -88,3 +107,78 @@ def balance(tasks: Sequence[str], shares: Sequence[float]) -> list[float]:
     for task, share in zip(tasks, shares, strict=True):
         total[task] += share
     return [len(tasks) * share / (len(total) * total[task]) for task, share in zip(tasks, shares, strict=True)]
+
+
+@torch.no_grad()
+def sequence_log_probs(decoder: NextTokenDecoder, prompts: Sequence[str], tokens: Tensor, batch_size: int) -> Tensor:
+    """log p of whole images [N, T] given their prompts, [N], without gradient."""
+    decoder.eval()
+    parts = [
+        decoder.log_probs(decoder.word_ids(prompts[i : i + batch_size]), part.to(decoder.rows.device)).sum(1).cpu()
+        for i, part in zip(range(0, len(tokens), batch_size), tokens.split(batch_size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Some pairs -> a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
+    batch: dict[str, Any] = {"prompt": [row["prompt"] for row in rows]}
+    for name in SIDES:
+        batch[name] = torch.tensor([row[name] for row in rows])
+    for name in ("ref_chosen", "ref_rejected", "weight"):
+        batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+    for name in LABELS.values():
+        if f"chosen_{name}" in rows[0]:
+            batch[name] = torch.tensor([row[f"{side}_{name}"] for side in SIDES for row in rows], dtype=torch.float32)
+    return batch
+
+
+class PairsDataModule(LightningDataModule):
+    """Pairs with the log-probabilities that the reference gives them, stored by what made them and made once.
+
+    Args:
+        folder: where rollouts, pairs and log-probabilities are kept.
+        batch_size: pairs a training batch, per rank.
+        collect_batch_size: images decoded, encoded or scored at a time.
+    """
+
+    def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.collect_batch_size = collect_batch_size
+
+    @abstractmethod
+    def _pairs(self, name: str) -> Dataset:
+        """The pairs of `train` (of this epoch) or `validation`, with reference log-probabilities."""
+
+    def _stored(self, name: str, about: Any, make: Callable[[], Dataset]) -> Path:
+        """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
+        assert self.trainer is not None
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.folder / f"{name}-{digest}"
+        if self.trainer.is_global_zero and not folder.is_dir():
+            store(make(), folder)
+        self.trainer.strategy.barrier()
+        return folder
+
+    def _with_reference(self, pairs: Dataset, decoder: NextTokenDecoder) -> Dataset:
+        """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is."""
+        prompts: list[str] = list(pairs["prompt"])
+        for side in SIDES:
+            tokens = torch.tensor(pairs[side][:])
+            reference = sequence_log_probs(decoder, prompts, tokens, self.collect_batch_size)
+            pairs = pairs.add_column(f"ref_{side}", reference.tolist())
+        return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        assert self.trainer is not None
+        self._pairs("validation")  # against the policy as it is before training
+        return make_loader(self._pairs("train"), self.trainer, self.batch_size, collate, train=True, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        assert self.trainer is not None
+        return make_loader(self._pairs("validation"), self.trainer, self.collect_batch_size, collate, train=False)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self.val_dataloader()

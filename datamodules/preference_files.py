@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from datamodules.pairs import PairsDataModule
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -88,6 +90,8 @@ class PreferenceFile:
         policy = fingerprint(decoder)
         places, pending = [], []
         for place, row in tqdm(self._rows(), desc=f"Reading {self.path}", unit="pair"):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{place}: not an object but {row!r}")
             for column in self.columns.values():
                 if row.get(column) is None:
                     raise ValueError(f"{place}: there is no {column!r}; the row has: {', '.join(row)}")
@@ -95,10 +99,10 @@ class PreferenceFile:
                 raise ValueError(f"{place}: this pair was made for another decoder")
             prompt = row[self.columns["prompt"]]
             try:
-                decoder.word_ids([prompt])
+                decoder.word_ids([str(prompt)])
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
-            made["prompt"].append(prompt)
+            made["prompt"].append(str(prompt))
             made["weight"].append(1.0)
             places.append(place)
             pending += [self._side(place, row[self.columns[side]], tokenizer) for side in ("chosen", "rejected")]
@@ -150,3 +154,36 @@ class PreferenceFile:
         made["chosen"] += tokens[::2]
         made["rejected"] += tokens[1::2]
         pending.clear()
+
+
+class PreferenceFilesDataModule(PairsDataModule):
+    """Pairs from files; the reference is the decoder as it is before training.
+
+    Args:
+        train, validation: where they are; images are encoded once.
+        folder, collect_batch_size, batch_size: see `PairsDataModule`.
+    """
+
+    def __init__(
+        self, train: PreferenceFile, validation: PreferenceFile, folder: str, collect_batch_size: int, batch_size: int
+    ) -> None:
+        super().__init__(folder, batch_size, collect_batch_size)
+        self.files = {"train": train, "validation": validation}
+        self._made: dict[str, Dataset] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read, check, encode and score everything before training starts."""
+        assert self.trainer is not None
+        decoder: Any = self.trainer.lightning_module.decoder
+        for name, source in self.files.items():
+            if name in self._made:
+                continue
+            about = [source.digest(), dict(source.columns), fingerprint(decoder)]
+            pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
+            self._made[name] = datasets.load_from_disk(str(pairs))
+
+    def _read(self, source: PreferenceFile, decoder: NextTokenDecoder) -> Dataset:
+        return self._with_reference(source.encode(decoder, self.collect_batch_size), decoder)
+
+    def _pairs(self, name: str) -> Dataset:
+        return self._made[name]

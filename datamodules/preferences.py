@@ -1,11 +1,9 @@
-"""Preference pairs for DPO: made from rollouts, round after round, or read from a file."""
+"""Preference pairs for DPO from the decoder's own rollouts, round after round."""
 
 import hashlib
 import json
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,35 +11,17 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from datamodules.loaders import make_loader
-from datamodules.pairs import PairRule, balance, make_pairs
-from datamodules.preference_files import PreferenceFile
-from datamodules.rollouts import RolloutSpec, collect, provenance, store
+from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
+from datamodules.rollouts import RolloutSpec, collect, provenance
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward, Verifier
-
-SIDES = ("chosen", "rejected")
-_LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
-
-
-@torch.no_grad()
-def sequence_log_probs(decoder: NextTokenDecoder, prompts: Sequence[str], tokens: Tensor, batch_size: int) -> Tensor:
-    """log p of whole images [N, T] given their prompts, [N], without gradient."""
-    decoder.eval()
-    parts = [
-        decoder.log_probs(decoder.word_ids(prompts[i : i + batch_size]), part.to(decoder.rows.device)).sum(1).cpu()
-        for i, part in zip(range(0, len(tokens), batch_size), tokens.split(batch_size), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -64,70 +44,6 @@ def ensemble(
             values = judged(judge, decoder, metadata[part], tokens[part], evidence)
             scores[part] += weight * (values.exp() if isinstance(judge, Verifier) else values).cpu().numpy()
     return scores
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Some pairs -> a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
-    batch: dict[str, Any] = {"prompt": [row["prompt"] for row in rows]}
-    for name in SIDES:
-        batch[name] = torch.tensor([row[name] for row in rows])
-    for name in ("ref_chosen", "ref_rejected", "weight"):
-        batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-    for name in _LABELS.values():
-        if f"chosen_{name}" in rows[0]:
-            batch[name] = torch.tensor([row[f"{side}_{name}"] for side in SIDES for row in rows], dtype=torch.float32)
-    return batch
-
-
-class PairsDataModule(LightningDataModule):
-    """Pairs with the log-probabilities that the reference gives them, stored by what made them and made once.
-
-    Args:
-        folder: where rollouts, pairs and log-probabilities are kept.
-        batch_size: pairs a training batch, per rank.
-        collect_batch_size: images decoded, encoded or scored at a time.
-    """
-
-    def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
-        super().__init__()
-        self.folder = Path(folder)
-        self.batch_size = batch_size
-        self.collect_batch_size = collect_batch_size
-
-    @abstractmethod
-    def _pairs(self, name: str) -> Dataset:
-        """The pairs of `train` (of this epoch) or `validation`, with reference log-probabilities."""
-
-    def _stored(self, name: str, about: Any, make: Callable[[], Dataset]) -> Path:
-        """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
-        assert self.trainer is not None
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        folder = self.folder / f"{name}-{digest}"
-        if self.trainer.is_global_zero and not folder.is_dir():
-            store(make(), folder)
-        self.trainer.strategy.barrier()
-        return folder
-
-    def _with_reference(self, pairs: Dataset, decoder: NextTokenDecoder) -> Dataset:
-        """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is."""
-        prompts: list[str] = list(pairs["prompt"])
-        for side in SIDES:
-            tokens = torch.tensor(pairs[side][:])
-            reference = sequence_log_probs(decoder, prompts, tokens, self.collect_batch_size)
-            pairs = pairs.add_column(f"ref_{side}", reference.tolist())
-        return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
-        self._pairs("validation")  # against the policy as it is before training
-        return make_loader(self._pairs("train"), self.trainer, self.batch_size, collate, train=True, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
-        return make_loader(self._pairs("validation"), self.trainer, self.collect_batch_size, collate, train=False)
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self.val_dataloader()
 
 
 class PreferencesDataModule(PairsDataModule):
@@ -261,7 +177,7 @@ class PreferencesDataModule(PairsDataModule):
         }
         for side in SIDES:
             made[side] = [columns["tokens"][row] for row in rows[side]]
-            for source, label in _LABELS.items():
+            for source, label in LABELS.items():
                 made[f"{side}_{label}"] = [columns[source][row] for row in rows[side]]
             for source in ("settings", "seed"):
                 made[f"{side}_{source}"] = [columns[source][row] for row in rows[side]]
@@ -274,35 +190,3 @@ class PreferencesDataModule(PairsDataModule):
         finally:
             if policy is not None:
                 decoder.load_state_dict(policy)
-
-
-class PreferenceFilesDataModule(PairsDataModule):
-    """Pairs from files; the reference is the decoder as it is before training.
-
-    Args:
-        train, validation: where they are; images are encoded once.
-        folder, collect_batch_size, batch_size: see `PairsDataModule`.
-    """
-
-    def __init__(
-        self, train: PreferenceFile, validation: PreferenceFile, folder: str, collect_batch_size: int, batch_size: int
-    ) -> None:
-        super().__init__(folder, batch_size, collect_batch_size)
-        self.files = {"train": train, "validation": validation}
-        self._made: dict[str, Dataset] = {}
-
-    def setup(self, stage: str) -> None:
-        """Read, check, encode and score everything before training starts."""
-        assert self.trainer is not None
-        decoder: Any = self.trainer.lightning_module.decoder
-        for name in self.files.keys() - self._made.keys():
-            source = self.files[name]
-            about = [source.digest(), dict(source.columns), fingerprint(decoder.image_tokenizer)]
-            encoded = self._stored(f"{name}-encoded", about, partial(source.encode, decoder, self.collect_batch_size))
-            rows = datasets.load_from_disk(str(encoded))
-            about.append(fingerprint(decoder))
-            pairs = self._stored(f"{name}-pairs", about, partial(self._with_reference, rows, decoder))
-            self._made[name] = datasets.load_from_disk(str(pairs))
-
-    def _pairs(self, name: str) -> Dataset:
-        return self._made[name]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from datamodules.preferences import sequence_log_probs
+from datamodules.pairs import sequence_log_probs
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.dpo import DPOModule, compact, dpo
 from lightning_modules.optim import OptimizerFactory, trainable

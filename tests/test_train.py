@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from datamodules.preferences import sequence_log_probs
+from datamodules.pairs import sequence_log_probs
 from tests.conftest import ROOT, TINY
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -271,7 +271,8 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     given = ["data=preference_files", f"data.train.path={path}", f"data.validation.path={path}"]
     small = [*(item for item in SMALL_DPO if not item.startswith("data.")), "data.batch_size=2", "trainer.max_steps=2"]
     command(tmp_path, "experiment=dpo", *given, *small, "trainer.val_check_interval=1", "module.max_fall=1e9")
-    assert len(list((tmp_path / "rollouts").glob("*-encoded-*"))) == 2
+    made = sorted(path.name.split("-")[0] for path in (tmp_path / "rollouts").glob("*-pairs-*"))
+    assert made == ["train", "validation"]
     path.write_text(path.read_text() + "{}\n")
     refused = command(tmp_path, "experiment=dpo", *given, *small, check=False)
     assert refused.returncode == 1

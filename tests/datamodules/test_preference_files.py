@@ -82,6 +82,8 @@ def test_image_columns_of_datasets_are_read(
         ({"prompt": "a photo of a dog", "chosen": ONES, "rejected": TWOS}, r"dog"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": TWOS, "decoder": "other"}, r"made for another decoder"),
         ('{"prompt": ', r"not valid JSON"),
+        ([1, 2], r"not an object but \[1, 2\]"),
+        ({"prompt": 7, "chosen": ONES, "rejected": TWOS}, r"'7'"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_line_and_reason(
