@@ -1,4 +1,4 @@
-"""Preference pairs: an image that was better and one that was worse, for one prompt, and what a reference says of both."""
+"""Preference pairs: for one prompt an image that was better and one that was worse, with their reference."""
 
 import hashlib
 import json
