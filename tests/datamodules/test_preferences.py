@@ -1,0 +1,38 @@
+"""Scores of rollouts by several judges at once."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from datamodules.preferences import ensemble
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Reward
+
+
+class Brightness(Reward):
+    """Mean of the pixels, and the number of clauses as a sign that prompts arrive with their images."""
+
+    def __call__(self, prompts, pixels):
+        return pixels.flatten(1).mean(1) + torch.tensor([float(len(row["include"])) for row in prompts])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_judges_are_weighed_and_summed_at_any_batch_size(
+    decoder: NextTokenDecoder, parm: PARM, rows: list[dict], batch_size: int
+) -> None:
+    tokens = torch.randint(0, 32, (12, decoder.num_tokens), generator=torch.Generator().manual_seed(0))
+    prompts, correct = [row["prompt"] for row in rows], [float(i % 2) for i in range(12)]
+    metadata = [json.dumps(row) for row in rows]
+    rollouts = Dataset.from_dict(
+        {"prompt": prompts, "metadata": metadata, "tokens": tokens.tolist(), "reward": correct}
+    )
+    judges = {"parm": parm, "bright": Brightness()}
+    weights = {"geneval": 1.0, "parm": 0.5, "bright": 2.0}
+    scores = ensemble(decoder, judges, weights, rollouts, batch_size)
+    value = parm.values(decoder.evidence(decoder.word_ids(prompts), tokens), [decoder.num_tokens])[:, 0].exp()
+    bright = Brightness()(rows, decoder.image_tokenizer.decode(tokens))
+    expected = torch.tensor(correct) + 0.5 * value + 2 * bright
+    torch.testing.assert_close(torch.from_numpy(scores).float(), expected, atol=1e-4, rtol=1e-4)
