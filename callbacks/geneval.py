@@ -207,9 +207,12 @@ class GenEvalCallback(Callback):
         return verdicts
 
 
-def _spread(total: int, wanted: int) -> range:
-    """About `wanted` indices spread evenly over 0..total."""
-    return range(0, total, max(1, total // max(1, wanted)))
+def _spread(total: int, wanted: int) -> set[int]:
+    """`wanted` indices (or all, if there are fewer) spread evenly over 0..total.
+
+    Unevenly spaced where it does not divide: a fixed step would meet the same one of prompts that repeat in turn.
+    """
+    return {i * total // wanted for i in range(wanted)}
 
 
 def _gather(share: _Share) -> list[_Share]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from callbacks.geneval import _spread
 from callbacks.report import StrategyResult, contact_sheet, print_table, write_report
 
 
@@ -74,3 +75,10 @@ def test_the_gain_over_another_strategy_is_paired_by_prompt() -> None:
     same = base.gain_over(base)
     assert same == (0.0, 0.0, 0.0)  # unpaired resamples would differ
     assert better.gain_over(base) == (0.5, 0.5, 0.5)  # each prompt gains one of its two images
+
+
+def test_sheets_show_different_prompts_where_prompts_repeat_in_turn() -> None:
+    shown = _spread(300, 36)
+    assert len(shown) == 36 and max(shown) < 300
+    assert len({index % 8 for index in shown if index < 50}) > 2  # 50 rows of the 8 single-object prompts
+    assert _spread(5, 36) == set(range(5)) and _spread(5, 0) == set()
