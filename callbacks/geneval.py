@@ -208,11 +208,11 @@ class GenEvalCallback(Callback):
 
 
 def _spread(total: int, wanted: int) -> set[int]:
-    """`wanted` indices (or all, if there are fewer) spread evenly over 0..total.
+    """`wanted` indices (or all, if there are fewer): one from each of as many windows of 0..total.
 
-    Unevenly spaced where it does not divide: a fixed step would meet the same one of prompts that repeat in turn.
+    Each is one place further along in its window: a fixed step would meet the same one of prompts that repeat in turn.
     """
-    return {i * total // wanted for i in range(wanted)}
+    return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
 
 
 def _gather(share: _Share) -> list[_Share]:
