@@ -109,7 +109,7 @@ class GenEvalCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        if not self._latest or trainer.current_epoch % self.every_n_epochs == 0:
+        if not self._latest or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             results = self._evaluate(trainer, pl_module, self.validation_prompts, self.validation_strategies)
             self._latest = {f"val/geneval/{name}": result.overall for name, result in results.items()}
             for name, result in results.items():
