@@ -36,18 +36,23 @@ class PairRule:
         surplus_penalty: taken from the score for each object that the prompt does not ask for, at most twice. GenEval
             counts surplus only in its counting task, so a policy aligned to it alone learns to add objects.
         weigh_margins: the loss of a pair is weighed by its margin, beside the balance over tasks.
+        max_weight: no pair counts for more than so many average ones. A task that the policy nearly masters yields a
+            handful of pairs: if these had a sixth of the loss, they would drown all others.
     """
 
     per_prompt: int | None = 1
     min_margin: float = 0.05
     surplus_penalty: float = 0.1
     weigh_margins: bool = False
+    max_weight: float = 3.0
 
     def __post_init__(self) -> None:
         if self.per_prompt is not None and self.per_prompt < 1:
             raise ValueError(f"data.rule.per_prompt must be at least 1, or null for all, not {self.per_prompt}")
         if self.min_margin <= 0:
             raise ValueError(f"data.rule.min_margin must be above 0, not {self.min_margin}: equal images teach nothing")
+        if self.max_weight < 1:
+            raise ValueError(f"data.rule.max_weight must be at least 1, the average, not {self.max_weight}")
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,16 @@ def make_pairs(
     return pairs, dropped
 
 
-def balance(tasks: Sequence[str], shares: Sequence[float]) -> list[float]:
-    """Weights, 1 on average, that give each task that occurs the same total, divided within it by `shares`."""
+def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list[float]:
+    """Weights that give each task that occurs the same total, divided within it by `shares`, but none over `limit`.
+
+    Without the limit they are 1 on average.
+    """
     total: defaultdict[str, float] = defaultdict(float)
     for task, share in zip(tasks, shares, strict=True):
         total[task] += share
-    return [len(tasks) * share / (len(total) * total[task]) for task, share in zip(tasks, shares, strict=True)]
+    mean = len(tasks) / len(total)
+    return [min(mean * share / total[task], limit) for task, share in zip(tasks, shares, strict=True)]
 
 
 @torch.no_grad()

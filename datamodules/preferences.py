@@ -173,7 +173,7 @@ class PreferencesDataModule(PairsDataModule):
         made = {
             "prompt": [columns["prompt"][row] for row in rows["chosen"]],
             "margin": [pair.margin for pair in pairs],
-            "weight": balance([metadata[row]["tag"] for row in rows["chosen"]], shares),
+            "weight": balance([metadata[row]["tag"] for row in rows["chosen"]], shares, self.rule.max_weight),
         }
         for side in SIDES:
             made[side] = [columns["tokens"][row] for row in rows[side]]

@@ -40,12 +40,17 @@ def test_all_pairs_over_the_margin() -> None:
 
 
 def test_tasks_weigh_the_same() -> None:
-    weights = balance(["colors"] * 3 + ["position"], [1.0] * 4)
+    weights = balance(["colors"] * 3 + ["position"], [1.0] * 4, 3.0)
     assert weights == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0])
 
 
+def test_no_pair_outweighs_a_handful_of_others() -> None:
+    weights = balance(["colors"] * 299 + ["position"], [1.0] * 300, 3.0)
+    assert weights[-1] == 3.0 and weights[0] == pytest.approx(150 / 299)
+
+
 def test_margins_share_the_weight_of_their_task() -> None:
-    weights = balance(["colors", "colors", "position"], [0.9, 0.3, 0.1])
+    weights = balance(["colors", "colors", "position"], [0.9, 0.3, 0.1], 3.0)
     assert weights == pytest.approx([1.125, 0.375, 1.5])
 
 
@@ -54,6 +59,7 @@ def test_margins_share_the_weight_of_their_task() -> None:
     [
         ({"per_prompt": 0}, "per_prompt must be at least 1, or null for all, not 0"),
         ({"min_margin": 0.0}, "min_margin must be above 0, not 0.0"),
+        ({"max_weight": 0.5}, "max_weight must be at least 1, the average, not 0.5"),
     ],
 )
 def test_impossible_rules_are_refused(settings: dict, sentence: str) -> None:
