@@ -1,6 +1,7 @@
-"""The one Transformer of the project: full passes for training, single steps against a key/value cache for decoding."""
+"""The one Transformer of the project; how its positions attend to one another is handed to each pass."""
 
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,38 +60,91 @@ class KVCache:
         return chosen
 
 
+class Attending(Protocol):
+    """How the positions of a pass attend to one another, and to others whose keys and values it holds."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values of a layer, [B, heads, S, head_dim] -> what they attend to, of the same shape."""
+        ...
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a pre-norm Transformer.
+    """Sizes of a pre-norm Transformer, and where models differ.
 
     Attributes:
         dim: width.
         depth: number of layers.
         heads: attention heads; must divide `dim`.
         mlp_ratio: hidden width of the feed-forward layers, as a multiple of `dim`.
+        parallel: attention and feed-forward layer read the same norm, and both are added to the input.
+        qk_norm: layer norms over the head's width on queries and keys, shared by all heads of a layer.
+        gelu: exact or by tanh.
     """
 
     dim: int
     depth: int
     heads: int
     mlp_ratio: float = 4.0
+    parallel: bool = False
+    qk_norm: bool = False
+    gelu: Literal["none", "tanh"] = "none"
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
             raise ValueError(f"Transformer width dim={self.dim} is not a multiple of heads={self.heads}")
 
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention, [B, heads, S, head_dim] each.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
     On CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three times so.
+
+    Args:
+        q, k, v: queries, keys and values.
+        causal: a position attends to itself and to those before it.
+        allowed: bool, [B, 1, S or 1, K]: which keys a query may attend to.
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if causal:
         scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+@dataclass(frozen=True)
+class Full:
+    """Attention among all positions of the pass; with a cache, which then holds their keys and values."""
+
+    causal: bool
+    cache: KVCache | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cache is not None:
+            self.cache.prefill(k, v)
+        return attend(q, k, v, self.causal)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Each of k alternatives for the next position attends to the cached prefix and to itself."""
+
+    cache: KVCache
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        cache.propose(k, v)
+        q = q * q.shape[-1] ** -0.5
+        prefix = q @ cache.keys[layer][:, :, : cache.length].transpose(2, 3)  # [B, heads, k, length]
+        weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
+        return weights[..., :-1] @ cache.values[layer][:, :, : cache.length] + weights[..., -1:] * v
 
 
 class Attention(nn.Module):
@@ -101,48 +155,34 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
+        self.q_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, dim] -> q, k, v, each [B, heads, S, head_dim]."""
+    def forward(self, x: Tensor, layer: int, attending: Attending) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> Tensor:
-        """Attend within x [B, S, dim]; with a cache, leave keys and values there."""
-        q, k, v = self._split(x)
-        if cache is not None:
-            cache.prefill(k, v)
-        attended = attend(q, k, v, causal)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-    def step(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """Each of the k candidates x [B, k, dim] attends to the cached prefix and to itself."""
-        q, k, v = self._split(x)
-        cache.propose(k, v)
-        q = q * q.shape[-1] ** -0.5
-        prefix = q @ cache.keys[layer][:, :, : cache.length].transpose(2, 3)  # [B, heads, k, length]
-        weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
-        attended = weights[..., :-1] @ cache.values[layer][:, :, : cache.length] + weights[..., -1:] * v
+        attended = attending(layer, self.q_norm(q), self.k_norm(k), v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each with a layer norm before and a residual connection around it."""
+    """Attention and feed-forward layer with layer norms before and residual connections around them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.dim)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, hidden), nn.GELU(), nn.Linear(hidden, config.dim))
+        self.mlp_norm = None if config.parallel else nn.LayerNorm(config.dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.dim, hidden), nn.GELU(approximate=config.gelu), nn.Linear(hidden, config.dim)
+        )
 
-    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), causal, cache)
-        return x + self.mlp(self.mlp_norm(x))
-
-    def step(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), cache, layer)
+    def forward(self, x: Tensor, layer: int, attending: Attending) -> Tensor:
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, layer, attending)
+        if self.mlp_norm is None:
+            return x + attended + self.mlp(normed)
+        x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -161,19 +201,19 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
-        """Full pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
+    def run(self, x: Tensor, attending: Attending) -> list[Tensor]:
+        """A pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
         hidden = []
-        for block in self.blocks:
-            x = block(x, causal, cache)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, attending)
             hidden.append(x)
         return hidden
 
+    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
+        """Full pass over x [B, S, dim], which fills the cache, if any."""
+        return self.run(x, Full(causal, cache))
+
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
-        """One position, k alternatives: x [B, k, dim] against the cached prefix; hidden states after every layer."""
+        """One position, k alternatives: x [B, k, dim] against the cached prefix."""
         cache.forget()
-        hidden = []
-        for layer, block in enumerate(self.blocks):
-            x = block.step(x, cache, layer)  # type: ignore[operator]
-            hidden.append(x)
-        return hidden
+        return self.run(x, Step(cache))
