@@ -80,18 +80,18 @@ def draw(
     log_p = sampling_log_probs(conditional, unconditional, sampling)
     probs = log_p.exp()
     if not distinct:
-        tokens = _invert(probs, noise)
+        tokens = invert(probs, noise)
         return tokens, log_p.gather(-1, tokens)
-    drawn = [_invert(probs, noise[:, :1])]
+    drawn = [invert(probs, noise[:, :1])]
     for j in range(1, noise.shape[1]):
         probs = probs.scatter(-1, drawn[-1], 0.0)
-        token = _invert(probs, noise[:, j : j + 1])
+        token = invert(probs, noise[:, j : j + 1])
         drawn.append(torch.where(probs.sum(-1, keepdim=True) > 0, token, drawn[-1]))
     tokens = torch.cat(drawn, dim=-1)
     return tokens, log_p.gather(-1, tokens)
 
 
-def _invert(probs: Tensor, noise: Tensor) -> Tensor:
+def invert(probs: Tensor, noise: Tensor) -> Tensor:
     """Index at which the cumulative sum of probs [B, V] (any scale) passes noise [B, k] times their sum."""
     cumulative = probs.cumsum(-1)
     # Rounding may carry the threshold to the very end, past tokens of no probability: step back to the last real one.

@@ -1,0 +1,245 @@
+"""Show-o's decoder against tensors made by the original classes; nothing depends on the sizes of that model."""
+
+import copy
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, masked_after
+from lightning_modules.backbone.mask_token import MaskTokenDecoder, Vocabulary
+from lightning_modules.backbone.showo import ShowO, transformer_config
+from lightning_modules.dpo import dpo
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "showo"
+CONFIG = json.loads((GOLDEN / "config.json").read_text())
+RUNS = json.loads((GOLDEN / "sample_runs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def words() -> Vocabulary:
+    model = CONFIG["showo"]
+    special = CONFIG["special_ids"]
+    words = Vocabulary(model["llm_vocab_size"], special["<|eot|>"], model["codebook_size"], CONFIG["max_text_len"])
+    assert (words.total, words.mask, words.first_code) == (
+        model["vocab_size"],
+        model["mask_token_id"],
+        CONFIG["image_token_offset"],
+    )
+    assert [words.soi, words.eoi, words.t2i] == [special[f"<|{name}|>"] for name in ("soi", "eoi", "t2i")]
+    return words
+
+
+@pytest.fixture(scope="module")
+def decoder(words: Vocabulary) -> MaskTokenDecoder:
+    tokenizer: Any = torch.nn.Module()
+    tokenizer.codebook_size, tokenizer.num_tokens = words.codes, CONFIG["showo"]["num_vq_tokens"]
+    config = transformer_config(CONFIG["phi"])
+    decoder = ShowO(tokenizer, words, config, int(CONFIG["phi"]["partial_rotary_factor"] * config.head_dim)).eval()
+    stored = load_file(GOLDEN / "model.safetensors")
+    own = {key: torch.cat([stored.pop(name) for name in ShowO.stored_as(key)]) for key in decoder.state_dict()}
+    assert not stored
+    decoder.load_state_dict(own)
+    return decoder
+
+
+def split(ids: Tensor, words: Vocabulary) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Whole sequences -> prompt blocks without padding, codes, and which of these are masked."""
+    blocks = [[i for i in row if i != words.text] for row in ids[:, : words.max_text + 1].tolist()]
+    image = ids[:, words.max_text + 2 : -1]
+    unknown = image == words.mask
+    return blocks, (image - words.first_code).masked_fill(unknown, 0), unknown
+
+
+def test_prompts(words: Vocabulary) -> None:
+    for case in json.loads((GOLDEN / "prompts.json").read_text())["cases"]:
+        block = words.block(case["text_ids"])
+        padding = [words.text] * (words.max_text + 1 - len(block))
+        assert padding + block == case["prefix_ids"]
+
+
+def test_a_padded_batch(decoder: MaskTokenDecoder, words: Vocabulary) -> None:
+    golden = load_file(GOLDEN / "forward.safetensors")
+    blocks, tokens, unknown = split(golden["input_ids"], words)
+    with torch.no_grad():
+        prefix, prompt_hidden = decoder.prompt_pass(blocks)
+        grid_hidden = decoder.grid_pass(tokens, unknown, [prefix])
+        layers = [torch.cat(pair, 1) for pair in zip(prompt_hidden, grid_hidden, strict=True)]
+        final = decoder.norm(layers[-1])
+        logits = decoder.head(final)
+        codes = decoder.code_logits(tokens, unknown, [prefix])
+    longest = final.shape[1]
+    real = torch.nn.functional.pad(prefix.real, (0, unknown.shape[1] + 2), value=True)
+    expected = golden["hidden_states"][:, :, -longest:]
+    for got, wanted in zip([*layers[: len(expected) - 2], final], expected[1:], strict=True):
+        torch.testing.assert_close(got[real], wanted[real], atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits[real], golden["logits"][:, -longest:][real], atol=2e-5, rtol=0)
+    wanted = golden["logits"][:, words.max_text + 2 : -1, words.first_code : words.mask]
+    torch.testing.assert_close(codes, wanted, atol=2e-5, rtol=0)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The noise of the original's generator."""
+
+    exponential: Tensor
+    uniform: Tensor
+
+    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
+        assert k == 1
+        return (probs / self.exponential[step]).argmax(-1)[:, None]
+
+    def confidence(self, step: int, k: int) -> Tensor:
+        return self.uniform[step][:, None]
+
+    def select(self, rows: Tensor) -> "Recorded":
+        return Recorded(self.exponential[:, rows], self.uniform[:, rows])
+
+
+@pytest.mark.parametrize("run", [run["run"] for run in RUNS])
+def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary, run: int) -> None:
+    prefix = f"run{run}."
+    stored = load_file(GOLDEN / "sample.safetensors")
+    golden = SimpleNamespace(**{k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
+    settings = RUNS[run]
+    sampling = MaskSampling(settings["timesteps"], settings["guidance_scale"], settings["temperature0"])
+    noise = Recorded(golden.multinomial_exp_noise, golden.gumbel_u)
+    _, tokens, unknown = split(golden.input_ids, words)
+    state = decoder.begin(settings["text_ids"], noise, sampling, tokens, ~unknown)
+    step = 0
+    while not state.done:
+        _, tokens, unknown = split(golden.step_input_ids[step], words)
+        assert torch.equal(state.unknown, unknown)
+        assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
+        with torch.no_grad():
+            logits = decoder.guided_logits(state)
+        torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
+        assert sampling.temperature_at(step) == pytest.approx(float(golden.temperature[step]), rel=1e-12, abs=1e-15)
+        count = masked_after(step, sampling.steps, state.unknown)
+        assert torch.equal(count, golden.mask_len[step].long().view(-1))
+        proposal = decoder.propose(state, 1)
+        assert torch.equal(proposal.tokens[:, 0], golden.sampled_ids[step])
+        assert torch.equal(proposal.masked[:, 0], golden.masking[step].bool())
+        drawn = golden.selected_probs[step]
+        torch.testing.assert_close(proposal.probs[:, 0][unknown], drawn[unknown], atol=2e-5, rtol=0)
+        decoder.commit(state, proposal, torch.zeros(len(tokens), dtype=torch.int64))
+        step += 1
+    assert step == len(golden.step_input_ids)
+    assert torch.equal(state.tokens, golden.final_ids)
+
+
+def test_preference_losses_and_their_gradients(decoder: MaskTokenDecoder, words: Vocabulary) -> None:
+    golden = load_file(GOLDEN / "dpo.safetensors")
+    ids = torch.cat([golden["chosen_input_ids"], golden["rejected_input_ids"]])
+    masked = torch.cat([golden["chosen_mask"], golden["rejected_mask"]]).bool()
+    tokens = torch.cat([golden["chosen_tokens"], golden["rejected_tokens"]])
+    blocks, _, unknown = split(ids, words)
+    assert torch.equal(unknown, masked)
+    policy, reference = copy.deepcopy(decoder), copy.deepcopy(decoder)
+    own = reference.state_dict()
+    for key, value in own.items():
+        parts = value.chunk(len(ShowO.stored_as(key)))
+        for part, name in zip(parts, ShowO.stored_as(key), strict=True):
+            part.copy_(golden.get(f"ref.{name}", part))
+    reference.load_state_dict(own)
+
+    def log_probs(model: MaskTokenDecoder) -> Tensor:
+        return model.log_probs(model.prompt_pass(blocks)[0], tokens, masked, as_trained=True)
+
+    each = log_probs(policy)
+    chosen, rejected = each.sum(1).chunk(2)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = log_probs(reference).sum(1).chunk(2)
+    torch.testing.assert_close(each.sum(1), golden["policy_logps"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.cat([ref_chosen, ref_rejected]), golden["reference_logps"], atol=2e-4, rtol=0)
+    losses = dpo(chosen, rejected, ref_chosen, ref_rejected, float(golden["beta"]))
+    torch.testing.assert_close(losses, golden["dpo_loss_per_pair"], atol=1e-5, rtol=0)
+    counted = golden["counted_positions"]
+    torch.testing.assert_close(masked.sum(1) + 2, counted)
+    sft = -chosen.sum() / counted[:3].sum()
+    assert sft.item() == pytest.approx(float(golden["sft_loss"]), abs=1e-5)
+    assert (-each.sum() / counted.sum()).item() == pytest.approx(float(golden["loss_t2i_all"]), abs=1e-5)
+    loss = losses.mean() + 0.5 * sft
+    assert loss.item() == pytest.approx(float(golden["total_loss_dpo1_sft05"]), abs=1e-5)
+    loss.backward()
+    for key, weight in policy.named_parameters():
+        assert weight.grad is not None
+        parts = weight.grad.chunk(len(ShowO.stored_as(key)))
+        for part, name in zip(parts, ShowO.stored_as(key), strict=True):
+            if f"grad.{name}" in golden:
+                torch.testing.assert_close(part, golden[f"grad.{name}"], atol=1e-5, rtol=1e-3)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in policy.parameters() if w.grad is not None])
+    assert norm.item() == pytest.approx(float(golden["total_grad_norm"]), rel=1e-4)
+
+
+def test_log_probs_among_codes_are_those_that_are_sampled_from(decoder: MaskTokenDecoder) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
+    masked = torch.rand(2, decoder.num_tokens) < 0.5
+    prefix = decoder.encode([[1, 2], []])
+    got = decoder.log_probs(prefix, tokens, masked)
+    logits = decoder.code_logits(tokens, masked, [prefix])
+    expected = torch.distributions.Categorical(logits=logits).log_prob(tokens)
+    torch.testing.assert_close(got, expected * masked)
+
+
+def test_an_image_does_not_depend_on_its_batch(decoder: MaskTokenDecoder) -> None:
+    texts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], []]
+    sampling = MaskSampling(steps=5)
+
+    def decode(rows: list[int], k: int) -> Tensor:
+        noise = SeededNoise.draw(rows, k, sampling.steps, decoder.num_tokens)
+        state = decoder.begin([texts[i] for i in rows], noise, sampling)
+        while not state.done:
+            decoder.commit(state, decoder.propose(state, k), torch.zeros(len(rows), dtype=torch.int64))
+        assert not state.unknown.any()
+        return state.tokens
+
+    together = decode([0, 1, 2, 3], 1)
+    assert torch.equal(together, torch.cat([decode([i], 1) for i in range(4)]))
+    assert torch.equal(together, decode([0, 1, 2, 3], 3))  # more candidates leave the first as it is
+    assert len(together.unique()) > 3
+
+
+def test_candidates_of_one_pass_are_those_of_separate_states(decoder: MaskTokenDecoder) -> None:
+    sampling = MaskSampling(steps=5)
+    noise = SeededNoise.draw([7, 8], 4, sampling.steps, decoder.num_tokens)
+    state = decoder.begin([[1, 2, 3], [4]], noise, sampling)
+    decoder.commit(state, decoder.propose(state, 4), torch.tensor([3, 1]))
+    together = decoder.propose(state, 4)
+    twice = state.select(torch.tensor([0, 0, 1, 1]))
+    apart = decoder.propose(twice, 4)
+    assert torch.equal(together.tokens.repeat_interleave(2, 0), apart.tokens)
+    assert torch.equal(together.masked.repeat_interleave(2, 0), apart.masked)
+
+
+def test_kept_tokens_stay(decoder: MaskTokenDecoder) -> None:
+    torch.manual_seed(0)
+    sampling = MaskSampling(steps=6)
+    tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
+    keep = torch.rand(2, decoder.num_tokens) < 0.6
+    noise = SeededNoise.draw([1, 2], 1, sampling.steps, decoder.num_tokens)
+    state = decoder.begin([[1, 2, 3], [4]], noise, sampling, tokens, keep)
+    while not state.done:
+        decoder.commit(state, decoder.propose(state, 1), torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(state.tokens[keep], tokens[keep])
+    assert not torch.equal(state.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"steps": 0}, "sampling.steps must be at least 1, not 0"),
+        ({"guidance": -1.0}, "sampling.guidance must be at least 0, not -1.0"),
+        ({"temperature": -0.5}, "sampling.temperature must be at least 0, not -0.5"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        MaskSampling(**settings)
