@@ -84,7 +84,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, H * W, width]
-        attended = attend(q, k, v, causal=False)[:, 0].mT.unflatten(2, x.shape[2:])
+        attended = attend(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(attended)
 
 
@@ -190,9 +190,7 @@ class LookupFreeQuantizer(nn.Module):
         usage = Bernoulli(probs=bits.probs.mean((0, 2, 3)))
         entropy = bits.entropy().mean() - usage.entropy().mean()
         vectors = self.entries(self.indices(z))
-        passed = (
-            z + (vectors - z).detach()
-        )  # straight through, so that beta adds to the loss and takes from its gradient
+        passed = z + (vectors - z).detach()  # straight through: beta adds to the loss and takes from its gradient
         commitment = F.mse_loss(z, vectors) + beta * F.mse_loss(passed, z.detach())
         return QuantizerLosses(entropy_weight * entropy, commitment_weight * commitment)
 
