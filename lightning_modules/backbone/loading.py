@@ -3,30 +3,94 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 M = TypeVar("M", bound=nn.Module)
 
 
 def resolve(checkpoint: str) -> Path:
-    """A folder with weights: a path, or `bundled:NAME` for weights that come with the package.
+    """A folder with weights: a path, `bundled:NAME` for weights that come with the package, or OWNER/NAME on the hub.
 
     Raises:
-        FileNotFoundError: there is no `model.safetensors` in it.
+        FileNotFoundError: there are no weights.
     """
     name = checkpoint.removeprefix("bundled:")
     folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
-    if not (folder / "model.safetensors").is_file():
+    if any((folder / file).is_file() for file in _WEIGHTS):
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
         raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
-    return folder
+    return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"])
+
+
+def from_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The folder in which the hub's files of OWNER/NAME are kept on this machine; fetched if they are not there yet.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no network.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor to be had from the Hugging Face hub; without network, download it "
+            f"elsewhere and set the path of its folder ({type(error).__name__})"
+        ) from error
+
+
+class Stored:
+    """The tensors of a folder with weights, in one file or several, read one at a time.
+
+    Pickled weights are read only where there are no safetensors, and only as tensors; raises ValueError for others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = [next(file for file in _WEIGHTS if (folder / file).is_file())]
+        self._shapes: dict[str, list[int]] = {}
+        self._read: dict[str, Callable[[], Tensor]] = {}
+        for file in files:
+            if file.endswith(".bin"):
+                try:
+                    pickled = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
+                except UnpicklingError as error:
+                    raise ValueError(f"{folder / file} holds more than tensors and is not loaded") from error
+                self._shapes |= {key: list(value.shape) for key, value in pickled.items()}
+                self._read |= {key: partial(pickled.__getitem__, key) for key in pickled}
+            else:
+                opened = safe_open(folder / file, framework="pt")
+                self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+                self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, names: Sequence[str]) -> list[int]:
+        """The shape of some tensors joined along their first dimension."""
+        first, *rest = (self._shapes[name] for name in names)
+        return [first[0] + sum(shape[0] for shape in rest), *first[1:]] if rest else first
+
+    def read(self, names: Sequence[str]) -> Tensor:
+        """Some tensors joined along their first dimension."""
+        return torch.cat([self._read[name]() for name in names]) if len(names) > 1 else self._read[names[0]]()
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -38,6 +102,10 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 def pretrained(module: M, checkpoint: str | None = None) -> M:
     """Load a module's weights; without a checkpoint the module stays as it was initialised.
 
+    A module whose weights are published under other names says so in `stored_as`: the names of the tensors that, joined
+    along their first dimension, are one of its own. One that can tell from a `config.json` that weights of the right
+    shapes are yet others' has `check_stored`.
+
     Raises:
         FileNotFoundError: the checkpoint does not exist.
         ValueError: a tensor is missing, surplus or of another shape; the sentence names it.
@@ -45,19 +113,29 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
     if checkpoint is None:
         return module
     folder = resolve(checkpoint)
-    stored, expected = load_file(folder / "model.safetensors"), own_state(module)
-    for key in expected:
-        if key not in stored:
-            raise ValueError(f"checkpoint {checkpoint!r} has no tensor {key!r}, which {type(module).__name__} needs")
-        if stored[key].shape != expected[key].shape:
-            shapes = f"{list(stored[key].shape)} instead of {list(expected[key].shape)}"
-            raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {key!r} has shape {shapes}")
-    if surplus := sorted(stored.keys() - expected.keys()):
-        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {type(module).__name__}")
+    stored, expected = Stored(folder), own_state(module)
+    stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
+    check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
+    names = {key: stored_as(key) for key in expected}
+    for key, value in expected.items():
+        if missing := [name for name in names[key] if name not in stored.keys]:
+            raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {_name(module)} needs")
+        if (shape := stored.shape(names[key])) != list(value.shape):
+            shapes = f"{shape} instead of {list(value.shape)}"
+            tensors = " and ".join(map(repr, names[key]))
+            raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {tensors} has shape {shapes}")
+    if surplus := sorted(stored.keys - {name for group in names.values() for name in group}):
+        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {_name(module)}")
+    if (folder / "config.json").is_file():
+        check(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with torch.no_grad():
         for key, value in expected.items():
-            value.copy_(stored[key])
+            value.copy_(stored.read(names[key]))
     return module
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:

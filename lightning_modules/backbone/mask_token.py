@@ -4,6 +4,7 @@ A sequence is `t2i sot text eot soi image eoi`. Text is causal and does not see 
 computed once per prompt; soi, image and eoi see everything.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, least_confident, masked_after
+from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig, attend
 
 
@@ -57,8 +59,10 @@ class Vocabulary:
         return self.mask + 1
 
     def block(self, text: Sequence[int]) -> list[int]:
-        """Text ids -> `t2i sot text eot`, at most max_text + 1 ids; what is too long loses its end."""
-        opened = text if text and text[0] == self.end_of_text else [self.end_of_text, *text]
+        """Text ids -> `t2i sot text eot`, at most max_text + 1 ids; what is too long loses its end, with a warning."""
+        opened = list(text) if text and text[0] == self.end_of_text else [self.end_of_text, *text]
+        if len(opened) >= self.max_text:
+            warnings.warn(f"prompts of more than {self.max_text - 2} text tokens lose their end", stacklevel=2)
         return [*[self.t2i, *opened][: self.max_text], self.end_of_text]
 
 
@@ -198,7 +202,8 @@ class MaskTokenDecoder(nn.Module):
 
     Args:
         image_tokenizer: fixes the number of tokens and the codebook; turns tokens into pixels.
-        vocabulary: the ids of everything that can stand in a sequence.
+        text_tokenizer: turns prompts into ids.
+        max_text: a prompt's block has one place more than this; longer prompts lose their end.
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
     """
@@ -208,18 +213,19 @@ class MaskTokenDecoder(nn.Module):
     def __init__(
         self,
         image_tokenizer: ImageTokenizer,
-        vocabulary: Vocabulary,
+        text_tokenizer: TextTokenizer,
+        max_text: int,
         transformer: TransformerConfig,
         rotary_dims: int,
     ) -> None:
         super().__init__()
-        if vocabulary.codes != image_tokenizer.codebook_size:
-            raise ValueError(
-                f"the decoder knows {vocabulary.codes} image codes, its image tokenizer {image_tokenizer.codebook_size}"
-            )
         if not 0 < rotary_dims <= transformer.head_dim or rotary_dims % 2:
             raise ValueError(f"rotary_dims={rotary_dims} must be even and within the head's {transformer.head_dim}")
         self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
+        self.text_tokenizer = text_tokenizer
+        vocabulary = Vocabulary(
+            text_tokenizer.size, text_tokenizer.end_of_text, image_tokenizer.codebook_size, max_text
+        )
         self.vocabulary = vocabulary
         self.rotary_dims = rotary_dims
         self.embed = nn.Embedding(vocabulary.total, transformer.dim)
@@ -244,9 +250,9 @@ class MaskTokenDecoder(nn.Module):
         ids = torch.where(unknown, words.mask, tokens + words.first_code)
         return F.pad(F.pad(ids, (1, 0), value=words.soi), (0, 1), value=words.eoi)
 
-    def encode(self, texts: Sequence[Sequence[int]]) -> Prefix:
-        """Text ids of G prompts -> their keys and values; the empty prompt is the unconditional one."""
-        return self.prompt_pass([self.vocabulary.block(text) for text in texts])[0]
+    def encode(self, prompts: Sequence[str]) -> Prefix:
+        """The keys and values of G prompts; the empty one is the unconditional one."""
+        return self.prompt_pass([self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)])[0]
 
     def prompt_pass(self, blocks: Sequence[Sequence[int]]) -> tuple[Prefix, list[Tensor]]:
         """Prompts `t2i sot text eot` -> their keys and values, and hidden states [G, P, dim] after every layer."""
@@ -295,7 +301,7 @@ class MaskTokenDecoder(nn.Module):
     @torch.no_grad()
     def begin(
         self,
-        texts: Sequence[Sequence[int]],
+        prompts: Sequence[str],
         noise: MaskNoise,
         sampling: MaskSampling,
         tokens: Tensor | None = None,
@@ -304,12 +310,12 @@ class MaskTokenDecoder(nn.Module):
         """Start decoding one image per prompt.
 
         Args:
-            texts: text ids of B prompts.
+            prompts: B prompts.
             noise: of the images.
             sampling: how the grid is filled.
             tokens, keep: codes [B, n] and which of them stay as they are, bool [B, n]; default: none.
         """
-        shape = len(texts), self.num_tokens
+        shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
         known = torch.zeros(shape, dtype=torch.bool) if keep is None else keep
         return MaskState(
@@ -317,9 +323,9 @@ class MaskTokenDecoder(nn.Module):
             unknown=~known.to(device),
             step=0,
             sampling=sampling,
-            temperature=torch.ones(len(texts), 1, device=device),
+            temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
-            prefixes=[self.encode(texts), *([self.encode([[]])] if sampling.guidance else [])],
+            prefixes=[self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])],
         )
 
     def guided_logits(self, state: MaskState) -> Tensor:

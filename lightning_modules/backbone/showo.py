@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 
 _STEMS = {  # ours -> Show-o's
@@ -20,28 +22,53 @@ _STEMS = {  # ours -> Show-o's
 }
 
 
-def transformer_config(phi: Mapping[str, Any]) -> TransformerConfig:
-    """The Transformer of a Phi configuration, with the changes that Show-o makes to it whatever it says."""
-    return TransformerConfig(
-        dim=phi["hidden_size"],
-        depth=phi["num_hidden_layers"],
-        heads=phi["num_attention_heads"],
-        mlp_ratio=phi["intermediate_size"] / phi["hidden_size"],
-        parallel=True,
-        qk_norm=True,
-        gelu="tanh",
-    )
-
-
 class ShowO(MaskTokenDecoder):
-    """A mask-token decoder whose weights are stored under Show-o's names."""
+    """A mask-token decoder of Phi's make, with norms on queries and keys, whose weights have Show-o's names.
+
+    Args:
+        image_tokenizer, text_tokenizer, max_text: see `MaskTokenDecoder`.
+        dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
+        rotary_share: of each head's dimensions that carry the position.
+    """
+
+    def __init__(
+        self,
+        image_tokenizer: ImageTokenizer,
+        text_tokenizer: TextTokenizer,
+        max_text: int = 128,
+        dim: int = 2048,
+        depth: int = 24,
+        heads: int = 32,
+        mlp_dim: int = 8192,
+        rotary_share: float = 0.5,
+    ) -> None:
+        transformer = TransformerConfig(dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh")
+        rotary_dims = int(rotary_share * transformer.head_dim)
+        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
-        """Show-o's tensors, joined along their first dimension, that are our tensor `key`."""
+        """Show-o's tensors that, joined along their first dimension, are our tensor `key`."""
         key, kind = key.rsplit(".", 1)
         layer = ""
         if key.startswith("transformer.blocks."):
             _, _, index, key = key.split(".", 3)
             layer = f"model.layers.{index}."
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
+
+    def check_stored(self, config: Mapping[str, Any]) -> None:
+        """Refuse weights of the same shapes that are for other images; raises ValueError.
+
+        The 512-pixel model differs from the 256-pixel one in nothing but the number of its image tokens.
+        """
+        own = {
+            "num_vq_tokens": self.num_tokens,
+            "codebook_size": self.vocabulary.codes,
+            "llm_vocab_size": self.vocabulary.text,
+        }
+        for key, value in own.items():
+            if config.get(key, value) != value:
+                raise ValueError(
+                    f"Show-o's config.json says {key} {config[key]}, but the decoder is built for {value}; the "
+                    "256-pixel model (showlab/show-o) has 256 tokens an image, the 512-pixel one 1024"
+                )

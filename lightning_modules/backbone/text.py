@@ -1,11 +1,61 @@
-"""Prompts: a word-level vocabulary and a small Transformer encoder over it."""
+"""Prompts: tokenizers, and a small Transformer encoder over words."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from lightning_modules.backbone.loading import from_hub
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+
+
+class TextTokenizer(Protocol):
+    """What a mask-token decoder needs of a tokenizer.
+
+    Attributes:
+        size: number of ids.
+        end_of_text: the id that opens and closes a prompt.
+    """
+
+    size: int
+    end_of_text: int
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt, without special ones."""
+        ...
+
+
+class PublishedTokenizer:
+    """A tokenizer as published with a language model.
+
+    Args:
+        checkpoint: a folder with `tokenizer.json`, or OWNER/NAME on the hub (Show-o's: microsoft/phi-1_5).
+        end_of_text: the token that opens and closes a prompt.
+
+    Raises:
+        FileNotFoundError: there is no `tokenizer.json`.
+        ValueError: it has no such token.
+    """
+
+    def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
+        file = Path(checkpoint) / "tokenizer.json"
+        if not file.is_file():
+            if file.parent.exists():
+                raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
+            file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self.size = self._tokenizer.get_vocab_size()
+        found = self._tokenizer.token_to_id(end_of_text)
+        if found is None:
+            raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")
+        self.end_of_text = found
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+        return [entry.ids for entry in encoded]
 
 
 class WordTokenizer:
