@@ -5,19 +5,13 @@ ratio. All at batch 64 with the bundled decoder and PARM.
 """
 
 import copy
-import json
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
-from torch.profiler import profile
 
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import ShapesStream
@@ -25,30 +19,9 @@ from lightning_modules.backbone.sampling import uniform_noise
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.dpo import dpo
+from tests.benchmarks.measuring import peak_mebibytes, seconds
 
 BATCH = 64
-
-
-def seconds(function: Callable[[], object], rounds: int = 3) -> float:
-    """Median wall time of a function."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def peak_mebibytes(function: Callable[[], object]) -> float:
-    """Most memory that a function holds at a time of what it allocates itself."""
-    with profile(profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    sizes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
-    return float(np.cumsum(sizes).max()) / 2**20
 
 
 @pytest.fixture(scope="module")

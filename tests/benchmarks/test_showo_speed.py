@@ -1,0 +1,113 @@
+"""Show-o's sampler against a straightforward one on the same random weights: pytest tests/benchmarks --benchmark-only
+
+The straightforward one runs the whole padded sequence at every step with a dense mask, computes logits of the whole
+vocabulary at every position, and decodes one image at a time.
+"""
+
+import statistics
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.mask_token import Rotary
+from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.transformer import attend
+from tests.benchmarks.measuring import peak_mebibytes, seconds
+
+SAMPLING = MaskSampling(steps=18, guidance=1.75)
+PROMPTS = ["a photo of a bench", "a photo of two clocks", "a photo of a red dog and a blue cat", "a photo of a cow"]
+
+
+class Words:
+    """Each word is an id; ids are as many as it is told."""
+
+    end_of_text = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [[1 + sum(map(ord, word)) % (self.size - 1) for word in prompt.split()] for prompt in prompts]
+
+
+def build(text: int, codes: int) -> ShowO:
+    torch.manual_seed(0)
+    tokenizer: Any = torch.nn.Module()
+    tokenizer.codebook_size, tokenizer.num_tokens = codes, 256
+    decoder = ShowO(tokenizer, Words(text), dim=256, depth=8, heads=8, mlp_dim=1024)
+    for weight in decoder.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.05)  # far from uniform, so that codes are not decided by rounding
+    return decoder.eval()
+
+
+def ours(decoder: ShowO, prompts: Sequence[str]) -> Tensor:
+    state = decoder.begin(prompts, SeededNoise.draw(range(len(prompts)), 1, SAMPLING.steps, 256), SAMPLING)
+    while not state.done:
+        decoder.commit(state, decoder.propose(state, 1), torch.zeros(len(prompts), dtype=torch.int64))
+    return state.tokens
+
+
+@torch.no_grad()
+def straightforward(decoder: ShowO, prompt: str, seed: int) -> Tensor:
+    words, noise = decoder.vocabulary, SeededNoise.draw([seed], 1, SAMPLING.steps, 256)
+    blocks = [words.block(text) for text in decoder.text_tokenizer.encode([prompt, ""])]
+    length = words.max_text + 1
+    padded = torch.tensor([[words.text] * (length - len(block)) + block for block in blocks])
+    total = length + 258
+    real = torch.cat([padded != words.text, torch.ones(2, 258, dtype=torch.bool)], 1)
+    allowed = torch.ones(total, total, dtype=torch.bool).tril()
+    allowed[length:] = True
+    mask = (allowed & real[:, None] | torch.eye(total, dtype=torch.bool))[:, None]
+    rotary = Rotary.at(torch.arange(total), decoder.rotary_dims)
+    ids = torch.full((1, 256), words.mask)
+    for step in range(SAMPLING.steps):
+        image = torch.cat([torch.tensor([[words.soi]]), ids, torch.tensor([[words.eoi]])], 1)
+        x = decoder.embed(torch.cat([padded, image.repeat(2, 1)], 1))
+        hidden = decoder.transformer.run(x, lambda _, q, k, v: attend(rotary(q), rotary(k), v, allowed=mask))[-1]
+        conditional, unconditional = decoder.head(decoder.norm(hidden)).float().chunk(2)
+        logits = (1 + SAMPLING.guidance) * conditional - SAMPLING.guidance * unconditional
+        probs = logits[:, length + 1 : -1, words.first_code : words.mask].softmax(-1)
+        unknown = ids == words.mask
+        drawn = noise.codes(step, probs, 1)[:, 0]
+        chosen = probs.gather(2, drawn[..., None]).squeeze(2)
+        codes = torch.where(unknown, drawn, ids - words.first_code)
+        count = masked_after(step, SAMPLING.steps, unknown)
+        temperature = SAMPLING.temperature_at(step)
+        masked = least_confident(chosen, unknown, count, temperature, noise.confidence(step, 1)[:, 0])
+        ids = torch.where(masked, words.mask, codes + words.first_code)
+    return codes
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("text", "codes", "least"), [(4096, 1024, 1.7), (50295, 8192, 3.5)], ids=["small vocabulary", "real vocabulary"]
+)
+def test_sampling_against_a_straightforward_version(
+    benchmark: BenchmarkFixture, text: int, codes: int, least: float, batch: int
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decoder, prompts = build(text, codes), PROMPTS[:batch]
+        slow = lambda: torch.cat([straightforward(decoder, prompt, i) for i, prompt in enumerate(prompts)])  # noqa: E731
+        assert torch.equal(ours(decoder, prompts), slow())
+        slow_seconds = seconds(slow, rounds=2)
+        benchmark.pedantic(ours, (decoder, prompts), rounds=3, warmup_rounds=0)
+        fast_seconds = statistics.median(benchmark.stats.stats.data)
+        peaks = SimpleNamespace(fast=peak_mebibytes(lambda: ours(decoder, prompts)), slow=peak_mebibytes(slow))
+    finally:
+        torch.set_num_threads(threads)
+    ratio = slow_seconds / fast_seconds
+    benchmark.extra_info |= {"times_faster": ratio, "images_per_second": batch / fast_seconds, **vars(peaks)}
+    print(
+        f"\nvocabulary {decoder.vocabulary.total}, batch {batch}: {batch / fast_seconds:.2f} images/s, {ratio:.2f} x"
+        f" the straightforward {batch / slow_seconds:.2f}; peak {peaks.fast:.0f} against {peaks.slow:.0f} MiB"
+    )
+    assert ratio >= least
