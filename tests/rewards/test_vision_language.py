@@ -1,0 +1,219 @@
+"""The vision-language judge on a tiny random LLaVA-OneVision: against transformers itself, cached and in batches."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from lightning_modules.rewards.geneval_reward import to_uint8
+from lightning_modules.rewards.vision_language import CHATML, Questions, VisionLanguageJudge
+
+transformers = pytest.importorskip("transformers")
+
+# Like the published one, it opens an answer otherwise in the past than in the present (a space before the newline).
+TEMPLATE = """\
+{%- for message in messages %}{{- '<|im_start|>' + message.role + ' ' }}
+    {%- for part in message.content if part.type == 'image' %}{{- '<image>' }}{% endfor %}
+    {%- for part in message.content if part.type == 'text' %}{{- '\\n' + part.text }}{% endfor %}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+PROMPTS = [
+    "a red star",
+    "a photo of two green circles and a heart, on the left of a ring",
+    "a cross",
+    "three blue stars",
+]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Byte-level BPE of the judge's questions, in which yes and no are words."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(["yes", "no"] * 50 + [Questions().clear, Questions().final] * 9, trainer)
+    bpe.save(str(folder / "bpe.json"))
+
+
+def save_checkpoint(folder: Path) -> None:
+    """A model of 4 image tokens a view and 2 layers, with a processor to match."""
+    save_tokenizer(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "bpe.json"),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    size = {"height": 28, "width": 28}
+    transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**small, image_size=28, patch_size=14, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**small, num_key_value_heads=2, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=0.3)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("judge")
+    save_checkpoint(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def judge(checkpoint: str) -> VisionLanguageJudge:
+    return VisionLanguageJudge(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def conversation(*turns: str) -> list[dict]:
+    """What transformers' chat templates take."""
+    texts = [[{"type": "text", "text": turn}] for turn in turns]
+    texts[0].insert(0, {"type": "image"})
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def direct(checkpoint: str, conversations: list[list[dict]], pixels: Tensor) -> Tensor:
+    """P(yes) [B] by transformers' own processor, from PIL images, and model, with no cache; for two images or more."""
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    images = [Image.fromarray(image) for image in to_uint8(pixels)]
+    inputs = processor(text=texts, images=[images], padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -1]
+    return logits[:, processor.tokenizer.convert_tokens_to_ids(["yes", "no"])].softmax(-1)[:, 0]
+
+
+def test_answers_are_those_of_transformers(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
+    asked = Questions()
+    clear = [asked.clear.replace("{prompt}", prompt) for prompt in PROMPTS]
+    then = [asked.potential.replace("{prompt}", prompt) for prompt in PROMPTS]
+    final = [asked.final.replace("{prompt}", prompt) for prompt in PROMPTS]
+    rows = [{"tag": "any", "prompt": prompt} for prompt in PROMPTS]
+    expected = direct(checkpoint, [conversation(turn) for turn in clear], pixels)
+    torch.testing.assert_close(judge.clear(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
+    expected = direct(checkpoint, [conversation(c, "yes", p) for c, p in zip(clear, then, strict=True)], pixels)
+    torch.testing.assert_close(judge.potential(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
+    expected = direct(checkpoint, [conversation(turn) for turn in final], pixels)
+    torch.testing.assert_close(judge(rows, pixels), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, CHATML])
+def test_the_second_question_reuses_what_was_read_for_the_first(
+    judge: VisionLanguageJudge, pixels: Tensor, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge.processor, "chat_template", template)
+    forward, widths = judge.model.forward, []
+
+    def watched(**inputs: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(judge.model, "forward", watched)
+    apart = judge.clear(PROMPTS, pixels), judge.potential(PROMPTS, pixels)
+    together = judge.clear_and_potential(PROMPTS, pixels)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    clear, potential, first, second = widths
+    assert first == clear
+    assert second <= potential - clear + 5  # its own tokens, and those of the template that differ in the past
+
+
+def test_an_image_is_judged_alike_alone_and_in_a_batch(judge: VisionLanguageJudge, pixels: Tensor) -> None:
+    together = torch.stack(judge.clear_and_potential(PROMPTS, pixels))
+    alone = [torch.stack(judge.clear_and_potential([PROMPTS[i]], pixels[i : i + 1])) for i in range(4)]
+    torch.testing.assert_close(torch.cat(alone, 1), together, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_does_not_matter(
+    judge: VisionLanguageJudge, pixels: Tensor, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = judge.clear(PROMPTS, pixels)
+    monkeypatch.setattr(judge, "batch_size", batch_size)
+    torch.testing.assert_close(judge.clear(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_prompts_and_images_matter(judge: VisionLanguageJudge, pixels: Tensor) -> None:
+    same_image = judge.potential(PROMPTS, pixels[:1].expand(4, -1, -1, -1))
+    same_prompt = judge.potential(PROMPTS[:1] * 4, pixels)
+    for values in (same_image, same_prompt):
+        assert values.shape == (4,)
+        assert values.std() > 1e-3
+        assert ((values > 0) & (values < 1)).all()
+
+
+def test_images_are_padded_to_a_square(judge: VisionLanguageJudge, pixels: Tensor) -> None:
+    wide, square = pixels[:, :, 4:-4], pixels.clone()
+    grey = torch.tensor(judge.processor.image_processor.image_mean)[:, None, None]
+    square[:, :, :4] = square[:, :, -4:] = ((grey * 255).floor() + 0.5) / 255
+    torch.testing.assert_close(judge.clear(PROMPTS, wide), judge.clear(PROMPTS, square), atol=1e-5, rtol=0)
+    assert not torch.allclose(judge.clear(PROMPTS, wide), judge.clear(PROMPTS, pixels), atol=1e-3)
+
+
+def test_no_images_no_answers(judge: VisionLanguageJudge, pixels: Tensor) -> None:
+    assert judge([], pixels[:0]).shape == (0,)
+
+
+def test_a_checkpoint_without_chat_template_is_asked_in_chatml(judge: VisionLanguageJudge) -> None:
+    messages = conversation("A?", "yes", "B?")
+    text = judge.processor.apply_chat_template(messages, chat_template=CHATML, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nA?<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_half_precision_stays_close(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
+    half = VisionLanguageJudge(checkpoint).to("cpu")
+    assert half.model.dtype == torch.bfloat16
+    torch.testing.assert_close(half.clear(PROMPTS, pixels), judge.clear(PROMPTS, pixels), atol=0.1, rtol=0)
+
+
+def test_what_is_refused(
+    judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"question 'final' must contain \{prompt\}; it is 'Is it good\?'"):
+        Questions(final="Is it good?")
+    with pytest.raises(ValueError, match="answer 'perhaps' must be one token of the judge's, not \\['p"):
+        VisionLanguageJudge(checkpoint, no="perhaps")
+    with pytest.raises(FileNotFoundError, match="nowhere' is neither a folder nor to be had from the Hugging Face hub"):
+        VisionLanguageJudge(str(tmp_path / "nowhere"))
+    transformers.Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a llava_onevision model; it is a qwen2 model"):
+        VisionLanguageJudge(str(tmp_path))
+    with pytest.raises(ValueError, match="shorter"):
+        judge.clear(PROMPTS[:3], pixels)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install -e '\.\[showo\]'"):
+        VisionLanguageJudge(checkpoint)
