@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, least_confident, masked_after
+from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig, attend
 
@@ -169,7 +170,7 @@ class MaskState:
         temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
         noise: of the images.
         prefixes: of the prompts and, with guidance, of the empty one.
-        passes: forward passes of one row so far.
+        cost: shared by all states that come from one `begin`.
     """
 
     tokens: Tensor
@@ -179,7 +180,7 @@ class MaskState:
     temperature: Tensor
     noise: MaskNoise
     prefixes: list[Prefix]
-    passes: int = 0
+    cost: Cost = field(default_factory=Cost)
 
     @property
     def done(self) -> bool:
@@ -298,6 +299,10 @@ class MaskTokenDecoder(nn.Module):
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
 
+    def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
+        """Noise of images with these seeds; see `Decoder`."""
+        return SeededNoise.draw(seeds, k, sampling.steps, self.num_tokens)
+
     @torch.no_grad()
     def begin(
         self,
@@ -332,7 +337,7 @@ class MaskTokenDecoder(nn.Module):
         """Logits [B, n, C] that this step draws from, after guidance; conditional and empty prompts in one batch."""
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
-        state.passes += len(tokens)
+        state.cost.decoder_passes += len(tokens)
         logits = self.code_logits(tokens, unknown, state.prefixes).chunk(branches)
         scale = state.sampling.guidance
         return logits[0] if branches == 1 else (1 + scale) * logits[0] - scale * logits[1]

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.sampling import Sampling, draw
+from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 
@@ -89,18 +90,11 @@ class Proposal:
     sampling_log_probs: Tensor
     evidence: Evidence
 
-
-@dataclass
-class Cost:
-    """What decoding took, summed over its rows.
-
-    Attributes:
-        decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
-        verifier_calls: values asked of a judge.
-    """
-
-    decoder_passes: int = 0
-    verifier_calls: int = 0
+    def unfold(self) -> "Proposal":
+        """k candidates of B rows as one candidate each of B * k rows."""
+        return Proposal(
+            self.tokens.flatten()[:, None], self.sampling_log_probs.flatten()[:, None], self.evidence.unfold()
+        )
 
 
 @dataclass
@@ -293,13 +287,17 @@ class NextTokenDecoder(nn.Module):
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
         return Evidence(prompt=prompt, embeddings=embeddings, **stored)
 
+    def noise(self, seeds: Sequence[int], k: int, sampling: Sampling) -> Tensor:
+        """Uniform noise [B, 1 + k, T]; see `Decoder`."""
+        return uniform_noise(seeds, k, self.num_tokens)
+
     @torch.no_grad()
     def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
         """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
 
         Args:
             prompts: B prompts.
-            noise: uniform noise [B, 1 + K, T] (`sampling.uniform_noise`), for up to K candidates a step.
+            noise: of the images, [B, 1 + K, T], for up to K candidates a step.
             sampling: how candidates are drawn.
         """
         ids = self.word_ids(prompts)
@@ -343,8 +341,9 @@ class NextTokenDecoder(nn.Module):
         return Proposal(tokens, sampling_log_probs, evidence)
 
     @torch.no_grad()
-    def commit(self, state: DecodingState, tokens: Tensor) -> None:
-        """Make tokens [B] part of the state and, unless the image is finished, run the next forward pass."""
+    def commit(self, state: DecodingState, proposal: Proposal, choice: Tensor) -> None:
+        """Candidate `choice` [B] is the next token; unless it is the last one, run the next forward pass."""
+        tokens = proposal.tokens.gather(1, choice[:, None]).squeeze(1)
         state.tokens[:, state.length] = tokens
         state.length += 1
         if state.done:

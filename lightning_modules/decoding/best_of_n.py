@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judged
 
 
@@ -30,7 +30,7 @@ class BestOfN(Strategy):
 
     def decode(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],

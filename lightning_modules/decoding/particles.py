@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
-from lightning_modules.backbone.sampling import Sampling, uniform_noise
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, verifier_named
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.next_token import Evidence
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Particles(Strategy):
     @torch.no_grad()
     def decode(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        noise = uniform_noise(candidate_seeds(seeds, self.n), 1, decoder.num_tokens)
+        decoder = next_token(decoder, "decoding with particles")
+        noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
         state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling)
         noise = noise.to(state.noise.device)
         first = torch.arange(len(prompts), device=noise.device)
@@ -62,7 +64,7 @@ class Particles(Strategy):
             proposal = decoder.propose(state, 1)
             values = verifier.score(watch, proposal.evidence).view(-1, self.n)
             verifier.commit(watch, torch.zeros_like(paths))
-            decoder.commit(state, proposal.tokens[:, 0])
+            decoder.commit(state, proposal, torch.zeros_like(paths))
             steps.append(proposal.evidence)
             if state.length % self.stride == 0 and not state.done:
                 state.cost.verifier_calls += values.numel()

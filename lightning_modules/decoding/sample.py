@@ -6,29 +6,34 @@ from typing import Any
 
 import torch
 
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
-from lightning_modules.backbone.sampling import Sampling, uniform_noise
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.next_token import Evidence, Proposal
+from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 
 
 @dataclass(frozen=True)
 class Sample(Strategy):
-    """Plain sampling with temperature, top-k, top-p and guidance."""
+    """Plain sampling, with the settings of the decoder's kind."""
 
-    sampling: Sampling
+    sampling: Sampling | MaskSampling
 
     def decode(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
     ) -> Decoded:
-        noise = uniform_noise(seeds, 1, decoder.num_tokens)
+        noise = decoder.noise(seeds, 1, self.sampling)
         state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
         steps: list[Evidence] = []
+        only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
         while not state.done:
             proposal = decoder.propose(state, 1)
-            steps.append(proposal.evidence)
-            decoder.commit(state, proposal.tokens[:, 0])
-        return Decoded(state.tokens, Evidence.concatenate(steps), state.cost, torch.zeros(len(prompts)))
+            if isinstance(proposal, Proposal):
+                steps.append(proposal.evidence)
+            decoder.commit(state, proposal, only)
+        evidence = Evidence.concatenate(steps) if steps else None
+        return Decoded(state.tokens, evidence, state.cost, torch.zeros(len(prompts)))

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_modules.backbone.next_token import Cost, Evidence, NextTokenDecoder
+from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.verifier import Reward, Verifier
 
@@ -20,20 +21,20 @@ class Decoded:
 
     Attributes:
         tokens: [B, T].
-        evidence: what the decoder knew about each token when it was chosen.
+        evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
         free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
     """
 
     tokens: Tensor
-    evidence: Evidence
+    evidence: Evidence | None
     cost: Cost
     free_from: Tensor
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images; the cost stays that of all."""
         free_from = self.free_from[rows.cpu()]
-        return Decoded(self.tokens[rows], self.evidence.select(rows), self.cost, free_from)
+        return Decoded(self.tokens[rows], self.evidence and self.evidence.select(rows), self.cost, free_from)
 
 
 class Strategy(ABC):
@@ -42,7 +43,7 @@ class Strategy(ABC):
     @abstractmethod
     def decode(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
@@ -52,13 +53,15 @@ class Strategy(ABC):
 
 def judged(
     judge: Verifier[Any] | Reward,
-    decoder: NextTokenDecoder,
+    decoder: Decoder,
     prompts: Sequence[Mapping[str, Any]],
     tokens: Tensor,
-    evidence: Evidence,
+    evidence: Evidence | None,
 ) -> Tensor:
     """What a judge says of finished images [B, T]: a verifier's log-value, or a reward, [B]."""
     if isinstance(judge, Verifier):
+        if evidence is None:
+            raise ValueError(f"{type(judge).__name__} reads what {type(decoder).__name__} does not tell; name a reward")
         return judge.values(evidence, [decoder.num_tokens])[:, 0]
     return judge(prompts, decoder.image_tokenizer.decode(tokens))
 
@@ -66,6 +69,13 @@ def judged(
 def candidate_seeds(seeds: Sequence[int], n: int) -> list[int]:
     """Seeds of n candidates for each image, neighbours; the first of them is the image's own."""
     return [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(n)]
+
+
+def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
+    """The decoder, which must be a next-token one; raises ValueError."""
+    if not isinstance(decoder, NextTokenDecoder):
+        raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
+    return decoder
 
 
 def verifier_named(judges: Judges, name: str) -> Verifier[Any]:

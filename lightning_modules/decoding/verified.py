@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.next_token import DecodingState, Evidence, NextTokenDecoder
-from lightning_modules.backbone.sampling import Sampling, image_seed, uniform_noise
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, verifier_named
+from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, next_token, verifier_named
 from lightning_modules.rewards.verifier import Verifier, VerifierState
 
 
@@ -56,13 +57,14 @@ class Verified(Strategy):
 
     def decode(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        noise = uniform_noise(seeds, self.k, decoder.num_tokens)
+        decoder = next_token(decoder, "token-by-token verification")
+        noise = decoder.noise(seeds, self.k, self.sampling)
         state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
         watch = verifier.begin(state.prompt, decoder.num_tokens)
         stop = torch.full((len(prompts),), decoder.num_tokens)
@@ -102,7 +104,7 @@ class Verified(Strategy):
         choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.length])
         choice = choice * verify.to(choice.device)
         verifier.commit(watch, choice)
-        decoder.commit(state, proposal.tokens.gather(1, choice[:, None]).squeeze(1))
+        decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
         return proposal.evidence.pick(choice)
 
@@ -111,22 +113,21 @@ class Verified(Strategy):
     ) -> tuple[DecodingState, VerifierState, Evidence]:
         """`stride` tokens: k paths run side by side, one of them goes on."""
         batch, start = len(state.tokens), state.length
-        proposal = decoder.propose(state, self.k, self.distinct)
+        proposal = decoder.propose(state, self.k, self.distinct).unfold()
         paths = state.fork(self.k)
         rows = torch.arange(batch, device=state.tokens.device)
         path_watch = watch.select(rows.repeat_interleave(self.k))
-        tokens, log_probs = proposal.tokens.flatten(), proposal.sampling_log_probs.flatten()
-        evidence = proposal.evidence.unfold()
+        only = torch.zeros(batch * self.k, dtype=torch.int64, device=rows.device)
+        log_probs = torch.zeros_like(proposal.sampling_log_probs[:, 0])
         steps: list[Evidence] = []
         for _ in range(min(self.stride, decoder.num_tokens - start)):
             if steps:
                 proposal = decoder.propose(paths, 1)
-                tokens, evidence = proposal.tokens[:, 0], proposal.evidence
-                log_probs = log_probs + proposal.sampling_log_probs[:, 0]
-            values = verifier.score(path_watch, evidence)
-            verifier.commit(path_watch, torch.zeros_like(tokens))
-            decoder.commit(paths, tokens)
-            steps.append(evidence)
+            log_probs = log_probs + proposal.sampling_log_probs[:, 0]
+            values = verifier.score(path_watch, proposal.evidence)
+            verifier.commit(path_watch, only)
+            decoder.commit(paths, proposal, only)
+            steps.append(proposal.evidence)
         state.cost.verifier_calls += values.numel()
         noise = state.noise[:, 0, start]
         choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), noise)

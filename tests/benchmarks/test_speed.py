@@ -67,7 +67,7 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
         proposal = decoder.propose(state, 1)
         parm.score(watch, proposal.evidence)
         parm.commit(watch, first)
-        decoder.commit(state, proposal.tokens[:, 0])
+        decoder.commit(state, proposal, first)
     proposal = decoder.propose(state, k)
     words = decoder.word_ids(prompts)
 

@@ -1,0 +1,50 @@
+"""What every decoder offers: prompts in, image tokens out, one step at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+
+
+@dataclass
+class Cost:
+    """What decoding took, summed over its rows.
+
+    Attributes:
+        decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
+        verifier_calls: values asked of a judge.
+    """
+
+    decoder_passes: int = 0
+    verifier_calls: int = 0
+
+
+class Decoder(Protocol):
+    """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
+
+    States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
+    """
+
+    image_tokenizer: ImageTokenizer
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
+        """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
+        ...
+
+    def begin(self, prompts: Sequence[str], noise: Any, sampling: Any) -> Any:
+        """The state before the first step; prompts are encoded once."""
+        ...
+
+    def propose(self, state: Any, k: int) -> Any:
+        """k candidates for the next step of each row, all from one forward pass."""
+        ...
+
+    def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:
+        """Candidate `choice` [B] of each row becomes part of the state."""
+        ...
