@@ -1,8 +1,10 @@
 """A tiny real decoder and PARM with random weights, and the project's config, for all tests."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -16,10 +18,13 @@ from omegaconf import DictConfig, open_dict
 from datamodules.shapes.prompts import shapes_prompts, vocabulary
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.rewards.parm import PARM, Features
 
 ROOT = Path(__file__).parent.parent
+SHOWO = ROOT / "tests" / "golden" / "showo"
+SHOWO_CONFIG = json.loads((SHOWO / "config.json").read_text())
 # Overrides that make any experiment of the shapes world small enough for a test.
 TINY = [
     "tokenizer.module.width=16",
@@ -34,6 +39,35 @@ TINY = [
 ]
 
 torch.set_num_threads(1)
+
+
+class Numbers:
+    """Prompts that are written as their text ids."""
+
+    size = SHOWO_CONFIG["showo"]["llm_vocab_size"]
+    end_of_text = SHOWO_CONFIG["special_ids"]["<|eot|>"]
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in prompt.split()] for prompt in prompts]
+
+
+def make_showo(**sizes: Any) -> ShowO:
+    """An untrained Show-o of the golden one's sizes, without an image tokenizer."""
+    tokenizer: Any = torch.nn.Module()
+    tokenizer.codebook_size, tokenizer.num_tokens = (
+        SHOWO_CONFIG["showo"]["codebook_size"],
+        SHOWO_CONFIG["showo"]["num_vq_tokens"],
+    )
+    phi = SHOWO_CONFIG["phi"]
+    golden = {
+        "max_text": SHOWO_CONFIG["max_text_len"],
+        "dim": phi["hidden_size"],
+        "depth": phi["num_hidden_layers"],
+        "heads": phi["num_attention_heads"],
+        "mlp_dim": phi["intermediate_size"],
+        "rotary_share": phi["partial_rotary_factor"],
+    }
+    return ShowO(tokenizer, Numbers(), **golden | sizes).eval()
 
 
 def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:

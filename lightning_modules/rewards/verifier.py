@@ -50,6 +50,14 @@ class Reward(ABC):
         """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
 
 
+class StepJudge(Reward):
+    """Judges unfinished images as well."""
+
+    @abstractmethod
+    def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of unfinished images [B, 3, H, W] in [0, 1]: P(clear enough to be judged), P(can still fulfil the prompt)."""
+
+
 @dataclass
 class LikelihoodState:
     """Log-probability of the prefix [B], and with each candidate of the last `score` [B, k]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.loading import from_hub
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.rewards.verifier import StepJudge
 
 # The chat format of Qwen2, with its default system prompt; for checkpoints that come without a template.
 CHATML = """\
@@ -59,7 +59,7 @@ class Questions:
                 raise ValueError(f"question {name!r} must contain {{prompt}}; it is {question!r}")
 
 
-class VisionLanguageJudge(Reward):
+class VisionLanguageJudge(StepJudge):
     """A frozen LLaVA-OneVision that judges images; called as a reward, it gives P(yes) to the final question.
 
     As in the original, it sees an image whole, padded to a square, and not in the close-up views that LLaVA-OneVision

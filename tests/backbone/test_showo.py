@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,49 +20,22 @@ from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, 
 from lightning_modules.backbone.mask_token import MaskTokenDecoder, Vocabulary
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
-from tests.conftest import ROOT
+from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
 
-GOLDEN = ROOT / "tests" / "golden" / "showo"
-CONFIG = json.loads((GOLDEN / "config.json").read_text())
-RUNS = json.loads((GOLDEN / "sample_runs.json").read_text())
-
-
-class Numbers:
-    """Prompts that are written as their text ids."""
-
-    size = CONFIG["showo"]["llm_vocab_size"]
-    end_of_text = CONFIG["special_ids"]["<|eot|>"]
-
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [[int(word) for word in prompt.split()] for prompt in prompts]
-
-
-def build(**sizes: Any) -> ShowO:
-    tokenizer: Any = torch.nn.Module()
-    tokenizer.codebook_size, tokenizer.num_tokens = CONFIG["showo"]["codebook_size"], CONFIG["showo"]["num_vq_tokens"]
-    phi = CONFIG["phi"]
-    golden = {
-        "max_text": CONFIG["max_text_len"],
-        "dim": phi["hidden_size"],
-        "depth": phi["num_hidden_layers"],
-        "heads": phi["num_attention_heads"],
-        "mlp_dim": phi["intermediate_size"],
-        "rotary_share": phi["partial_rotary_factor"],
-    }
-    return ShowO(tokenizer, Numbers(), **golden | sizes).eval()
+RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def decoder() -> ShowO:
-    return pretrained(build(), str(GOLDEN))
+    return pretrained(make_showo(), str(SHOWO))
 
 
 @pytest.fixture(scope="module")
 def words(decoder: ShowO) -> Vocabulary:
-    special = CONFIG["special_ids"]
+    special = SHOWO_CONFIG["special_ids"]
     words = decoder.vocabulary
-    assert (words.total, words.mask) == (CONFIG["showo"]["vocab_size"], CONFIG["showo"]["mask_token_id"])
-    assert words.first_code == CONFIG["image_token_offset"]
+    assert (words.total, words.mask) == (SHOWO_CONFIG["showo"]["vocab_size"], SHOWO_CONFIG["showo"]["mask_token_id"])
+    assert words.first_code == SHOWO_CONFIG["image_token_offset"]
     assert [words.soi, words.eoi, words.t2i] == [special[f"<|{name}|>"] for name in ("soi", "eoi", "t2i")]
     return words
 
@@ -76,7 +49,7 @@ def split(ids: Tensor, words: Vocabulary) -> tuple[list[list[int]], Tensor, Tens
 
 
 def test_prompts(words: Vocabulary) -> None:
-    for case in json.loads((GOLDEN / "prompts.json").read_text())["cases"]:
+    for case in json.loads((SHOWO / "prompts.json").read_text())["cases"]:
         text = case["text_ids"]
         cut = len(text) + (text[:1] != [words.end_of_text]) >= words.max_text
         with pytest.warns(UserWarning, match="lose their end") if cut else nullcontext():
@@ -86,7 +59,7 @@ def test_prompts(words: Vocabulary) -> None:
 
 
 def test_a_padded_batch(decoder: MaskTokenDecoder, words: Vocabulary) -> None:
-    golden = load_file(GOLDEN / "forward.safetensors")
+    golden = load_file(SHOWO / "forward.safetensors")
     blocks, tokens, unknown = split(golden["input_ids"], words)
     with torch.no_grad():
         prefix, prompt_hidden = decoder.prompt_pass(blocks)
@@ -127,7 +100,7 @@ class Recorded:
 @pytest.mark.parametrize("run", [run["run"] for run in RUNS])
 def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary, run: int) -> None:
     prefix = f"run{run}."
-    stored = load_file(GOLDEN / "sample.safetensors")
+    stored = load_file(SHOWO / "sample.safetensors")
     golden = SimpleNamespace(**{k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
     settings = RUNS[run]
     sampling = MaskSampling(settings["timesteps"], settings["guidance_scale"], settings["temperature0"])
@@ -157,7 +130,7 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
 
 
 def test_preference_losses_and_their_gradients(decoder: MaskTokenDecoder, words: Vocabulary) -> None:
-    golden = load_file(GOLDEN / "dpo.safetensors")
+    golden = load_file(SHOWO / "dpo.safetensors")
     ids = torch.cat([golden["chosen_input_ids"], golden["rejected_input_ids"]])
     masked = torch.cat([golden["chosen_mask"], golden["rejected_mask"]]).bool()
     tokens = torch.cat([golden["chosen_tokens"], golden["rejected_tokens"]])
@@ -268,7 +241,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], sentence: str
 
 
 def test_shards_and_pickles_load_as_one_file_does(decoder: ShowO, tmp_path: Path) -> None:
-    tensors = load_file(GOLDEN / "model.safetensors")
+    tensors = load_file(SHOWO / "model.safetensors")
     names = sorted(tensors)
     shards = {f"model-{i}-of-2.safetensors": names[i::2] for i in range(2)}
     (tmp_path / "shards").mkdir()
@@ -279,7 +252,7 @@ def test_shards_and_pickles_load_as_one_file_does(decoder: ShowO, tmp_path: Path
     (tmp_path / "pickle").mkdir()
     torch.save(tensors, tmp_path / "pickle" / "pytorch_model.bin")
     for folder in ("shards", "pickle"):
-        assert fingerprint(pretrained(build(), str(tmp_path / folder))) == fingerprint(decoder)
+        assert fingerprint(pretrained(make_showo(), str(tmp_path / folder))) == fingerprint(decoder)
 
 
 def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
@@ -289,7 +262,7 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
 
     torch.save({"showo.lm_head.bias": Trojan()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds more than tensors and is not loaded"):
-        pretrained(build(), str(tmp_path))
+        pretrained(make_showo(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -307,11 +280,11 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
 def test_other_tensors_are_named_as_they_are_stored(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], None], sentence: str
 ) -> None:
-    tensors = load_file(GOLDEN / "model.safetensors")
+    tensors = load_file(SHOWO / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=sentence):
-        pretrained(build(), str(tmp_path))
+        pretrained(make_showo(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -322,10 +295,10 @@ def test_other_tensors_are_named_as_they_are_stored(
     ],
 )
 def test_weights_for_other_images_are_refused(tmp_path: Path, key: str, sentence: str) -> None:
-    shutil.copy(GOLDEN / "model.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG["showo"] | {key: 1024}))
+    shutil.copy(SHOWO / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SHOWO_CONFIG["showo"] | {key: 1024}))
     with pytest.raises(ValueError, match=sentence):
-        pretrained(build(), str(tmp_path))
+        pretrained(make_showo(), str(tmp_path))
 
 
 def test_the_published_model_has_its_sizes() -> None:

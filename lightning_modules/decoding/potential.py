@@ -1,0 +1,121 @@
+"""The paper's PARM (arXiv 2501.13926, section 3.3): paths are judged once they are clear, and stopped if hopeless."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.mask_token import MaskState, MaskTokenDecoder
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds
+from lightning_modules.rewards.verifier import StepJudge
+
+_NEVER_CLEAR = 1.0  # the P(no) of paths that were never judged
+
+
+@dataclass(frozen=True)
+class Potential(Strategy):
+    """n paths an image. After every step the preview of each is looked at until it is clear enough to be judged.
+
+    The one verdict on a clear path says whether it has potential. Of those that have, the one that the judge likes best
+    when finished is the image; if none has, the one whose verdict was the least certain no.
+
+    Attributes:
+        sampling: how paths are decoded.
+        n: paths.
+        judge: name of a `StepJudge`.
+        prune: a path without potential stops at once, and its place in the batch is free; if all of an image's do, the
+            best of them goes on from where it stopped. False completes all, as the released scripts do.
+        reset_temperature: each path starts with the temperature of `sampling`; false leaves 0 of it to all but an
+            image's first path, as the released scripts do.
+    """
+
+    sampling: MaskSampling
+    n: int
+    judge: str
+    prune: bool = True
+    reset_temperature: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"potential paths need n of at least 1, not {self.n}")
+
+    @torch.no_grad()
+    def decode(
+        self,
+        decoder: Decoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+    ) -> Decoded:
+        judge = judges.get(self.judge)
+        if not isinstance(judge, StepJudge):
+            known = ", ".join(name for name, value in judges.items() if isinstance(value, StepJudge))
+            raise ValueError(f"judge {self.judge!r} cannot judge unfinished images; there are: {known or 'none'}")
+        if not isinstance(decoder, MaskTokenDecoder):
+            raise ValueError(f"potential paths need previews, which {type(decoder).__name__} does not give")
+        rows = [row for row in prompts for _ in range(self.n)]
+        noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
+        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling)
+        paths = torch.arange(len(rows), device=state.tokens.device)
+        if not self.reset_temperature:
+            state.temperature = (paths % self.n == 0)[:, None].float()
+        doubt = torch.full((len(rows),), _NEVER_CLEAR, device=paths.device)  # P(no) of each path's verdict
+        clear = torch.zeros_like(paths, dtype=torch.bool)
+        finished = state.tokens.clone()
+        stopped: dict[int, MaskState] = {}
+        while len(paths) and not state.done:
+            _step(decoder, state)
+            unclear = (~clear[paths]).nonzero().squeeze(1)
+            if len(unclear):
+                judged = paths[unclear]
+                pixels = decoder.image_tokenizer.decode(state.tokens[unclear])
+                is_clear, potential = judge.clear_and_potential([rows[i]["prompt"] for i in judged.tolist()], pixels)
+                state.cost.verifier_calls += 2 * len(judged)
+                now = (is_clear >= 0.5).to(paths.device)
+                clear[judged] = now
+                doubt[judged] = torch.where(now, 1 - potential.to(doubt), doubt[judged])
+            finished[paths] = state.tokens
+            if self.prune and not state.done:
+                hopeless = clear[paths] & (doubt[paths] > 0.5)
+                for i in hopeless.nonzero().squeeze(1).tolist():
+                    stopped[int(paths[i])] = state.select(torch.tensor([i], device=paths.device))
+                paths, state = paths[~hopeless], state.select((~hopeless).nonzero().squeeze(1))
+        winners = self._winners(decoder, judge, rows, finished, clear & (doubt <= 0.5), doubt, state)
+        for path in winners.tolist():
+            if path in stopped:
+                while not stopped[path].done:
+                    _step(decoder, stopped[path])
+                finished[path] = stopped[path].tokens[0]
+        return Decoded(finished[winners], None, state.cost, torch.zeros(len(prompts)))
+
+    def _winners(
+        self,
+        decoder: MaskTokenDecoder,
+        judge: StepJudge,
+        rows: Sequence[Mapping[str, Any]],
+        finished: Tensor,
+        hopeful: Tensor,
+        doubt: Tensor,
+        state: MaskState,
+    ) -> Tensor:
+        """The path [B] of each image that wins."""
+        final = torch.full_like(doubt, -torch.inf)
+        finalists = hopeful.nonzero().squeeze(1)
+        if len(finalists):
+            pixels = decoder.image_tokenizer.decode(finished[finalists])
+            final[finalists] = judge([rows[i] for i in finalists.tolist()], pixels).to(final)
+            state.cost.verifier_calls += len(finalists)
+        final, doubt = final.view(-1, self.n), doubt.view(-1, self.n)
+        any_hope = hopeful.view(-1, self.n).any(1, keepdim=True)
+        first = torch.arange(0, len(rows), self.n, device=final.device)
+        return first + torch.where(any_hope, final, -doubt).argmax(1)
+
+
+def _step(decoder: MaskTokenDecoder, state: MaskState) -> None:
+    """Go on by one step, with the only candidate."""
+    only = torch.zeros(len(state.tokens), dtype=torch.int64, device=state.tokens.device)
+    decoder.commit(state, decoder.propose(state, 1), only)

@@ -1,0 +1,119 @@
+"""The paper's PARM against the control flow of the original, with a judge that follows a script."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.showo import ShowO
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.potential import Potential
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.strategy import candidate_seeds
+from lightning_modules.rewards.verifier import StepJudge
+from tests.conftest import SHOWO, make_showo
+
+TRACE = json.loads((SHOWO / "parm_trace.json").read_text())
+SAMPLING = MaskSampling(TRACE["timesteps"])
+N, IMAGES = TRACE["search_num"], TRACE["eval_num"]
+SEEDS = [5, 6][:IMAGES]
+ROWS: list[Mapping[str, Any]] = [{"prompt": "1 2 3"}] * IMAGES
+PLAN = [path for image in TRACE["plan"] for path in image]
+
+
+@pytest.fixture(scope="module")
+def previewing() -> ShowO:
+    """A random Show-o whose pixels are its tokens, so that the judge can tell images apart."""
+    decoder = make_showo()
+    decoder.image_tokenizer.decode = lambda tokens: tokens.float()[:, None, None]  # type: ignore[method-assign]
+    return decoder
+
+
+class Script(StepJudge):
+    """Knows every path's preview after every step, and says of each what the script says."""
+
+    def __init__(self, decoder: ShowO, plan: Sequence[Mapping[str, Any]], reset_temperature: bool) -> None:
+        self.plan = plan
+        self.where: dict[tuple[int, ...], tuple[int, int]] = {}
+        self.asked: list[tuple[int, int]] = []
+        self.finals: list[int] = []
+        for path, seed in enumerate(candidate_seeds(SEEDS, N)):
+            state = decoder.begin(["1 2 3"], decoder.noise([seed], 1, SAMPLING), SAMPLING)
+            if not reset_temperature:
+                state.temperature *= path % N == 0
+            for step in range(SAMPLING.steps):
+                decoder.commit(state, decoder.propose(state, 1), torch.tensor([0]))
+                self.where[tuple(state.tokens[0].tolist())] = (path, step)
+
+    def _find(self, pixels: Tensor) -> list[tuple[int, int]]:
+        return [self.where[tuple(image.flatten().long().tolist())] for image in pixels]
+
+    def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._find(pixels)
+        self.asked += found
+        clear = torch.tensor([float(step >= self.plan[path]["clear_at"]) for path, step in found])
+        return clear, torch.tensor([1 - self.plan[path]["no_prob"] for path, _ in found])
+
+    def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
+        found = self._find(pixels)
+        assert all(step == SAMPLING.steps - 1 for _, step in found)
+        self.finals += [path for path, _ in found]
+        return torch.tensor([self.plan[path]["yes"] for path, _ in found])
+
+
+def winners(script: Script, tokens: Tensor) -> list[int]:
+    found = [script.where[tuple(image.tolist())] for image in tokens]
+    assert all(step == SAMPLING.steps - 1 for _, step in found)
+    return [path - i * N for i, (path, _) in enumerate(found)]
+
+
+@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize("reset_temperature", [False, True])
+def test_the_trace_of_the_original(previewing: ShowO, prune: bool, reset_temperature: bool) -> None:
+    script = Script(previewing, PLAN, reset_temperature)
+    strategy = Potential(SAMPLING, N, "judge", prune, reset_temperature)
+    decoded = strategy.decode(previewing, {"judge": script}, ROWS, SEEDS)
+    calls = TRACE["parm"]["judge_calls"]
+    assert sorted(script.asked) == sorted((call[1], call[2]) for call in calls if call[0] == "parm")
+    assert script.finals == [int(name[1][:5]) for name in calls if name[0] == "orm"]
+    assert winners(script, decoded.tokens) == TRACE["parm"]["winner_per_eval"]
+    every_step = 2 * N * IMAGES * SAMPLING.steps
+    if prune:
+        ends = [min(path["clear_at"] + 1, SAMPLING.steps) if path["no_prob"] > 0.5 else SAMPLING.steps for path in PLAN]
+        resumed = [SAMPLING.steps - ends[i * N + w] for i, w in enumerate(TRACE["parm"]["winner_per_eval"])]
+        assert decoded.cost.decoder_passes == 2 * (sum(ends) + sum(resumed)) < every_step
+    else:
+        assert decoded.cost.decoder_passes == every_step
+
+
+def test_pruning_never_changes_the_winner_among_survivors(previewing: ShowO) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        u = torch.rand(N * IMAGES, 3, generator=generator).tolist()
+        plan = [{"clear_at": int(8 * a), "no_prob": b, "yes": c} for a, b, c in u]
+        script = Script(previewing, plan, True)
+        strategies = [Potential(SAMPLING, N, "judge", prune) for prune in (False, True)]
+        complete, pruned = (each.decode(previewing, {"judge": script}, ROWS, SEEDS).tokens for each in strategies)
+        assert torch.equal(complete, pruned)
+
+
+def test_outcome_reward_alone(previewing: ShowO) -> None:
+    script = Script(previewing, PLAN, True)
+    decoded = BestOfN(Sample(SAMPLING), N, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
+    assert script.finals == list(range(N * IMAGES)) and not script.asked
+    assert winners(script, decoded.tokens) == TRACE["orm"]["winner_per_eval"]
+
+
+def test_judges_and_decoders_that_do_not_fit_are_refused(previewing: ShowO, decoder: NextTokenDecoder) -> None:
+    strategy = Potential(SAMPLING, N, "judge")
+    with pytest.raises(ValueError, match="judge 'judge' cannot judge unfinished images; there are: none"):
+        strategy.decode(previewing, {}, ROWS, SEEDS)
+    with pytest.raises(ValueError, match="need previews, which NextTokenDecoder does not give"):
+        strategy.decode(decoder, {"judge": Script(previewing, PLAN, True)}, ROWS, SEEDS)
+    with pytest.raises(ValueError, match="n of at least 1, not 0"):
+        Potential(SAMPLING, 0, "judge")
