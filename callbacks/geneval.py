@@ -104,7 +104,7 @@ class GenEvalCallback(Callback):
                 known = ", ".join(pl_module.judges)  # type: ignore[arg-type]
                 raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
-        pl_module.decoder.word_ids([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
+        pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

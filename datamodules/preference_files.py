@@ -99,7 +99,7 @@ class PreferenceFile:
                 raise ValueError(f"{place}: this pair was made for another decoder")
             prompt = row[self.columns["prompt"]]
             try:
-                decoder.word_ids([str(prompt)])
+                decoder.check_prompts([str(prompt)])
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             made["prompt"].append(str(prompt))

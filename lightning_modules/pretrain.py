@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
@@ -26,9 +27,7 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
 
     frozen_parts = ("decoder.image_tokenizer",)
 
-    def __init__(
-        self, decoder: NextTokenDecoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float
-    ) -> None:
+    def __init__(self, decoder: Decoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float) -> None:
         super().__init__()
         self.decoder = decoder
         self.optimizer = optimizer
@@ -46,11 +45,10 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
         return {"decoder": self.decoder}
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
-        """Mean negative log-likelihood, nats a token."""
-        word_ids = self.decoder.word_ids(batch["prompt"])
-        keep = torch.rand(len(word_ids), 1, device=word_ids.device) >= dropout
-        tokens = self.decoder.image_tokenizer.encode(batch["image"])
-        return -self.decoder.log_probs(word_ids * keep, tokens).mean()
+        """Mean negative log-likelihood, nats a predicted token."""
+        keep = (torch.rand(len(batch["prompt"])) >= dropout).tolist()
+        prompts = [prompt if kept else "" for prompt, kept in zip(batch["prompt"], keep, strict=True)]
+        return self.decoder.nll(prompts, self.decoder.image_tokenizer.encode(batch["image"]))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self._loss(batch, self.prompt_dropout)
@@ -59,8 +57,11 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         size = len(batch["prompt"])
-        self.log("val/loss", self._loss(batch, 0.0), prog_bar=True, sync_dist=True, batch_size=size)
-        self.log("val/loss_unconditional", self._loss(batch, 1.0), sync_dist=True, batch_size=size)
+        for name, dropout in (("val/loss", 0.0), ("val/loss_unconditional", 1.0)):
+            with isolate_rng():
+                torch.manual_seed(batch_idx)  # the same masks each time
+                loss = self._loss(batch, dropout)
+            self.log(name, loss, prog_bar=not dropout, sync_dist=True, batch_size=size)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))

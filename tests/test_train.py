@@ -31,6 +31,9 @@ COMPANIONS = {
     "experiment=full_decoder": [],
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
+    "strategies=sample": [*TINY, "callbacks=decoder"],
+    "experiment=shapes_masked": [],
+    "decoder=shapes_masked": ["module=decoder", "strategies=sample", "sampling=masked", "callbacks=decoder", "~parm"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 SMALL = [
@@ -183,7 +186,7 @@ def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", ["shapes_tokenizer", "shapes_decoder", "shapes_parm_start"])
+@pytest.mark.parametrize("name", ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start"])
 def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     overrides = [
         "trainer.max_steps=4",
@@ -197,6 +200,9 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         overrides += ["module.codebook_images=2048", "module.codebook_iterations=1"]
     else:
         overrides += ["data.num_workers=0"]
+    if name == "shapes_masked":
+        small = [item for item in SMALL if "evidence" not in item and not item.startswith(("parm", "strategies"))]
+        small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     if name == "shapes_parm_start":
         small = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
     command(tmp_path, f"experiment={name}", *small, *overrides)

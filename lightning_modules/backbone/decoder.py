@@ -1,10 +1,11 @@
 """What every decoder offers: prompts in, image tokens out, one step at a time."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 
@@ -22,29 +23,40 @@ class Cost:
     verifier_calls: int = 0
 
 
-class Decoder(Protocol):
+class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
     States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
     """
 
+    frozen_parts = ("image_tokenizer",)
     image_tokenizer: ImageTokenizer
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Tokens of an image, T."""
+        return self.image_tokenizer.num_tokens
 
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError if a prompt cannot be read."""
+
+    @abstractmethod
+    def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
+
+    @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
         """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
-        ...
 
+    @abstractmethod
     def begin(self, prompts: Sequence[str], noise: Any, sampling: Any) -> Any:
         """The state before the first step; prompts are encoded once."""
-        ...
 
+    @abstractmethod
     def propose(self, state: Any, k: int) -> Any:
         """k candidates for the next step of each row, all from one forward pass."""
-        ...
 
+    @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:
         """Candidate `choice` [B] of each row becomes part of the state."""
-        ...

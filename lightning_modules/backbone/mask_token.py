@@ -4,6 +4,7 @@ A sequence is `t2i sot text eot soi image eoi`. Text is causal and does not see 
 computed once per prompt; soi, image and eoi see everything.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Cost
+from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.text import TextTokenizer
@@ -198,7 +199,7 @@ class MaskState:
         )
 
 
-class MaskTokenDecoder(nn.Module):
+class MaskTokenDecoder(Decoder):
     """Prompts in, image tokens out, a set of positions a step.
 
     Args:
@@ -208,8 +209,6 @@ class MaskTokenDecoder(nn.Module):
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
     """
-
-    frozen_parts = ("image_tokenizer",)
 
     def __init__(
         self,
@@ -236,10 +235,6 @@ class MaskTokenDecoder(nn.Module):
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.image_tokenizer.num_tokens
 
     def _rotary(self, start: int, length: int) -> Rotary:
         positions = torch.arange(start, start + length, device=self.embed.weight.device)
@@ -298,6 +293,21 @@ class MaskTokenDecoder(nn.Module):
         log_p = self.head(self.norm(self.grid_pass(tokens, masked, [prefix])[-1])).float().log_softmax(-1)
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError if the text tokenizer cannot read a prompt; see `Decoder`."""
+        self.text_tokenizer.encode(prompts)
+
+    def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `Decoder`.
+
+        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least.
+        """
+        batch, length = tokens.shape
+        share = torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
+        order = torch.rand(batch, length, device=tokens.device).argsort(1).argsort(1)
+        masked = order < (share * length).round().clamp(min=1)
+        return -self.log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
 
     def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
         """Noise of images with these seeds; see `Decoder`."""

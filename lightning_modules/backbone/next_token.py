@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.decoder import Cost
+from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
@@ -151,7 +151,7 @@ class DecodingState:
         return replace(paths, noise=torch.stack([paths.noise[:, 0], own], dim=1))
 
 
-class NextTokenDecoder(nn.Module):
+class NextTokenDecoder(Decoder):
     """Prompts in, image tokens out, one token a step (`H0 = concat(prompt embeddings, image tokens < t)`).
 
     Args:
@@ -162,8 +162,6 @@ class NextTokenDecoder(nn.Module):
         text_depth: layers of the prompt encoder, which has the decoder's width and heads.
         evidence_depths: after which layers (1 = first) hidden states are read by verifiers.
     """
-
-    frozen_parts = ("image_tokenizer",)
 
     def __init__(
         self,
@@ -192,10 +190,6 @@ class NextTokenDecoder(nn.Module):
         for weight in (self.codes, self.rows, self.columns):
             nn.init.normal_(weight, std=0.02)
         nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.image_tokenizer.num_tokens
 
     @property
     def dim(self) -> int:
@@ -247,6 +241,14 @@ class NextTokenDecoder(nn.Module):
         codes = self._code_embeddings()
         logits = self._logits(codes, self._run(codes, word_ids, tokens)[1][-1])
         return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError if a prompt has an unknown word or too many; see `Decoder`."""
+        self.word_ids(prompts)
+
+    def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Mean negative log-likelihood of images [B, T], nats a token; see `Decoder`."""
+        return -self.log_probs(self.word_ids(prompts), tokens).mean()
 
     @torch.no_grad()
     def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:

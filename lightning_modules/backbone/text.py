@@ -13,15 +13,17 @@ from lightning_modules.backbone.transformer import Transformer, TransformerConfi
 
 
 class TextTokenizer(Protocol):
-    """What a mask-token decoder needs of a tokenizer.
+    """What a mask-token decoder needs of a tokenizer."""
 
-    Attributes:
-        size: number of ids.
-        end_of_text: the id that opens and closes a prompt.
-    """
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        ...
 
-    size: int
-    end_of_text: int
+    @property
+    def end_of_text(self) -> int:
+        """The id that opens and closes a prompt."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, without special ones."""
@@ -68,6 +70,19 @@ class WordTokenizer:
 
     def __len__(self) -> int:
         return len(self.vocabulary) + 1
+
+    @property
+    def size(self) -> int:
+        return len(self)
+
+    @property
+    def end_of_text(self) -> int:
+        """Padding, which no word is."""
+        return 0
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Word ids of each prompt, without padding."""
+        return [[word for word in row if word] for row in self(prompts).tolist()]
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Word ids, int64 [B, max_words].
