@@ -24,18 +24,24 @@ from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward, Verifier
 
 
+# What rollouts are labelled with anyway: whether all is right, and the share of what the prompt asks that is.
+_LABELS = {"geneval": "reward", "clauses": "clauses"}
+
+
 @torch.no_grad()
 def ensemble(
     decoder: NextTokenDecoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
 ) -> np.ndarray:
     """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
-    columns: Mapping[str, list[Any]] = rollouts.select_columns(["prompt", "metadata", "tokens", "reward"]).to_dict()
+    wanted = ["prompt", "metadata", "tokens", *_LABELS.values()]
+    columns: Mapping[str, list[Any]] = rollouts.select_columns(wanted).to_dict()
     metadata = [json.loads(text) for text in columns["metadata"]]
     tokens = torch.tensor(columns["tokens"], device=decoder.rows.device)
     scores = np.zeros(len(tokens))
     for name, weight in weights.items():
-        if name == "geneval":  # the label that rollouts have anyway
-            scores += weight * np.array(columns["reward"])
+        if name in _LABELS:
+            label = np.array(columns[_LABELS[name]]).reshape(len(tokens), -1)
+            scores += weight * np.nanmean(label, axis=1)
             continue
         judge = judges[name]
         for start in range(0, len(tokens), batch_size):
@@ -55,8 +61,9 @@ class PreferencesDataModule(PairsDataModule):
     Args:
         reward: labels the images (`geneval`).
         rewards: further judges of finished images, by name.
-        scores: what makes one image better than another: weights of judges, of `geneval`, of `rewards` and of the
-            LightningModule's own (`parm`); a verifier's value counts as a probability.
+        scores: what makes one image better than another: weights of `geneval` (all is right), of `clauses` (the share
+            of what the prompt asks that is), of `rewards` and of the LightningModule's own judges (`parm`); a
+            verifier's value counts as a probability.
         train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set, so
             that a set of verified ones proposes what is chosen.
         validation: rollouts of prompts that are neither trained nor evaluated on.
@@ -123,7 +130,7 @@ class PreferencesDataModule(PairsDataModule):
     def _judges(self) -> dict[str, Any]:
         assert self.trainer is not None
         own: Any = self.trainer.lightning_module.judges
-        return {"geneval": self.reward, **self.rewards, **own}
+        return {**dict.fromkeys(_LABELS, self.reward), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
         assert self.trainer is not None
