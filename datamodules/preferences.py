@@ -23,7 +23,6 @@ from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward, Verifier
 
-
 # What rollouts are labelled with anyway: whether all is right, and the share of what the prompt asks that is.
 _LABELS = {"geneval": "reward", "clauses": "clauses"}
 
