@@ -14,8 +14,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from lightning_modules.backbone.mask_attention import Rotary
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
-from lightning_modules.backbone.mask_token import Rotary
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import attend
 from tests.benchmarks.measuring import peak_mebibytes, seconds

@@ -1,0 +1,86 @@
+"""How prompts and image tokens of a mask-token decoder attend: text is causal, the image sees everything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.backbone.transformer import attend
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embeddings of a part of each head, in halves: dimension i turns with i + half."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def at(positions: Tensor, rotated: int, base: float = 10_000.0) -> "Rotary":
+        """For positions [..., S], turning the first `rotated` dimensions of a head."""
+        frequencies = base ** -(torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated)
+        angles = positions[..., None].float() * frequencies
+        return Rotary(angles.cos(), angles.sin())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn queries or keys [B, heads, S, head_dim]."""
+        half = self.cos.shape[-1]
+        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+@dataclass
+class Prefix:
+    """Prompts as the image sees them; while it is filled it says how their tokens attend (an `Attending`).
+
+    Attributes:
+        rotary: of its positions; the last token of every prompt is at position max_text.
+        real: bool [G, P]; shorter prompts are padded on the left, and padding is never attended to.
+        keys, values: per layer, [G, heads, P, head_dim].
+    """
+
+    rotary: Rotary
+    real: Tensor
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotary(q), self.rotary(k)
+        self.keys.append(k)
+        self.values.append(v)
+        if self.real.all():
+            return attend(q, k, v, causal=True)
+        length = self.real.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=q.device)  # else padding would attend to nothing at all
+        return attend(q, k, v, allowed=(causal & (self.real[:, None] | itself))[:, None])
+
+    def select(self, rows: Tensor) -> "Prefix":
+        """Prompts `rows` [G'], in that order and as often as they occur."""
+        keys, values = ([layer[rows] for layer in store] for store in (self.keys, self.values))
+        return Prefix(self.rotary, self.real[rows], keys, values)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How soi, image and eoi attend: to their own prompt and to each other. Rows are divided among the prefixes.
+
+    A prefix of one row serves all of its rows.
+    """
+
+    rotary: Rotary
+    prefixes: Sequence[Prefix]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotary(q), self.rotary(k)
+        share = len(q) // len(self.prefixes)
+        attended = []
+        for prefix, q_own, k_own, v_own in zip(self.prefixes, *(x.split(share) for x in (q, k, v)), strict=True):
+            keys = torch.cat([prefix.keys[layer].expand(share, -1, -1, -1), k_own], dim=2)
+            values = torch.cat([prefix.values[layer].expand(share, -1, -1, -1), v_own], dim=2)
+            allowed = None if prefix.real.all() else F.pad(prefix.real, (0, q.shape[2]), value=True)[:, None, None]
+            attended.append(attend(q_own, keys, values, allowed=allowed))
+        return torch.cat(attended)
