@@ -45,7 +45,7 @@ def ensemble(
         judge = judges[name]
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
-            evidence = decoder.evidence(decoder.word_ids(columns["prompt"][part]), tokens[part])
+            evidence = decoder.evidence(columns["prompt"][part], tokens[part])
             values = judged(judge, decoder, metadata[part], tokens[part], evidence)
             scores[part] += weight * (values.exp() if isinstance(judge, Verifier) else values).cpu().numpy()
     return scores

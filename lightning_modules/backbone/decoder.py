@@ -27,6 +27,9 @@ class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
     States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
+
+    Decoders that verifiers in token space can read also have `dim` (of embeddings), `evidence_depths`, `max_words`
+    (of the prompt in `Evidence`) and `evidence(prompts, tokens)`.
     """
 
     frozen_parts = ("image_tokenizer",)
@@ -44,6 +47,15 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
+
+    @abstractmethod
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(image | prompt), nats, of both images [B, T] of B pairs, [B] each. Differentiable.
+
+        Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
+        """
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
@@ -77,11 +80,13 @@ class MaskProposal:
         tokens: whole grids of codes, [B, k, n]: a preview of the image.
         probs: of the codes that were drawn, [B, k, n], 1 for known ones.
         masked: what is masked for the next step, bool [B, k, n].
+        evidence: what the decoder knows about each grid, for a verifier; None from decoders that do not say.
     """
 
     tokens: Tensor
     probs: Tensor
     masked: Tensor
+    evidence: Evidence | None
 
 
 @dataclass
@@ -95,7 +100,9 @@ class MaskState:
         sampling: how the grid is filled.
         temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
         noise: of the images.
-        prefixes: of the prompts and, with guidance, of the empty one.
+        prefixes: of the prompts and, with guidance or evidence, of the empty one.
+        prompt: what verifiers read of it, [B, L, 2 dim].
+        decided: log-probability, the same without the prompt, and entropy of each token when it was drawn, [3, B, n].
         cost: shared by all states that come from one `begin`.
     """
 
@@ -106,6 +113,8 @@ class MaskState:
     temperature: Tensor
     noise: MaskNoise
     prefixes: list[Prefix]
+    prompt: Tensor
+    decided: Tensor
     cost: Cost = field(default_factory=Cost)
 
     @property
@@ -121,7 +130,54 @@ class MaskState:
             temperature=self.temperature[rows],
             noise=self.noise.select(rows),
             prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
+            prompt=self.prompt[rows],
+            decided=self.decided[:, rows],
         )
+
+
+def guided(logits: Sequence[Tensor], scale: float) -> Tensor:
+    """Classifier-free guidance: (1 + scale) conditional - scale unconditional, of logits [B, n, C]."""
+    return (1 + scale) * logits[0] - scale * logits[1] if scale else logits[0]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How B grids were filled, in S steps.
+
+    Attributes:
+        previews: the grid after each step, codes [B, S, n]; after the last it is the image.
+        fixed_at: the step after which a token did not change any more, [B, n].
+    """
+
+    previews: Tensor
+    fixed_at: Tensor
+
+    @staticmethod
+    def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
+        """From the tokens and what was unknown, [B, n] each, after each step."""
+        previews, unknown = (torch.stack(part, 1) for part in zip(*states, strict=True))
+        return Trajectory(previews, unknown.sum(1))
+
+    @staticmethod
+    def in_random_order(tokens: Tensor, steps: int) -> "Trajectory":
+        """As if images [B, n] had been decoded in any order, each preview being what came of it."""
+        unknown = torch.ones_like(tokens, dtype=torch.bool)
+        rank = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)
+        states = []
+        for step in range(steps):
+            unknown = rank < masked_after(step, steps, unknown)[:, None] * (step + 1 < steps)
+            states.append((tokens, unknown))
+        return Trajectory.of(states)
+
+    def at(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The grids after steps [B], what was unknown before, and what is undecided after; S is the finished image."""
+        rows = torch.arange(len(step), device=step.device)
+        shown = self.previews[rows, step.clamp(max=self.previews.shape[1] - 1)]
+        return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
+
+    def select(self, rows: Tensor) -> "Trajectory":
+        """Keep some rows."""
+        return Trajectory(self.previews[rows], self.fixed_at[rows])
 
 
 class MaskTokenDecoder(Decoder):
@@ -133,6 +189,9 @@ class MaskTokenDecoder(Decoder):
         max_text: a prompt's block has one place more than this; longer prompts lose their end.
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
+        evidence_depths: after which layers (1 = first) hidden states are read by verifiers; without any the decoder
+            gives no evidence.
+        estimate: of log p of whole images; the default is `MaskEstimate()`.
     """
 
     def __init__(
@@ -142,8 +201,12 @@ class MaskTokenDecoder(Decoder):
         max_text: int,
         transformer: TransformerConfig,
         rotary_dims: int,
+        evidence_depths: Sequence[int] = (),
+        estimate: MaskEstimate | None = None,
     ) -> None:
         super().__init__()
+        if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
+            raise ValueError(f"evidence_depths={list(evidence_depths)} must lie in 1..{transformer.depth}")
         if not 0 < rotary_dims <= transformer.head_dim or rotary_dims % 2:
             raise ValueError(f"rotary_dims={rotary_dims} must be even and within the head's {transformer.head_dim}")
         self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
@@ -153,6 +216,10 @@ class MaskTokenDecoder(Decoder):
         )
         self.vocabulary = vocabulary
         self.rotary_dims = rotary_dims
+        self.evidence_depths = tuple(evidence_depths)
+        self.estimate = estimate or MaskEstimate()
+        if (n_masks := self.estimate.n_masks) > self.num_tokens:
+            raise ValueError(f"decoder.estimate.n_masks={n_masks}, but an image has only {self.num_tokens} tokens")
         self.embed = nn.Embedding(vocabulary.total, transformer.dim)
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(transformer.dim)
@@ -160,6 +227,15 @@ class MaskTokenDecoder(Decoder):
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def dim(self) -> int:
+        return self.transformer.config.dim
+
+    @property
+    def max_words(self) -> int:
+        """Text tokens of the longest prompt; see `Decoder`."""
+        return self.vocabulary.max_text - 2
 
     def _rotary(self, start: int, length: int) -> Rotary:
         positions = torch.arange(start, start + length, device=self.embed.weight.device)
@@ -171,9 +247,26 @@ class MaskTokenDecoder(Decoder):
         ids = torch.where(unknown, words.mask, tokens + words.first_code)
         return F.pad(F.pad(ids, (1, 0), value=words.soi), (0, 1), value=words.eoi)
 
+    def _blocks(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)]
+
     def encode(self, prompts: Sequence[str]) -> Prefix:
         """The keys and values of G prompts; the empty one is the unconditional one."""
-        return self.prompt_pass([self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)])[0]
+        return self.prompt_pass(self._blocks(prompts))[0]
+
+    def _read(self, blocks: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
+        """What verifiers read of G prompts: each text token by itself, and in the prompt, [G, L, 2 dim].
+
+        Aligned on the left, zeros after the end: what is read does not depend on the other prompts.
+        """
+        layer = hidden[max(self.evidence_depths, default=1) - 1]
+        read = layer.new_zeros(len(blocks), self.max_words, 2 * self.dim)
+        for row, block in enumerate(blocks):
+            words = self.embed(torch.tensor(block[2:-1], dtype=torch.int64, device=layer.device))
+            places = slice(layer.shape[1] - len(block) + 2, layer.shape[1] - 1)
+            both = [F.layer_norm(x, x.shape[-1:]) for x in (words, layer[row, places])]
+            read[row, : len(words)] = torch.cat(both, -1)
+        return read
 
     def prompt_pass(self, blocks: Sequence[Sequence[int]]) -> tuple[Prefix, list[Tensor]]:
         """Prompts `t2i sot text eot` -> their keys and values, and hidden states [G, P, dim] after every layer."""
@@ -196,11 +289,14 @@ class MaskTokenDecoder(Decoder):
         rotary = self._rotary(self.vocabulary.max_text + 1, ids.shape[1])
         return self.transformer.run(self.embed(ids), Grid(rotary, prefixes))
 
+    def _code_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states of soi, image and eoi [R, n + 2, dim] -> logits of the codes, single precision [R, n, C]."""
+        codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
+        return F.linear(self.norm(hidden[:, 1:-1]), self.head.weight[codes], self.head.bias[codes]).float()
+
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
-        codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        hidden = self.norm(self.grid_pass(tokens, unknown, prefixes)[-1][:, 1:-1])
-        return F.linear(hidden, self.head.weight[codes], self.head.bias[codes]).float()
+        return self._code_logits(self.grid_pass(tokens, unknown, prefixes)[-1])
 
     def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
         """log p(token | prompt, tokens that are not masked) where `masked`, else 0, [B, n]. Differentiable.
@@ -218,6 +314,22 @@ class MaskTokenDecoder(Decoder):
         log_p = self.head(self.norm(self.grid_pass(tokens, masked, [prefix])[-1])).float().log_softmax(-1)
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
+
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Estimates of log p of both images of B pairs, by `estimate`; see `Decoder`."""
+        estimate, length = self.estimate, chosen.shape[1]
+        other = seeds if estimate.shared else [image_seed(seed, 1) for seed in seeds]
+        masked = torch.cat([estimate.masks(own, length) for own in (seeds, other)], 1).to(chosen.device)
+        rows = torch.arange(len(seeds), device=chosen.device).repeat(2 * estimate.n_masks)
+        tokens = torch.cat([chosen, rejected]).repeat(estimate.n_masks, 1)
+        log_p = self.log_probs(self.encode(prompts).select(rows), tokens, masked.flatten(0, 1), estimate.as_trained)
+        total = log_p.sum(1).view(masked.shape[:2])
+        if not estimate.as_trained:
+            total = total * length / masked.sum(2)
+        first, second = total.mean(0).chunk(2)
+        return first, second
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if the text tokenizer cannot read a prompt; see `Decoder`."""
@@ -257,6 +369,9 @@ class MaskTokenDecoder(Decoder):
         """
         shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
+        blocks = self._blocks(prompts)
+        prefix, hidden = self.prompt_pass(blocks)
+        unconditional = bool(sampling.guidance or self.evidence_depths)
         known = torch.zeros(shape, dtype=torch.bool) if keep is None else keep
         return MaskState(
             tokens=torch.zeros(shape, dtype=torch.int64, device=device) if tokens is None else tokens.to(device),
@@ -265,22 +380,27 @@ class MaskTokenDecoder(Decoder):
             sampling=sampling,
             temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
-            prefixes=[self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])],
+            prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
+            prompt=self._read(blocks, hidden),
+            decided=torch.zeros(3, *shape, device=device),
         )
 
-    def guided_logits(self, state: MaskState) -> Tensor:
-        """Logits [B, n, C] that this step draws from, after guidance; conditional and empty prompts in one batch."""
+    def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden states [R, n + 2, dim] after every layer, and logits [B, n, C] given the prompt and given none.
+
+        Prompts and empty prompts are one batch; without guidance and evidence there are no empty ones.
+        """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.decoder_passes += len(tokens)
-        logits = self.code_logits(tokens, unknown, state.prefixes).chunk(branches)
-        scale = state.sampling.guidance
-        return logits[0] if branches == 1 else (1 + scale) * logits[0] - scale * logits[1]
+        hidden = self.grid_pass(tokens, unknown, state.prefixes)
+        return hidden, list(self._code_logits(hidden[-1]).chunk(branches))
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int) -> MaskProposal:
         """k ways to go on, all from one forward pass."""
-        probs = self.guided_logits(state).softmax(-1)
+        hidden, logits = self.look(state)
+        probs = guided(logits, state.sampling.guidance).softmax(-1)
         drawn = state.noise.codes(state.step, probs, k)
         unknown = state.unknown[:, None].expand_as(drawn)
         chosen = probs.gather(2, drawn.transpose(1, 2)).transpose(1, 2)
@@ -292,13 +412,88 @@ class MaskTokenDecoder(Decoder):
             count.repeat_interleave(k),
             temperature.repeat_interleave(k, 0),
             state.noise.confidence(state.step, k).to(chosen.device).flatten(0, 1),
-        )
+        ).view_as(drawn)
         tokens = torch.where(unknown, drawn, state.tokens[:, None])
-        return MaskProposal(tokens, chosen.where(unknown, 1.0), masked.view_as(drawn))
+        evidence = None
+        if self.evidence_depths:
+            last = state.step + 1 == state.sampling.steps
+            undecided = masked & (not last)
+            evidence = self._evidence(state.prompt, hidden, logits, tokens, state.unknown, undecided, state.decided)
+        return MaskProposal(tokens, chosen.where(unknown, 1.0), masked, evidence)
+
+    def _evidence(
+        self,
+        prompt: Tensor,
+        hidden: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        tokens: Tensor,
+        unknown: Tensor,
+        undecided: Tensor,
+        decided: Tensor,
+    ) -> Evidence:
+        """Evidence about k grids [B, k, n] that were drawn from a pass with `hidden` [2B, ...] and two `logits`."""
+        log_p, unconditional = (branch.log_softmax(-1) for branch in logits)
+        index = tokens.transpose(1, 2)
+        now = torch.stack([log.gather(2, index).transpose(1, 2) for log in (log_p, unconditional)])
+        own = torch.where(unknown[:, None], now, decided[:2, :, None])
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        seen = torch.cat([hidden[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
+        return Evidence(
+            prompt=prompt,
+            embeddings=self.embed(tokens + self.vocabulary.first_code).flatten(1, 2),
+            hidden=seen[0],
+            unconditional_hidden=seen[1],
+            log_probs=own[0].flatten(1, 2),
+            unconditional_log_probs=own[1].flatten(1, 2),
+            entropy=torch.where(unknown, entropy, decided[2]),
+            undecided=undecided.flatten(1, 2),
+        )
+
+    @torch.no_grad()
+    def evidence(
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        unknown: Tensor | None = None,
+        undecided: Tensor | None = None,
+        decided: Tensor | None = None,
+    ) -> Evidence:
+        """Evidence about grids, from a pass with each prompt and one without any; by default about finished images.
+
+        Args:
+            prompts: B * c of them.
+            tokens: codes [B, n], previews included; each grid stands for c prompts, which are neighbours.
+            unknown: what was masked in the pass that the previews come from, bool [B, n].
+            undecided: what is still a preview after it, bool [B, n].
+            decided: as in `MaskState`, [3, B, n], of what was known before the pass.
+        """
+        copies = len(prompts) // len(tokens)
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        unknown = nothing if unknown is None else unknown
+        undecided = nothing if undecided is None else undecided
+        decided = torch.zeros(3, *tokens.shape, device=tokens.device) if decided is None else decided
+        bare = self.grid_pass(tokens, unknown, [self.encode([""])])
+        tokens, unknown, undecided = (x.repeat_interleave(copies, 0) for x in (tokens, unknown, undecided))
+        blocks = self._blocks(prompts)
+        prefix, read = self.prompt_pass(blocks)
+        full = self.grid_pass(tokens, unknown, [prefix])
+        hidden = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
+        return self._evidence(
+            self._read(blocks, read),
+            hidden,
+            self._code_logits(hidden[-1]).chunk(2),
+            tokens[:, None],
+            unknown,
+            undecided[:, None],
+            decided.repeat_interleave(copies, 1),
+        )
 
     def commit(self, state: MaskState, proposal: MaskProposal, choice: Tensor) -> None:
         """Go on with candidate `choice` [B] of each row; after the last step nothing is masked."""
         rows = torch.arange(len(choice), device=choice.device)
         state.tokens = proposal.tokens[rows, choice]
         state.step += 1
+        if proposal.evidence is not None:
+            seen = proposal.evidence.pick(choice)
+            state.decided = torch.stack([seen.log_probs, seen.unconditional_log_probs, seen.entropy])
         state.unknown = torch.zeros_like(state.unknown) if state.done else proposal.masked[rows, choice]

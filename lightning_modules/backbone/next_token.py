@@ -7,72 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the decoder knows about some tokens: all that a verifier in token space reads.
-
-    Either about S consecutive tokens of each row, or about k candidates (S = k) for one position, which then share
-    the hidden states (their S is 1) and `entropy`.
-
-    Attributes:
-        prompt: its words, by themselves and in the prompt, [B, L, 2 dim] (`PromptEncoder.read`).
-        embeddings: embeddings of the tokens, [B, S, dim].
-        hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
-        unconditional_hidden: the same without the prompt: what the decoder sees in the image itself, [B, S, F].
-        log_probs: log p(token | prompt, tokens before), [B, S], at temperature 1, without guidance.
-        unconditional_log_probs: the same without the prompt, [B, S].
-        entropy: of the distribution the log-probability is taken from, nats, [B, S].
-    """
-
-    prompt: Tensor
-    embeddings: Tensor
-    hidden: Tensor
-    unconditional_hidden: Tensor
-    log_probs: Tensor
-    unconditional_log_probs: Tensor
-    entropy: Tensor
-
-    def pick(self, choice: Tensor) -> "Evidence":
-        """The evidence about candidate `choice` [B] of each row, as one token (S = 1)."""
-        rows = torch.arange(len(choice), device=choice.device)
-        return Evidence(
-            self.prompt,
-            self.embeddings[rows, choice, None],
-            self.hidden,
-            self.unconditional_hidden,
-            self.log_probs[rows, choice, None],
-            self.unconditional_log_probs[rows, choice, None],
-            self.entropy,
-        )
-
-    def unfold(self) -> "Evidence":
-        """Evidence about k candidates of B rows as evidence about one token each of B * k rows."""
-        k = self.log_probs.shape[1]
-        return Evidence(
-            self.prompt.repeat_interleave(k, 0),
-            self.embeddings.flatten(0, 1)[:, None],
-            self.hidden.repeat_interleave(k, 0),
-            self.unconditional_hidden.repeat_interleave(k, 0),
-            self.log_probs.flatten()[:, None],
-            self.unconditional_log_probs.flatten()[:, None],
-            self.entropy.repeat_interleave(k, 0),
-        )
-
-    def select(self, rows: Tensor) -> "Evidence":
-        """Keep some rows."""
-        return Evidence(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    @staticmethod
-    def concatenate(steps: Sequence["Evidence"]) -> "Evidence":
-        """Join evidence about consecutive tokens along S."""
-        names = list(Evidence.__dataclass_fields__)[1:]
-        return Evidence(steps[0].prompt, *(torch.cat([getattr(s, name) for s in steps], 1) for name in names))
 
 
 @dataclass(frozen=True)
@@ -196,9 +135,9 @@ class NextTokenDecoder(Decoder):
         return self.transformer.config.dim
 
     @property
-    def evidence_dim(self) -> int:
-        """Width F of the hidden states in `Evidence`."""
-        return self.dim * len(self.evidence_depths)
+    def max_words(self) -> int:
+        """Longest prompt; see `Decoder`."""
+        return self.prompt_encoder.tokenizer.max_words
 
     @property
     def _positions(self) -> Tensor:
@@ -250,14 +189,23 @@ class NextTokenDecoder(Decoder):
         """Mean negative log-likelihood of images [B, T], nats a token; see `Decoder`."""
         return -self.log_probs(self.word_ids(prompts), tokens).mean()
 
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p of both images of B pairs, exact; see `Decoder`."""
+        word_ids = self.word_ids(prompts).repeat(2, 1)
+        first, second = self.log_probs(word_ids, torch.cat([chosen, rejected])).sum(1).chunk(2)
+        return first, second
+
     @torch.no_grad()
-    def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
         """Evidence about every token of finished images, from a pass with each prompt and one without any.
 
         Args:
-            word_ids: prompts, [B * c, L].
+            prompts: B * c of them.
             tokens: images, [B, T]; each stands for c prompts, which are neighbours.
         """
+        word_ids = self.word_ids(prompts)
         copies = len(word_ids) // len(tokens)
         codes = self._code_embeddings()
         _, hidden = self._run(codes, torch.zeros_like(word_ids[::copies]), tokens)
@@ -277,14 +225,15 @@ class NextTokenDecoder(Decoder):
         )
 
     @torch.no_grad()
-    def recall(self, word_ids: Tensor, tokens: Tensor, **stored: Tensor) -> Evidence:
+    def recall(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> Evidence:
         """Evidence that was stored while decoding, without what follows from prompts and tokens cheaply.
 
         Args:
-            word_ids: [B, L].
+            prompts: B of them.
             tokens: [B, T].
             stored: the other fields of `Evidence`.
         """
+        word_ids = self.word_ids(prompts)
         embeddings = self._embed(self._code_embeddings(), tokens)
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
         return Evidence(prompt=prompt, embeddings=embeddings, **stored)

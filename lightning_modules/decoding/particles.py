@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import Evidence
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
 

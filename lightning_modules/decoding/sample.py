@@ -8,9 +8,8 @@ import torch
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import Evidence, Proposal
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Record, Strategy
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,10 @@ class Sample(Strategy):
     ) -> Decoded:
         noise = decoder.noise(seeds, 1, self.sampling)
         state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
-        steps: list[Evidence] = []
+        record = Record()
         only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
         while not state.done:
             proposal = decoder.propose(state, 1)
-            if isinstance(proposal, Proposal):
-                steps.append(proposal.evidence)
             decoder.commit(state, proposal, only)
-        evidence = Evidence.concatenate(steps) if steps else None
-        return Decoded(state.tokens, evidence, state.cost, torch.zeros(len(prompts)))
+            record.add(state, proposal.evidence)
+        return record.decoded(state, torch.zeros(len(prompts)))

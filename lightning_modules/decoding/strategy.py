@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.mask_token import MaskState, Trajectory
+from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.verifier import Reward, Verifier
 
@@ -23,18 +25,49 @@ class Decoded:
         tokens: [B, T].
         evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
-        free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
+        free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
+            plain sampling.
+        trajectory: of mask-token decoders: how each grid was filled.
     """
 
     tokens: Tensor
     evidence: Evidence | None
     cost: Cost
     free_from: Tensor
+    trajectory: Trajectory | None = None
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images; the cost stays that of all."""
-        free_from = self.free_from[rows.cpu()]
-        return Decoded(self.tokens[rows], self.evidence and self.evidence.select(rows), self.cost, free_from)
+        return Decoded(
+            self.tokens[rows],
+            self.evidence and self.evidence.select(rows),
+            self.cost,
+            self.free_from[rows.cpu()],
+            self.trajectory and self.trajectory.select(rows),
+        )
+
+
+class Record:
+    """Follows the decoding of B images step by step."""
+
+    def __init__(self) -> None:
+        self._evidence: list[Evidence] = []
+        self._grids: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, state: Any, evidence: Evidence | None) -> None:
+        """Note the state after a step, and what the decoder knew of the candidate that went on."""
+        if evidence is not None:
+            self._evidence.append(evidence)
+        if isinstance(state, MaskState):
+            self._grids.append((state.tokens, state.unknown))
+
+    def decoded(self, state: Any, free_from: Tensor) -> Decoded:
+        """The finished images; a grid's last evidence is about all of it, a token's about itself."""
+        evidence = None
+        if self._evidence:
+            evidence = self._evidence[-1] if self._grids else Evidence.concatenate(self._evidence)
+        trajectory = Trajectory.of(self._grids) if self._grids else None
+        return Decoded(state.tokens, evidence, state.cost, free_from, trajectory)
 
 
 class Strategy(ABC):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import DecodingState, Evidence, NextTokenDecoder
+from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, next_token, verifier_named
 from lightning_modules.rewards.verifier import Verifier, VerifierState
