@@ -192,6 +192,8 @@ class MaskTokenDecoder(Decoder):
         evidence_depths: after which layers (1 = first) hidden states are read by verifiers; without any the decoder
             gives no evidence.
         estimate: of log p of whole images; the default is `MaskEstimate()`.
+        visual: codes are embedded (and predicted) by what they look like as well, and tokens by their row and column.
+            Show-o has neither; small decoders learn much faster with both.
     """
 
     def __init__(
@@ -203,6 +205,7 @@ class MaskTokenDecoder(Decoder):
         rotary_dims: int,
         evidence_depths: Sequence[int] = (),
         estimate: MaskEstimate | None = None,
+        visual: bool = False,
     ) -> None:
         super().__init__()
         if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
@@ -227,6 +230,12 @@ class MaskTokenDecoder(Decoder):
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        self.visual = visual
+        if visual:
+            self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
+            nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
+            self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, transformer.dim) * 0.02)
+            self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)
 
     @property
     def dim(self) -> int:
@@ -287,12 +296,21 @@ class MaskTokenDecoder(Decoder):
         """
         ids = self._sequence(tokens, unknown)
         rotary = self._rotary(self.vocabulary.max_text + 1, ids.shape[1])
-        return self.transformer.run(self.embed(ids), Grid(rotary, prefixes))
+        x = self.embed(ids)
+        if self.visual:
+            looks = self._looks()[tokens].masked_fill(unknown[..., None], 0)
+            x = x + F.pad(looks + (self.rows + self.columns).flatten(0, 1), (0, 0, 1, 1))
+        return self.transformer.run(x, Grid(rotary, prefixes))
+
+    def _looks(self) -> Tensor:
+        """What each code looks like, [C, dim]."""
+        return self.code_proj(self.image_tokenizer.code_vectors)
 
     def _code_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of soi, image and eoi [R, n + 2, dim] -> logits of the codes, single precision [R, n, C]."""
         codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        return F.linear(self.norm(hidden[:, 1:-1]), self.head.weight[codes], self.head.bias[codes]).float()
+        weight = self.head.weight[codes] + self._looks() if self.visual else self.head.weight[codes]
+        return F.linear(self.norm(hidden[:, 1:-1]), weight, self.head.bias[codes]).float()
 
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
@@ -437,10 +455,13 @@ class MaskTokenDecoder(Decoder):
         now = torch.stack([log.gather(2, index).transpose(1, 2) for log in (log_p, unconditional)])
         own = torch.where(unknown[:, None], now, decided[:2, :, None])
         entropy = -(log_p.exp() * log_p).sum(-1)
+        embeddings = self.embed(tokens + self.vocabulary.first_code)
+        if self.visual:
+            embeddings = embeddings + self._looks()[tokens]
         seen = torch.cat([hidden[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
         return Evidence(
             prompt=prompt,
-            embeddings=self.embed(tokens + self.vocabulary.first_code).flatten(1, 2),
+            embeddings=embeddings.flatten(1, 2),
             hidden=seen[0],
             unconditional_hidden=seen[1],
             log_probs=own[0].flatten(1, 2),
