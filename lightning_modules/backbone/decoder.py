@@ -22,6 +22,11 @@ class Cost:
     decoder_passes: int = 0
     verifier_calls: int = 0
 
+    def add(self, other: "Cost") -> None:
+        """Count what something else took as well."""
+        self.decoder_passes += other.decoder_passes
+        self.verifier_calls += other.verifier_calls
+
 
 class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
@@ -50,8 +55,22 @@ class Decoder(nn.Module, ABC):
         """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
 
     @abstractmethod
-    def begin(self, prompts: Sequence[str], noise: Any, sampling: Any) -> Any:
-        """The state before the first step; prompts are encoded once."""
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: Any,
+        sampling: Any,
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Any:
+        """The state before the first step; prompts are encoded once.
+
+        Args:
+            prompts: B prompts.
+            noise: of the images.
+            sampling: how candidates are drawn.
+            tokens, keep: images [B, T] and which of their tokens stay as they are, bool [B, T]; default: none.
+        """
 
     @abstractmethod
     def propose(self, state: Any, k: int) -> Any:

@@ -47,8 +47,13 @@ class Strategy(ABC):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
-        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
+        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed.
+
+        With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
+        """
 
 
 def judged(

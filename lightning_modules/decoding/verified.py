@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import DecodingState, Evidence, NextTokenDecoder
+from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, next_token, verifier_named
 from lightning_modules.rewards.verifier import Verifier, VerifierState
@@ -61,23 +61,23 @@ class Verified(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
         decoder = next_token(decoder, "token-by-token verification")
         noise = decoder.noise(seeds, self.k, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
+        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
         watch = verifier.begin(state.prompt, decoder.num_tokens)
         stop = torch.full((len(prompts),), decoder.num_tokens)
         if self.random_stop:
             stop = torch.tensor([image_seed(seed, 0) % decoder.num_tokens for seed in seeds])
-        steps: list[Evidence] = []
         while not state.done:
             if self.stride == 1:
-                steps.append(self._token(decoder, verifier, state, watch, stop > state.length))
+                self._token(decoder, verifier, state, watch, stop > state.step)
             else:
-                state, watch, evidence = self._block(decoder, verifier, state, watch)
-                steps.append(evidence)
-        return Decoded(state.tokens, Evidence.concatenate(steps), state.cost, stop)
+                state, watch = self._block(decoder, verifier, state, watch)
+        return Decoded(state.tokens, state.evidence, state.cost, stop)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
@@ -94,43 +94,44 @@ class Verified(Strategy):
         state: DecodingState,
         watch: VerifierState,
         verify: Tensor,
-    ) -> Evidence:
+    ) -> None:
         """One token: k candidates from the pass that was made anyway, all against the one cached prefix.
 
         Rows in which `verify` [B] is false take their first candidate.
         """
+        verifier.follow(watch, state.evidence, state.position)
         proposal = decoder.propose(state, self.k, self.distinct)
         values = verifier.score(watch, proposal.evidence)
-        choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.length])
+        choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.step])
         choice = choice * verify.to(choice.device)
         verifier.commit(watch, choice)
         decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
-        return proposal.evidence.pick(choice)
 
     def _block(
         self, decoder: NextTokenDecoder, verifier: Verifier[Any], state: DecodingState, watch: VerifierState
-    ) -> tuple[DecodingState, VerifierState, Evidence]:
+    ) -> tuple[DecodingState, VerifierState]:
         """`stride` tokens: k paths run side by side, one of them goes on."""
-        batch, start = len(state.tokens), state.length
+        batch, start = len(state.tokens), state.step
         proposal = decoder.propose(state, self.k, self.distinct).unfold()
         paths = state.fork(self.k)
         rows = torch.arange(batch, device=state.tokens.device)
         path_watch = watch.select(rows.repeat_interleave(self.k))
         only = torch.zeros(batch * self.k, dtype=torch.int64, device=rows.device)
         log_probs = torch.zeros_like(proposal.sampling_log_probs[:, 0])
-        steps: list[Evidence] = []
-        for _ in range(min(self.stride, decoder.num_tokens - start)):
-            if steps:
+        for step in range(self.stride):
+            if paths.done:
+                break
+            if step:
                 proposal = decoder.propose(paths, 1)
+            verifier.follow(path_watch, paths.evidence, paths.position)
             log_probs = log_probs + proposal.sampling_log_probs[:, 0]
             values = verifier.score(path_watch, proposal.evidence)
             verifier.commit(path_watch, only)
             decoder.commit(paths, proposal, only)
-            steps.append(proposal.evidence)
         state.cost.verifier_calls += values.numel()
         noise = state.noise[:, 0, start]
         choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), noise)
         kept = rows * self.k + choice
         state = replace(paths.select(kept), noise=state.noise)
-        return state, path_watch.select(kept), Evidence.concatenate(steps).select(kept)
+        return state, path_watch.select(kept)

@@ -31,8 +31,8 @@ class PARMState:
     Attributes:
         cache: keys and values of prompt and prefix (causal PARM).
         sums: running sums over the prefix, [B, 3].
-        length: tokens in the prefix.
-        inputs: projected inputs of the prefix, [B, length, dim]; only filled where PARM is not causal.
+        lengths: tokens in the prefix of each row, [B], on the CPU.
+        inputs: projected inputs of the prefix, in room for all T, [B, T, dim]; used where PARM is not causal.
         prompt: projected prompt, [B, L, dim].
         candidate_sums: `sums` with each candidate of the last `score`, [B, k, 3].
         candidate_inputs: projected inputs of those candidates, [B, k, dim].
@@ -40,7 +40,7 @@ class PARMState:
 
     cache: KVCache
     sums: Tensor
-    length: int
+    lengths: Tensor
     inputs: Tensor
     prompt: Tensor
     candidate_sums: Tensor
@@ -51,6 +51,7 @@ class PARMState:
             self,
             cache=self.cache.select(rows),
             sums=self.sums[rows],
+            lengths=self.lengths[rows.cpu()],
             inputs=self.inputs[rows],
             prompt=self.prompt[rows],
             candidate_sums=self.candidate_sums[rows],
@@ -219,8 +220,26 @@ class PARM(nn.Module, Verifier[PARMState]):
         if self.causal:
             self.transformer(projected, causal=True, cache=cache)
         sums = projected.new_zeros(len(prompt), 3)
-        nothing = projected[:, :0]
-        return PARMState(cache, sums, 0, nothing, projected, sums[:, None], nothing)
+        inputs = projected.new_zeros(len(prompt), 0 if self.causal else capacity, projected.shape[2])
+        lengths = torch.zeros(len(prompt), dtype=torch.int64)
+        return PARMState(cache, sums, lengths, inputs, projected, sums[:, None], projected[:, :0])
+
+    @torch.no_grad()
+    def follow(self, state: PARMState, evidence: Evidence, position: Tensor) -> None:
+        counts = position - state.lengths
+        if not counts.any():
+            return
+        offset = torch.arange(int(counts.max()))
+        positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1).to(state.sums.device)
+        passed, real = evidence.at(positions), (offset < counts[:, None]).to(state.sums.device)
+        sums = state.sums[:, None] + (self._increments(passed) * real[..., None]).cumsum(1)
+        x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums))
+        if self.causal:
+            self.transformer.extend(x + self._positions[positions], counts, state.cache)
+        else:
+            rows, columns = real.nonzero(as_tuple=True)
+            state.inputs[rows, positions[rows, columns]] = x[rows, columns]
+        state.sums, state.lengths = sums[:, -1], position
 
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:
@@ -228,14 +247,14 @@ class PARM(nn.Module, Verifier[PARMState]):
         statistics = self._statistics(evidence, state.candidate_sums)
         x, _ = self._inputs(state.prompt, evidence, statistics)
         state.candidate_inputs = x
+        position = state.lengths.to(x.device)
         if self.causal:
-            hidden = self.norm(self.transformer.step(x + self._positions[state.length], state.cache)[-1])
+            hidden = self.norm(self.transformer.step(x + self._positions[position, None], state.cache)[-1])
             return F.logsigmoid(self._logits(hidden, statistics))
         batch, k, dim = x.shape
-        grid = x.new_zeros(batch, k, self.num_tokens, dim)
-        grid[:, :, : state.length] = state.inputs[:, None]
-        grid[:, :, state.length] = x
-        lengths = torch.full((batch * k,), state.length + 1, device=x.device)
+        grid = state.inputs[:, None].repeat(1, k, 1, 1)
+        grid[torch.arange(batch, device=x.device), :, position] = x
+        lengths = (position + 1).repeat_interleave(k)
         hidden = self._read_masked(state.prompt.repeat_interleave(k, 0), grid.flatten(0, 1), lengths)
         return F.logsigmoid(self._logits(hidden.view(batch, k, dim), statistics))
 
@@ -243,8 +262,8 @@ class PARM(nn.Module, Verifier[PARMState]):
     def commit(self, state: PARMState, choice: Tensor) -> None:
         rows = torch.arange(len(choice), device=choice.device)
         state.sums = state.candidate_sums[rows, choice]
-        state.length += 1
         if self.causal:
             state.cache.commit(choice)
         else:
-            state.inputs = torch.cat([state.inputs, state.candidate_inputs[rows, choice, None]], dim=1)
+            state.inputs[rows, state.lengths.to(rows.device)] = state.candidate_inputs[rows, choice]
+        state.lengths = state.lengths + 1
