@@ -22,17 +22,24 @@ class Cost:
     decoder_passes: int = 0
     verifier_calls: int = 0
 
+    def add(self, other: "Cost") -> None:
+        """Count what something else took as well."""
+        self.decoder_passes += other.decoder_passes
+        self.verifier_calls += other.verifier_calls
+
 
 class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
-    States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
+    States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
+    `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
 
     Decoders that verifiers in token space can read also have `dim` (of embeddings), `evidence_depths`, `max_words`
     (of the prompt in `Evidence`) and `evidence(prompts, tokens)`.
     """
 
     frozen_parts = ("image_tokenizer",)
+    evidence_depths: tuple[int, ...] = ()
     image_tokenizer: ImageTokenizer
 
     @property
@@ -62,12 +69,26 @@ class Decoder(nn.Module, ABC):
         """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
 
     @abstractmethod
-    def begin(self, prompts: Sequence[str], noise: Any, sampling: Any) -> Any:
-        """The state before the first step; prompts are encoded once."""
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: Any,
+        sampling: Any,
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Any:
+        """The state before the first step; prompts are encoded once.
+
+        Args:
+            prompts: B prompts.
+            noise: of the images.
+            sampling: how candidates are drawn.
+            tokens, keep: images [B, T] and which of their tokens stay as they are, bool [B, T]; default: none.
+        """
 
     @abstractmethod
-    def propose(self, state: Any, k: int) -> Any:
-        """k candidates for the next step of each row, all from one forward pass."""
+    def propose(self, state: Any, k: int, distinct: bool = False) -> Any:
+        """k candidates for the next step of each row, all from one forward pass; independent or `distinct` draws."""
 
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:

@@ -66,8 +66,23 @@ class Evidence:
         """Keep some rows."""
         return Evidence(**{name: value[rows] for name, value in self._present(("prompt", *_SHARED, *_OWN)).items()})
 
+    def at(self, positions: Tensor) -> "Evidence":
+        """The evidence about the tokens at some positions [B, S] of an image."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        return replace(self, **{name: value[rows, positions] for name, value in self._about_tokens().items()})
+
     @staticmethod
-    def concatenate(steps: Sequence["Evidence"]) -> "Evidence":
-        """Join evidence about consecutive tokens along S."""
-        names = steps[0]._present((*_SHARED, *_OWN))
-        return Evidence(steps[0].prompt, **{name: torch.cat([getattr(s, name) for s in steps], 1) for name in names})
+    def empty(prompt: Tensor, length: int, dim: int, hidden_dim: int) -> "Evidence":
+        """Room for evidence about `length` tokens of each row."""
+        token = prompt.new_zeros(len(prompt), length)
+        hidden = token[..., None].expand(-1, -1, hidden_dim)
+        widths = token[..., None].expand(-1, -1, dim), hidden, hidden, token, token, token
+        return Evidence(prompt, *(value.clone() for value in widths))
+
+    def write(self, rows: Tensor, positions: Tensor, other: "Evidence", columns: Tensor) -> None:
+        """Put what `other` says of its tokens (rows[i], columns[i]) at (rows[i], positions[i]), in place."""
+        for name, value in self._about_tokens().items():
+            value[rows, positions] = getattr(other, name)[rows, columns]
+
+    def _about_tokens(self) -> dict[str, Tensor]:
+        return self._present((*_SHARED, *_OWN))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost, Decoder
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.evidence import STATISTICS, Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
@@ -88,6 +88,16 @@ class MaskProposal:
     masked: Tensor
     evidence: Evidence | None
 
+    @property
+    def sampling_log_probs(self) -> Tensor:
+        """Log-probability of the codes that each candidate fixes, [B, k]."""
+        return self.probs.log().masked_fill(self.masked, 0).sum(-1)
+
+    def unfold(self) -> "MaskProposal":
+        """k candidates of B rows as one candidate each of B * k rows."""
+        tokens, probs, masked = (part.flatten(0, 1)[:, None] for part in (self.tokens, self.probs, self.masked))
+        return MaskProposal(tokens, probs, masked, self.evidence and self.evidence.unfold())
+
 
 @dataclass
 class MaskState:
@@ -102,7 +112,9 @@ class MaskState:
         noise: of the images.
         prefixes: of the prompts and, with guidance or evidence, of the empty one.
         prompt: what verifiers read of it, [B, L, 2 dim].
-        decided: log-probability, the same without the prompt, and entropy of each token when it was drawn, [3, B, n].
+        evidence: about the grid, each token as it was when it was drawn; None before the first step, and always from
+            decoders that do not say.
+        grids: tokens and unknown after each step so far.
         cost: shared by all states that come from one `begin`.
     """
 
@@ -114,12 +126,44 @@ class MaskState:
     noise: MaskNoise
     prefixes: list[Prefix]
     prompt: Tensor
-    decided: Tensor
+    evidence: Evidence | None = None
+    grids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
     @property
+    def steps(self) -> int:
+        return self.sampling.steps
+
+    @property
     def done(self) -> bool:
-        return self.step == self.sampling.steps
+        return self.step == self.steps
+
+    @property
+    def position(self) -> Tensor:
+        """Steps done, [B], on the CPU."""
+        return torch.full((len(self.tokens),), self.step)
+
+    @property
+    def choice_noise(self) -> Tensor:
+        """Uniform noise [B] for choosing among the candidates of this step."""
+        return self.noise.choice(self.step)
+
+    @property
+    def decided(self) -> Tensor:
+        """`STATISTICS` of each token when it was drawn, [3, B, n]."""
+        if self.evidence is None:
+            return torch.zeros(3, *self.tokens.shape, device=self.tokens.device)
+        return torch.stack([getattr(self.evidence, name) for name in STATISTICS])
+
+    @property
+    def trajectory(self) -> "Trajectory":
+        """How the grids were filled so far."""
+        return Trajectory.of(self.grids)
+
+    def fork(self, k: int) -> "MaskState":
+        """k paths per row, neighbours in the batch; path j draws with the noise of candidate j."""
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+        return replace(self.select(rows.repeat_interleave(k)), noise=self.noise.fork(k))
 
     def select(self, rows: Tensor) -> "MaskState":
         """A state of rows `rows` [B'], in that order and as often as they occur."""
@@ -131,7 +175,8 @@ class MaskState:
             noise=self.noise.select(rows),
             prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
             prompt=self.prompt[rows],
-            decided=self.decided[:, rows],
+            evidence=self.evidence and self.evidence.select(rows),
+            grids=[(tokens[rows], unknown[rows]) for tokens, unknown in self.grids],
         )
 
 
@@ -231,6 +276,7 @@ class MaskTokenDecoder(Decoder):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.visual = visual
+        self.largest_share = 1.0
         if visual:
             self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
             nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
@@ -356,10 +402,11 @@ class MaskTokenDecoder(Decoder):
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `Decoder`.
 
-        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least.
+        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least; `largest_share`
+        scales it (`MaskWarmup`).
         """
         batch, length = tokens.shape
-        share = torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
+        share = self.largest_share * torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
         order = torch.rand(batch, length, device=tokens.device).argsort(1).argsort(1)
         masked = order < (share * length).round().clamp(min=1)
         return -self.log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
@@ -400,7 +447,6 @@ class MaskTokenDecoder(Decoder):
             noise=noise,
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
             prompt=self._read(blocks, hidden),
-            decided=torch.zeros(3, *shape, device=device),
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
@@ -415,14 +461,20 @@ class MaskTokenDecoder(Decoder):
         return hidden, list(self._code_logits(hidden[-1]).chunk(branches))
 
     @torch.no_grad()
-    def propose(self, state: MaskState, k: int) -> MaskProposal:
-        """k ways to go on, all from one forward pass."""
+    def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
+        """k ways to go on, all from one forward pass.
+
+        Raises:
+            ValueError: `distinct`; what is drawn are whole grids.
+        """
+        if distinct:
+            raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
         hidden, logits = self.look(state)
         probs = guided(logits, state.sampling.guidance).softmax(-1)
         drawn = state.noise.codes(state.step, probs, k)
         unknown = state.unknown[:, None].expand_as(drawn)
         chosen = probs.gather(2, drawn.transpose(1, 2)).transpose(1, 2)
-        count = masked_after(state.step, state.sampling.steps, state.unknown)
+        count = masked_after(state.step, state.steps, state.unknown)
         temperature = state.temperature * state.sampling.temperature_at(state.step)
         masked = least_confident(
             chosen.flatten(0, 1),
@@ -434,7 +486,7 @@ class MaskTokenDecoder(Decoder):
         tokens = torch.where(unknown, drawn, state.tokens[:, None])
         evidence = None
         if self.evidence_depths:
-            last = state.step + 1 == state.sampling.steps
+            last = state.step + 1 == state.steps
             undecided = masked & (not last)
             evidence = self._evidence(state.prompt, hidden, logits, tokens, state.unknown, undecided, state.decided)
         return MaskProposal(tokens, chosen.where(unknown, 1.0), masked, evidence)
@@ -514,7 +566,6 @@ class MaskTokenDecoder(Decoder):
         rows = torch.arange(len(choice), device=choice.device)
         state.tokens = proposal.tokens[rows, choice]
         state.step += 1
-        if proposal.evidence is not None:
-            seen = proposal.evidence.pick(choice)
-            state.decided = torch.stack([seen.log_probs, seen.unconditional_log_probs, seen.entropy])
+        state.evidence = proposal.evidence and proposal.evidence.pick(choice)
         state.unknown = torch.zeros_like(state.unknown) if state.done else proposal.masked[rows, choice]
+        state.grids.append((state.tokens, state.unknown))

@@ -50,6 +50,8 @@ class Potential(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         judge = judges.get(self.judge)
         if not isinstance(judge, StepJudge):
@@ -59,7 +61,8 @@ class Potential(Strategy):
             raise ValueError(f"potential paths need previews, which {type(decoder).__name__} does not give")
         rows = [row for row in prompts for _ in range(self.n)]
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling)
+        kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))
+        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling, *kept)
         paths = torch.arange(len(rows), device=state.tokens.device)
         if not self.reset_temperature:
             state.temperature = (paths % self.n == 0)[:, None].float()

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Record, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, finished
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,12 @@ class Sample(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         noise = decoder.noise(seeds, 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
-        record = Record()
+        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
         only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
         while not state.done:
-            proposal = decoder.propose(state, 1)
-            decoder.commit(state, proposal, only)
-            record.add(state, proposal.evidence)
-        return record.decoded(state, torch.zeros(len(prompts)))
+            decoder.commit(state, decoder.propose(state, 1), only)
+        return finished(state, torch.zeros(len(prompts)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.mask_token import MaskState, Trajectory
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.verifier import Reward, Verifier
 
@@ -47,27 +47,10 @@ class Decoded:
         )
 
 
-class Record:
-    """Follows the decoding of B images step by step."""
-
-    def __init__(self) -> None:
-        self._evidence: list[Evidence] = []
-        self._grids: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, state: Any, evidence: Evidence | None) -> None:
-        """Note the state after a step, and what the decoder knew of the candidate that went on."""
-        if evidence is not None:
-            self._evidence.append(evidence)
-        if isinstance(state, MaskState):
-            self._grids.append((state.tokens, state.unknown))
-
-    def decoded(self, state: Any, free_from: Tensor) -> Decoded:
-        """The finished images; a grid's last evidence is about all of it, a token's about itself."""
-        evidence = None
-        if self._evidence:
-            evidence = self._evidence[-1] if self._grids else Evidence.concatenate(self._evidence)
-        trajectory = Trajectory.of(self._grids) if self._grids else None
-        return Decoded(state.tokens, evidence, state.cost, free_from, trajectory)
+def finished(state: DecodingState | MaskState, free_from: Tensor) -> Decoded:
+    """What a state that is done has come to."""
+    trajectory = state.trajectory if isinstance(state, MaskState) else None
+    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory)
 
 
 class Strategy(ABC):
@@ -80,8 +63,13 @@ class Strategy(ABC):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
-        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
+        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed.
+
+        With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
+        """
 
 
 def judged(
@@ -109,6 +97,12 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
     if not isinstance(decoder, NextTokenDecoder):
         raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
     return decoder
+
+
+def check_readable(decoder: Decoder) -> None:
+    """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
+    if not decoder.evidence_depths:
+        raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
 
 
 def verifier_named(judges: Judges, name: str) -> Verifier[Any]:

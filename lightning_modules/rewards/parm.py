@@ -29,24 +29,25 @@ class PARMState:
     """B half-decoded images as PARM knows them.
 
     Attributes:
-        cache: keys and values of prompt and prefix (causal PARM).
+        cache: keys and values of prompt and prefix; None where PARM is not causal.
         sums: running sums over the prefix, [B, 3].
-        length: tokens in the prefix.
+        lengths: tokens in the prefix of each row, [B], on the CPU.
         prompt: projected prompt, [B, L, dim].
         candidate_sums: `sums` with each candidate of the last `score`, [B, k, 3].
     """
 
-    cache: KVCache
+    cache: KVCache | None
     sums: Tensor
-    length: int
+    lengths: Tensor
     prompt: Tensor
     candidate_sums: Tensor
 
     def select(self, rows: Tensor) -> "PARMState":
         return replace(
             self,
-            cache=self.cache.select(rows),
+            cache=self.cache and self.cache.select(rows),
             sums=self.sums[rows],
+            lengths=self.lengths[rows.cpu()],
             prompt=self.prompt[rows],
             candidate_sums=self.candidate_sums[rows],
         )
@@ -219,27 +220,45 @@ class PARM(nn.Module, Verifier[PARMState]):
     @torch.no_grad()
     def begin(self, prompt: Tensor, capacity: int) -> PARMState:
         projected = self.prompt_proj(prompt)
-        cache = KVCache(prompt.shape[1] + capacity)
+        cache = None
         if self.causal:
+            cache = KVCache(prompt.shape[1] + capacity)
             self.transformer(projected, causal=True, cache=cache)
         sums = projected.new_zeros(len(prompt), 3)
-        return PARMState(cache, sums, 0, projected, sums[:, None])
+        lengths = torch.zeros(len(prompt), dtype=torch.int64)
+        return PARMState(cache, sums, lengths, projected, sums[:, None])
+
+    @torch.no_grad()
+    def follow(self, state: PARMState, evidence: Evidence | None, position: Tensor) -> None:
+        if evidence is None or state.cache is None:  # what was decided comes with the evidence
+            return
+        counts = position - state.lengths
+        if not counts.any():
+            return
+        offset = torch.arange(int(counts.max()))
+        positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1).to(state.sums.device)
+        passed, real = evidence.at(positions), (offset < counts[:, None]).to(state.sums.device)
+        sums = state.sums[:, None] + (self._increments(passed) * real[..., None]).cumsum(1)
+        x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums))
+        self.transformer.extend(x + self._positions[positions], counts, state.cache)
+        state.sums, state.lengths = sums[:, -1], position
 
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:
-        if not self.causal:
+        if state.cache is None:
             return F.logsigmoid(self._read_grids(state.prompt, evidence)[0])
         state.candidate_sums = state.sums[:, None] + self._increments(evidence)
         statistics = self._statistics(evidence, state.candidate_sums)
         x, _ = self._inputs(state.prompt, evidence, statistics)
-        hidden = self.norm(self.transformer.step(x + self._positions[state.length], state.cache)[-1])
+        position = state.lengths.to(x.device)
+        hidden = self.norm(self.transformer.step(x + self._positions[position, None], state.cache)[-1])
         return F.logsigmoid(self._logits(hidden, statistics))
 
     @torch.no_grad()
     def commit(self, state: PARMState, choice: Tensor) -> None:
-        if not self.causal:  # what was decided comes with the evidence
+        if state.cache is None:
             return
         rows = torch.arange(len(choice), device=choice.device)
         state.sums = state.candidate_sums[rows, choice]
-        state.length += 1
+        state.lengths = state.lengths + 1
         state.cache.commit(choice)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -37,6 +37,16 @@ class Verifier(ABC, Generic[S]):
         """Start beside a decoder: the `prompt` of `Evidence`, [B, L, 2 dim], for images of `capacity` tokens."""
 
     @abstractmethod
+    def follow(self, state: S, evidence: Evidence | None, position: Tensor) -> None:
+        """Tokens that the decoder passed without a choice, because they are kept, become part of the prefix.
+
+        Args:
+            state: of the images.
+            evidence: about all tokens of them that are decided; None of grids before their first step.
+            position: the prefix of row b is to end before position[b], [B], on the CPU.
+        """
+
+    @abstractmethod
     def score(self, state: S, evidence: Evidence) -> Tensor:
         """Log-value of the image extended by each of k candidates, [B, k]."""
 
@@ -63,13 +73,14 @@ class StepJudge(Reward):
 
 @dataclass
 class LikelihoodState:
-    """Log-probability of the prefix [B], and with each candidate of the last `score` [B, k]."""
+    """Log-probability of the prefix [B], with each candidate of the last `score` [B, k], and its length [B]."""
 
     total: Tensor
     candidates: Tensor
+    lengths: Tensor
 
     def select(self, rows: Tensor) -> "LikelihoodState":
-        return replace(self, total=self.total[rows], candidates=self.candidates[rows])
+        return LikelihoodState(self.total[rows], self.candidates[rows], self.lengths[rows.cpu()])
 
 
 class Likelihood(Verifier[LikelihoodState]):
@@ -89,7 +100,15 @@ class Likelihood(Verifier[LikelihoodState]):
 
     def begin(self, prompt: Tensor, capacity: int) -> LikelihoodState:
         total = prompt.new_zeros(len(prompt))
-        return LikelihoodState(total, total[:, None])
+        return LikelihoodState(total, total[:, None], torch.zeros(len(prompt), dtype=torch.int64))
+
+    def follow(self, state: LikelihoodState, evidence: Evidence | None, position: Tensor) -> None:
+        if evidence is None or evidence.undecided is not None:  # a grid's evidence tells of all that was decided
+            return
+        index = torch.arange(evidence.log_probs.shape[1])
+        passed = (index >= state.lengths[:, None]) & (index < position[:, None])
+        state.total = state.total + (evidence.log_probs * passed.to(state.total.device)).sum(1)
+        state.lengths = position
 
     def score(self, state: LikelihoodState, evidence: Evidence) -> Tensor:
         if evidence.undecided is not None:
@@ -100,3 +119,4 @@ class Likelihood(Verifier[LikelihoodState]):
 
     def commit(self, state: LikelihoodState, choice: Tensor) -> None:
         state.total = state.candidates.gather(1, choice[:, None]).squeeze(1)
+        state.lengths = state.lengths + 1

@@ -9,6 +9,7 @@ from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder, Trajectory
 from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
 from tests.conftest import EVIDENCE, make_masked, make_parm
 
@@ -89,6 +90,36 @@ def test_plain_sampling_gives_what_parm_trains_on(decoder: MaskTokenDecoder) -> 
     assert torch.equal(decoded.trajectory.previews, trajectory.previews)
     assert torch.equal(decoded.trajectory.fixed_at, trajectory.fixed_at)
     torch.testing.assert_close(decoded.evidence.log_probs, evidence[-1].log_probs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_verified_decoding_of_grids_takes_the_likeliest(decoder: MaskTokenDecoder, stride: int) -> None:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    judges = {"likelihood": Likelihood(), "parm": make_parm(decoder)}
+    one, best, worst = (
+        Verified(SAMPLING, k=k, stride=stride, verifier="likelihood", value_weight=weight)
+        for k, weight in ((1, 1.0), (6, 1.0), (6, -1.0))
+    )
+    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(one.decode(decoder, judges, rows, SEEDS).tokens, plain.tokens)
+    high, low = (strategy.decode(decoder, judges, rows, SEEDS) for strategy in (best, worst))
+    assert (high.evidence.log_probs.sum(1) > low.evidence.log_probs.sum(1)).all()
+    # 3 prompts and their empty twins; of two steps the second is made by each of the 6 paths
+    assert high.cost.decoder_passes == {1: 5 * 6, 2: 3 * 6 + 2 * 6 * 6}[stride]
+    alone = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(decoder, judges, rows[1:2], SEEDS[1:2])
+    together = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(alone.tokens[0], together.tokens[1])
+    assert alone.cost.verifier_calls == 6 * -(-5 // stride)
+
+
+def test_kept_tokens_stay_and_the_verifier_sees_them(decoder: MaskTokenDecoder) -> None:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(1))
+    keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.6
+    for strategy in (Sample(SAMPLING), Verified(SAMPLING, k=4)):
+        decoded = strategy.decode(decoder, {"parm": make_parm(decoder)}, rows, SEEDS, tokens, keep)
+        assert torch.equal(decoded.tokens[keep], tokens[keep])
+        assert not torch.equal(decoded.tokens, tokens)
 
 
 def test_a_random_order_follows_the_schedule() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
 from tests.conftest import EVIDENCE, make_decoder
@@ -55,6 +55,51 @@ def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_redecoding_keeps_what_it_should_and_passes_over_it(
+    decoder: NextTokenDecoder, rows: list[dict], share: float
+) -> None:
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < share
+    seeds = list(range(len(rows)))
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep)
+    assert torch.equal(decoded.tokens[keep], tokens[keep])
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    for name in EVIDENCE:
+        torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
+    open_tokens = (~keep).sum(1).max().item()
+    passes = decoded.cost.decoder_passes / (2 * len(rows))
+    assert open_tokens <= passes <= max(open_tokens, 1) + 1
+    if share == 0.0:
+        assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(decoder, {}, rows, seeds).tokens)
+
+
+def test_redecoding_draws_what_uncached_decoding_draws(decoder: NextTokenDecoder, rows: list[dict]) -> None:
+    """Every open token comes from the distribution given all tokens before it, whatever other rows keep."""
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.6
+    keep[:, -1] = False
+    seeds = list(range(len(rows)))
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep).tokens
+    noise = uniform_noise(seeds, 1, 16)[:, 1]
+    ids, codes, order = (
+        decoder.word_ids([row["prompt"] for row in rows]),
+        decoder._code_embeddings(),
+        decision_order(keep),
+    )
+    for step in range(order.shape[1]):
+        runs = [decoder._run(codes, words, tokens)[1][-1] for words in (ids, torch.zeros_like(ids))]
+        for row, t in enumerate(order[:, step].tolist()):
+            if not keep[row, t]:
+                logits = [decoder._logits(codes, hidden[row, t])[None] for hidden in runs]
+                cumulative = sampling_log_probs(logits[0], logits[1], SAMPLING).exp().cumsum(-1)
+                tokens[row, t] = (cumulative < noise[row, step] * cumulative[:, -1:]).sum(-1)
+    assert torch.equal(decoded, tokens)
+
+
+def test_the_order_of_decisions() -> None:
+    keep = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert decision_order(keep).tolist() == [[1, 3, 4, 5], [0, 1, 3, 5], [2, 3, 4, 5]]
 
 
 def test_evidence_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:

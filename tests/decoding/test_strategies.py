@@ -113,6 +113,25 @@ def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list
     assert flipped == 0, f"{flipped} of {len(rows)} images changed with the batch size"
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Verified(SAMPLING, k=3),
+        Verified(SAMPLING, k=3, stride=4),
+        BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"),
+        Particles(SAMPLING, n=3, stride=4),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < torch.rand(len(rows), 1)
+    decoded = strategy.decode(decoder, judges, rows, SEEDS, tokens, keep)
+    assert torch.equal(decoded.tokens[keep], tokens[keep])
+    assert (decoded.tokens[~keep] != tokens[~keep]).any()
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+
+
 def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenDecoder, judges: dict) -> None:
     """The choice follows softmax(value_weight * value + prior_weight * log p)."""
     values = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(2000, -1)

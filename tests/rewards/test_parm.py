@@ -8,6 +8,7 @@ import torch
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, uniform_noise
 from lightning_modules.rewards.parm import PARM, Features
+from lightning_modules.rewards.verifier import Likelihood
 from tests.conftest import make_decoder, make_masked, make_parm
 
 
@@ -43,13 +44,32 @@ def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
     while not state.done:
         proposal = decoder.propose(state, 5)
         values = parm.score(watch, proposal.evidence)
-        choice = torch.full((len(rows),), state.length % 5)
+        choice = torch.full((len(rows),), state.step % 5)
         parm.commit(watch, choice)
-        walked.append(values[:, state.length % 5])
+        walked.append(values[:, state.step % 5])
         decoder.commit(state, proposal, choice)
     evidence = decoder.evidence([row["prompt"] for row in rows], state.tokens)
     full = parm.values(evidence, range(1, decoder.num_tokens + 1))
     torch.testing.assert_close(torch.stack(walked, 1), full, atol=2e-3, rtol=1e-3)
+
+
+def test_verifiers_see_the_tokens_that_are_kept(decoder: NextTokenDecoder, parm: PARM, rows: list[dict]) -> None:
+    prompts = [row["prompt"] for row in rows]
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.7
+    for verifier in (parm, Likelihood()):
+        state = decoder.begin(prompts, uniform_noise(range(len(rows)), 5, 16), Sampling(), tokens, keep)
+        watch = verifier.begin(state.prompt, decoder.num_tokens)
+        walked, lengths = [], state.order + 1
+        while not state.done:
+            verifier.follow(watch, state.evidence, state.position)
+            proposal = decoder.propose(state, 5)
+            values = verifier.score(watch, proposal.evidence)
+            choice = torch.full((len(rows),), state.step % 5)
+            verifier.commit(watch, choice)
+            walked.append(values[:, state.step % 5])
+            decoder.commit(state, proposal, choice)
+        full = verifier.values(state.evidence, range(1, decoder.num_tokens + 1)).gather(1, lengths - 1)
+        torch.testing.assert_close(torch.stack(walked, 1), full, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("features", ["hidden", "embeddings"])
