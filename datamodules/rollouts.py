@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.loaders import make_loader
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.loading import fingerprint, write_text
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
@@ -56,9 +55,7 @@ class RolloutSpec:
             raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
 
 
-def provenance(
-    spec: RolloutSpec, decoder: NextTokenDecoder | MaskTokenDecoder, judges: Judges, seed: int, keep_evidence: bool
-) -> dict[str, Any]:
+def provenance(spec: RolloutSpec, decoder: Decoder, judges: Judges, seed: int, keep_evidence: bool) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     assert is_dataclass(spec.strategy)
     verifiers = {
@@ -98,7 +95,7 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
 def collect(
     spec: RolloutSpec,
     folder: Path,
-    decoder: NextTokenDecoder | MaskTokenDecoder,
+    decoder: Decoder,
     judges: Judges,
     reward: GenEvalReward,
     seed: int,

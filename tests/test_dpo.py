@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from datamodules.pairs import reference_log_probs
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.dpo import DPOModule, compact, dpo
 from lightning_modules.optim import OptimizerFactory, trainable
 from lightning_modules.parm import PARMObjective
-from tests.conftest import make_decoder, make_parm
+from tests.conftest import make_decoder, make_masked, make_parm
 
 PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle"]
 
 
-def make_module(optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0) -> DPOModule:
-    decoder = make_decoder()
+def make_module(
+    optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0, decoder: Decoder | None = None
+) -> DPOModule:
+    decoder = decoder or make_decoder()
     return DPOModule(
         decoder, make_parm(decoder), optimizer, 1, lambda *sides: dpo(*sides, beta=0.1), sft_weight, 5.0, None, 1e-4
     )
@@ -66,8 +69,9 @@ def test_the_policy_starts_at_its_reference(monkeypatch: pytest.MonkeyPatch) -> 
     assert logged["train/logps/chosen"] == pytest.approx(batch["ref_chosen"].mean().item(), rel=1e-5)
 
 
-def test_training_prefers_the_chosen_and_stops_when_it_collapses(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make_module(sft_weight=0.1)
+@pytest.mark.parametrize("make", [make_decoder, make_masked])
+def test_training_prefers_the_chosen_and_stops_when_it_collapses(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module(sft_weight=0.1, decoder=make())
     logged: dict = {}
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 
 
@@ -34,13 +35,22 @@ class Decoder(nn.Module, ABC):
     States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
     `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
 
-    Decoders that verifiers in token space can read also have `dim` (of embeddings), `evidence_depths`, `max_words`
-    (of the prompt in `Evidence`) and `evidence(prompts, tokens)`.
+    Decoders that verifiers in token space can read name `evidence_depths`, the layers after which these look at them.
     """
 
     frozen_parts = ("image_tokenizer",)
     evidence_depths: tuple[int, ...] = ()
     image_tokenizer: ImageTokenizer
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    @abstractmethod
+    def max_words(self) -> int:
+        """Words (text tokens) of the prompt in `Evidence`, L."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,6 +73,10 @@ class Decoder(nn.Module, ABC):
 
         Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
         """
+
+    @abstractmethod
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
+        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
