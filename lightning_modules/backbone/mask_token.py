@@ -192,14 +192,18 @@ class MaskTokenDecoder(Decoder):
             unknown: which of them are masked, bool [R, n].
             prefixes: each has the prompts of an equal share of the rows.
         """
+        return self.transformer.run(*self._grid(tokens, unknown, prefixes))
+
+    def _grid(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor, Grid]:
+        """What `grid_pass` runs: embeddings, and how they attend."""
         ids = self._sequence(tokens, unknown)
         rotary = self._rotary(self.vocabulary.max_text + 1, ids.shape[1])
-        return self.transformer.run(self.embed(ids), Grid(rotary, prefixes))
+        return self.embed(ids), Grid(rotary, prefixes)
 
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
         codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        hidden = self.norm(self.grid_pass(tokens, unknown, prefixes)[-1][:, 1:-1])
+        hidden = self.norm(self.transformer.last(*self._grid(tokens, unknown, prefixes))[:, 1:-1])
         return F.linear(hidden, self.head.weight[codes], self.head.bias[codes]).float()
 
     def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:

@@ -1,11 +1,14 @@
 """The one Transformer of the project; how its positions attend to one another is handed to each pass."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class KVCache:
@@ -80,6 +83,8 @@ class TransformerConfig:
         parallel: attention and feed-forward layer read the same norm, and both are added to the input.
         qk_norm: layer norms over the head's width on queries and keys, shared by all heads of a layer.
         gelu: exact or by tanh.
+        checkpointing: in training keep only each layer's input, and compute the rest again in the backward pass: a
+            third more time, a twentieth of the memory (arXiv 1604.06174).
     """
 
     dim: int
@@ -89,6 +94,7 @@ class TransformerConfig:
     parallel: bool = False
     qk_norm: bool = False
     gelu: Literal["none", "tanh"] = "none"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -202,13 +208,22 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def layers(self, x: Tensor, attending: Attending) -> Iterator[Tensor]:
+        """A pass over x [B, S, dim]; gives the hidden states [B, S, dim] after each layer in turn."""
+        for layer, block in enumerate(self.blocks):
+            if self.config.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, attending, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layer, attending)
+            yield x
+
     def run(self, x: Tensor, attending: Attending) -> list[Tensor]:
         """A pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
-        hidden = []
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, attending)
-            hidden.append(x)
-        return hidden
+        return list(self.layers(x, attending))
+
+    def last(self, x: Tensor, attending: Attending) -> Tensor:
+        """A pass over x [B, S, dim]; keeps and returns only the hidden states [B, S, dim] after the last layer."""
+        return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
         """Full pass over x [B, S, dim], which fills the cache, if any."""
