@@ -202,8 +202,15 @@ class MaskTokenDecoder(Decoder):
 
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
+        return self._code_head(self._image_hidden(tokens, unknown, prefixes))
+
+    def _image_hidden(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
+        """What the logits of the image are read from, [R, n, dim]; see `grid_pass`."""
+        return self.norm(self.transformer.last(*self._grid(tokens, unknown, prefixes))[:, 1:-1])
+
+    def _code_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] -> logits of the image codes, single precision [..., C]."""
         codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        hidden = self.norm(self.transformer.last(*self._grid(tokens, unknown, prefixes))[:, 1:-1])
         return F.linear(hidden, self.head.weight[codes], self.head.bias[codes]).float()
 
     def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
@@ -272,33 +279,46 @@ class MaskTokenDecoder(Decoder):
             prefixes=[self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])],
         )
 
-    def guided_logits(self, state: MaskState) -> Tensor:
-        """Logits [B, n, C] that this step draws from, after guidance; conditional and empty prompts in one batch."""
+    def guided_logits(self, state: MaskState, where: Tensor) -> Tensor:
+        """Logits [M, C] that this step draws from, after guidance; conditional and empty prompts in one batch.
+
+        Logits are linear in hidden states, so these are what is guided, and the head runs once.
+
+        Args:
+            state: of B images.
+            where: positions [M] of the B * n, counted row by row.
+        """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.decoder_passes += len(tokens)
-        logits = self.code_logits(tokens, unknown, state.prefixes).chunk(branches)
-        scale = state.sampling.guidance
-        return logits[0] if branches == 1 else (1 + scale) * logits[0] - scale * logits[1]
+        hidden = self._image_hidden(tokens, unknown, state.prefixes).chunk(branches)
+        conditional, *unconditional = (branch.flatten(0, 1)[where] for branch in hidden)
+        if unconditional:
+            guided = torch.lerp(unconditional[0].float(), conditional.float(), 1 + state.sampling.guidance)
+            conditional = guided.to(conditional.dtype)
+        return self._code_head(conditional)
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int) -> MaskProposal:
         """k ways to go on, all from one forward pass."""
-        probs = self.guided_logits(state).softmax(-1)
-        drawn = state.noise.codes(state.step, probs, k)
-        unknown = state.unknown[:, None].expand_as(drawn)
-        chosen = probs.gather(2, drawn.transpose(1, 2)).transpose(1, 2)
+        where = state.unknown.flatten().nonzero().squeeze(1)
+        codes_of = self.guided_logits(state, where).softmax(-1)
+        drawn = state.noise.codes(state.step, where, codes_of, k)
+        tokens = state.tokens.flatten()[:, None].repeat(1, k)
+        tokens[where] = drawn
+        probs = torch.ones_like(tokens, dtype=codes_of.dtype)
+        probs[where] = codes_of.gather(1, drawn)
+        tokens, probs = (x.unflatten(0, state.tokens.shape).transpose(1, 2) for x in (tokens, probs))  # [B, k, n]
         count = masked_after(state.step, state.sampling.steps, state.unknown)
         temperature = state.temperature * state.sampling.temperature_at(state.step)
         masked = least_confident(
-            chosen.flatten(0, 1),
-            unknown.flatten(0, 1),
+            probs.flatten(0, 1),
+            state.unknown.repeat_interleave(k, 0),
             count.repeat_interleave(k),
             temperature.repeat_interleave(k, 0),
-            state.noise.confidence(state.step, k).to(chosen.device).flatten(0, 1),
+            state.noise.confidence(state.step, k).to(probs.device).flatten(0, 1),
         )
-        tokens = torch.where(unknown, drawn, state.tokens[:, None])
-        return MaskProposal(tokens, chosen.where(unknown, 1.0), masked.view_as(drawn))
+        return MaskProposal(tokens, probs, masked.unflatten(0, (-1, k)))
 
     def commit(self, state: MaskState, proposal: MaskProposal, choice: Tensor) -> None:
         """Go on with candidate `choice` [B] of each row; after the last step nothing is masked."""

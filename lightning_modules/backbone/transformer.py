@@ -108,7 +108,8 @@ class TransformerConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    On CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three times so.
+    In training on CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three
+    times so.
     Without a backward pass it is the faster one where a mask is needed.
 
     Args:
@@ -116,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
         causal: a position attends to itself and to those before it.
         allowed: bool, [B, 1, S or 1, K]: which keys a query may attend to.
     """
-    if q.device.type != "cpu" or (allowed is not None and not torch.is_grad_enabled()):
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if causal:

@@ -85,9 +85,9 @@ class Recorded:
     exponential: Tensor
     uniform: Tensor
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
         assert k == 1
-        return (probs / self.exponential[step]).argmax(-1)[:, None]
+        return (probs / self.exponential[step].flatten(0, 1)[where]).argmax(-1)[:, None]
 
     def confidence(self, step: int, k: int) -> Tensor:
         return self.uniform[step][:, None]
@@ -113,7 +113,7 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(state.unknown, unknown)
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
         with torch.no_grad():
-            logits = decoder.guided_logits(state)
+            logits = decoder.guided_logits(state, torch.arange(tokens.numel())).view_as(golden.logits_slice[step])
         torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
         assert sampling.temperature_at(step) == pytest.approx(float(golden.temperature[step]), rel=1e-12, abs=1e-15)
         count = masked_after(step, sampling.steps, state.unknown)
