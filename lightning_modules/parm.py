@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.evidence import STATISTICS, Evidence
-from lightning_modules.backbone.mask_token import MaskTokenDecoder, Trajectory
+from lightning_modules.backbone.mask_state import Trajectory
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.parm import PARM

@@ -22,9 +22,11 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 GROUPS = [
     f"{folder.name}={path.stem}"
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug")
     for path in sorted(folder.glob("*.yaml"))
 ]
+# Mask-token decoders that are measured as they are.
+MEASURED = ["module=evaluation", "callbacks=evaluation", "strategies=showo", "sampling=showo", "~parm"]
 # What some choices need beside them; the others are built small.
 COMPANIONS = {
     "tokenizer=full": ["decoder=full", "parm.checkpoint=null"],
@@ -36,6 +38,18 @@ COMPANIONS = {
     "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
     "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
     **{f"experiment={name}": [] for name in EXPERIMENTS if name.startswith("shapes_masked")},
+    "tokenizer=magvit": [*MEASURED, "decoder=tiny_showo", "tokenizer.checkpoint=null"],
+    "decoder=tiny_showo": MEASURED,
+    "decoder=showo": [
+        *MEASURED,
+        *("decoder.checkpoint=null", "+decoder.module.dim=64", "+decoder.module.depth=1", "+decoder.module.heads=4"),
+        "~decoder.module.text_tokenizer",
+        "+decoder.module.text_tokenizer={_target_: lightning_modules.backbone.text.WordTokenizer, vocabulary: [a], "
+        "max_words: 3}",
+    ],
+    "strategies=showo": [*TINY, "callbacks=evaluation"],
+    "callbacks=evaluation": TINY,
+    "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 SMALL = [
@@ -87,7 +101,8 @@ def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
-        assert instantiate(config[part], _convert_="all") is not None
+        if part in config:  # what is only measured needs no data
+            assert instantiate(config[part], _convert_="all") is not None
     if "ddp" not in choice:  # those want several devices, which this machine may lack
         assert instantiate(config.trainer) is not None
 
@@ -305,6 +320,29 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     assert "pairs.jsonl:7: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
     nothing = command(tmp_path, "experiment=dpo", "data=preference_files", *small, check=False)
     assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
+
+
+def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "trainer.precision=bf16-true")
+    lines = done.stdout.splitlines()
+    estimate = next(i for i, line in enumerate(lines) if line.startswith("Memory of each GPU: about "))
+    assert estimate < next(i for i, line in enumerate(lines) if "strategy" in line)
+    report = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert list(report["strategies"]) == ["sample", "orm", "prm", "parm"]
+    costs = {name: scores["decoder_forwards_per_image"] for name, scores in report["strategies"].items()}
+    assert costs["sample"] == costs["prm"] == 6  # 3 steps with guidance; all candidates of a step come from one pass
+    assert costs["orm"] == 12 >= costs["parm"]
+    refused = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "task=fit", check=False)
+    assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
+
+
+def test_without_show_os_weights_one_sentence_says_what_to_download(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("Error: 'showlab/magvitv2' is neither a folder nor") and "hf download showlab/magvitv2" in last
+    )
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def least_confident(
 class MaskNoise(Protocol):
     """The randomness of B images, k candidates a step."""
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
-        """Draw k grids of codes [B, k, n] from probabilities [B, n, C]."""
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
+        """Draw k codes [M, k] from probabilities [M, C] at positions `where` [M] of the B * n, counted row by row."""
         ...
 
     def confidence(self, step: int, k: int) -> Tensor:
@@ -117,10 +117,9 @@ class SeededNoise:
         """The noise of images with these seeds; more candidates leave the first ones' as it is."""
         return SeededNoise(uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens)))
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
-        noise = self.uniform[:, : 2 * k : 2, step].transpose(1, 2).to(probs.device)  # [B, n, k]
-        drawn = invert(probs.flatten(0, 1), noise.flatten(0, 1).contiguous())
-        return drawn.view_as(noise).transpose(1, 2)
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
+        noise = self.uniform[:, : 2 * k : 2, step].to(probs.device).transpose(1, 2).flatten(0, 1)
+        return invert(probs, noise[where])
 
     def confidence(self, step: int, k: int) -> Tensor:
         return self.uniform[:, 1 : 2 * k : 2, step]

@@ -5,224 +5,22 @@ computed once per prompt; soi, image and eoi see everything.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Cost, Decoder
-from lightning_modules.backbone.evidence import STATISTICS, Evidence
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.mask_state import MaskProposal, MaskState, Vocabulary
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Ids of the one table of embeddings: text, ten special tokens, image codes, the mask.
-
-    Attributes:
-        text: ids of the text tokenizer.
-        end_of_text: one of them, which opens and closes a prompt.
-        codes: size of the image codebook.
-        max_text: a prompt's block has one place more than this; longer ones are cut.
-    """
-
-    text: int
-    end_of_text: int
-    codes: int
-    max_text: int
-
-    @property
-    def soi(self) -> int:
-        return self.text + 1
-
-    @property
-    def eoi(self) -> int:
-        return self.text + 2
-
-    @property
-    def t2i(self) -> int:
-        return self.text + 5
-
-    @property
-    def first_code(self) -> int:
-        return self.text + 10
-
-    @property
-    def mask(self) -> int:
-        return self.first_code + self.codes
-
-    @property
-    def total(self) -> int:
-        return self.mask + 1
-
-    def block(self, text: Sequence[int]) -> list[int]:
-        """Text ids -> `t2i sot text eot`, at most max_text + 1 ids; what is too long loses its end, with a warning."""
-        opened = list(text) if text and text[0] == self.end_of_text else [self.end_of_text, *text]
-        if len(opened) >= self.max_text:
-            warnings.warn(f"prompts of more than {self.max_text - 2} text tokens lose their end", stacklevel=2)
-        return [*[self.t2i, *opened][: self.max_text], self.end_of_text]
-
-
-@dataclass(frozen=True)
-class MaskProposal:
-    """k ways to go on from one forward pass.
-
-    Attributes:
-        tokens: whole grids of codes, [B, k, n]: a preview of the image.
-        probs: of the codes that were drawn, [B, k, n], 1 for known ones.
-        masked: what is masked for the next step, bool [B, k, n].
-        evidence: what the decoder knows about each grid, for a verifier; None from decoders that do not say.
-    """
-
-    tokens: Tensor
-    probs: Tensor
-    masked: Tensor
-    evidence: Evidence | None
-
-    @property
-    def sampling_log_probs(self) -> Tensor:
-        """Log-probability of the codes that each candidate fixes, [B, k]."""
-        return self.probs.log().masked_fill(self.masked, 0).sum(-1)
-
-    def unfold(self) -> "MaskProposal":
-        """k candidates of B rows as one candidate each of B * k rows."""
-        tokens, probs, masked = (part.flatten(0, 1)[:, None] for part in (self.tokens, self.probs, self.masked))
-        return MaskProposal(tokens, probs, masked, self.evidence and self.evidence.unfold())
-
-
-@dataclass
-class MaskState:
-    """B half-decoded images.
-
-    Attributes:
-        tokens: codes [B, n]; where `unknown` they are a preview, drawn but not kept.
-        unknown: bool [B, n].
-        step: steps done, of `sampling.steps`.
-        sampling: how the grid is filled.
-        temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
-        noise: of the images.
-        prefixes: of the prompts and, with guidance or evidence, of the empty one.
-        prompt: what verifiers read of it, [B, L, 2 dim].
-        evidence: about the grid, each token as it was when it was drawn; None before the first step, and always from
-            decoders that do not say.
-        grids: tokens and unknown after each step so far.
-        cost: shared by all states that come from one `begin`.
-    """
-
-    tokens: Tensor
-    unknown: Tensor
-    step: int
-    sampling: MaskSampling
-    temperature: Tensor
-    noise: MaskNoise
-    prefixes: list[Prefix]
-    prompt: Tensor
-    evidence: Evidence | None = None
-    grids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    cost: Cost = field(default_factory=Cost)
-
-    @property
-    def steps(self) -> int:
-        return self.sampling.steps
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.steps
-
-    @property
-    def position(self) -> Tensor:
-        """Steps done, [B], on the CPU."""
-        return torch.full((len(self.tokens),), self.step)
-
-    @property
-    def choice_noise(self) -> Tensor:
-        """Uniform noise [B] for choosing among the candidates of this step."""
-        return self.noise.choice(self.step)
-
-    @property
-    def decided(self) -> Tensor:
-        """`STATISTICS` of each token when it was drawn, [3, B, n]."""
-        if self.evidence is None:
-            return torch.zeros(3, *self.tokens.shape, device=self.tokens.device)
-        return torch.stack([getattr(self.evidence, name) for name in STATISTICS])
-
-    @property
-    def trajectory(self) -> "Trajectory":
-        """How the grids were filled so far."""
-        return Trajectory.of(self.grids)
-
-    def fork(self, k: int) -> "MaskState":
-        """k paths per row, neighbours in the batch; path j draws with the noise of candidate j."""
-        rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return replace(self.select(rows.repeat_interleave(k)), noise=self.noise.fork(k))
-
-    def select(self, rows: Tensor) -> "MaskState":
-        """A state of rows `rows` [B'], in that order and as often as they occur."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            unknown=self.unknown[rows],
-            temperature=self.temperature[rows],
-            noise=self.noise.select(rows),
-            prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
-            prompt=self.prompt[rows],
-            evidence=self.evidence and self.evidence.select(rows),
-            grids=[(tokens[rows], unknown[rows]) for tokens, unknown in self.grids],
-        )
-
-
-def guided(logits: Sequence[Tensor], scale: float) -> Tensor:
-    """Classifier-free guidance: (1 + scale) conditional - scale unconditional, of logits [B, n, C]."""
-    return (1 + scale) * logits[0] - scale * logits[1] if scale else logits[0]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """How B grids were filled, in S steps.
-
-    Attributes:
-        previews: the grid after each step, codes [B, S, n]; after the last it is the image.
-        fixed_at: the step after which a token did not change any more, [B, n].
-    """
-
-    previews: Tensor
-    fixed_at: Tensor
-
-    @staticmethod
-    def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
-        """From the tokens and what was unknown, [B, n] each, after each step."""
-        previews, unknown = (torch.stack(part, 1) for part in zip(*states, strict=True))
-        return Trajectory(previews, unknown.sum(1))
-
-    @staticmethod
-    def in_random_order(tokens: Tensor, steps: int) -> "Trajectory":
-        """As if images [B, n] had been decoded in any order, each preview being what came of it."""
-        unknown = torch.ones_like(tokens, dtype=torch.bool)
-        rank = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)
-        states = []
-        for step in range(steps):
-            unknown = rank < masked_after(step, steps, unknown)[:, None] * (step + 1 < steps)
-            states.append((tokens, unknown))
-        return Trajectory.of(states)
-
-    def at(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The grids after steps [B], what was unknown before, and what is undecided after; S is the finished image."""
-        rows = torch.arange(len(step), device=step.device)
-        shown = self.previews[rows, step.clamp(max=self.previews.shape[1] - 1)]
-        return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
-
-    def select(self, rows: Tensor) -> "Trajectory":
-        """Keep some rows."""
-        return Trajectory(self.previews[rows], self.fixed_at[rows])
 
 
 class MaskTokenDecoder(Decoder):
@@ -340,27 +138,35 @@ class MaskTokenDecoder(Decoder):
             unknown: which of them are masked, bool [R, n].
             prefixes: each has the prompts of an equal share of the rows.
         """
+        return self.transformer.run(*self._grid(tokens, unknown, prefixes))
+
+    def _grid(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor, Grid]:
+        """What `grid_pass` runs: embeddings, and how they attend."""
         ids = self._sequence(tokens, unknown)
         rotary = self._rotary(self.vocabulary.max_text + 1, ids.shape[1])
         x = self.embed(ids)
         if self.visual:
             looks = self._looks()[tokens].masked_fill(unknown[..., None], 0)
             x = x + F.pad(looks + (self.rows + self.columns).flatten(0, 1), (0, 0, 1, 1))
-        return self.transformer.run(x, Grid(rotary, prefixes))
+        return x, Grid(rotary, prefixes)
 
     def _looks(self) -> Tensor:
         """What each code looks like, [C, dim]."""
         return self.code_proj(self.image_tokenizer.code_vectors)
 
-    def _code_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states of soi, image and eoi [R, n + 2, dim] -> logits of the codes, single precision [R, n, C]."""
-        codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        weight = self.head.weight[codes] + self._looks() if self.visual else self.head.weight[codes]
-        return F.linear(self.norm(hidden[:, 1:-1]), weight, self.head.bias[codes]).float()
-
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
-        return self._code_logits(self.grid_pass(tokens, unknown, prefixes)[-1])
+        return self._code_head(self._image_hidden(self.transformer.last(*self._grid(tokens, unknown, prefixes))))
+
+    def _image_hidden(self, hidden: Tensor) -> Tensor:
+        """The last layer's output for soi, image and eoi -> what the logits of the image are read from, [R, n, dim]."""
+        return self.norm(hidden[:, 1:-1])
+
+    def _code_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] -> logits of the image codes, single precision [..., C]."""
+        codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
+        weight = self.head.weight[codes] + self._looks() if self.visual else self.head.weight[codes]
+        return F.linear(hidden, weight, self.head.bias[codes]).float()
 
     def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
         """log p(token | prompt, tokens that are not masked) where `masked`, else 0, [B, n]. Differentiable.
@@ -450,15 +256,32 @@ class MaskTokenDecoder(Decoder):
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
-        """Hidden states [R, n + 2, dim] after every layer, and logits [B, n, C] given the prompt and given none.
+        """One forward pass: what verifiers read of it, and what logits are read from, [B, n, dim], by branch.
 
-        Prompts and empty prompts are one batch; without guidance and evidence there are no empty ones.
+        The branches, prompts and empty prompts, are one batch; without guidance and evidence there are no empty ones.
         """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.decoder_passes += len(tokens)
-        hidden = self.grid_pass(tokens, unknown, state.prefixes)
-        return hidden, list(self._code_logits(hidden[-1]).chunk(branches))
+        run = self._grid(tokens, unknown, state.prefixes)
+        layers = self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
+        return layers, list(self._image_hidden(layers[-1]).chunk(branches))
+
+    def guided_logits(self, branches: Sequence[Tensor], guidance: float, where: Tensor) -> Tensor:
+        """Logits [M, C] after guidance, from what a pass was read from, [B, n, dim] with the prompt and without.
+
+        Logits are linear in hidden states, so these are what is guided, and the head runs once.
+
+        Args:
+            branches: of `look`.
+            guidance: scale.
+            where: positions [M] of the B * n, counted row by row.
+        """
+        conditional, *unconditional = (branch.flatten(0, 1)[where] for branch in branches)
+        if unconditional and guidance:
+            guided = torch.lerp(unconditional[0].float(), conditional.float(), 1 + guidance)
+            conditional = guided.to(conditional.dtype)
+        return self._code_head(conditional)
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
@@ -469,56 +292,62 @@ class MaskTokenDecoder(Decoder):
         """
         if distinct:
             raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
-        hidden, logits = self.look(state)
-        probs = guided(logits, state.sampling.guidance).softmax(-1)
-        drawn = state.noise.codes(state.step, probs, k)
-        unknown = state.unknown[:, None].expand_as(drawn)
-        chosen = probs.gather(2, drawn.transpose(1, 2)).transpose(1, 2)
+        layers, branches = self.look(state)
+        where = state.unknown.flatten().nonzero().squeeze(1)
+        codes_of = self.guided_logits(branches, state.sampling.guidance, where).softmax(-1)
+        drawn = state.noise.codes(state.step, where, codes_of, k)
+        tokens = state.tokens.flatten()[:, None].repeat(1, k)
+        tokens[where] = drawn
+        probs = torch.ones_like(tokens, dtype=codes_of.dtype)
+        probs[where] = codes_of.gather(1, drawn)
+        tokens, probs = (x.unflatten(0, state.tokens.shape).transpose(1, 2) for x in (tokens, probs))  # [B, k, n]
         count = masked_after(state.step, state.steps, state.unknown)
         temperature = state.temperature * state.sampling.temperature_at(state.step)
         masked = least_confident(
-            chosen.flatten(0, 1),
-            unknown.flatten(0, 1),
+            probs.flatten(0, 1),
+            state.unknown.repeat_interleave(k, 0),
             count.repeat_interleave(k),
             temperature.repeat_interleave(k, 0),
-            state.noise.confidence(state.step, k).to(chosen.device).flatten(0, 1),
-        ).view_as(drawn)
-        tokens = torch.where(unknown, drawn, state.tokens[:, None])
+            state.noise.confidence(state.step, k).to(probs.device).flatten(0, 1),
+        ).unflatten(0, (-1, k))
         evidence = None
         if self.evidence_depths:
-            last = state.step + 1 == state.steps
-            undecided = masked & (not last)
-            evidence = self._evidence(state.prompt, hidden, logits, tokens, state.unknown, undecided, state.decided)
-        return MaskProposal(tokens, chosen.where(unknown, 1.0), masked, evidence)
+            undecided = masked & (state.step + 1 < state.steps)
+            evidence = self._evidence(state.prompt, layers, branches, tokens, state.unknown, undecided, state.decided)
+        return MaskProposal(tokens, probs, masked, evidence)
 
     def _evidence(
         self,
         prompt: Tensor,
-        hidden: Sequence[Tensor],
-        logits: Sequence[Tensor],
+        layers: Sequence[Tensor],
+        branches: Sequence[Tensor],
         tokens: Tensor,
         unknown: Tensor,
         undecided: Tensor,
         decided: Tensor,
     ) -> Evidence:
-        """Evidence about k grids [B, k, n] that were drawn from a pass with `hidden` [2B, ...] and two `logits`."""
-        log_p, unconditional = (branch.log_softmax(-1) for branch in logits)
-        index = tokens.transpose(1, 2)
-        now = torch.stack([log.gather(2, index).transpose(1, 2) for log in (log_p, unconditional)])
-        own = torch.where(unknown[:, None], now, decided[:2, :, None])
-        entropy = -(log_p.exp() * log_p).sum(-1)
+        """Evidence about k grids [B, k, n] that came from a pass (see `look`); `decided` as in `MaskState`."""
+        shape = tokens.transpose(1, 2).shape  # [B, n, k]
+        where = unknown.flatten().nonzero().squeeze(1)
+        log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)
+        drawn = tokens.transpose(1, 2).flatten(0, 1)[where]
+        own = decided[:2].flatten(1)[..., None].repeat(1, 1, shape[2])
+        own[:, where] = torch.stack([log.gather(1, drawn) for log in (log_p, unconditional)])
+        entropy = decided[2].flatten().clone()
+        entropy[where] = -(log_p.exp() * log_p).sum(-1)
+        log_probs, unconditional_log_probs = own.unflatten(1, shape[:2]).transpose(2, 3).flatten(2, 3)
         embeddings = self.embed(tokens + self.vocabulary.first_code)
         if self.visual:
             embeddings = embeddings + self._looks()[tokens]
-        seen = torch.cat([hidden[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
+        hidden = torch.cat([layers[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
         return Evidence(
             prompt=prompt,
             embeddings=embeddings.flatten(1, 2),
-            hidden=seen[0],
-            unconditional_hidden=seen[1],
-            log_probs=own[0].flatten(1, 2),
-            unconditional_log_probs=own[1].flatten(1, 2),
-            entropy=torch.where(unknown, entropy, decided[2]),
+            hidden=hidden[0],
+            unconditional_hidden=hidden[1],
+            log_probs=log_probs,
+            unconditional_log_probs=unconditional_log_probs,
+            entropy=entropy.view(shape[:2]),
             undecided=undecided.flatten(1, 2),
         )
 
@@ -550,11 +379,11 @@ class MaskTokenDecoder(Decoder):
         blocks = self._blocks(prompts)
         prefix, read = self.prompt_pass(blocks)
         full = self.grid_pass(tokens, unknown, [prefix])
-        hidden = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
+        layers = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
         return self._evidence(
             self._read(blocks, read),
-            hidden,
-            self._code_logits(hidden[-1]).chunk(2),
+            layers,
+            self._image_hidden(layers[-1]).chunk(2),
             tokens[:, None],
             unknown,
             undecided[:, None],

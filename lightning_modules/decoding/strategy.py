@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.mask_token import MaskState, Trajectory
+from lightning_modules.backbone.mask_state import MaskState, Trajectory
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
 
@@ -103,6 +104,22 @@ def check_readable(decoder: Decoder) -> None:
     """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
     if not decoder.evidence_depths:
         raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
+
+
+def previewing(decoder: Decoder, strategy: str) -> MaskTokenDecoder:
+    """The decoder, which must preview the whole image at every step; raises ValueError."""
+    if not isinstance(decoder, MaskTokenDecoder):
+        raise ValueError(f"{strategy} need previews, which {type(decoder).__name__} does not give")
+    return decoder
+
+
+def step_judge_named(judges: Judges, name: str) -> StepJudge:
+    """Look up a judge that must be one of unfinished images; raises ValueError with the names there are."""
+    judge = judges.get(name)
+    if not isinstance(judge, StepJudge):
+        known = ", ".join(key for key, value in judges.items() if isinstance(value, StepJudge))
+        raise ValueError(f"judge {name!r} cannot judge unfinished images; there are: {known or 'none'}")
+    return judge
 
 
 def verifier_named(judges: Judges, name: str) -> Verifier[Any]:
