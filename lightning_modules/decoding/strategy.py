@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,26 @@ Judges = Mapping[str, Verifier[Any] | Reward]
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round of reflection on b of the images.
+
+    Attributes:
+        rows: which ones, [b].
+        omega: what was decoded again, bool [b, T].
+        before, after: tokens [b, T].
+        scores: of the judge, before and after, [b, 2].
+        accepted: bool [b].
+    """
+
+    rows: Tensor
+    omega: Tensor
+    before: Tensor
+    after: Tensor
+    scores: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True)
 class Decoded:
     """B finished images.
 
@@ -24,17 +44,26 @@ class Decoded:
         evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
         free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
+        trace: what reflection did.
     """
 
     tokens: Tensor
     evidence: Evidence | None
     cost: Cost
     free_from: Tensor
+    trace: Sequence[Round] = ()
 
     def select(self, rows: Tensor) -> "Decoded":
-        """Some of the images; the cost stays that of all."""
+        """Some of the images, without the trace; the cost stays that of all."""
         free_from = self.free_from[rows.cpu()]
         return Decoded(self.tokens[rows], self.evidence and self.evidence.select(rows), self.cost, free_from)
+
+    def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
+        """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
+        tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
+        free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
+        evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
+        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from)
 
 
 class Strategy(ABC):
@@ -54,6 +83,13 @@ class Strategy(ABC):
 
         With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
         """
+
+
+def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:
+    """Look up a judge of finished images; raises ValueError with the names there are."""
+    if name not in judges:
+        raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
+    return judges[name]
 
 
 def judged(

@@ -226,20 +226,25 @@ class PARM(nn.Module, Verifier[PARMState]):
 
     @torch.no_grad()
     def follow(self, state: PARMState, evidence: Evidence, position: Tensor) -> None:
-        counts = position - state.lengths
-        if not counts.any():
+        if (position == state.lengths).all():
             return
-        offset = torch.arange(int(counts.max()))
-        positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1).to(state.sums.device)
-        passed, real = evidence.at(positions), (offset < counts[:, None]).to(state.sums.device)
-        sums = state.sums[:, None] + (self._increments(passed) * real[..., None]).cumsum(1)
-        x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums))
+        counts = (position - state.lengths).clamp(min=0)
+        rows = torch.arange(len(position))
+        sums = F.pad(self._increments(evidence).cumsum(1), (0, 0, 1, 0))  # [B, T + 1, 3], by length of the prefix
         if self.causal:
-            self.transformer.extend(x + self._positions[positions], counts, state.cache)
-        else:
-            rows, columns = real.nonzero(as_tuple=True)
-            state.inputs[rows, positions[rows, columns]] = x[rows, columns]
-        state.sums, state.lengths = sums[:, -1], position
+            state.cache.lengths = state.cache.lengths - (state.lengths - position).clamp(min=0)
+        if counts.any():
+            offset = torch.arange(int(counts.max()))
+            positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1)
+            passed = evidence.at(positions.to(sums.device))
+            x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums[rows[:, None], positions + 1]))
+            if self.causal:
+                x = x + self._positions[positions.to(x.device)]
+                self.transformer.extend(x, counts, state.cache)
+            else:
+                row, column = (offset < counts[:, None]).nonzero(as_tuple=True)
+                state.inputs[row, positions[row, column]] = x[row, column]
+        state.sums, state.lengths = sums[rows, position], position
 
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:

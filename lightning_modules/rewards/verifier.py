@@ -35,12 +35,12 @@ class Verifier(ABC, Generic[S]):
 
     @abstractmethod
     def follow(self, state: S, evidence: Evidence, position: Tensor) -> None:
-        """Tokens that the decoder passed without a choice, because they are kept, become part of the prefix.
+        """Go to where the decoder is: past tokens that it read without a choice, because they are kept.
 
         Args:
             state: of the images.
             evidence: about all tokens of them that are decided, [B, T].
-            position: the prefix of row b is to end before position[b], [B], on the CPU.
+            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
         """
 
     @abstractmethod
@@ -58,6 +58,14 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
+
+
+class Critic(Reward):
+    """Says in words what is wrong with finished images."""
+
+    @abstractmethod
+    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
+        """What images [B, 3, H, W], in [0, 1], do not show as their prompts say."""
 
 
 class StepJudge(Reward):
@@ -91,10 +99,10 @@ class Likelihood(Verifier[LikelihoodState]):
         return LikelihoodState(total, total[:, None], torch.zeros(len(prompt), dtype=torch.int64))
 
     def follow(self, state: LikelihoodState, evidence: Evidence, position: Tensor) -> None:
-        index = torch.arange(evidence.log_probs.shape[1])
-        passed = (index >= state.lengths[:, None]) & (index < position[:, None])
-        state.total = state.total + (evidence.log_probs * passed.to(state.total.device)).sum(1)
-        state.lengths = position
+        if (position != state.lengths).any():
+            before = torch.arange(evidence.log_probs.shape[1]) < position[:, None]
+            state.total = (evidence.log_probs * before.to(evidence.log_probs.device)).sum(1)
+            state.lengths = position
 
     def score(self, state: LikelihoodState, evidence: Evidence) -> Tensor:
         state.candidates = state.total[:, None] + evidence.log_probs
