@@ -111,6 +111,10 @@ class Proposal:
     sampling_log_probs: Tensor
     evidence: Evidence
 
+    def select(self, rows: Tensor) -> "Proposal":
+        """A proposal of some rows."""
+        return Proposal(self.tokens[rows], self.sampling_log_probs[rows], self.evidence.select(rows))
+
     def unfold(self) -> "Proposal":
         """k candidates of B rows as one candidate each of B * k rows."""
         return Proposal(

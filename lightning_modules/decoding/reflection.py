@@ -1,5 +1,6 @@
 """Reflection (PARM++): look at the finished image, find what is not satisfactory, decode only that again."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -21,8 +22,8 @@ _GROUPS = 4  # batches of a round, at most
 class Reflection(Strategy):
     """Wraps any strategy. Each image has its own Ω and stops on its own; those that are finished leave the batch.
 
-    An image is finished when Ω is empty, when a round's image is nearer to the one before than `epsilon`, or after the
-    last round.
+    An image is finished when the judge is satisfied, when Ω is empty, when a round's image is nearer to the one before
+    than `epsilon`, or after the last round.
 
     Attributes:
         strategy: makes the image.
@@ -30,6 +31,7 @@ class Reflection(Strategy):
         where: finds Ω.
         rounds: R, at most.
         judge: name of a verifier or reward that scores finished images.
+        satisfied: score from which on an image is left as it is (of verifiers: a log-value); default: none is.
         accept: keep a round's image only if the judge's score does not fall, or always, which is the method's letter.
         epsilon: of ‖I(r) - I(r-1)‖₂ over pixels in [0, 1]; 0 never stops an image.
         tell: the prompt of a round, from {prompt} and {critique}, what a judge that is a `Critic` finds wrong.
@@ -40,6 +42,7 @@ class Reflection(Strategy):
     where: Region
     rounds: int
     judge: str = "parm"
+    satisfied: float = math.inf
     accept: Literal["better", "always"] = "better"
     epsilon: float = 0.0
     tell: str | None = None
@@ -69,6 +72,9 @@ class Reflection(Strategy):
         left = torch.arange(len(prompts), device=image.tokens.device)  # images that are not finished
         trace: list[Round] = []
         for number in range(self.rounds):
+            left = left[scores[left] < self.satisfied]
+            if not len(left):
+                break
             drawn = [image_seed(seed, 0, number) for seed in _pick(seeds, left)]
             omega = self.where(decoder, judges, _pick(prompts, left), drawn, image.select(left))
             if keep is not None:
@@ -89,8 +95,6 @@ class Reflection(Strategy):
             if self.epsilon:
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 left = left[(now - before).norm(dim=1) >= self.epsilon]
-                if not len(left):
-                    break
         return replace(image, trace=trace)
 
     def _again(

@@ -133,6 +133,8 @@ def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judg
     assert not Reflection(PLAIN, PLAIN, nothing, rounds=4).decode(decoder, judges, two, SEEDS[:2]).trace
     still = Reflection(PLAIN, PLAIN, seen, rounds=4, epsilon=1e9).decode(decoder, judges, two, SEEDS[:2])
     assert len(still.trace) == 1
+    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, satisfied=-1e9).decode(decoder, judges, two, SEEDS[:2])
+    assert not pleased.trace
 
 
 def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
@@ -195,7 +197,7 @@ class Complaint(Critic):
 
 def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     judges["critic"] = Complaint()
-    told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", "always", tell="{prompt} {critique}")
+    told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", tell="{prompt} {critique}")
     decoded = told.decode(decoder, judges, rows[:2], SEEDS[:2])
     prompts = [{"prompt": row["prompt"] + " black"} for row in rows[:2]]
     step = decoded.trace[0]
