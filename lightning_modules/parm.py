@@ -154,9 +154,11 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
         if share is None:
             step = first + (torch.rand(len(tokens), device=tokens.device) * (steps + 1 - first)).long()
+            # A finished image may come from anywhere, and of one that was decoded again some tokens do.
+            known = 2 * torch.rand(len(tokens), 1, device=tokens.device) * (step < steps)[:, None]
+            decided = decided * (torch.rand(tokens.shape, device=tokens.device) < known)
         else:
             step = torch.full_like(first, max(0, round(share * steps) - 1))
-        decided = decided * (step < steps)[:, None]  # a finished image may come from anywhere
         return decoder.evidence(batch["prompt"], *trajectory.at(step), decided)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

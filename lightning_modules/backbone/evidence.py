@@ -66,6 +66,11 @@ class Evidence:
         """Keep some rows."""
         return Evidence(**{name: value[rows] for name, value in self._present(("prompt", *_SHARED, *_OWN)).items()})
 
+    def put(self, rows: Tensor, other: "Evidence") -> "Evidence":
+        """With the evidence of `other` in the place of that about some rows."""
+        own = self._present(("prompt", *_SHARED, *_OWN))
+        return Evidence(**{name: value.index_put((rows,), getattr(other, name)) for name, value in own.items()})
+
     def at(self, positions: Tensor) -> "Evidence":
         """The evidence about the tokens at some positions [B, S] of an image."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]

@@ -29,6 +29,10 @@ class Proposal:
     sampling_log_probs: Tensor
     evidence: Evidence
 
+    def select(self, rows: Tensor) -> "Proposal":
+        """A proposal of some rows."""
+        return Proposal(self.tokens[rows], self.sampling_log_probs[rows], self.evidence.select(rows))
+
     def unfold(self) -> "Proposal":
         """k candidates of B rows as one candidate each of B * k rows."""
         return Proposal(
@@ -42,9 +46,8 @@ class DecodingState:
 
     Attributes:
         tokens: [B, T]; those that are kept are there from the start.
-        keep: tokens that stay as they are, bool [B, T].
-        order: positions to decide, ascending, [B, steps], on the CPU. Where rows have fewer open tokens than others,
-            some of the kept ones are among them, and the last token always is; their only candidate is what they are.
+        keep: tokens that stay as they are, bool [B, T]; decided ones are among them.
+        order: positions to decide, ascending, [B, steps], on the CPU; see `decision_order`.
         step: steps done.
         sampling: how candidates are drawn.
         noise: uniform noise, [B, 1 + K, T], by step; row 0 is for choosing, row 1 + j for candidate j.
@@ -88,6 +91,11 @@ class DecodingState:
         return self.noise[:, 0, self.step]
 
     @property
+    def finished(self) -> Tensor:
+        """Rows that wait for others, bool [B]."""
+        return self.keep.all(1)
+
+    @property
     def prompt(self) -> Tensor:
         """What verifiers read of the prompt, [B, L, 2 dim]."""
         return self.evidence.prompt
@@ -117,16 +125,17 @@ class DecodingState:
 
 
 def decision_order(keep: Tensor) -> Tensor:
-    """Positions to decide, [B, steps], ascending, for tokens to keep, bool [B, T]; see `DecodingState.order`.
+    """Positions to decide, [B, steps], ascending, for tokens to keep, bool [B, T].
 
-    A row decides what it does not keep and its last token; one that has less to do than others also passes the latest
-    of the tokens that it keeps step by step.
+    A row decides what it does not keep, and at the end its last token, whether kept or not: then all others have been
+    read. A row that has fewer open tokens than others decides its last token again and again; a token that is kept has
+    only itself as a candidate.
     """
-    due = ~keep
-    due[:, -1] = True
     length = keep.shape[1]
-    urgency = due * length + torch.arange(length)
-    return urgency.topk(int(due.sum(1).max()), dim=1).indices.sort(1).values
+    due = torch.where(keep, length, torch.arange(length))
+    due[:, -1] = length - 1
+    steps = int((due < length).sum(1).max())
+    return due.sort(1).values[:, :steps].clamp(max=length - 1)
 
 
 class NextTokenDecoder(Decoder):
@@ -293,7 +302,8 @@ class NextTokenDecoder(Decoder):
         """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
 
         Tokens to keep are read, not decided: those before the first open one in the same pass as the prompt, later ones
-        in the pass of the decided token before them. So there are as many passes as open tokens, and at most one more.
+        in the pass of the decided token before them. So there are as many passes as the row with most has open tokens,
+        and at most one more.
 
         Args:
             prompts: B prompts.
@@ -316,18 +326,19 @@ class NextTokenDecoder(Decoder):
         cache.lengths = prompt.shape[1] + first.repeat(2)
         hidden = [h[:, prompt.shape[1] - 1 :] for h in hidden]
         read = self.prompt_encoder.read(ids, prompt[: len(ids)])
+        width = self.dim * len(self.evidence_depths)
         state = DecodingState(
             tokens=tokens,
-            keep=keep.to(ids.device),
+            keep=keep.to(ids.device, copy=True),
             order=order,
             step=0,
             sampling=sampling,
             noise=noise.to(prompt.device),
             codes=codes,
-            evidence=Evidence.empty(read, self.num_tokens, self.dim, self.dim * len(self.evidence_depths)),
+            evidence=Evidence.empty(read, self.num_tokens, self.dim, width),
             cache=cache,
-            hidden=prompt.new_empty(0),
-            logits=prompt.new_empty(0),
+            hidden=prompt.new_empty(len(prompt), width),
+            logits=prompt.new_empty(len(prompt), len(codes)),
         )
         state.cost.decoder_passes += len(prompt)
         self._arrive(state, hidden, torch.full_like(first, -1))
@@ -360,10 +371,12 @@ class NextTokenDecoder(Decoder):
             hidden: of every layer, [2B, S, dim]; entry i of row b predicts position last[b] + 1 + i.
             last: [B], on the CPU.
         """
-        ahead = state.position - last - 1  # tokens that were kept and are passed
+        ahead = (state.position - last - 1).clamp(min=0)  # tokens that were kept and are passed
         logits, read = self._logits(state.codes, hidden[-1]), self._read(hidden)
         both, column = torch.arange(len(logits)), ahead.repeat(2)
-        state.hidden, state.logits = read[both, column], logits[both, column]
+        moved = (state.position > last).repeat(2).to(logits.device)[:, None]
+        state.hidden = torch.where(moved, read[both, column], state.hidden)
+        state.logits = torch.where(moved, logits[both, column], state.logits)
         if not ahead.any():
             return
         offset = torch.arange(int(ahead.max()))
@@ -398,15 +411,16 @@ class NextTokenDecoder(Decoder):
     def commit(self, state: DecodingState, proposal: Proposal, choice: Tensor) -> None:
         """Candidate `choice` [B] is the next token; unless it is the last one, run the next forward pass."""
         rows, last = torch.arange(len(choice), device=choice.device), state.position
-        state.tokens[rows, last.to(choice.device)] = proposal.tokens[rows, choice]
-        state.evidence.write(rows, last.to(choice.device), proposal.evidence.pick(choice), torch.zeros_like(choice))
+        here = rows, last.to(choice.device)
+        state.tokens[here], state.keep[here] = proposal.tokens[rows, choice], True
+        state.evidence.write(*here, proposal.evidence.pick(choice), torch.zeros_like(choice))
         state.step += 1
         if state.done:
             return
-        counts = state.position - last  # the decided token and the kept ones after it
+        counts = state.position - last  # the decided token and the kept ones after it; none of finished rows
         positions = (last[:, None] + torch.arange(int(counts.max()))).clamp(max=self.num_tokens - 1).to(choice.device)
         x = (state.codes[state.tokens.gather(1, positions)] + self._positions[positions]).repeat(2, 1, 1)
-        if x.shape[1] == 1:
+        if (counts == 1).all():
             hidden = self.transformer.step(x, state.cache)
             state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         else:

@@ -69,7 +69,8 @@ class Particles(Strategy):
             if state.step % self.stride == 0 and not state.done:
                 state.cost.verifier_calls += values.numel()
                 # Systematic resampling: one uniform number places n evenly spaced points.
-                kept = redraw(self.value_weight * (values - last), noise[:: self.n, 0, state.step - 1])
+                gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
+                kept = redraw(self.value_weight * gained, noise[:: self.n, 0, state.step - 1])
                 rows = (first[:, None] * self.n + kept).flatten()
                 last = values.gather(1, kept)
                 state, watch = replace(state.select(rows), noise=noise), watch.select(rows)

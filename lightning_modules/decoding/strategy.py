@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,26 @@ Judges = Mapping[str, Verifier[Any] | Reward]
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round of reflection on b of the images.
+
+    Attributes:
+        rows: which ones, [b].
+        omega: what was decoded again, bool [b, T].
+        before, after: tokens [b, T].
+        scores: of the judge, before and after, [b, 2].
+        accepted: bool [b].
+    """
+
+    rows: Tensor
+    omega: Tensor
+    before: Tensor
+    after: Tensor
+    scores: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True)
 class Decoded:
     """B finished images.
 
@@ -29,6 +49,7 @@ class Decoded:
         free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
             plain sampling.
         trajectory: of mask-token decoders: how each grid was filled.
+        trace: what reflection did.
     """
 
     tokens: Tensor
@@ -36,9 +57,10 @@ class Decoded:
     cost: Cost
     free_from: Tensor
     trajectory: Trajectory | None = None
+    trace: Sequence[Round] = ()
 
     def select(self, rows: Tensor) -> "Decoded":
-        """Some of the images; the cost stays that of all."""
+        """Some of the images, without the trace; the cost stays that of all."""
         return Decoded(
             self.tokens[rows],
             self.evidence and self.evidence.select(rows),
@@ -46,6 +68,13 @@ class Decoded:
             self.free_from[rows.cpu()],
             self.trajectory and self.trajectory.select(rows),
         )
+
+    def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
+        """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
+        tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
+        free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
+        evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
+        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=None)
 
 
 def finished(state: DecodingState | MaskState, free_from: Tensor) -> Decoded:
@@ -71,6 +100,13 @@ class Strategy(ABC):
 
         With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
         """
+
+
+def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:
+    """Look up a judge of finished images; raises ValueError with the names there are."""
+    if name not in judges:
+        raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
+    return judges[name]
 
 
 def judged(

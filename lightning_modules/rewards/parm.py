@@ -230,18 +230,19 @@ class PARM(nn.Module, Verifier[PARMState]):
 
     @torch.no_grad()
     def follow(self, state: PARMState, evidence: Evidence | None, position: Tensor) -> None:
-        if evidence is None or state.cache is None:  # what was decided comes with the evidence
+        if evidence is None or state.cache is None or (position == state.lengths).all():
             return
-        counts = position - state.lengths
-        if not counts.any():
-            return
-        offset = torch.arange(int(counts.max()))
-        positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1).to(state.sums.device)
-        passed, real = evidence.at(positions), (offset < counts[:, None]).to(state.sums.device)
-        sums = state.sums[:, None] + (self._increments(passed) * real[..., None]).cumsum(1)
-        x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums))
-        self.transformer.extend(x + self._positions[positions], counts, state.cache)
-        state.sums, state.lengths = sums[:, -1], position
+        counts = (position - state.lengths).clamp(min=0)
+        rows = torch.arange(len(position))
+        sums = F.pad(self._increments(evidence).cumsum(1), (0, 0, 1, 0))  # [B, T + 1, 3], by length of the prefix
+        state.cache.lengths = state.cache.lengths - (state.lengths - position).clamp(min=0)
+        if counts.any():
+            offset = torch.arange(int(counts.max()))
+            positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1)
+            passed = evidence.at(positions.to(sums.device))
+            x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums[rows[:, None], positions + 1]))
+            self.transformer.extend(x + self._positions[positions.to(x.device)], counts, state.cache)
+        state.sums, state.lengths = sums[rows, position], position
 
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:

@@ -38,12 +38,12 @@ class Verifier(ABC, Generic[S]):
 
     @abstractmethod
     def follow(self, state: S, evidence: Evidence | None, position: Tensor) -> None:
-        """Tokens that the decoder passed without a choice, because they are kept, become part of the prefix.
+        """Go to where the decoder is: past tokens that it read without a choice, because they are kept.
 
         Args:
             state: of the images.
             evidence: about all tokens of them that are decided; None of grids before their first step.
-            position: the prefix of row b is to end before position[b], [B], on the CPU.
+            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
         """
 
     @abstractmethod
@@ -61,6 +61,14 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
+
+
+class Critic(Reward):
+    """Says in words what is wrong with finished images."""
+
+    @abstractmethod
+    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
+        """What images [B, 3, H, W], in [0, 1], do not show as their prompts say."""
 
 
 class StepJudge(Reward):
@@ -105,10 +113,10 @@ class Likelihood(Verifier[LikelihoodState]):
     def follow(self, state: LikelihoodState, evidence: Evidence | None, position: Tensor) -> None:
         if evidence is None or evidence.undecided is not None:  # a grid's evidence tells of all that was decided
             return
-        index = torch.arange(evidence.log_probs.shape[1])
-        passed = (index >= state.lengths[:, None]) & (index < position[:, None])
-        state.total = state.total + (evidence.log_probs * passed.to(state.total.device)).sum(1)
-        state.lengths = position
+        if (position != state.lengths).any():
+            before = torch.arange(evidence.log_probs.shape[1]) < position[:, None]
+            state.total = (evidence.log_probs * before.to(evidence.log_probs.device)).sum(1)
+            state.lengths = position
 
     def score(self, state: LikelihoodState, evidence: Evidence) -> Tensor:
         if evidence.undecided is not None:
