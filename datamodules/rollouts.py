@@ -145,7 +145,7 @@ def collect(
             seeds = [image_seed(seed, i, j) for i, j in chunk]
             decoded = spec.strategy.decode(decoder, judges, rows, seeds)
             images = to_uint8(tokenizer.decode(decoded.tokens))
-            found = reward.detector(images)
+            found = reward.detect(images)
             verdicts = reward.judge(rows, found)
             columns = {
                 "prompt": [row["prompt"] for row in rows],
