@@ -1,6 +1,5 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from callbacks.report import StrategyResult, print_table, write_report
+from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
+from datamodules.geneval import sample_path
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.rewards.verifier import Reward, Verifier
 
 
 @dataclass
@@ -57,6 +57,7 @@ class GenEvalCallback(Callback):
         sheet_prompts: prompts on the contact sheets.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
+        rewards: further judges of finished images, by name, for strategies and `holdout`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class GenEvalCallback(Callback):
         folder: str,
         sheet_prompts: int,
         holdout: Sequence[str],
+        rewards: Mapping[str, Reward] | None = None,
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -95,16 +97,18 @@ class GenEvalCallback(Callback):
         self.folder = Path(folder)
         self.sheet_prompts = sheet_prompts
         self.holdout = list(holdout)
+        self.rewards = dict(rewards or {})
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
+        """Refuse prompts with unknown words, hold-outs that do not exist and blind detectors before any work starts."""
         for name in self.holdout:
-            if name not in pl_module.judges:  # type: ignore[operator]
-                known = ", ".join(pl_module.judges)  # type: ignore[arg-type]
+            if name not in (judges := {**pl_module.judges, **self.rewards}):  # type: ignore[dict-item]
+                known = ", ".join(judges)
                 raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
+        self.reward.prepare(trainer.strategy.root_device)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -148,7 +152,7 @@ class GenEvalCallback(Callback):
     ) -> dict[str, StrategyResult]:
         """Decode and judge this rank's share by each strategy, then put the shares together."""
         pl_module.eval()
-        judges: Judges = {**pl_module.judges, "geneval": self.reward}  # type: ignore[dict-item]
+        judges: Judges = {**pl_module.judges, **self.reward.kinds(), **self.rewards}  # type: ignore[dict-item]
         rank, world_size = trainer.global_rank, trainer.world_size
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}
@@ -191,28 +195,10 @@ class GenEvalCallback(Callback):
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
             share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
         for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
-            share.rows.append(
-                {
-                    "filename": f"{i:05d}/samples/{j:04d}.png",
-                    "tag": row["tag"],
-                    "prompt": row["prompt"],
-                    "correct": verdict.correct,
-                    "reason": verdict.reason,
-                    "metadata": json.dumps(row),
-                    "details": json.dumps(verdict.details),
-                }
-            )
-            if j == 0 and i in _spread(len(prompts), self.sheet_prompts):
+            share.rows.append(result_row(sample_path(i, j), row, verdict))
+            if j == 0 and i in spread(len(prompts), self.sheet_prompts):
                 share.thumbnails[i] = image
         return verdicts
-
-
-def _spread(total: int, wanted: int) -> set[int]:
-    """`wanted` indices (or all, if there are fewer): one from each of as many windows of 0..total.
-
-    Each is one place further along in its window: a fixed step would meet the same one of prompts that repeat in turn.
-    """
-    return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
 
 
 def _gather(share: _Share) -> list[_Share]:

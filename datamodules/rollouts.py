@@ -78,7 +78,7 @@ def provenance(
 
 
 def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
-    """Create a rollouts folder, or make sure that an existing one was made with the same things.
+    """Create a folder of rollouts or images, or make sure that an existing one was made with the same things.
 
     Raises:
         ValueError: it was not; the sentence names what differs.
@@ -90,7 +90,7 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
         return
     stored = json.loads(about.read_text(encoding="utf-8"))
     if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
-        raise ValueError(f"rollouts in {folder} were made with another {' and another '.join(different)}")
+        raise ValueError(f"what is in {folder} was made with another {' and another '.join(different)}")
 
 
 def collect(

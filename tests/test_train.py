@@ -330,7 +330,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
         (["strategies.parm_literal.k=0"], "verified decoding needs k of at least 1, not 0"),
         (["strategies.best_of_8_parm.n=0"], "best-of-n needs n of at least 1, not 0"),
-        (["task=train"], "task must be fit, evaluate, rollout, export or ladder, not 'train'"),
+        (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
