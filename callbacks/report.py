@@ -140,10 +140,10 @@ def spread(total: int, wanted: int) -> set[int]:
     return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
 
 
-def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> Image.Image:
-    """Images with their prompts, framed green (correct) or red with the reason."""
+def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2, largest: int = 256) -> Image.Image:
+    """Images, `scale` times as large but `largest` pixels at most, with prompts, framed green, or red with reasons."""
     font = ImageFont.load_default(11)
-    side = scale * next(iter(result.thumbnails.values())).shape[0]
+    side = min(scale * next(iter(result.thumbnails.values())).shape[0], largest)
     width = side + 60
     captions = []
     for index in result.thumbnails:
@@ -158,7 +158,8 @@ def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> I
     for place, (index, pixels) in enumerate(result.thumbnails.items()):
         x, y = (place % columns) * width, (place // columns) * height
         row = result.row_of(index)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x + 30, y + 3))
+        filter_ = Image.Resampling.NEAREST if len(pixels) < side else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(pixels).resize((side, side), filter_), (x + 30, y + 3))
         color = "green" if row["correct"] else "red"
         draw.rectangle((x + 28, y + 1, x + 31 + side, y + 4 + side), outline=color, width=2)
         draw.multiline_text((x + 4, y + side + 8), captions[place], fill="black", font=font, spacing=1)

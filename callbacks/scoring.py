@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from PIL import Image
 
 from callbacks.report import StrategyResult, contact_sheet, print_table, result_line, result_row, save_image, spread
 from datamodules.geneval import OFFICIAL_IMAGES, differences, repeated
@@ -19,8 +18,6 @@ from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import summarize
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
-
-SHEET_SIDE = 128  # of an image on the contact sheet, pixels
 
 
 class Scoring(LightningModule):
@@ -193,9 +190,7 @@ class Scoring(LightningModule):
         for index in sorted(spread(len(self.folders), self.sheet_prompts)):
             images = read(self.folders[index], self.reward.detector.image_size)
             if images.pixels:
-                picture = Image.fromarray(images.pixels[0])
-                picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
-                shown[int(self.folders[index].path.name)] = np.asarray(picture)
+                shown[int(self.folders[index].path.name)] = images.pixels[0]
         return shown
 
 

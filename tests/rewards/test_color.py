@@ -26,10 +26,8 @@ TINY_CLIP = {
 PREPROCESS = {"size": [32, 32], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
-    """With random weights, from a folder."""
-    folder = tmp_path_factory.mktemp("clip")
+def tiny_clip(folder: Path) -> str:
+    """Write a random CLIP; gives its name for open_clip."""
     torch.manual_seed(0)
     clip = open_clip.CLIP(TINY_CLIP["embed_dim"], TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"], quick_gelu=True)
     with torch.no_grad():
@@ -39,7 +37,12 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return CLIPColors(f"local-dir:{folder}", pretrained=None, batch_size=7)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
+    return CLIPColors(tiny_clip(tmp_path_factory.mktemp("clip")), pretrained=None, batch_size=7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['note']}")
