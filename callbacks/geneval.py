@@ -17,6 +17,7 @@ from callbacks.report import StrategyResult, print_table, result_row, spread, wr
 from datamodules.geneval import sample_path
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
@@ -58,6 +59,7 @@ class GenEvalCallback(Callback):
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
         rewards: further judges of finished images, by name, for strategies and `holdout`.
+        fid: distance to reference images, logged beside GenEval as `holdout` is.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class GenEvalCallback(Callback):
         sheet_prompts: int,
         holdout: Sequence[str],
         rewards: Mapping[str, Reward] | None = None,
+        fid: FID | None = None,
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -98,6 +101,7 @@ class GenEvalCallback(Callback):
         self.sheet_prompts = sheet_prompts
         self.holdout = list(holdout)
         self.rewards = dict(rewards or {})
+        self.fid = fid
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -159,6 +163,8 @@ class GenEvalCallback(Callback):
         for name in names:
             share = _Share()
             metric = GenEvalMetric().to(pl_module.device)
+            if self.fid is not None:
+                self.fid.start(pl_module.device, rank, world_size)
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     batch = jobs[start : start + self.batch_size]
@@ -168,6 +174,8 @@ class GenEvalCallback(Callback):
                     bar.update(len(batch))
             scores = {task: float(score) for task, score in metric.compute().items()}
             results[name] = _combine(name, _gather(share), scores)
+            if self.fid is not None:
+                results[name].holdout["fid"] = self.fid.compute()
         return results
 
     def _decode(
@@ -189,6 +197,8 @@ class GenEvalCallback(Callback):
         share.decoder_passes += decoded.cost.decoder_passes
         share.verifier_calls += decoded.cost.verifier_calls
         verdicts = self.reward.verdicts(rows, images)
+        if self.fid is not None:
+            self.fid.update(images)
         share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
         for name in self.holdout:
             judge = judges[name]

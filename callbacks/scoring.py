@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
+from tqdm import tqdm
 
 from callbacks.report import StrategyResult, contact_sheet, print_table, result_line, result_row, save_image, spread
 from datamodules.geneval import OFFICIAL_IMAGES, differences, repeated
 from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan
 from lightning_modules.backbone.loading import write_text
+from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import summarize
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -30,6 +32,7 @@ class Scoring(LightningModule):
         images: the folder.
         reward: judges the images.
         rewards: further judges, by name; each becomes a column of results.jsonl and a mean in geneval.json.
+        fid: distance of all images to reference images, a number in geneval.json.
         rewards_config: what made `rewards`, as text, to tell older results apart.
         results: where results of single prompts are kept.
         folder: where the report goes.
@@ -46,6 +49,7 @@ class Scoring(LightningModule):
         images: str,
         reward: GenEvalReward,
         rewards: Mapping[str, Reward],
+        fid: FID | None,
         rewards_config: str,
         results: str,
         folder: str,
@@ -55,7 +59,7 @@ class Scoring(LightningModule):
     ) -> None:
         super().__init__()
         self.images = images.rstrip("/")
-        self.reward, self.rewards = reward, dict(rewards)
+        self.reward, self.rewards, self.fid = reward, dict(rewards), fid
         self.about = {**reward.about, "rewards": rewards_config}
         self.folders = scan(images, reward.detector.class_names)
         self.store = ScoreStore(results, images, self.about)
@@ -70,8 +74,9 @@ class Scoring(LightningModule):
         )
         trainer.predict(self, data, return_predictions=False)
         trainer.strategy.barrier("scored")
+        distance = {"fid": self._distance(self.fid, trainer)} if self.fid is not None else {}
         if trainer.is_global_zero:
-            self._report(trainer)
+            self._report(trainer, distance)
 
     def setup(self, stage: str) -> None:
         self.reward.prepare(self.trainer.strategy.root_device)
@@ -109,7 +114,16 @@ class Scoring(LightningModule):
                 opinions[k] = value
         return opinions
 
-    def _report(self, trainer: Trainer) -> None:
+    def _distance(self, fid: FID, trainer: Trainer) -> float:
+        """FID of all images. It is of the whole set, so it is not kept prompt by prompt; it takes one pass."""
+        rank, world_size = trainer.global_rank, trainer.world_size
+        fid.start(trainer.strategy.root_device, rank, world_size)
+        for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
+            for image in read(folder, self.reward.detector.image_size).pixels:
+                fid.update(image[None])
+        return fid.compute()
+
+    def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
         results = [self._result(folder) for folder in self.folders]
         judged = [image for result in results for image in result["judged"]]
         left_out = [sentence for result in results for sentence in result["left_out"]]
@@ -129,7 +143,7 @@ class Scoring(LightningModule):
             verifier_calls=0,
             seconds=0,
             objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
-            holdout={name: float(np.mean([row[name] for row in rows])) for name in self.rewards},
+            holdout={**{name: float(np.mean([row[name] for row in rows])) for name in self.rewards}, **distance},
         )
         low, high = result.interval()
         made_with = Path(self.images) / "provenance.json"

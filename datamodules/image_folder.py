@@ -127,7 +127,7 @@ def read(folder: PromptFolder, side: int | None) -> Images:
             with Image.open(folder.path / "samples" / file) as image:
                 kind, mode = image.format, image.mode
                 image.load()
-                array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             left_out.append(f"{name} cannot be read: {error}")
             continue

@@ -55,9 +55,7 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     assert not list(images.rglob("*.partial"))
     with pytest.raises(ValueError, match=r"was made with another strategy and another seed"):
         generate("seed=4", "sampling.temperature=1")
-    with pytest.raises(
-        InstantiationException, match=r"generating.strategy is 'magic'; there are: sample, best_of_8_likelihood"
-    ):
+    with pytest.raises(InstantiationException, match=r"generating.strategy is 'magic'; there are: sample, best"):
         generate("generating.strategy=magic")
 
     config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning import Trainer
-from PIL import Image
+from PIL import Image, ImageOps
 
 from callbacks.report import result_line
 from callbacks.scoring import Scoring
 from datamodules.geneval import sample_path
 from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.prompts import shapes_prompts
-from datamodules.shapes.scenes import scene_for
+from datamodules.shapes.scenes import ShapesStream, scene_for
 from datamodules.shapes.world import render
+from lightning_modules.rewards.fid import FID, CodeFeatures
 from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
@@ -61,7 +63,8 @@ def score(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[dict[str, 
     """Score a folder; gives geneval.json and the rows of results.jsonl."""
 
     def score_(images: Path, detector: Any = None, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        settings: dict[str, Any] = {"rewards": {}, "batch_size": 4, "results": str(tmp_path / "scores")} | changes
+        settings: dict[str, Any] = {"rewards": {}, "fid": None, "batch_size": 4, "results": str(tmp_path / "scores")}
+        settings |= changes
         scoring = Scoring(
             str(images), GenEvalReward(detector or ShapesDetector()), rewards_config="", folder=str(tmp_path / "out"),
             num_workers=0, sheet_prompts=4, **settings,
@@ -207,3 +210,15 @@ def test_folders_without_images_are_refused(images: Path, score) -> None:
         score(images / "nowhere")
     with pytest.raises(ValueError, match=r"has no folders 00000, 00001"):
         score(images / "00001")
+
+
+def test_the_distance_to_references_is_reported(tmp_path: Path, images: Path, score, compose_config) -> None:
+    def distance(folder: Path) -> float:
+        tokenizer = instantiate(compose_config().tokenizer, _convert_="all")
+        fid = FID(ShapesStream(split="train", seed=9), 64, CodeFeatures(tokenizer))
+        return score(folder, fid=fid)[0]["holdout"]["fid"]
+
+    inverted = shutil.copytree(images, tmp_path / "inverted")
+    for path in inverted.rglob("*.png"):
+        ImageOps.invert(Image.open(path)).save(path)
+    assert distance(inverted) > 100 * distance(images) > 0
