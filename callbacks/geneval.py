@@ -136,6 +136,7 @@ class GenEvalCallback(Callback):
         if trainer.is_global_zero:
             about = {
                 "decoder": type(pl_module.decoder).__name__,
+                "judged_by": self.reward.about,
                 "seed": self.seed,
                 "prompts": len(self.test_prompts),
                 "images_per_prompt": self.images_per_prompt,

@@ -118,6 +118,7 @@ def collect(
         seed, prompt_index, sample, settings.
     """
     made_with = provenance(spec, decoder, judges, seed, keep_evidence)
+    reward.prepare(next(decoder.parameters()).device)
     if rank == 0:
         open_folder(folder, made_with)
     if world_size > 1:
