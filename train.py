@@ -1,7 +1,9 @@
 """Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
 
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,32 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import LightningModule, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.backbone.loading import export, write_text
 
+TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 
-def build(node: DictConfig | None) -> Any:
+
+def build(node: DictConfig | None, **more: Any) -> Any:
     """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects."""
-    return instantiate(node, _convert_="all")
+    return instantiate(node, _convert_="all", **more)
+
+
+def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """The Trainer, with loggers that know the config."""
+    loggers = list(build(config.logger).values())
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
+    return trainer
 
 
 def run(config: DictConfig) -> None:
     """Do the task of a config."""
-    if config.task not in ("fit", "evaluate", "rollout", "export", "ladder"):
-        raise ValueError(f"task must be fit, evaluate, rollout, export or ladder, not {config.task!r}")
+    if config.task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {config.task!r}")
     if config.task == "ladder":
         build(config.ladder).run()
         return
@@ -34,13 +47,25 @@ def run(config: DictConfig) -> None:
         raise ValueError(
             f"task={config.task} needs data, and here is none to train on; this config is for task=evaluate"
         )
-    if missing := OmegaConf.missing_keys(config):
+    if config.task in ("score", "generate") and config.images is None:
+        raise ValueError(f"task={config.task} needs images, the folder")
+    used = ("scoring.", "geneval.reward.") if config.task == "score" else ("",)
+    if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
         raise ValueError(f"{min(missing)} needs a value")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
     seed_everything(config.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(config, resolve=True)
     write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if config.task == "score":
+        rewards = json.dumps(plain["scoring"]["rewards"], sort_keys=True)
+        build(config.scoring, rewards_config=rewards).run(trainer_for(config))
+        return
+    if config.task == "generate":
+        generating = build(config.generating)
+        load_checkpoint(generating.module, config.ckpt_path)
+        generating.run(trainer_for(config))
+        return
     module = build(config.module)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
@@ -54,11 +79,7 @@ def run(config: DictConfig) -> None:
         load_checkpoint(module, config.ckpt_path)
         data.collect_all(module)
         return
-    callbacks = list(build(config.callbacks).values())
-    loggers = list(build(config.logger).values())
-    for logger in loggers:
-        logger.log_hyperparams(plain)
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    trainer = trainer_for(config, list(build(config.callbacks).values()))
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)

@@ -1,6 +1,5 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,15 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from callbacks.report import StrategyResult, print_table, write_report
+from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
+from datamodules.geneval import sample_path
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.rewards.verifier import Reward, Verifier
 
 
 @dataclass
@@ -55,9 +56,10 @@ class GenEvalCallback(Callback):
         seed: of all images.
         folder: where results go.
         sheet_prompts: prompts on the contact sheets.
-        judges: further judges that strategies and hold-outs can name, beside the LightningModule's own and `geneval`.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
+        rewards: further judges of finished images, by name, for strategies and `holdout`.
+        fid: distance to reference images, logged beside GenEval as `holdout` is.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class GenEvalCallback(Callback):
         seed: int,
         folder: str,
         sheet_prompts: int,
-        judges: Judges,
         holdout: Sequence[str],
+        rewards: Mapping[str, Reward],
+        fid: FID | None = None,
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -96,12 +99,13 @@ class GenEvalCallback(Callback):
         self.seed = seed
         self.folder = Path(folder)
         self.sheet_prompts = sheet_prompts
-        self.judges = judges
         self.holdout = list(holdout)
+        self.rewards = rewards
+        self.fid = fid
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
+        """Refuse prompts with unknown words, hold-outs that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
         for name in self.holdout:
             if name not in judges:
@@ -109,10 +113,11 @@ class GenEvalCallback(Callback):
                 raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
+        self.reward.prepare(trainer.strategy.root_device)
 
     def _judges(self, pl_module: LightningModule) -> Judges:
         """All judges, by name."""
-        return {**pl_module.judges, **self.judges, "geneval": self.reward}  # type: ignore[dict-item]
+        return {**pl_module.judges, **self.reward.kinds(), **self.rewards}  # type: ignore[dict-item]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -136,6 +141,7 @@ class GenEvalCallback(Callback):
         if trainer.is_global_zero:
             about = {
                 "decoder": type(pl_module.decoder).__name__,
+                "judged_by": self.reward.about,
                 "seed": self.seed,
                 "prompts": len(self.test_prompts),
                 "images_per_prompt": self.images_per_prompt,
@@ -163,6 +169,8 @@ class GenEvalCallback(Callback):
         for name in names:
             share = _Share()
             metric = GenEvalMetric().to(pl_module.device)
+            if self.fid is not None:
+                self.fid.start(pl_module.device, rank, world_size)
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     batch = jobs[start : start + self.batch_size]
@@ -172,6 +180,8 @@ class GenEvalCallback(Callback):
                     bar.update(len(batch))
             scores = {task: float(score) for task, score in metric.compute().items()}
             results[name] = _combine(name, _gather(share), scores)
+            if self.fid is not None:
+                results[name].holdout["fid"] = self.fid.compute()
         return results
 
     def _decode(
@@ -193,34 +203,18 @@ class GenEvalCallback(Callback):
         share.decoder_passes += decoded.cost.decoder_passes
         share.verifier_calls += decoded.cost.verifier_calls
         verdicts = self.reward.verdicts(rows, images)
+        if self.fid is not None:
+            self.fid.update(images)
         share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
         for name in self.holdout:
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
             share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
         for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
-            share.rows.append(
-                {
-                    "filename": f"{i:05d}/samples/{j:04d}.png",
-                    "tag": row["tag"],
-                    "prompt": row["prompt"],
-                    "correct": verdict.correct,
-                    "reason": verdict.reason,
-                    "metadata": json.dumps(row),
-                    "details": json.dumps(verdict.details),
-                }
-            )
-            if j == 0 and i in _spread(len(prompts), self.sheet_prompts):
+            share.rows.append(result_row(sample_path(i, j), row, verdict))
+            if j == 0 and i in spread(len(prompts), self.sheet_prompts):
                 share.thumbnails[i] = image
         return verdicts
-
-
-def _spread(total: int, wanted: int) -> set[int]:
-    """`wanted` indices (or all, if there are fewer): one from each of as many windows of 0..total.
-
-    Each is one place further along in its window: a fixed step would meet the same one of prompts that repeat in turn.
-    """
-    return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
 
 
 def _gather(share: _Share) -> list[_Share]:

@@ -13,9 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.backbone.loading import write_text
-from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval import TASKS, Verdict
 
 _HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
+
+
+def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """An image's row of results.jsonl, in the official columns."""
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(verdict.details),
+    }
+
+
+def result_line(row: Mapping[str, Any]) -> str:
+    """A row as the official evaluation writes it, byte for byte: compact, with its slashes escaped."""
+    return json.dumps(row, separators=(",", ":")).replace("/", r"\/")
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class StrategyResult:
 
     def row_of(self, index: int) -> dict[str, Any]:
         """The row of the first image of prompt `index`."""
-        return next(row for row in self.rows if row["filename"].startswith(f"{index:05d}/samples/0000"))
+        return next(row for row in self.rows if int(row["filename"].split("/")[0]) == index)
 
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of `overall` over prompts."""
@@ -100,19 +118,32 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
             "objects_per_image": result.objects,
             "holdout": result.holdout,
         }
-        lines += [json.dumps(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
-        sheet = folder / "sheets" / f"{name}.png"
-        contact_sheet(result).save(sheet.with_suffix(".partial"), format="PNG")
-        sheet.with_suffix(".partial").replace(sheet)
+        lines += [result_line(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
+        save_image(contact_sheet(result), folder / "sheets" / f"{name}.png")
     report = {"benchmark": "GenEval", **about, "strategies": strategies}
     write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")
     write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
 
 
-def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> Image.Image:
-    """Images with their prompts, framed green (correct) or red with the reason."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file through a temporary one, so that it appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def spread(total: int, wanted: int) -> set[int]:
+    """`wanted` indices (or all, if there are fewer): one from each of as many windows of 0..total.
+
+    Each is one place further along in its window: a fixed step would meet the same one of prompts that repeat in turn.
+    """
+    return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
+
+
+def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2, largest: int = 256) -> Image.Image:
+    """Images, `scale` times as large but `largest` pixels at most, with prompts, framed green, or red with reasons."""
     font = ImageFont.load_default(11)
-    side = scale * next(iter(result.thumbnails.values())).shape[0]
+    side = min(scale * next(iter(result.thumbnails.values())).shape[0], largest)
     width = side + 60
     captions = []
     for index in result.thumbnails:
@@ -127,7 +158,8 @@ def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2) -> I
     for place, (index, pixels) in enumerate(result.thumbnails.items()):
         x, y = (place % columns) * width, (place // columns) * height
         row = result.row_of(index)
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x + 30, y + 3))
+        filter_ = Image.Resampling.NEAREST if len(pixels) < side else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(pixels).resize((side, side), filter_), (x + 30, y + 3))
         color = "green" if row["correct"] else "red"
         draw.rectangle((x + 28, y + 1, x + 31 + side, y + 4 + side), outline=color, width=2)
         draw.multiline_text((x + 4, y + side + 8), captions[place], fill="black", font=font, spacing=1)
@@ -147,14 +179,18 @@ def _wrap(line: str, width: int, font: Any) -> str:
 
 
 def print_table(results: Mapping[str, StrategyResult]) -> None:
-    """Print strategies x tasks, with intervals and costs."""
+    """Print strategies x tasks, with intervals, costs (unless all are unknown) and what other judges say."""
     table = Table(title="GenEval", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
-    for heading in ("overall", "95 %", *_HEADINGS, "decoder", "verifier", "s/image"):
+    costly = any(result.decoder_forwards for result in results.values())
+    judges = list(dict.fromkeys(judge for result in results.values() for judge in result.holdout))
+    for heading in ("overall", "95 %", *_HEADINGS, *(("decoder", "verifier", "s/image") if costly else ()), *judges):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         low, high = result.interval()
         tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
         costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
-        table.add_row(name, f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks, *costs)
-    Console(width=120).print(table)
+        opinions = [f"{result.holdout[judge]:.3f}" if judge in result.holdout else "-" for judge in judges]
+        scores = f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks
+        table.add_row(name, *scores, *(costs if costly else ()), *opinions)
+    Console(width=120 + sum(len(judge) + 2 for judge in judges)).print(table)

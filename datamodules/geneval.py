@@ -1,12 +1,27 @@
-"""GenEval prompts: the embedded shapes prompts or a file in the official format."""
+"""GenEval prompts: the embedded shapes prompts, or files and data sets in the official format."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
+from datasets import Dataset
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from datamodules.loaders import make_loader
 from datamodules.shapes.prompts import Split, shapes_prompts
-from lightning_modules.rewards.geneval import read_prompts
+from lightning_modules.rewards.geneval import CLASS_NAMES, read_prompts, validate_metadata
 
 Metadata = dict[str, Any]
+
+# The official prompts of each task, 553 in all, and a digest of them, whatever their order.
+OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+OFFICIAL_IMAGES = 4  # of each prompt
+_OFFICIAL_DIGEST = "ac3c481628128939793c13827f94fb83c9bc0a7efef1c29bfbe1c117c8c99e5e"
 
 
 def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int]) -> list[Metadata]:
@@ -14,10 +29,127 @@ def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int]) -> list
     return shapes_prompts(split, per_task)
 
 
-def prompts_from_file(path: str, class_names: Sequence[str]) -> list[Metadata]:
+def prompts_from_file(path: str, class_names: Sequence[str] = CLASS_NAMES, official: bool = False) -> list[Metadata]:
     """The prompts of a JSONL file in GenEval's format.
 
+    Args:
+        path: of the file.
+        class_names: classes that prompts may name.
+        official: these must be the official 553 prompts, each once.
+
     Raises:
-        FileNotFoundError, ValueError: no such file, or a broken row; the sentence names file and line.
+        FileNotFoundError, ValueError: no such file, or a broken row; the sentence names file and line. With `official`,
+            prompts that are missing, altered or repeated.
     """
-    return read_prompts(path, tuple(class_names))
+    return _checked(read_prompts(path, tuple(class_names)), path, official)
+
+
+def prompts_from_dataset(
+    path: str, split: str = "test", class_names: Sequence[str] = CLASS_NAMES, official: bool = False
+) -> list[Metadata]:
+    """The prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
+
+    Its columns are the keys of GenEval's format (`tag`, `include`, `exclude`, `prompt`), or it has one column,
+    `metadata`, with their JSON. Columns give every clause all keys, those that it lacks as None, and a position's index
+    as text; both are undone.
+
+    Args:
+        path: of the folder, or name on the hub.
+        split: of a data set with several.
+        class_names, official: see `prompts_from_file`.
+
+    Raises:
+        ValueError: there is no such split, or a broken row; the sentence names data set and row.
+    """
+    found = datasets.load_from_disk(path) if Path(path).is_dir() else datasets.load_dataset(path)
+    if not isinstance(found, Dataset):
+        if split not in found:
+            raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
+        found = found[split]
+    rows = []
+    for number, stored in enumerate(found):
+        where = f"{path}, row {number}"
+        row = _plain(stored)
+        if "metadata" in row:
+            try:
+                row = json.loads(row["metadata"])
+            except ValueError as error:
+                raise ValueError(f"{where}: metadata is not valid JSON: {error}") from error
+        validate_metadata(row, tuple(class_names), where)
+        rows.append(row)
+    return _checked(rows, path, official)
+
+
+def _plain(value: Any) -> Any:
+    """What a row was before it became columns."""
+    if isinstance(value, Mapping):
+        plain = {key: _plain(item) for key, item in value.items() if item is not None}
+        if isinstance(plain.get("position"), list):
+            plain["position"] = [int(item) if str(item).isdecimal() else item for item in plain["position"]]
+        return plain
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _checked(rows: list[Metadata], where: str, official: bool) -> list[Metadata]:
+    if official and (found := differences(rows)):
+        raise ValueError(f"{where}: these are not the official prompts: {'; '.join(found)}")
+    return rows
+
+
+def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A phrase for each prompt that occurs more than once."""
+    counts = Counter(row["prompt"] for row in rows)
+    return [f"{prompt!r} occurs {count} times" for prompt, count in counts.items() if count > 1]
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What sets prompts apart from the official 553, a phrase each: missing, surplus, repeated, altered."""
+    distinct = {json.dumps(row, sort_keys=True): row["tag"] for row in rows}
+    counts = Counter(distinct.values())
+    found = [f"{counts[task]} of {total} {task} prompts" for task, total in OFFICIAL.items() if counts[task] != total]
+    found += repeated(rows)
+    if not found and hashlib.sha256("\n".join(sorted(distinct)).encode()).hexdigest() != _OFFICIAL_DIGEST:
+        found.append("some have other words or clauses")
+    return found
+
+
+def sample_path(prompt: int, sample: int) -> str:
+    """Where an image lies in a folder in GenEval's layout."""
+    return f"{prompt:05d}/samples/{sample:04d}.png"
+
+
+class PromptsDataModule(LightningDataModule):
+    """Images to be made: (index of the prompt, number of the sample, GenEval metadata), those that are not there yet.
+
+    All images of a prompt are one rank's, and no prompt is two ranks'.
+
+    Args:
+        prompts: GenEval metadata.
+        images_per_prompt: samples of each.
+        folder: in GenEval's layout; null makes every image.
+        batch_size: images a batch, per rank.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Metadata], images_per_prompt: int, folder: str | None, batch_size: int
+    ) -> None:
+        super().__init__()
+        if images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
+        self.prompts, self.images_per_prompt = prompts, images_per_prompt
+        self.folder = folder
+        self.batch_size = batch_size
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        own = range(rank, len(self.prompts), world_size)
+        jobs = [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
+        if self.folder is not None:
+            jobs = [job for job in jobs if not (Path(self.folder) / sample_path(*job[:2])).is_file()]
+        return DataLoader(jobs, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The prompts; a model that is only evaluated has nothing else to be tested on."""
+        assert self.trainer is not None
+        return make_loader(self.prompts, self.trainer, self.batch_size, list, train=False)  # type: ignore[arg-type]

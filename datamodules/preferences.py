@@ -61,8 +61,8 @@ class PreferencesDataModule(PairsDataModule):
         reward: labels the images (`geneval`).
         rewards: further judges of finished images, by name.
         scores: what makes one image better than another: weights of `geneval` (all is right), of `clauses` (the share
-            of what the prompt asks that is), of `rewards` and of the LightningModule's own judges (`parm`); a
-            verifier's value counts as a probability.
+            of what the prompt asks that is), of `strict` (and counts are exact), of `rewards` and of the
+            LightningModule's own judges (`parm`); a verifier's value counts as a probability.
         train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set, so
             that a set of verified ones proposes what is chosen.
         validation: rollouts of prompts that are neither trained nor evaluated on.
@@ -129,7 +129,7 @@ class PreferencesDataModule(PairsDataModule):
     def _judges(self) -> dict[str, Any]:
         assert self.trainer is not None
         own: Any = self.trainer.lightning_module.judges
-        return {**dict.fromkeys(_LABELS, self.reward), **self.rewards, **own}
+        return {**self.reward.kinds(), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
         assert self.trainer is not None

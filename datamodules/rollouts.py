@@ -77,7 +77,7 @@ def provenance(spec: RolloutSpec, decoder: Decoder, judges: Judges, seed: int, k
 
 
 def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
-    """Create a rollouts folder, or make sure that an existing one was made with the same things.
+    """Create a folder of rollouts or images, or make sure that an existing one was made with the same things.
 
     Raises:
         ValueError: it was not; the sentence names what differs.
@@ -89,7 +89,7 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
         return
     stored = json.loads(about.read_text(encoding="utf-8"))
     if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
-        raise ValueError(f"rollouts in {folder} were made with another {' and another '.join(different)}")
+        raise ValueError(f"what is in {folder} was made with another {' and another '.join(different)}")
 
 
 def collect(
@@ -118,6 +118,7 @@ def collect(
         seed, prompt_index, sample, settings.
     """
     made_with = provenance(spec, decoder, judges, seed, keep_evidence)
+    reward.prepare(next(decoder.parameters()).device)
     if rank == 0:
         open_folder(folder, made_with)
     if world_size > 1:
@@ -145,7 +146,7 @@ def collect(
             seeds = [image_seed(seed, i, j) for i, j in chunk]
             decoded = spec.strategy.decode(decoder, judges, rows, seeds)
             images = to_uint8(tokenizer.decode(decoded.tokens))
-            found = reward.detector(images)
+            found = reward.detect(images)
             verdicts = reward.judge(rows, found)
             columns = {
                 "prompt": [row["prompt"] for row in rows],

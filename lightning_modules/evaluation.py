@@ -21,12 +21,12 @@ class EvaluationModule(LightningModule):
 
     @property
     def judges(self) -> dict[str, Verifier[Any]]:
-        """None of its own; see `judges` of GenEvalCallback."""
+        """None of its own; see `rewards` of GenEvalCallback."""
         return {}
 
     def test_dataloader(self) -> list[int]:
         """One empty batch: without any, the Trainer would not test at all."""
         return [0]
 
-    def test_step(self, batch: int, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: what is measured is measured by callbacks."""

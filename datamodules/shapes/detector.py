@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise, product
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,17 @@ class ShapesDetector:
     """
 
     class_names: ClassVar[tuple[str, ...]] = tuple(INSIDE)
+    image_size: ClassVar[int | None] = SIDE
     batch_size: int = 128  # images looked at together: bounds the memory, changes no result
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its name: it has no settings that change what it finds, and no weights."""
+        return {"name": type(self).__name__}
+
+    def to(self, device: object) -> Self:
+        """It computes on the CPU, wherever it is moved."""
+        return self
 
     def __call__(self, images: NDArray[np.uint8]) -> list[Detections]:
         """Detect the objects of each image, uint8 [B, 64, 64, 3]; in a box, x2 and y2 are the last pixel + 1.

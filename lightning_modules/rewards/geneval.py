@@ -40,6 +40,10 @@ CLASS_NAMES = tuple(
 )
 
 
+def _nobody(indices: Sequence[int]) -> list[str]:
+    raise ValueError("prompts ask for colors, the detector does not name them, and geneval.reward.colors is null")
+
+
 @dataclass(frozen=True)
 class Detections:
     """What a detector found in one image, before any threshold, in the detector's order (it breaks ties)."""
@@ -50,9 +54,11 @@ class Detections:
     """[N] confidences."""
     boxes: NDArray[np.float32]
     """[N, 4] corners (x1, y1, x2, y2) in pixels, y growing downwards."""
-    colors: Callable[[Sequence[int]], list[str]]
+    colors: Callable[[Sequence[int]], list[str]] = _nobody
     """Names the colours of the detections with these indices; asked only where a prompt wants a colour,
     because the answer may cost a network."""
+    masks: Callable[[Sequence[int]], NDArray[np.bool_]] | None = None
+    """The pixels of the detections with these indices, [n, H, W]; None from detectors that know boxes only."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Verdict:
     """One line per failed clause in the official wording, two relations in sorted order; "" when correct."""
     details: dict[str, list[list[float]]]
     """The objects kept: class -> [[x1, y1, x2, y2, score], ...], classes in list order, best score first."""
+    strict: bool
+    """Every include is met by exactly `count` objects of the class; excludes are not looked at."""
+    share: float
+    """Of what the prompt asks, the share that is met, in [0, 1]: each include's objects, colour and relation, and
+    the excludes, count once each. All is met where nothing is asked."""
     clauses: tuple[float, ...]
     """[6] in the order of `CLAUSES`: 1 met, 0 not met, NaN not asked. What is never reached because something
     before it failed (the colour of a missing object) is not met. `relation` is every relation asked,
@@ -86,6 +97,14 @@ class GenEvalRules:
     position_threshold: float = 0.1
     """Share of the summed box sizes by which two centres must differ before the difference counts."""
 
+    def colors_asked(self, metadata: Mapping[str, Any], detections: Detections) -> list[int]:
+        """The detections whose colours `evaluate` will ask for, so that they can be named beforehand, in one pass."""
+        kept = self._keep(metadata["tag"], detections)
+        asked = [clause for clause in metadata.get("include", ()) if "color" in clause]
+        groups = [kept.get(clause["class"], [])[: clause["count"]] for clause in asked]
+        enough = [group for group, clause in zip(groups, asked, strict=True) if len(group) == clause["count"]]
+        return sorted({index for group in enough for index in group})
+
     def evaluate(self, metadata: Mapping[str, Any], detections: Detections) -> Verdict:
         """Judge one image by its prompt's `tag`, `include` and `exclude`; nothing asked is correct.
 
@@ -95,6 +114,7 @@ class GenEvalRules:
         """
         kept = self._keep(metadata["tag"], detections)
         reasons: list[str] = []
+        exact = True
         labels: dict[str, bool] = {}
         groups: list[list[int] | None] = []  # what each include clause found, None where it failed
         for number, clause in enumerate(metadata.get("include", ()), start=1):
@@ -102,6 +122,7 @@ class GenEvalRules:
             met, reason = self._check(clause, found, groups, detections)
             groups.append(None if reason else found)
             reasons += [reason] if reason else []
+            exact = exact and not reason and len(kept.get(clause["class"], [])) == clause["count"]
             labels |= {f"{part}_{number}": met[part] for part in ("object", "color") if part in met}
             if "relation" in met:
                 labels["relation"] = labels.get("relation", True) and met["relation"]
@@ -115,6 +136,8 @@ class GenEvalRules:
             correct=not reasons,
             reason="\n".join(reasons),
             details={name: [rows[index] for index in indices] for name, indices in kept.items()},
+            strict=exact,
+            share=sum(labels.values()) / len(labels) if labels else 1.0,
             clauses=tuple(float(labels.get(name, math.nan)) for name in CLAUSES),
         )
 

@@ -1,20 +1,40 @@
 """GenEval's rules as a reward: detect the objects of an image, then apply the rules."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors, with_colors
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
+from lightning_modules.rewards.self_test import SelfTest
+from lightning_modules.rewards.stored_detections import StoredDetections
 from lightning_modules.rewards.verifier import Reward
+
+Images = Sequence[np.ndarray] | np.ndarray
+Kind = Literal["correct", "strict", "clauses"]
 
 
 class Detector(Protocol):
-    """Finds objects in images."""
+    """Finds objects in images.
+
+    Attributes:
+        class_names: the classes it knows, in the order in which results list them.
+        image_size: pixels along each side that images must have; None for any.
+        about: what decides what it finds: its name, settings and weights.
+    """
 
     class_names: tuple[str, ...]
+    image_size: int | None
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
     def __call__(self, images: np.ndarray) -> list[Detections]:
         """Images, uint8 [B, H, W, 3] -> detections of each."""
@@ -27,24 +47,103 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 class GenEvalReward(Reward):
-    """1 for an image that is correct by GenEval's rules, else 0.
+    """What GenEval's rules make of an image.
 
     Args:
         detector: finds the objects; its classes are the ones that prompts may name.
+        colors: names the colours of objects; None where the detector does.
+        self_test: what has to be found in a known picture before anything is judged; None skips it.
+        options: of `GenEvalRules`, under their official names.
+        kind: the reward: `correct`, 1 or 0; `strict`, the same with exact counts; `clauses`, the share of what the
+            prompt asks that the image shows, in [0, 1].
     """
 
-    def __init__(self, detector: Detector) -> None:
-        self.detector = detector
-        self.rules = GenEvalRules(class_names=detector.class_names)
+    def __init__(
+        self,
+        detector: Detector | StoredDetections,
+        colors: CLIPColors | None = None,
+        self_test: SelfTest | None = None,
+        options: Mapping[str, Any] | None = None,
+        kind: Kind = "correct",
+    ) -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"a GenEval reward is one of {', '.join(get_args(Kind))}, not {kind!r}")
+        self.detector, self.colors, self.self_test = detector, colors, self_test
+        self.rules = GenEvalRules(class_names=detector.class_names, **options or {})
+        self.kind = kind
 
-    def verdicts(self, prompts: Sequence[Mapping[str, Any]], images: np.ndarray) -> list[Verdict]:
-        """GenEval metadata of B prompts and uint8 images [B, H, W, 3] -> what the rules say of each."""
-        return self.judge(prompts, self.detector(images))
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides verdicts, as far as it can be told: detector, colour model, options that are not official."""
+        official = GenEvalRules(self.detector.class_names)
+        options = {key: value for key, value in asdict(self.rules).items() if value != getattr(official, key)}
+        colors = self.colors.about if self.colors is not None else None
+        return {"detector": self.detector.about, "colors": colors, "options": options}
+
+    def kinds(self) -> dict[str, "GenEvalReward"]:
+        """This reward as `geneval`, and its other kinds by name, all with the same detector."""
+        others = {kind: copy.copy(self) for kind in get_args(Kind) if kind != "correct"}
+        for kind, other in others.items():
+            other.kind = kind
+        return {"geneval": self, **others}
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Move to a device, and judge the known picture there.
+
+        Raises:
+            ValueError: it is not judged as it should be.
+        """
+        self.detector.to(device)
+        if self.colors is not None:
+            self.colors.to(device)
+        if self.self_test is not None:
+            self.self_test.check(self.verdicts, self.detector.class_names)
+
+    def detect(self, images: Images, files: Sequence[str] | None = None) -> list[Detections]:
+        """Find the objects of B images, uint8 [H, W, 3] each; images of one size are looked at together.
+
+        Args:
+            images: the pixels.
+            files: what the images are called, for detections that were made elsewhere.
+
+        Raises:
+            ValueError: the detector fails its self-test, which comes first.
+        """
+        if self.self_test is not None:
+            self.self_test.check(self.verdicts, self.detector.class_names)
+        if isinstance(self.detector, StoredDetections):
+            found = self.detector.of(files)
+        else:
+            by_size: dict[tuple[int, ...], list[int]] = {}
+            for i, image in enumerate(images):
+                by_size.setdefault(image.shape, []).append(i)
+            of_image: dict[int, Detections] = {}
+            for indices in by_size.values():
+                detected = self.detector(np.stack([images[i] for i in indices]))
+                of_image |= dict(zip(indices, detected, strict=True))
+            found = [of_image[i] for i in range(len(images))]
+        return found if self.colors is None else with_colors(self.colors, images, found)
+
+    def verdicts(
+        self, prompts: Sequence[Mapping[str, Any]], images: Images, files: Sequence[str] | None = None
+    ) -> list[Verdict]:
+        """GenEval metadata of B prompts and uint8 images [H, W, 3] -> what the rules say of each; see `detect`."""
+        return self.judge(prompts, self.detect(images, files))
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
-        """The same from what was detected in the images."""
-        return [self.rules.evaluate(row, detections) for row, detections in zip(prompts, found, strict=True)]
+        """The same from what was detected in the images; colours that take a network are named in one pass."""
+        pairs = list(zip(prompts, found, strict=True))
+        if self.colors is not None:
+            name_colors(
+                [
+                    (detections.colors, self.rules.colors_asked(row, detections))
+                    for row, detections in pairs
+                    if isinstance(detections.colors, LazyColors)
+                ]
+            )
+        return [self.rules.evaluate(row, detections) for row, detections in pairs]
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         verdicts = self.verdicts(prompts, to_uint8(pixels))
-        return torch.tensor([float(verdict.correct) for verdict in verdicts], device=pixels.device)
+        values = [verdict.share if self.kind == "clauses" else getattr(verdict, self.kind) for verdict in verdicts]
+        return torch.tensor(values, dtype=torch.float32, device=pixels.device)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from callbacks.geneval import _spread
-from callbacks.report import StrategyResult, contact_sheet, print_table, write_report
+from callbacks.report import StrategyResult, contact_sheet, print_table, spread, write_report
 
 
 def result(correct: list[bool], per_prompt: int = 2) -> StrategyResult:
@@ -78,7 +77,7 @@ def test_the_gain_over_another_strategy_is_paired_by_prompt() -> None:
 
 
 def test_sheets_show_different_prompts_where_prompts_repeat_in_turn() -> None:
-    shown = _spread(300, 36)
+    shown = spread(300, 36)
     assert len(shown) == 36 and max(shown) < 300
     assert len({index % 8 for index in shown if index < 50}) > 2  # 50 rows of the 8 single-object prompts
-    assert _spread(5, 36) == set(range(5)) and _spread(5, 0) == set()
+    assert spread(5, 36) == set(range(5)) and spread(5, 0) == set()

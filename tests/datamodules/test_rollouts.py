@@ -57,9 +57,9 @@ def test_interrupted_collection_goes_on_where_it_was(
 def test_rollouts_of_another_decoder_are_refused(tmp_path, decoder, reward, rows) -> None:
     spec = RolloutSpec(rows[:2], 1, Sample(Sampling()))
     collect(spec, tmp_path, decoder, {}, reward, 0, 2)
-    with pytest.raises(ValueError, match="were made with another decoder"):
+    with pytest.raises(ValueError, match="was made with another decoder"):
         collect(spec, tmp_path, make_decoder(depth=2), {}, reward, 0, 2)
-    with pytest.raises(ValueError, match="were made with another strategy and another seed"):
+    with pytest.raises(ValueError, match="was made with another strategy and another seed"):
         other = RolloutSpec(rows[:2], 1, Sample(Sampling(temperature=2.0)))
         collect(other, tmp_path, decoder, {}, reward, 1, 2)
 

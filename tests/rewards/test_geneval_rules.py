@@ -67,6 +67,9 @@ def test_agrees_with_the_official_script(case: dict[str, Any]) -> None:
     assert list(verdict.details) == list(expected["details"])
     for name, rows in expected["details"].items():
         np.testing.assert_allclose(verdict.details[name], rows, rtol=1e-7)
+    assert (verdict.share == 1) == verdict.correct
+    server = case.get("reward_server", {"error": "asked for the default options only"})
+    assert "error" in server or verdict.strict == bool(server["strict"])
     if len(case["metadata"].get("include", [])) <= 2:
         asked = [label for label in verdict.clauses if not math.isnan(label)]
         assert all(asked) == verdict.correct, "an image is correct when it meets every clause asked"
@@ -114,6 +117,19 @@ def test_labels_of_a_count(present: int, enough: float, exact: float) -> None:
     verdict = judge([CAT] * present, tag="counting", **clauses)
     assert labels(verdict) == {"object_1": enough, "exact_count": exact}
     assert verdict.correct is (present == 2)
+
+
+def test_everything_required_counts_once_in_the_share() -> None:
+    include: list[dict[str, Any]] = [{"class": "cat", "count": 1}]
+    include.append({"class": "dog", "count": 1, "position": ["above", 0]})
+    assert judge([CAT, DOG], include=include).share == pytest.approx(2 / 3)  # a wrong relation earns nothing
+    assert judge([DOG], include=include).share == pytest.approx(1 / 3)
+    assert judge([], include=include).share == 0
+    colored = [{"class": name, "count": 1, "color": color} for name, color in (("cat", "black"), ("dog", "red"))]
+    assert judge([CAT, DOG], include=colored).share == 0.75
+    assert judge([DOG], include=[*include, {"class": "bird", "count": 1, "color": "red"}]).share == 0.2
+    crowd = judge([CAT] * 9, include=[{"class": "cat", "count": 2}], exclude=[{"class": "cat", "count": 3}])
+    assert crowd.share == 0.5  # and not below zero, however many there are
 
 
 def test_nothing_asked_has_no_labels() -> None:

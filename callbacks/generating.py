@@ -1,0 +1,96 @@
+"""Generating: a folder of images in GenEval's layout, by any decoder and strategy."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from PIL import Image
+
+from callbacks.report import save_image
+from datamodules.geneval import PromptsDataModule, sample_path
+from datamodules.rollouts import RolloutSpec, open_folder, provenance
+from lightning_modules.backbone.loading import write_text
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.verifier import Reward
+
+
+class Generating(LightningModule):
+    """Decodes the images that are not there yet; each is the one that evaluation with the same seed would judge.
+
+    It is a LightningModule so that the Trainer brings device, ranks and progress.
+
+    Args:
+        module: has the `decoder` and its `judges`.
+        strategies: by name.
+        strategy: the name of the one that decodes.
+        reward: GenEval's, for strategies that choose by it.
+        rewards: further judges of finished images, by name.
+        prompts: GenEval metadata.
+        images_per_prompt: samples of each.
+        seed: of all images.
+        images: the folder. One that was made with other things is refused.
+        batch_size: images decoded at a time, per rank.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        strategies: Mapping[str, Strategy],
+        strategy: str,
+        reward: GenEvalReward,
+        rewards: Mapping[str, Reward],
+        prompts: Sequence[dict[str, Any]],
+        images_per_prompt: int,
+        seed: int,
+        images: str,
+        batch_size: int,
+    ) -> None:
+        super().__init__()
+        if strategy not in strategies:
+            raise ValueError(f"generating.strategy is {strategy!r}; there are: {', '.join(strategies)}")
+        self.module = module
+        self.strategy = strategies[strategy]
+        self.reward, self.rewards = reward, dict(rewards)
+        self.data = PromptsDataModule(prompts, images_per_prompt, images, batch_size)
+        self.seed = seed
+        self.folder = Path(images)
+        self.module.decoder.check_prompts([row["prompt"] for row in prompts])
+
+    @property
+    def judges(self) -> Judges:
+        """What strategies can name."""
+        return {**self.module.judges, **self.reward.kinds(), **self.rewards}
+
+    def run(self, trainer: Trainer) -> None:
+        """Make what is missing."""
+        trainer.predict(self, self.data, return_predictions=False)
+        trainer.strategy.barrier("generated")
+        if trainer.is_global_zero:
+            print(f"{len(self.data.prompts) * self.data.images_per_prompt} images in {self.folder}")
+
+    def setup(self, stage: str) -> None:
+        """Write what makes the images, or make sure that it has made those that are there."""
+        self.reward.prepare(self.trainer.strategy.root_device)
+        if self.trainer.is_global_zero:
+            spec = RolloutSpec(self.data.prompts, self.data.images_per_prompt, self.strategy)
+            open_folder(self.folder, provenance(spec, self.module.decoder, self.judges, self.seed, False))
+        self.trainer.strategy.barrier("opened")
+
+    @torch.no_grad()
+    def predict_step(self, batch: list[tuple[int, int, dict[str, Any]]], batch_idx: int) -> int:
+        """Make and write some images; returns how many."""
+        decoder, rows = self.module.decoder, [row for *_, row in batch]
+        seeds = [image_seed(self.seed, i, j) for i, j, _ in batch]
+        decoded = self.strategy.decode(decoder, self.judges, rows, seeds)
+        for (i, j, row), image in zip(batch, to_uint8(decoder.image_tokenizer.decode(decoded.tokens)), strict=True):
+            path = self.folder / sample_path(i, j)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                write_text(path.parent.parent / "metadata.jsonl", json.dumps(row) + "\n")
+            save_image(Image.fromarray(image), path)
+        return len(batch)

@@ -1,0 +1,222 @@
+"""A folder of images in GenEval's layout, and the results of what has been judged of it already.
+
+<images>/00000/metadata.jsonl (one prompt) and <images>/00000/samples/0000.png, 0001.png, ...
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_modules.backbone.loading import write_text
+from lightning_modules.rewards.geneval import validate_metadata
+
+_FORMAT = 1  # of stored results; another one when they change, so that older ones are not taken for new ones
+
+
+@dataclass(frozen=True)
+class PromptFolder:
+    """The images of one prompt, not yet read.
+
+    Attributes:
+        path: of the folder.
+        metadata: the prompt.
+        files: names of the images, in `samples`.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    files: tuple[str, ...]
+
+    def name(self, file: str) -> str:
+        """What an image is called in results and sentences."""
+        return f"{self.path.name}/samples/{file}"
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the prompt or an image does."""
+        stats = [(file, (self.path / "samples" / file).stat()) for file in self.files]
+        about = [self.metadata, [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
+    """The prompts of a folder of images, in the order of their numbers.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no prompts, or one of which it cannot be known what was asked, or that has no images; the
+            sentence names the file.
+    """
+    root = Path(images)
+    if not root.is_dir():
+        raise FileNotFoundError(f"images: there is no folder {images}")
+    folders = sorted(
+        (path for path in root.iterdir() if path.is_dir() and re.fullmatch("[0-9]+", path.name)),
+        key=lambda path: (int(path.name), path.name),
+    )
+    if not folders:
+        raise ValueError(f"images: {images} has no folders 00000, 00001, ... with metadata.jsonl and samples")
+    found, complaints = [], []
+    for folder in folders:
+        try:
+            found.append(_open(folder, class_names))
+        except ValueError as error:
+            complaints.append(str(error))
+    if complaints:
+        more = f" (and {len(complaints) - 1} more folders have faults)" if len(complaints) > 1 else ""
+        raise ValueError(complaints[0] + more)
+    return found
+
+
+def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
+    about, samples = folder / "metadata.jsonl", folder / "samples"
+    if not about.is_file():
+        raise ValueError(f"{about}: there is no such file, so what the images should show is unknown")
+    lines = [line for line in about.read_bytes().splitlines() if line.strip()]
+    if len(lines) != 1:
+        raise ValueError(f"{about}: must hold one prompt in one line, not {len(lines)}")
+    try:
+        metadata = json.loads(lines[0])
+    except ValueError as error:
+        raise ValueError(f"{about}: not valid JSON: {error}") from error
+    validate_metadata(metadata, class_names, str(about))
+    names = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
+    files = tuple(name for name in names if re.fullmatch(r"[0-9]+\.(png|jpe?g|webp)", name, re.IGNORECASE))
+    if not files:
+        raise ValueError(f"{samples}: there are no images 0000.png, 0001.png, ...")
+    numbers = [name.split(".")[0] for name in files]
+    if twice := {number for number in numbers if numbers.count(number) > 1}:
+        raise ValueError(f"{samples}: there are several images {min(twice)}, of which one is meant")
+    return PromptFolder(folder, metadata, files)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one prompt.
+
+    Attributes:
+        folder: where they come from.
+        files: names of those that could be read.
+        pixels: of these, uint8 [H, W, 3] each.
+        notes: what is unusual about one, a sentence each.
+        left_out: why one was not read, a sentence each.
+    """
+
+    folder: PromptFolder
+    files: tuple[str, ...]
+    pixels: tuple[np.ndarray, ...]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def read(folder: PromptFolder, side: int | None) -> Images:
+    """Read the images of a prompt; `side` is what the detector needs them to have, pixels, if anything."""
+    files, pixels, notes, left_out = [], [], [], []
+    for file in folder.files:
+        name = folder.name(file)
+        try:
+            with Image.open(folder.path / "samples" / file) as image:
+                kind, mode = image.format, image.mode
+                image.load()
+                array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            left_out.append(f"{name} cannot be read: {error}")
+            continue
+        height, width = array.shape[:2]
+        if side is not None and (height, width) != (side, side):
+            left_out.append(f"{name} has {width}x{height} pixels, and the detector needs {side}x{side}")
+            continue
+        if kind != "PNG":
+            notes.append(f"{name} is a {kind} image; lossy compression changes what is detected")
+        if mode != "RGB":
+            notes.append(f"{name} has the mode {mode} and was converted to RGB")
+        files.append(file)
+        pixels.append(array)
+    return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
+
+
+class ScoreStore:
+    """Results of prompts, a file each, written whole or not at all, so that scoring goes on where it was killed.
+
+    Args:
+        folder: of all results.
+        images: what is judged.
+        judged_by: what decides the results; with anything else they are other results.
+    """
+
+    def __init__(self, folder: str, images: str, judged_by: Mapping[str, Any]) -> None:
+        about = json.dumps([_FORMAT, str(Path(images).resolve()), judged_by], sort_keys=True)
+        self.folder = Path(folder) / hashlib.sha256(about.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, folder: PromptFolder) -> dict[str, Any] | None:
+        """The result of a prompt; None if there is none yet, or its images have changed."""
+        path = self.folder / f"{folder.path.name}.json"
+        if not path.is_file():
+            return None
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return stored["result"] if stored["stamp"] == folder.stamp else None
+
+    def save(self, folder: PromptFolder, result: Mapping[str, Any]) -> None:
+        """Keep the result of a prompt."""
+        stored = {"stamp": folder.stamp, "result": result}
+        write_text(self.folder / f"{folder.path.name}.json", json.dumps(stored))
+
+
+class _Reader(Dataset[Images]):
+    def __init__(self, folders: Sequence[PromptFolder], side: int | None) -> None:
+        self.folders, self.side = folders, side
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> Images:
+        return read(self.folders[index], self.side)
+
+
+class ImageFolderDataModule(LightningDataModule):
+    """Images that have no result yet, prompt by prompt.
+
+    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished.
+
+    Args:
+        folders: see `scan`.
+        side: see `read`.
+        store: results so far.
+        batch_size: prompts a batch, per rank.
+        num_workers: processes that read images.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[PromptFolder],
+        side: int | None,
+        store: ScoreStore,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.folders = folders
+        self.side = side
+        self.store = store
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Images stay as they are: sizes differ, and detectors move their own inputs."""
+        return batch
+
+    def predict_dataloader(self) -> DataLoader[Images]:
+        assert self.trainer is not None
+        own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
+        missing = [folder for folder in own if self.store.load(folder) is None]
+        reader = _Reader(missing, self.side)
+        return DataLoader(reader, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list)

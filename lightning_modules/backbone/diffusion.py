@@ -1,0 +1,140 @@
+"""Text-to-image pipelines of diffusers as decoders, so that the same strategies and the same evaluation run on them.
+
+A pipeline decides a whole image in one step, and its "tokens" are the pixels. What needs finished images only works
+with it: plain sampling, best-of-n by any reward, GenEval.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class DiffusionSampling:
+    """How a pipeline is run.
+
+    Attributes:
+        steps: of denoising.
+        guidance: scale of classifier-free guidance as diffusers counts it: 1 is none.
+        size: pixels along each side.
+        negative_prompt: what guidance leads away from.
+    """
+
+    steps: int
+    guidance: float
+    size: int
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps must be at least 1, not {self.steps}")
+
+
+class Pixels(ImageTokenizer):
+    """Takes pixels for tokens, uint8 [B, 3, H, W]."""
+
+    @property
+    def code_vectors(self) -> NoReturn:
+        raise ValueError("pixels are no codes")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return (pixels * 255).round().to(torch.uint8)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return tokens.float() / 255
+
+
+@dataclass
+class DiffusionState:
+    """B images, none or all of them made: prompts, the seed of each, `tokens` [B, 0] or uint8 [B, 3, H, W]."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    sampling: DiffusionSampling
+    tokens: Tensor
+    cost: Cost
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class DiffusionProposal:
+    """Whole images as candidates, uint8 [B, 1, 3, H, W]."""
+
+    tokens: Tensor
+
+
+class DiffusionDecoder(Decoder):
+    """Any text-to-image pipeline of diffusers.
+
+    Args:
+        checkpoint: a folder, or OWNER/NAME on the hub, with safetensors; code that comes with it is not run.
+        dtype: of the weights.
+        without: parts of the pipeline that are not loaded, where it can do without them, such as `text_encoder_3` and
+            `tokenizer_3`, the large text encoder of Stable Diffusion 3.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        FileNotFoundError: there is no such checkpoint.
+    """
+
+    def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
+        super().__init__()
+        try:
+            from diffusers import AutoPipelineForText2Image
+        except ImportError as error:
+            raise ImportError("DiffusionDecoder needs diffusers: pip install -e '.[diffusers]'") from error
+        load: Any = AutoPipelineForText2Image.from_pretrained
+        options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **dict.fromkeys(without)}
+        try:
+            self.pipeline: Any = load(checkpoint, **options)
+        except OSError as error:
+            raise FileNotFoundError(f"decoder.checkpoint: there is no pipeline {checkpoint!r}: {error}") from error
+        self.pipeline.set_progress_bar_config(disable=True)
+        networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        self.networks = nn.ModuleDict(networks)  # moved, and told apart, with this module
+        self.eval().requires_grad_(False)
+        self.image_tokenizer = Pixels()
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any text can be read."""
+
+    def nll(self, prompts: Sequence[str], tokens: Tensor) -> NoReturn:
+        raise ValueError("pipelines of diffusers have no likelihood to be trained by; task=evaluate or task=generate")
+
+    def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
+        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU."""
+        if k != 1:
+            raise ValueError(f"pipelines of diffusers decide an image in one step, so k must be 1, not {k}")
+        return seeds
+
+    def begin(self, prompts: Sequence[str], noise: Sequence[int], sampling: DiffusionSampling) -> DiffusionState:
+        tokens = torch.empty(len(prompts), 0, dtype=torch.uint8, device=self.pipeline.device)
+        return DiffusionState(prompts, noise, sampling, tokens, Cost())
+
+    @torch.no_grad()
+    def propose(self, state: DiffusionState, k: int) -> DiffusionProposal:
+        sampling, negative = state.sampling, {}
+        if sampling.guidance > 1:
+            negative = {"negative_prompt": [sampling.negative_prompt] * len(state.prompts)}
+        images = self.pipeline(
+            prompt=list(state.prompts),
+            **negative,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            height=sampling.size,
+            width=sampling.size,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.seeds],
+            output_type="pt",
+        ).images
+        state.cost.decoder_passes += len(state.prompts) * sampling.steps * (1 + bool(negative))
+        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None])
+
+    def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
+        state.tokens = proposal.tokens[:, 0]
+        state.done = True

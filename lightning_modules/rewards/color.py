@@ -1,0 +1,159 @@
+"""Naming the colours of detected objects as GenEval does: crops, and CLIP with three templates for each colour.
+
+The crops are those of the official evaluation (github.com/djghosh13/geneval), the classifier its CLIP ViT-L/14.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.rewards.geneval import COLORS, Detections
+
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+def crop(
+    image: NDArray[np.uint8],
+    box: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    background: str | None = "#999",
+    to_box: bool = True,
+) -> Image.Image:
+    """What the colour of an object is read from.
+
+    Args:
+        image: [H, W, 3].
+        box: corners [4] (x1, y1, x2, y2), pixels, rounded half to even; what lies outside of the image is black.
+        mask: the object's pixels [H, W]; None leaves all pixels as they are.
+        background: colour of the pixels that are not the object's; None leaves them as they are.
+        to_box: cut the box out, instead of taking the whole image.
+    """
+    if mask is not None and background is not None:
+        paint = np.asarray(Image.new("RGB", (1, 1), background))
+        image = np.where(mask[..., None], image, paint)
+    picture = Image.fromarray(image)
+    if not to_box:
+        return picture
+    x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
+    return picture.crop((x1, y1, x2, y2))
+
+
+class CLIPColors:
+    """Names the colours of objects by CLIP: the one of GenEval's ten whose three sentences fit the crop best.
+
+    Args:
+        model: an open_clip architecture, or `local-dir:FOLDER` with its config and weights. The official evaluation's
+            is ViT-L/14 with QuickGELU; plain `ViT-L-14` with `openai` weights would be another network.
+        pretrained: open_clip's tag of its weights, or their path; None with `local-dir:`.
+        background, to_box: see `crop`.
+        batch_size: crops in a forward pass.
+
+    Raises:
+        ValueError: OpenAI's weights without QuickGELU, with which they were trained.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-L-14-quickgelu",
+        pretrained: str | None = "openai",
+        background: str | None = "#999",
+        to_box: bool = True,
+        batch_size: int = 256,
+    ) -> None:
+        if pretrained == "openai" and "quickgelu" not in model:
+            raise ValueError(f"geneval.reward.colors: openai weights need {model}-quickgelu, not {model}")
+        self.clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained)
+        self.clip.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(model)
+        self.background, self.to_box = background, to_box
+        self.batch_size = batch_size
+        self.device = torch.device("cpu")
+        self._classifiers: dict[str, Tensor] = {}
+        self._settings = {"model": model, "background": background, "to_box": to_box}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides which colours are named."""
+        return {"name": type(self).__name__, **self._settings, "weights": fingerprint(self.clip)}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model."""
+        self.device = torch.device(device)
+        self.clip.to(self.device)
+        self._classifiers.clear()
+        return self
+
+    def crop(self, image: NDArray[np.uint8], detections: Detections, index: int) -> Image.Image:
+        """What the colour of a detection of an image [H, W, 3] is read from."""
+        mask = detections.masks([index])[0] if detections.masks is not None else None
+        return crop(image, detections.boxes[index], mask, self.background, self.to_box)
+
+    @torch.no_grad()
+    def __call__(self, crops: Sequence[Image.Image], names: Sequence[str]) -> list[str]:
+        """Colours of N objects from their crops and class names, all crops in one pass (or in `batch_size` ones)."""
+        colors: list[str] = []
+        with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
+            for start in range(0, len(crops), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                pixels = torch.stack([self.transform(picture) for picture in crops[part]]).to(self.device)
+                features = self.clip.encode_image(pixels, normalize=True)
+                weights = torch.stack([self._classifier(name) for name in names[part]])
+                logits = 100 * torch.einsum("nd,ncd->nc", features, weights.to(features.dtype))
+                colors += [COLORS[i] for i in logits.argmax(1).tolist()]
+        return colors
+
+    def _classifier(self, name: str) -> Tensor:
+        """Unit vectors of the ten colours for objects of a class, [10, D]; each the mean of its sentences' ones."""
+        if name not in self._classifiers:
+            sentences = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+            features = self.clip.encode_text(self.tokenizer(sentences).to(self.device), normalize=True)
+            means = features.view(len(COLORS), len(TEMPLATES), -1).mean(1)
+            self._classifiers[name] = means / means.norm(dim=1, keepdim=True)
+        return self._classifiers[name]
+
+
+class LazyColors:
+    """`Detections.colors` of one image: names by a classifier what is asked for and not known yet.
+
+    Args:
+        classifier: names colours.
+        image: uint8 [H, W, 3].
+        detections: what was found in it.
+    """
+
+    def __init__(self, classifier: CLIPColors, image: NDArray[np.uint8], detections: Detections) -> None:
+        self.classifier, self.image, self.detections = classifier, image, detections
+        self.known: dict[int, str] = {}
+
+    def __call__(self, indices: Sequence[int]) -> list[str]:
+        name_colors([(self, indices)])
+        return [self.known[index] for index in indices]
+
+
+def name_colors(asked: Sequence[tuple[LazyColors, Sequence[int]]]) -> None:
+    """Name the colours of detections of many images, those that are not known yet, in one pass."""
+    todo = [(colors, index) for colors, indices in asked for index in indices if index not in colors.known]
+    if not todo:
+        return
+    crops = [colors.classifier.crop(colors.image, colors.detections, index) for colors, index in todo]
+    names = [colors.detections.classes[index] for colors, index in todo]
+    for (colors, index), color in zip(todo, todo[0][0].classifier(crops, names), strict=True):
+        colors.known[index] = color
+
+
+def with_colors(
+    classifier: CLIPColors, images: Sequence[np.ndarray] | np.ndarray, found: Sequence[Detections]
+) -> list[Detections]:
+    """Detections whose colours are named by a classifier."""
+    lazies = [LazyColors(classifier, image, detections) for image, detections in zip(images, found, strict=True)]
+    return [
+        Detections(detections.classes, detections.scores, detections.boxes, lazy, detections.masks)
+        for detections, lazy in zip(found, lazies, strict=True)
+    ]

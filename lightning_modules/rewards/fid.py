@@ -1,0 +1,81 @@
+"""FID: how far a set of images is from reference images, which GenEval does not see."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import trange
+
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+
+
+class References(Protocol):
+    """Images by their number."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Something with `image`, uint8 [H, W, 3]."""
+        ...
+
+
+class CodeFeatures(nn.Module):
+    """Mean code vector of an image's tokens [B, D]: features that need no Inception, for images of a tokenizer's size.
+
+    Args:
+        tokenizer: an image tokenizer.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.num_features = tokenizer.code_vectors.shape[1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> features."""
+        return self.tokenizer.code_vectors[self.tokenizer.encode(pixels)].mean(1)
+
+
+class FID:
+    """torchmetrics' Frechet distance to reference images; sums over all processes.
+
+    Args:
+        references: images by number, `references[i].image` uint8 [H, W, 3], all of one size.
+        count: of them.
+        feature: a module that makes features [B, D] of pixels in [0, 1], or the width of a layer of Inception (2048 is
+            the usual one; needs `pip install torch-fidelity` and its weights).
+        batch_size: references in a forward pass.
+    """
+
+    def __init__(
+        self, references: References, count: int, feature: nn.Module | int = 2048, batch_size: int = 64
+    ) -> None:
+        if count < 2:
+            raise ValueError(f"fid.count must be at least 2 reference images, not {count}")
+        self.references, self.count, self.batch_size = references, count, batch_size
+        self.metric = FrechetInceptionDistance(feature, reset_real_features=False, normalize=True)
+        self._known = False
+
+    @torch.no_grad()
+    def start(self, device: torch.device | str, rank: int, world_size: int) -> None:
+        """Forget the images, but not the references: these are looked at once, each by one process."""
+        self.metric.to(device)
+        if not self._known:
+            self._known = True
+            own = range(rank, self.count, world_size)
+            for start in trange(0, len(own), self.batch_size, desc="FID references", disable=rank > 0):
+                numbers = own[start : start + self.batch_size]
+                self.metric.update(self._pixels(np.stack([self.references[i].image for i in numbers])), real=True)
+        self.metric.reset()
+
+    @torch.no_grad()
+    def update(self, images: np.ndarray) -> None:
+        """Add images, uint8 [B, H, W, 3]."""
+        self.metric.update(self._pixels(images), real=False)
+
+    def compute(self) -> float:
+        """The distance; lower is better."""
+        return float(self.metric.compute())
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
+        return torch.from_numpy(images).to(self.metric.device).permute(0, 3, 1, 2).float() / 255

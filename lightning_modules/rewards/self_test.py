@@ -1,0 +1,73 @@
+"""A known picture that a detector has to understand before it judges anything.
+
+Wrong weights, a wrong config or a device without the right kernels do not fail: they find nothing, or nonsense, and
+every score is low. A picture with a known answer tells.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.rewards.geneval import Verdict, validate_metadata
+
+Judge = Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray]], list[Verdict]]
+
+
+class SelfTest:
+    """A picture and what it shows.
+
+    Args:
+        folder: with `picture.png` and `prompts.jsonl`, or `bundled:NAME`. Each line is a prompt in GenEval's format
+            with one more key, `correct`: whether the picture fulfils it. There must be prompts of both kinds.
+
+    Raises:
+        FileNotFoundError: there is no such folder, picture or list.
+        ValueError: a row is broken, or the list could be passed without finding anything.
+    """
+
+    def __init__(self, folder: str) -> None:
+        name = folder.removeprefix("bundled:")
+        self.folder = BUNDLED / name if name != folder else Path(folder)
+        picture, prompts = self.folder / "picture.png", self.folder / "prompts.jsonl"
+        for path in (picture, prompts):
+            if not path.is_file():
+                raise FileNotFoundError(f"geneval.reward.self_test.folder: there is no {path}")
+        self.picture = np.asarray(Image.open(picture).convert("RGB"))
+        self.rows: list[dict[str, Any]] = []
+        self.expected: list[bool] = []
+        for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.expected.append(bool(row.pop("correct")))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{prompts}:{number}: not a prompt with the key 'correct': {error!r}") from error
+            self.rows.append(row)
+        if len(set(self.expected)) != 2:
+            raise ValueError(f"{prompts}: needs prompts that the picture fulfils, and ones that it does not")
+        self.done = False
+
+    def check(self, judge: Judge, class_names: Sequence[str]) -> None:
+        """Have the picture judged by a detector of these classes, unless it has been already.
+
+        Raises:
+            ValueError: a verdict is not the expected one, or a prompt cannot be judged.
+        """
+        if self.done:
+            return
+        self.done = True
+        for number, row in enumerate(self.rows, 1):
+            validate_metadata(row, class_names, f"{self.folder / 'prompts.jsonl'}:{number}")
+        verdicts = judge(self.rows, [self.picture] * len(self.rows))
+        for row, expected, verdict in zip(self.rows, self.expected, verdicts, strict=True):
+            if verdict.correct != expected:
+                answer = verdict.reason.replace("\n", "; ") or "all of it was found"
+                raise ValueError(
+                    f"the detector fails its self-test: {self.folder / 'picture.png'} should "
+                    f"{'' if expected else 'not '}show {row['prompt']!r}, but {answer}; are these the right weights? "
+                    f"(geneval.reward.self_test=null goes on without)"
+                )

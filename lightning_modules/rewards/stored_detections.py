@@ -1,0 +1,112 @@
+"""Detections made elsewhere, by any detector, read from JSON lines."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, Detections
+
+
+class StoredDetections:
+    """Looks up what somebody else's detector found in the images of a folder in GenEval's layout.
+
+    One row an image: `{"filename": "00000/samples/0000.png", "detections": [{"class": "dog", "score": 0.9,
+    "bbox": [x1, y1, x2, y2], "color": "red", "mask": {"size": [H, W], "counts": [...]}}, ...]}`, in the detector's
+    order and before any threshold. `color` is needed where a prompt asks for it and no colour model is configured;
+    `mask`, COCO's uncompressed run lengths (column by column, background first), where one is and should see masks.
+
+    Args:
+        path: a JSONL file, or a folder of them.
+        class_names: the classes that prompts may name, in the order in which results list them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is broken, or an image occurs twice; the sentence names file and line.
+    """
+
+    image_size = None
+
+    def __init__(self, path: str, class_names: Sequence[str] = CLASS_NAMES) -> None:
+        self.path, self.class_names = Path(path), tuple(class_names)
+        files = sorted(self.path.glob("*.jsonl")) if self.path.is_dir() else [self.path]
+        if not files or not files[0].is_file():
+            raise FileNotFoundError(f"{path}: there is no such JSONL file of detections, or folder of them")
+        self._found: dict[str, Detections] = {}
+        digest = hashlib.sha256()
+        for file in files:
+            text = file.read_bytes()
+            digest.update(text)
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    self._read(line, f"{file}:{number}")
+        self.about = {"name": type(self).__name__, "path": path, "sha256": digest.hexdigest()[:16]}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Nothing is computed, so nothing is moved."""
+        return self
+
+    def of(self, files: Sequence[str] | None) -> list[Detections]:
+        """What was found in files, by their paths in the folder of images.
+
+        Raises:
+            ValueError: these are no files, or nothing is known of one.
+        """
+        if files is None:
+            raise ValueError(f"{self.path}: detections made elsewhere can only judge files (task=score)")
+        for name in files:
+            if _key(name) not in self._found:
+                raise ValueError(f"{self.path}: has no detections of {name}")
+        return [self._found[_key(name)] for name in files]
+
+    def _read(self, line: bytes, where: str) -> None:
+        try:
+            row = json.loads(line)
+            key, objects = _key(row["filename"]), row["detections"]
+            boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(len(objects), 4)
+            scores = np.array([entry["score"] for entry in objects], np.float32)
+            classes = [entry["class"] for entry in objects]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: not a row of detections: {error!r}") from error
+        if unknown := set(classes) - set(self.class_names):
+            raise ValueError(f"{where}: unknown class {min(unknown)!r}")
+        if unknown := {entry.get("color", COLORS[0]) for entry in objects} - set(COLORS):
+            raise ValueError(f"{where}: unknown color {min(map(str, unknown))!r}, known are {', '.join(COLORS)}")
+        if not np.isfinite(scores).all() or not (np.rint(boxes[:, :2]) < np.rint(boxes[:, 2:])).all():
+            raise ValueError(f"{where}: a box must be [x1, y1, x2, y2], at least a pixel, with a finite score")
+        if key in self._found:
+            raise ValueError(f"{where}: {row['filename']} occurs twice")
+        masks = [entry.get("mask") for entry in objects]
+        if any(masks) and not all(isinstance(mask, dict) and isinstance(mask.get("counts"), list) for mask in masks):
+            raise ValueError(f"{where}: masks must be uncompressed run lengths, of all objects or of none")
+        colors = partial(_colors, [entry.get("color") for entry in objects], where)
+        self._found[key] = Detections(classes, scores, boxes, colors, partial(_masks, masks) if any(masks) else None)
+
+
+def _key(name: str) -> str:
+    """PROMPT/samples/IMAGE of a path; the folders above may be anywhere, and the kind of file is not what matters."""
+    return str(PurePosixPath(*PurePosixPath(name).parts[-3:]).with_suffix(""))
+
+
+def _colors(colors: Sequence[str | None], where: str, indices: Sequence[int]) -> list[str]:
+    named = [colors[index] for index in indices]
+    if None in named:
+        raise ValueError(f"{where}: an object has no color, the prompt asks for it, and geneval.reward.colors is null")
+    return [color for color in named if color is not None]
+
+
+def _masks(masks: Sequence[Any], indices: Sequence[int]) -> NDArray[np.bool_]:
+    """Run lengths -> pixels [n, H, W]."""
+    pixels = []
+    for index in indices:
+        height, width = masks[index]["size"]
+        counts = masks[index]["counts"]
+        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        pixels.append(flat.reshape(width, height).T)
+    return np.stack(pixels)

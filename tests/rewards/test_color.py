@@ -1,0 +1,112 @@
+"""Crops against those of the official script; the classifier on a tiny CLIP with random weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lightning_modules.rewards.color import CLIPColors, crop
+from lightning_modules.rewards.geneval import COLORS, Detections
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "geneval"
+CASES = json.loads((GOLDEN / "crops.json").read_text())
+TINY_CLIP = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+PREPROCESS = {"size": [32, 32], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
+
+
+def tiny_clip(folder: Path) -> str:
+    """Write a random CLIP; gives its name for open_clip."""
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(TINY_CLIP["embed_dim"], TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"], quick_gelu=True)
+    with torch.no_grad():
+        for weight in clip.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)  # so that colours are told apart
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
+    return CLIPColors(tiny_clip(tmp_path_factory.mktemp("clip")), pretrained=None, batch_size=7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['note']}")
+def test_crops_are_those_of_the_official_script(case: dict[str, Any]) -> None:
+    with np.load(GOLDEN / "crops.npz") as arrays:
+        image, mask, expected = (arrays[f"{name}_{case['id']:02d}"] for name in ("image", "mask", "crop"))
+    background = case["options"].get("bgcolor", "#999")
+    settings = (None if background == "original" else background, case["options"].get("crop", "1") == "1")
+    box = np.array(case["box"], np.float32)
+    made = crop(image, box, mask if case["use_mask"] else None, *settings)
+    np.testing.assert_array_equal(np.asarray(made), expected)
+
+
+def test_a_color_is_the_one_whose_sentences_fit_best(classifier: CLIPColors) -> None:
+    rng = np.random.default_rng(0)
+    crops = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((5, 9), (40, 32), (33, 90)) * 4]
+    names = ["dog", "cup", "dog", "bed"] * 3
+    found = classifier(crops, names)
+    clip, tokenizer = classifier.clip, classifier.tokenizer
+    for picture, name, color in zip(crops, names, found, strict=True):
+        image = clip.encode_image(classifier.transform(picture)[None])[0]
+        scores = []
+        for other in COLORS:
+            sentences = [f"a photo of a {other} {name}", f"a photo of a {other}-colored {name}",
+                         f"a photo of a {other} object"]  # fmt: skip
+            text = torch.stack([row / row.norm() for row in clip.encode_text(tokenizer(sentences))]).mean(0)
+            scores.append(float(image / image.norm() @ (text / text.norm())))
+        assert color == COLORS[int(np.argmax(scores))]
+    assert len(set(found)) > 1
+
+
+class Boxes:
+    """Finds the same two dogs in every image."""
+
+    class_names = ("dog", "cat")
+    image_size = None
+    about: dict[str, Any] = {"name": "Boxes"}  # noqa: RUF012
+
+    def to(self, device: object) -> "Boxes":
+        return self
+
+    def __call__(self, images: np.ndarray) -> list[Detections]:
+        boxes = np.array([[2, 2, 20, 30], [25, 5, 40, 40], [1, 1, 9, 9]], np.float32)
+        scores = np.array([0.9, 0.8, 0.1], np.float32)
+        return [Detections(["dog", "dog", "cat"], scores, boxes, None) for _ in images]
+
+
+def test_weights_of_another_activation_are_refused() -> None:
+    with pytest.raises(ValueError, match="openai weights need ViT-L-14-quickgelu, not ViT-L-14"):
+        CLIPColors("ViT-L-14", "openai")
+
+
+def test_the_crops_of_a_batch_are_named_in_one_pass(classifier: CLIPColors, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[list[str]] = []
+    monkeypatch.setattr(CLIPColors, "__call__", lambda self, crops, names: passes.append(names) or ["red"] * len(names))
+    reward = GenEvalReward(Boxes(), classifier)
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), np.uint8))
+    asked = [
+        {"tag": "colors", "include": [{"class": "dog", "count": 2, "color": "red"}]},
+        {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "blue"}]},
+        {"tag": "colors", "include": [{"class": "dog", "count": 3, "color": "red"}]},  # too few: no colour is asked
+        {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
+    ]
+    verdicts = reward.verdicts(asked, images)
+    assert passes == [["dog"] * 3]
+    assert [verdict.correct for verdict in verdicts] == [True, False, False, True]
+    assert verdicts[1].reason == "expected blue dog>=1, found 0 blue; and 1 red"

@@ -1,0 +1,152 @@
+"""task=generate, task=score and generators of others, from the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from datamodules.geneval import sample_path
+from datamodules.shapes.prompts import shapes_prompts
+from lightning_modules.rewards.mask2former import Mask2FormerDetector
+from tests.backbone.test_diffusion import WITHOUT, tiny_sd3
+from tests.conftest import TINY
+from tests.rewards.test_color import tiny_clip
+from tests.rewards.test_mask2former import tiny_mask2former
+from tests.test_train import command
+
+Compose = Callable[..., DictConfig]
+# The bundled decoder, on few prompts.
+FEW = ["geneval.test_prompts.per_task=1", "generating.images_per_prompt=2", "generating.batch_size=3", "seed=3",
+       "callbacks.geneval.images_per_prompt=2", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
+
+
+def trainer(**settings: Any) -> Trainer:
+    return Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, **settings)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+
+    def generate(*overrides: str) -> None:
+        config = compose_config(*FEW, f"images={images}", *overrides)
+        instantiate(config.generating, _convert_="all").run(trainer())
+
+    generate()
+    made = {path: path.stat().st_mtime_ns for path in images.rglob("*.png")}
+    names = sorted(str(path.relative_to(images)) for path in made)
+    assert names == [sample_path(i, j) for i in range(6) for j in (0, 1)]
+    lost = images / sample_path(4, 1)
+    pixels = lost.read_bytes()
+    lost.unlink()
+    generate("generating.batch_size=5")
+    assert lost.read_bytes() == pixels
+    del made[lost]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert not list(images.rglob("*.partial"))
+    with pytest.raises(ValueError, match=r"was made with another strategy and another seed"):
+        generate("seed=4", "sampling.temperature=1")
+    with pytest.raises(InstantiationException, match=r"generating.strategy is 'magic'; there are: sample, best"):
+        generate("generating.strategy=magic")
+
+    config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")
+    instantiate(config.scoring, _convert_="all", rewards_config="").run(trainer())
+    scored = results(tmp_path)
+    sample = ["strategies=sample", "callbacks=decoder", "module=generator", "data=prompts"]
+    config = compose_config(*FEW, *sample)
+    callback = instantiate(config.callbacks.geneval, _convert_="all")
+    module, data = (instantiate(config[node], _convert_="all") for node in ("module", "data"))
+    trainer(callbacks=[callback]).test(module, data, verbose=False)
+    assert [row | {"filename": row["filename"].removeprefix(f"{images}/")} for row in scored] == [
+        row | {"filename": row["filename"].removeprefix("sample/")} for row in results(tmp_path)
+    ]
+
+
+def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    common = [*FEW, f"images={images}", "trainer=ddp_cpu", "scoring.batch_size=1", "scoring.num_workers=0"]
+    command(tmp_path, *common, "task=generate")
+    done = command(tmp_path, *common, "task=score", f"scores_dir={tmp_path}/scores")
+    assert "Overall score (avg. over tasks): " in done.stdout
+
+    alone = compose_config(*FEW, f"images={tmp_path}/alone")
+    instantiate(alone.generating, _convert_="all").run(trainer())
+    for path in (tmp_path / "alone").rglob("*.png"):
+        assert path.read_bytes() == (images / path.relative_to(tmp_path / "alone")).read_bytes()
+    config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/others", "scoring.num_workers=0")
+    instantiate(config.scoring, _convert_="all", rewards_config="{}").run(trainer())
+    for name in ("results.jsonl", "geneval.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
+    pipeline = [f"decoder.checkpoint={tiny_sd3(tmp_path / 'sd3')}", "decoder.dtype=float32", "sampling.steps=2",
+                f"decoder.without=[{','.join(WITHOUT)}]", "sampling.size=64"]  # fmt: skip
+    command(tmp_path, "generator=sd3", *pipeline, "task=evaluate", *FEW)
+    report = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert list(report["strategies"]) == ["sample"] and report["images_per_prompt"] == 2
+    assert report["strategies"]["sample"]["decoder_forwards_per_image"] == 4
+    assert len(results(tmp_path / "run")) == 12
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "diffusion"])
+def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
+    without = f"decoder.without=[{','.join(WITHOUT)}]"
+    config = compose_config(f"generator={name}", f"decoder.checkpoint={tiny_sd3(tmp_path)}", without)
+    for part in ("module", "data", "callbacks"):
+        assert instantiate(config[part], _convert_="all") is not None
+
+
+def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
+    row = json.dumps(shapes_prompts("evaluation", 1)[0])
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(row.replace(json.loads(row)["include"][0]["class"], "dog"))
+    models = [
+        f"geneval.reward.detector.checkpoint={tiny_mask2former(tmp_path / 'mask2former')}",
+        f"geneval.reward.colors.model={tiny_clip(tmp_path)}",
+        "geneval.reward.colors.pretrained=null",
+    ]
+    prompts = [f"geneval.test_prompts.path={path}", "geneval.test_prompts.official=false"]
+    config = compose_config("geneval=coco", *models, *prompts, "geneval.reward.self_test=null", *TINY)
+    geneval = instantiate(config.geneval, _convert_="all")
+    assert isinstance(geneval["reward"].detector, Mask2FormerDetector) and len(geneval["test_prompts"]) == 1
+
+
+def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    instantiate(compose_config(*FEW, f"images={images}").generating, _convert_="all").run(trainer())
+    dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    found: list[dict[str, Any]] = []
+    for i in range(6):
+        (images / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(dog))
+        found += [{"filename": sample_path(i, j), "detections": []} for j in (0, 1)]
+    found[2]["detections"] = [{"class": "dog", "score": 0.5, "bbox": [0, 0, 9, 9]}]
+    path = tmp_path / "found.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    score = ["task=score", "geneval=detections", f"images={images}", f"scores_dir={tmp_path}/scores", "logger=csv"]
+    command(tmp_path, *score, f"geneval.reward.detector.path={path}")
+    assert [row["correct"] for row in results(tmp_path / "run")] == [i == 2 for i in range(12)]
+    notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["notes"]
+    assert "not the official prompt set: 1 of 80 single_object prompts" in notes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["geneval=detections", "images=somewhere"], "geneval.reward.detector.path needs a value"),
+        ([], "task=score needs images, the folder"),
+        (["images=nowhere"], "images: there is no folder nowhere"),
+    ],
+)
+def test_what_scoring_lacks_is_said(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    done = command(tmp_path, "task=score", "logger=csv", *overrides, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == f"Error: {sentence}"
