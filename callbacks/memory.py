@@ -111,7 +111,7 @@ class MemoryEstimate(Callback):
             if isinstance(callback, GenEvalCallback):
                 names = callback.validation_strategies if stage == "fit" else callback.strategies
                 images = callback.batch_size * max(side_by_side(callback.strategies[name]) for name in names)
-                models = [model for judge in callback.judges.values() for model in vars(judge).values()]
+                models = [model for judge in callback.rewards.values() for model in vars(judge).values()]
                 judges = sum(_bytes(model) for model in models if isinstance(model, nn.Module))
         return Memory(
             parameters=sum(p.numel() for p in pl_module.parameters()) * weight / shards + judges,

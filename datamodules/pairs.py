@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from datamodules.loaders import make_loader
 from datamodules.rollouts import store
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 
 SIDES = ("chosen", "rejected")
@@ -119,7 +119,7 @@ def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list
 
 
 @torch.no_grad()
-def reference_log_probs(decoder: Decoder, pairs: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+def reference_log_probs(decoder: TokenDecoder, pairs: Mapping[str, list[Any]]) -> dict[str, list[float]]:
     """log p of the `chosen` and `rejected` images of some pairs."""
     device = next(decoder.parameters()).device
     chosen, rejected = (torch.tensor(pairs[side], device=device) for side in SIDES)
@@ -169,7 +169,7 @@ class PairsDataModule(LightningDataModule):
         self.trainer.strategy.barrier()
         return folder
 
-    def _with_reference(self, pairs: Dataset, decoder: Decoder) -> Dataset:
+    def _with_reference(self, pairs: Dataset, decoder: TokenDecoder) -> Dataset:
         """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is."""
         pairs = pairs.add_column("seed", list(range(len(pairs))))
         starts = range(0, len(pairs), self.collect_batch_size)

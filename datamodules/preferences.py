@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
 from datamodules.rollouts import RolloutSpec, collect, provenance
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, judged
@@ -29,7 +29,7 @@ _LABELS = {"geneval": "reward", "clauses": "clauses"}
 
 @torch.no_grad()
 def ensemble(
-    decoder: Decoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
+    decoder: TokenDecoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
 ) -> np.ndarray:
     """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
     wanted = ["prompt", "metadata", "tokens", *_LABELS.values()]
@@ -164,7 +164,7 @@ class PreferencesDataModule(PairsDataModule):
             about.append(self._start_key)
         return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))
 
-    def _pair(self, name: str, rollouts: Dataset, decoder: Decoder) -> Dataset:
+    def _pair(self, name: str, rollouts: Dataset, decoder: TokenDecoder) -> Dataset:
         columns: Mapping[str, list[Any]] = rollouts.to_dict()
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.loaders import make_loader
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.loading import fingerprint, write_text
 from lightning_modules.backbone.sampling import image_seed
@@ -55,7 +55,9 @@ class RolloutSpec:
             raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
 
 
-def provenance(spec: RolloutSpec, decoder: Decoder, judges: Judges, seed: int, keep_evidence: bool) -> dict[str, Any]:
+def provenance(
+    spec: RolloutSpec, decoder: TokenDecoder, judges: Judges, seed: int, keep_evidence: bool
+) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     assert is_dataclass(spec.strategy)
     verifiers = {
@@ -95,7 +97,7 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
 def collect(
     spec: RolloutSpec,
     folder: Path,
-    decoder: Decoder,
+    decoder: TokenDecoder,
     judges: Judges,
     reward: GenEvalReward,
     seed: int,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.parm import PARM
@@ -60,7 +60,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: TokenDecoder,
         parm: PARM,
         optimizer: OptimizerFactory,
         warmup_steps: int,

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
@@ -27,7 +27,9 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
 
     frozen_parts = ("decoder.image_tokenizer",)
 
-    def __init__(self, decoder: Decoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float) -> None:
+    def __init__(
+        self, decoder: TokenDecoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.optimizer = optimizer

@@ -61,7 +61,7 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")
     instantiate(config.scoring, _convert_="all", rewards_config="").run(trainer())
     scored = results(tmp_path)
-    sample = ["strategies=sample", "callbacks=decoder", "module=generator", "data=prompts"]
+    sample = ["strategies=sample", "callbacks=decoder", "module=evaluation", "data=null"]
     config = compose_config(*FEW, *sample)
     callback = instantiate(config.callbacks.geneval, _convert_="all")
     module, data = (instantiate(config[node], _convert_="all") for node in ("module", "data"))

@@ -34,23 +34,10 @@ class Decoder(nn.Module, ABC):
 
     States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
     `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
-
-    Decoders that verifiers in token space can read name `evidence_depths`, the layers after which these look at them.
     """
 
     frozen_parts = ("image_tokenizer",)
-    evidence_depths: tuple[int, ...] = ()
     image_tokenizer: ImageTokenizer
-
-    @property
-    @abstractmethod
-    def dim(self) -> int:
-        """Width of the embeddings."""
-
-    @property
-    @abstractmethod
-    def max_words(self) -> int:
-        """Words (text tokens) of the prompt in `Evidence`, L."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,23 +47,6 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read."""
-
-    @abstractmethod
-    def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
-
-    @abstractmethod
-    def pair_log_probs(
-        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """log p(image | prompt), nats, of both images [B, T] of B pairs, [B] each. Differentiable.
-
-        Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
-        """
-
-    @abstractmethod
-    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
-        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
@@ -107,3 +77,40 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:
         """Candidate `choice` [B] of each row becomes part of the state."""
+
+
+class TokenDecoder(Decoder):
+    """A decoder of image tokens, which has a likelihood and can be trained.
+
+    Attributes:
+        evidence_depths: the layers after which verifiers look at it; without any, those in token space cannot read it.
+    """
+
+    evidence_depths: tuple[int, ...] = ()
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    @abstractmethod
+    def max_words(self) -> int:
+        """Words (text tokens) of the prompt in `Evidence`, L."""
+
+    @abstractmethod
+    def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
+        """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
+
+    @abstractmethod
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(image | prompt), nats, of both images [B, T] of B pairs, [B] each. Differentiable.
+
+        Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
+        """
+
+    @abstractmethod
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
+        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""

@@ -60,6 +60,7 @@ class DiffusionState:
     tokens: Tensor
     cost: Cost
     done: bool = False
+    evidence: None = None
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,27 @@ class DiffusionDecoder(Decoder):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Any text can be read."""
 
-    def nll(self, prompts: Sequence[str], tokens: Tensor) -> NoReturn:
-        raise ValueError("pipelines of diffusers have no likelihood to be trained by; task=evaluate or task=generate")
-
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
         """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU."""
         if k != 1:
             raise ValueError(f"pipelines of diffusers decide an image in one step, so k must be 1, not {k}")
         return seeds
 
-    def begin(self, prompts: Sequence[str], noise: Sequence[int], sampling: DiffusionSampling) -> DiffusionState:
-        tokens = torch.empty(len(prompts), 0, dtype=torch.uint8, device=self.pipeline.device)
-        return DiffusionState(prompts, noise, sampling, tokens, Cost())
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: Sequence[int],
+        sampling: DiffusionSampling,
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> DiffusionState:
+        if keep is not None:
+            raise ValueError("pipelines of diffusers decide whole images: none of their tokens can be kept")
+        nothing = torch.empty(len(prompts), 0, dtype=torch.uint8, device=self.pipeline.device)
+        return DiffusionState(prompts, noise, sampling, nothing, Cost())
 
     @torch.no_grad()
-    def propose(self, state: DiffusionState, k: int) -> DiffusionProposal:
+    def propose(self, state: DiffusionState, k: int, distinct: bool = False) -> DiffusionProposal:
         sampling, negative = state.sampling, {}
         if sampling.guidance > 1:
             negative = {"negative_prompt": [sampling.negative_prompt] * len(state.prompts)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
@@ -23,7 +23,7 @@ from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 
-class MaskTokenDecoder(Decoder):
+class MaskTokenDecoder(TokenDecoder):
     """Prompts in, image tokens out, a set of positions a step.
 
     Args:

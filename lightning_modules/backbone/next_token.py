@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.decoder import Cost, TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
@@ -138,7 +138,7 @@ def decision_order(keep: Tensor) -> Tensor:
     return due.sort(1).values[:, :steps].clamp(max=length - 1)
 
 
-class NextTokenDecoder(Decoder):
+class NextTokenDecoder(TokenDecoder):
     """Prompts in, image tokens out, one token a step (`H0 = concat(prompt embeddings, image tokens < t)`).
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.decoder import Cost, Decoder, TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.mask_state import MaskState, Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
@@ -138,7 +138,7 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
 
 def check_readable(decoder: Decoder) -> None:
     """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
-    if not decoder.evidence_depths:
+    if not (isinstance(decoder, TokenDecoder) and decoder.evidence_depths):
         raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
 
 
