@@ -294,8 +294,7 @@ class MaskTokenDecoder(Decoder):
         hidden = self._image_hidden(tokens, unknown, state.prefixes).chunk(branches)
         conditional, *unconditional = (branch.flatten(0, 1)[where] for branch in hidden)
         if unconditional:
-            guided = torch.lerp(unconditional[0].float(), conditional.float(), 1 + state.sampling.guidance)
-            conditional = guided.to(conditional.dtype)
+            conditional = torch.lerp(unconditional[0], conditional, 1 + state.sampling.guidance)
         return self._code_head(conditional)
 
     @torch.no_grad()

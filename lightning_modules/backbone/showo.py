@@ -61,18 +61,17 @@ class ShowO(MaskTokenDecoder):
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
 
     def check_stored(self, config: Mapping[str, Any]) -> None:
-        """Refuse weights of the same shapes that are for other images; raises ValueError.
+        """Refuse weights that are for other tokenizers, by Show-o's own config; raises ValueError.
 
         The 512-pixel model differs from the 256-pixel one in nothing but the number of its image tokens.
         """
         own = {
-            "num_vq_tokens": self.num_tokens,
-            "codebook_size": self.vocabulary.codes,
-            "llm_vocab_size": self.vocabulary.text,
+            "num_vq_tokens": (self.num_tokens, "the 256-pixel model has 256 tokens an image, the 512-pixel one 1024"),
+            "codebook_size": (self.vocabulary.codes, "that of its image tokenizer, which is showlab/magvitv2"),
+            "llm_vocab_size": (self.vocabulary.text, "the ids of its text tokenizer, which is microsoft/phi-1_5"),
         }
-        for key, value in own.items():
+        for key, (value, meaning) in own.items():
             if config.get(key, value) != value:
                 raise ValueError(
-                    f"Show-o's config.json says {key} {config[key]}, but the decoder is built for {value}; the "
-                    "256-pixel model (showlab/show-o) has 256 tokens an image, the 512-pixel one 1024"
+                    f"Show-o's config.json says {key} {config[key]}, but the decoder is built for {value} ({meaning})"
                 )

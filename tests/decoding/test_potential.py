@@ -102,6 +102,13 @@ def test_pruning_never_changes_the_winner_among_survivors(previewing: ShowO) -> 
         assert torch.equal(complete, pruned)
 
 
+@pytest.mark.parametrize("no_prob", [0.2, 0.8])
+def test_a_single_path_is_finished_whatever_is_said_of_it(previewing: ShowO, no_prob: float) -> None:
+    script = Script(previewing, [{"clear_at": 1, "no_prob": no_prob, "yes": 0.0}] * N * IMAGES, True)
+    decoded = Potential(SAMPLING, 1, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
+    assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(previewing, {}, ROWS, SEEDS).tokens)
+
+
 def test_outcome_reward_alone(previewing: ShowO) -> None:
     script = Script(previewing, PLAN, True)
     decoded = BestOfN(Sample(SAMPLING), N, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
