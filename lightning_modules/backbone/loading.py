@@ -47,8 +47,8 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where there "
-            f"is network run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
+            f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where "
+            f"there is network run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
         ) from error
 
 
