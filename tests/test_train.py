@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from datamodules.pairs import sequence_log_probs
+from datamodules.pairs import reference_log_probs
 from tests.conftest import ROOT, TINY
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -34,8 +35,9 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
-    "experiment=shapes_masked": [],
-    "decoder=shapes_masked": ["module=decoder", "strategies=sample", "sampling=masked", "callbacks=decoder", "~parm"],
+    "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
+    "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
+    **{f"experiment={name}": [] for name in EXPERIMENTS if name.startswith("shapes_masked")},
     "tokenizer=magvit": [*MEASURED, "decoder=tiny_showo", "tokenizer.checkpoint=null"],
     "decoder=tiny_showo": MEASURED,
     "decoder=showo": [
@@ -201,7 +203,10 @@ def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start"])
+PRETRAINED = ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start", "shapes_masked_parm_start"]
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     overrides = [
         "trainer.max_steps=4",
@@ -216,12 +221,28 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     else:
         overrides += ["data.num_workers=0"]
     if name == "shapes_masked":
-        small = [item for item in SMALL if "evidence" not in item and not item.startswith(("parm", "strategies"))]
-        small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
-    if name == "shapes_parm_start":
-        small = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
+        small = [item for item in SMALL if not item.startswith(("parm", "strategies"))]
+    if "masked" in name:
+        small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
+    if "parm" in name:
+        small = [*small, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
     command(tmp_path, f"experiment={name}", *small, *overrides)
     assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
+    masked = ["decoder.module.rotary_dims=4", "sampling.steps=4"]
+    done = command(tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "trainer.log_every_n_steps=1")
+    assert "parm_literal" in done.stdout
+    rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob("verified-*/part-*"))))
+    assert np.shape(rows["previews"][0]) == (4, 64) and max(rows["free_from"]) <= 3
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
+        assert key in header
+    named = command(
+        tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "parm.module.causal=true", check=False
+    )
+    assert "parm.module.causal must be false for a MaskTokenDecoder" in named.stderr
 
 
 # Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
@@ -272,9 +293,8 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     sets = [datasets.load_from_disk(str(path)) for path in (tmp_path / "rollouts").glob("train-pairs-*")]
     assert len(sets) == 2
     for pairs in sets:  # the second round's policy is another one by then
-        for side in ("chosen", "rejected"):
-            anew = sequence_log_probs(decoder, pairs["prompt"][:], torch.tensor(pairs[side][:]), 7)
-            torch.testing.assert_close(torch.tensor(pairs[f"ref_{side}"][:]), anew, atol=1e-3, rtol=1e-5)
+        for side, anew in reference_log_probs(decoder, pairs[:]).items():
+            torch.testing.assert_close(pairs[f"ref_{side}"][:], anew, atol=1e-3, rtol=1e-5)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 
 
@@ -22,15 +23,34 @@ class Cost:
     decoder_passes: int = 0
     verifier_calls: int = 0
 
+    def add(self, other: "Cost") -> None:
+        """Count what something else took as well."""
+        self.decoder_passes += other.decoder_passes
+        self.verifier_calls += other.verifier_calls
+
 
 class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
-    States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
+    States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
+    `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
+
+    Decoders that verifiers in token space can read name `evidence_depths`, the layers after which these look at them.
     """
 
     frozen_parts = ("image_tokenizer",)
+    evidence_depths: tuple[int, ...] = ()
     image_tokenizer: ImageTokenizer
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    @abstractmethod
+    def max_words(self) -> int:
+        """Words (text tokens) of the prompt in `Evidence`, L."""
 
     @property
     def num_tokens(self) -> int:
@@ -46,16 +66,43 @@ class Decoder(nn.Module, ABC):
         """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
 
     @abstractmethod
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(image | prompt), nats, of both images [B, T] of B pairs, [B] each. Differentiable.
+
+        Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
+        """
+
+    @abstractmethod
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
+        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
+
+    @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
         """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
 
     @abstractmethod
-    def begin(self, prompts: Sequence[str], noise: Any, sampling: Any) -> Any:
-        """The state before the first step; prompts are encoded once."""
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: Any,
+        sampling: Any,
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Any:
+        """The state before the first step; prompts are encoded once.
+
+        Args:
+            prompts: B prompts.
+            noise: of the images.
+            sampling: how candidates are drawn.
+            tokens, keep: images [B, T] and which of their tokens stay as they are, bool [B, T]; default: none.
+        """
 
     @abstractmethod
-    def propose(self, state: Any, k: int) -> Any:
-        """k candidates for the next step of each row, all from one forward pass."""
+    def propose(self, state: Any, k: int, distinct: bool = False) -> Any:
+        """k candidates for the next step of each row, all from one forward pass; independent or `distinct` draws."""
 
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:

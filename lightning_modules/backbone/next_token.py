@@ -7,72 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the decoder knows about some tokens: all that a verifier in token space reads.
-
-    Either about S consecutive tokens of each row, or about k candidates (S = k) for one position, which then share
-    the hidden states (their S is 1) and `entropy`.
-
-    Attributes:
-        prompt: its words, by themselves and in the prompt, [B, L, 2 dim] (`PromptEncoder.read`).
-        embeddings: embeddings of the tokens, [B, S, dim].
-        hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
-        unconditional_hidden: the same without the prompt: what the decoder sees in the image itself, [B, S, F].
-        log_probs: log p(token | prompt, tokens before), [B, S], at temperature 1, without guidance.
-        unconditional_log_probs: the same without the prompt, [B, S].
-        entropy: of the distribution the log-probability is taken from, nats, [B, S].
-    """
-
-    prompt: Tensor
-    embeddings: Tensor
-    hidden: Tensor
-    unconditional_hidden: Tensor
-    log_probs: Tensor
-    unconditional_log_probs: Tensor
-    entropy: Tensor
-
-    def pick(self, choice: Tensor) -> "Evidence":
-        """The evidence about candidate `choice` [B] of each row, as one token (S = 1)."""
-        rows = torch.arange(len(choice), device=choice.device)
-        return Evidence(
-            self.prompt,
-            self.embeddings[rows, choice, None],
-            self.hidden,
-            self.unconditional_hidden,
-            self.log_probs[rows, choice, None],
-            self.unconditional_log_probs[rows, choice, None],
-            self.entropy,
-        )
-
-    def unfold(self) -> "Evidence":
-        """Evidence about k candidates of B rows as evidence about one token each of B * k rows."""
-        k = self.log_probs.shape[1]
-        return Evidence(
-            self.prompt.repeat_interleave(k, 0),
-            self.embeddings.flatten(0, 1)[:, None],
-            self.hidden.repeat_interleave(k, 0),
-            self.unconditional_hidden.repeat_interleave(k, 0),
-            self.log_probs.flatten()[:, None],
-            self.unconditional_log_probs.flatten()[:, None],
-            self.entropy.repeat_interleave(k, 0),
-        )
-
-    def select(self, rows: Tensor) -> "Evidence":
-        """Keep some rows."""
-        return Evidence(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    @staticmethod
-    def concatenate(steps: Sequence["Evidence"]) -> "Evidence":
-        """Join evidence about consecutive tokens along S."""
-        names = list(Evidence.__dataclass_fields__)[1:]
-        return Evidence(steps[0].prompt, *(torch.cat([getattr(s, name) for s in steps], 1) for name in names))
 
 
 @dataclass(frozen=True)
@@ -90,6 +29,10 @@ class Proposal:
     sampling_log_probs: Tensor
     evidence: Evidence
 
+    def select(self, rows: Tensor) -> "Proposal":
+        """A proposal of some rows."""
+        return Proposal(self.tokens[rows], self.sampling_log_probs[rows], self.evidence.select(rows))
+
     def unfold(self) -> "Proposal":
         """k candidates of B rows as one candidate each of B * k rows."""
         return Proposal(
@@ -99,15 +42,17 @@ class Proposal:
 
 @dataclass
 class DecodingState:
-    """B half-decoded images.
+    """B half-decoded images. Every step decides one token of each, not necessarily at the same position.
 
     Attributes:
-        tokens: [B, T], filled up to `length`.
-        length: tokens decided.
+        tokens: [B, T]; those that are kept are there from the start.
+        keep: tokens that stay as they are, bool [B, T]; decided ones are among them.
+        order: positions to decide, ascending, [B, steps], on the CPU; see `decision_order`.
+        step: steps done.
         sampling: how candidates are drawn.
-        noise: uniform noise, [B, 1 + K, T]; row 0 is for choosing, row 1 + j for candidate j.
-        prompt: what verifiers read of it, [B, L, 2 dim].
+        noise: uniform noise, [B, 1 + K, T], by step; row 0 is for choosing, row 1 + j for candidate j.
         codes: embeddings of all codes, [V, dim].
+        evidence: about the tokens before `position`, in room for all T.
         cache: keys and values, conditional rows first, then the unconditional ones.
         hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
         logits: of the next token, [2B, V].
@@ -115,19 +60,45 @@ class DecodingState:
     """
 
     tokens: Tensor
-    length: int
+    keep: Tensor
+    order: Tensor
+    step: int
     sampling: Sampling
     noise: Tensor
-    prompt: Tensor
     codes: Tensor
+    evidence: Evidence
     cache: KVCache
     hidden: Tensor
     logits: Tensor
     cost: Cost = field(default_factory=Cost)
 
     @property
+    def steps(self) -> int:
+        return self.order.shape[1]
+
+    @property
     def done(self) -> bool:
-        return self.length == self.tokens.shape[1]
+        return self.step == self.steps
+
+    @property
+    def position(self) -> Tensor:
+        """Of the token that each row decides next, [B], on the CPU."""
+        return self.order[:, self.step]
+
+    @property
+    def choice_noise(self) -> Tensor:
+        """Uniform noise [B] for choosing among the candidates of this step."""
+        return self.noise[:, 0, self.step]
+
+    @property
+    def finished(self) -> Tensor:
+        """Rows that wait for others, bool [B]."""
+        return self.keep.all(1)
+
+    @property
+    def prompt(self) -> Tensor:
+        """What verifiers read of the prompt, [B, L, 2 dim]."""
+        return self.evidence.prompt
 
     def select(self, rows: Tensor) -> "DecodingState":
         """A state of rows `rows` [B'], in that order and as often as they occur."""
@@ -135,8 +106,10 @@ class DecodingState:
         return replace(
             self,
             tokens=self.tokens[rows],
+            keep=self.keep[rows],
+            order=self.order[rows.cpu()],
             noise=self.noise[rows],
-            prompt=self.prompt[rows],
+            evidence=self.evidence.select(rows),
             cache=self.cache.select(both),
             hidden=self.hidden[both],
             logits=self.logits[both],
@@ -149,6 +122,20 @@ class DecodingState:
         lane = 1 + torch.arange(k, device=rows.device).repeat(len(self.tokens))
         own = paths.noise[torch.arange(len(rows), device=rows.device), lane]
         return replace(paths, noise=torch.stack([paths.noise[:, 0], own], dim=1))
+
+
+def decision_order(keep: Tensor) -> Tensor:
+    """Positions to decide, [B, steps], ascending, for tokens to keep, bool [B, T].
+
+    A row decides what it does not keep, and at the end its last token, whether kept or not: then all others have been
+    read. A row that has fewer open tokens than others decides its last token again and again; a token that is kept has
+    only itself as a candidate.
+    """
+    length = keep.shape[1]
+    due = torch.where(keep, length, torch.arange(length))
+    due[:, -1] = length - 1
+    steps = int((due < length).sum(1).max())
+    return due.sort(1).values[:, :steps].clamp(max=length - 1)
 
 
 class NextTokenDecoder(Decoder):
@@ -196,9 +183,9 @@ class NextTokenDecoder(Decoder):
         return self.transformer.config.dim
 
     @property
-    def evidence_dim(self) -> int:
-        """Width F of the hidden states in `Evidence`."""
-        return self.dim * len(self.evidence_depths)
+    def max_words(self) -> int:
+        """Longest prompt; see `Decoder`."""
+        return self.prompt_encoder.tokenizer.max_words
 
     @property
     def _positions(self) -> Tensor:
@@ -250,14 +237,23 @@ class NextTokenDecoder(Decoder):
         """Mean negative log-likelihood of images [B, T], nats a token; see `Decoder`."""
         return -self.log_probs(self.word_ids(prompts), tokens).mean()
 
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p of both images of B pairs, exact; see `Decoder`."""
+        word_ids = self.word_ids(prompts).repeat(2, 1)
+        first, second = self.log_probs(word_ids, torch.cat([chosen, rejected])).sum(1).chunk(2)
+        return first, second
+
     @torch.no_grad()
-    def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
         """Evidence about every token of finished images, from a pass with each prompt and one without any.
 
         Args:
-            word_ids: prompts, [B * c, L].
+            prompts: B * c of them.
             tokens: images, [B, T]; each stands for c prompts, which are neighbours.
         """
+        word_ids = self.word_ids(prompts)
         copies = len(word_ids) // len(tokens)
         codes = self._code_embeddings()
         _, hidden = self._run(codes, torch.zeros_like(word_ids[::copies]), tokens)
@@ -277,14 +273,15 @@ class NextTokenDecoder(Decoder):
         )
 
     @torch.no_grad()
-    def recall(self, word_ids: Tensor, tokens: Tensor, **stored: Tensor) -> Evidence:
+    def recall(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> Evidence:
         """Evidence that was stored while decoding, without what follows from prompts and tokens cheaply.
 
         Args:
-            word_ids: [B, L].
+            prompts: B of them.
             tokens: [B, T].
             stored: the other fields of `Evidence`.
         """
+        word_ids = self.word_ids(prompts)
         embeddings = self._embed(self._code_embeddings(), tokens)
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
         return Evidence(prompt=prompt, embeddings=embeddings, **stored)
@@ -294,65 +291,139 @@ class NextTokenDecoder(Decoder):
         return uniform_noise(seeds, k, self.num_tokens)
 
     @torch.no_grad()
-    def begin(self, prompts: Sequence[str], noise: Tensor, sampling: Sampling) -> DecodingState:
+    def begin(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        sampling: Sampling,
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> DecodingState:
         """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
+
+        Tokens to keep are read, not decided: those before the first open one in the same pass as the prompt, later ones
+        in the pass of the decided token before them. So there are as many passes as the row with most has open tokens,
+        and at most one more.
 
         Args:
             prompts: B prompts.
             noise: of the images, [B, 1 + K, T], for up to K candidates a step.
             sampling: how candidates are drawn.
+            tokens, keep: see `Decoder`.
         """
         ids = self.word_ids(prompts)
+        if tokens is None or keep is None:
+            tokens = ids.new_zeros(len(ids), self.num_tokens)
+            keep = torch.zeros_like(tokens, dtype=torch.bool)
+        order = decision_order(keep.cpu())
         prompt = self.prompt_encoder(torch.cat([ids, torch.zeros_like(ids)]))
         cache = KVCache(prompt.shape[1] + self.num_tokens)
         codes = self._code_embeddings()
-        hidden = [h[:, -1] for h in self.transformer(prompt, causal=True, cache=cache)]
+        tokens = tokens.to(ids.device, copy=True)
+        first = order[:, 0]
+        known = self._embed(codes, tokens[:, : int(first.max())]).repeat(2, 1, 1)
+        hidden = self.transformer(torch.cat([prompt, known], 1), causal=True, cache=cache)
+        cache.lengths = prompt.shape[1] + first.repeat(2)
+        hidden = [h[:, prompt.shape[1] - 1 :] for h in hidden]
+        read = self.prompt_encoder.read(ids, prompt[: len(ids)])
+        width = self.dim * len(self.evidence_depths)
         state = DecodingState(
-            tokens=ids.new_zeros(len(ids), self.num_tokens),
-            length=0,
+            tokens=tokens,
+            keep=keep.to(ids.device, copy=True),
+            order=order,
+            step=0,
             sampling=sampling,
             noise=noise.to(prompt.device),
-            prompt=self.prompt_encoder.read(ids, prompt[: len(ids)]),
             codes=codes,
+            evidence=Evidence.empty(read, self.num_tokens, self.dim, width),
             cache=cache,
-            hidden=self._read(hidden),
-            logits=self._logits(codes, hidden[-1]),
+            hidden=prompt.new_empty(len(prompt), width),
+            logits=prompt.new_empty(len(prompt), len(codes)),
         )
         state.cost.decoder_passes += len(prompt)
+        self._arrive(state, hidden, torch.full_like(first, -1))
         return state
+
+    def _evidence(
+        self, prompt: Tensor, codes: Tensor, tokens: Tensor, positions: Tensor, hidden: Tensor, logits: Tensor
+    ) -> Evidence:
+        """Evidence about tokens [B, S] at positions [B, S or 1], from hidden states and logits [2B, S or 1, ...]."""
+        log_p, unconditional = logits.log_softmax(-1).chunk(2)
+
+        def of_tokens(log_probs: Tensor) -> Tensor:
+            return log_probs.expand(-1, tokens.shape[1], -1).gather(-1, tokens[..., None]).squeeze(-1)
+
+        return Evidence(
+            prompt=prompt,
+            embeddings=codes[tokens] + self._positions[positions],
+            hidden=hidden[: len(tokens)],
+            unconditional_hidden=hidden[len(tokens) :],
+            log_probs=of_tokens(log_p),
+            unconditional_log_probs=of_tokens(unconditional),
+            entropy=-(log_p.exp() * log_p).sum(-1),
+        )
+
+    def _arrive(self, state: DecodingState, hidden: Sequence[Tensor], last: Tensor) -> None:
+        """Note what a pass says of the tokens it read, and go on to the next one to decide.
+
+        Args:
+            state: whose `position` is the next one to decide.
+            hidden: of every layer, [2B, S, dim]; entry i of row b predicts position last[b] + 1 + i.
+            last: [B], on the CPU.
+        """
+        ahead = (state.position - last - 1).clamp(min=0)  # tokens that were kept and are passed
+        logits, read = self._logits(state.codes, hidden[-1]), self._read(hidden)
+        both, column = torch.arange(len(logits)), ahead.repeat(2)
+        moved = (state.position > last).repeat(2).to(logits.device)[:, None]
+        state.hidden = torch.where(moved, read[both, column], state.hidden)
+        state.logits = torch.where(moved, logits[both, column], state.logits)
+        if not ahead.any():
+            return
+        offset = torch.arange(int(ahead.max()))
+        positions = (last[:, None] + 1 + offset).clamp(max=self.num_tokens - 1).to(state.tokens.device)
+        tokens = state.tokens.gather(1, positions)
+        passed = self._evidence(
+            state.prompt, state.codes, tokens, positions, read[:, : len(offset)], logits[:, : len(offset)]
+        )
+        rows, columns = (offset < ahead[:, None]).nonzero(as_tuple=True)
+        state.evidence.write(rows, last[rows] + 1 + columns, passed, columns)
 
     @torch.no_grad()
     def propose(self, state: DecodingState, k: int, distinct: bool = False) -> Proposal:
         """k candidates for the next token, all from the one forward pass that led to this state.
 
-        Candidates are independent draws, or `distinct` ones (drawn without replacement).
+        Candidates are independent draws, or `distinct` ones (drawn without replacement); a token that is kept is its
+        own only candidate, k times.
         """
         conditional, unconditional = state.logits.chunk(2)
-        noise = state.noise[:, 1 : k + 1, state.length]
+        noise = state.noise[:, 1 : k + 1, state.step]
         tokens, sampling_log_probs = draw(conditional, unconditional, state.sampling, noise, distinct)
-        log_p = conditional.log_softmax(-1)
-        evidence = Evidence(
-            prompt=state.prompt,
-            embeddings=state.codes[tokens] + self._positions[state.length],
-            hidden=state.hidden[: len(tokens), None],
-            unconditional_hidden=state.hidden[len(tokens) :, None],
-            log_probs=log_p.gather(-1, tokens),
-            unconditional_log_probs=unconditional.log_softmax(-1).gather(-1, tokens),
-            entropy=-(log_p.exp() * log_p).sum(-1, keepdim=True),
+        position = state.position.to(tokens.device)[:, None]
+        kept = state.keep.gather(1, position)
+        tokens = torch.where(kept, state.tokens.gather(1, position), tokens)
+        sampling_log_probs = sampling_log_probs.masked_fill(kept, 0.0)
+        evidence = self._evidence(
+            state.prompt, state.codes, tokens, position, state.hidden[:, None], state.logits[:, None]
         )
         return Proposal(tokens, sampling_log_probs, evidence)
 
     @torch.no_grad()
     def commit(self, state: DecodingState, proposal: Proposal, choice: Tensor) -> None:
         """Candidate `choice` [B] is the next token; unless it is the last one, run the next forward pass."""
-        tokens = proposal.tokens.gather(1, choice[:, None]).squeeze(1)
-        state.tokens[:, state.length] = tokens
-        state.length += 1
+        rows, last = torch.arange(len(choice), device=choice.device), state.position
+        here = rows, last.to(choice.device)
+        state.tokens[here], state.keep[here] = proposal.tokens[rows, choice], True
+        state.evidence.write(*here, proposal.evidence.pick(choice), torch.zeros_like(choice))
+        state.step += 1
         if state.done:
             return
-        x = (state.codes[tokens] + self._positions[state.length - 1])[:, None].repeat(2, 1, 1)
-        hidden = [h[:, 0] for h in self.transformer.step(x, state.cache)]
-        state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
-        state.hidden = self._read(hidden)
-        state.logits = self._logits(state.codes, hidden[-1])
+        counts = state.position - last  # the decided token and the kept ones after it; none of finished rows
+        positions = (last[:, None] + torch.arange(int(counts.max()))).clamp(max=self.num_tokens - 1).to(choice.device)
+        x = (state.codes[state.tokens.gather(1, positions)] + self._positions[positions]).repeat(2, 1, 1)
+        if (counts == 1).all():
+            hidden = self.transformer.step(x, state.cache)
+            state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        else:
+            hidden = self.transformer.extend(x, counts.repeat(2), state.cache)
         state.cost.decoder_passes += len(x)
+        self._arrive(state, hidden, last)

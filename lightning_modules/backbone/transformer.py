@@ -12,28 +12,40 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KVCache:
-    """Keys and values of a decoded prefix, with those of the candidates for its next position.
+    """Keys and values of decoded prefixes, with those of the candidates for their next positions.
 
-    The prefix is stored once per row; candidates attend to it without copying it. `commit` keeps one of them.
+    A prefix is stored once; candidates attend to it without copying it. `commit` keeps one of them. Rows may have
+    prefixes of different lengths.
 
     Attributes:
-        keys, values: per layer, [B, heads, capacity, head_dim]; the first `length` positions are filled.
-        length: positions filled.
+        keys, values: per layer, [B, heads, capacity + 1, head_dim]; the last position is for what nobody reads.
+        lengths: positions filled in each row, [B], on the CPU.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.length = 0
+        self.lengths = torch.zeros(0, dtype=torch.int64)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._candidates: list[tuple[Tensor, Tensor]] = []
 
+    @property
+    def length(self) -> int:
+        """Positions filled in the longest row."""
+        return int(self.lengths.max())
+
+    def unfilled(self) -> Tensor | None:
+        """Which of the first `length` positions are not filled, bool [B, 1, 1, length]; None where all are."""
+        positions = torch.arange(self.length)
+        unfilled = positions >= self.lengths[:, None, None, None]
+        return unfilled.to(self.keys[0].device) if unfilled.any() else None
+
     def prefill(self, key: Tensor, value: Tensor) -> None:
         """Add a layer whose first positions are these keys and values, [B, heads, S, head_dim]."""
-        self.length = key.shape[2]
+        self.lengths = torch.full((len(key),), key.shape[2])
         for store, filled in ((self.keys, key), (self.values, value)):
-            room = filled.new_zeros(*filled.shape[:2], self.capacity, filled.shape[3])
-            room[:, :, : self.length] = filled
+            room = filled.new_zeros(*filled.shape[:2], self.capacity + 1, filled.shape[3])
+            room[:, :, : key.shape[2]] = filled
             store.append(room)
 
     def propose(self, key: Tensor, value: Tensor) -> None:
@@ -46,18 +58,17 @@ class KVCache:
 
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
-        index = choice.view(-1, 1, 1, 1)
+        rows, ends = torch.arange(len(choice), device=choice.device), self.lengths.to(choice.device)
         for layer, (key, value) in enumerate(self._candidates):
-            expanded = index.expand(-1, key.shape[1], 1, key.shape[3])
-            self.keys[layer][:, :, self.length] = key.gather(2, expanded).squeeze(2)
-            self.values[layer][:, :, self.length] = value.gather(2, expanded).squeeze(2)
+            self.keys[layer][rows, :, ends] = key[rows, :, choice]
+            self.values[layer][rows, :, ends] = value[rows, :, choice]
         self.forget()
-        self.length += 1
+        self.lengths = self.lengths + 1
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur."""
         chosen = KVCache(self.capacity)
-        chosen.length = self.length
+        chosen.lengths = self.lengths[rows.cpu()]
         chosen.keys = [key[rows] for key in self.keys]
         chosen.values = [value[rows] for value in self.values]
         return chosen
@@ -145,14 +156,33 @@ class Step:
     """Each of k alternatives for the next position attends to the cached prefix and to itself."""
 
     cache: KVCache
+    length: int
+    unfilled: Tensor | None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
-        cache.propose(k, v)
+        self.cache.propose(k, v)
         q = q * q.shape[-1] ** -0.5
-        prefix = q @ cache.keys[layer][:, :, : cache.length].transpose(2, 3)  # [B, heads, k, length]
+        prefix = q @ self.cache.keys[layer][:, :, : self.length].transpose(2, 3)  # [B, heads, k, length]
+        if self.unfilled is not None:
+            prefix = prefix.masked_fill(self.unfilled, -torch.inf)
         weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
-        return weights[..., :-1] @ cache.values[layer][:, :, : cache.length] + weights[..., -1:] * v
+        return weights[..., :-1] @ self.cache.values[layer][:, :, : self.length] + weights[..., -1:] * v
+
+
+@dataclass(frozen=True)
+class Extend:
+    """The next positions of each row attend to the cached prefix and to those before them, and join the cache."""
+
+    cache: KVCache
+    positions: Tensor  # where each goes, [B, S]
+    length: int  # of the longest row afterwards
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = torch.arange(len(q), device=q.device)[:, None]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[rows, :, self.positions], values[rows, :, self.positions] = k.transpose(1, 2), v.transpose(1, 2)
+        allowed = torch.arange(self.length, device=q.device) <= self.positions[:, None, :, None]
+        return attend(q, keys[:, :, : self.length], values[:, :, : self.length], allowed=allowed)
 
 
 class Attention(nn.Module):
@@ -233,4 +263,18 @@ class Transformer(nn.Module):
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
         """One position, k alternatives: x [B, k, dim] against the cached prefix."""
         cache.forget()
-        return self.run(x, Step(cache))
+        return self.run(x, Step(cache, cache.length, cache.unfilled()))
+
+    def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
+        """Several positions in one pass, which join the cache.
+
+        Args:
+            x: [B, S, dim]; of row b the first counts[b] are meant, the others are padding.
+            counts: [B], on the CPU.
+            cache: of the prefixes.
+        """
+        cache.forget()
+        offset = torch.arange(x.shape[1])
+        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.capacity)
+        cache.lengths = cache.lengths + counts
+        return self.run(x, Extend(cache, positions.to(x.device), cache.length))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judged
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judge_named, judged
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class BestOfN(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
-        if self.judge not in judges:
-            raise ValueError(f"judge {self.judge!r} does not exist here; there are: {', '.join(judges)}")
+        judge = judge_named(judges, self.judge)
         repeated = [row for row in prompts for _ in range(self.n)]
-        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n))
-        scores = judged(judges[self.judge], decoder, repeated, all_images.tokens, all_images.evidence)
+        kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))
+        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n), *kept)
+        scores = judged(judge, decoder, repeated, all_images.tokens, all_images.evidence)
         all_images.cost.verifier_calls += len(repeated)
         first = torch.arange(0, len(repeated), self.n, device=scores.device)
         winner = first + scores.view(-1, self.n).argmax(1)

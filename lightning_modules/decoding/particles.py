@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import Evidence
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
 
@@ -48,34 +47,35 @@ class Particles(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
         decoder = next_token(decoder, "decoding with particles")
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling)
+        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling, tokens, keep)
         noise = noise.to(state.noise.device)
         first = torch.arange(len(prompts), device=noise.device)
         paths = first.repeat_interleave(self.n)
         watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
         state = replace(state.select(paths), noise=noise)
         last = noise.new_zeros(len(prompts), self.n)
-        steps: list[Evidence] = []
         while not state.done:
+            verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 1)
             values = verifier.score(watch, proposal.evidence).view(-1, self.n)
             verifier.commit(watch, torch.zeros_like(paths))
             decoder.commit(state, proposal, torch.zeros_like(paths))
-            steps.append(proposal.evidence)
-            if state.length % self.stride == 0 and not state.done:
+            if state.step % self.stride == 0 and not state.done:
                 state.cost.verifier_calls += values.numel()
                 # Systematic resampling: one uniform number places n evenly spaced points.
-                kept = redraw(self.value_weight * (values - last), noise[:: self.n, 0, state.length - 1])
+                gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
+                kept = redraw(self.value_weight * gained, noise[:: self.n, 0, state.step - 1])
                 rows = (first[:, None] * self.n + kept).flatten()
                 last = values.gather(1, kept)
                 state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
-                steps = [Evidence.concatenate(steps).select(rows)]
         state.cost.verifier_calls += values.numel()
-        finished = Decoded(state.tokens, Evidence.concatenate(steps), state.cost, torch.zeros(len(paths)))
+        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
         return finished.select(first * self.n + values.argmax(1))
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_token import MaskState, MaskTokenDecoder
+from lightning_modules.backbone.mask_state import MaskState
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.decoding.strategy import (
     Decoded,
     Judges,
@@ -57,12 +58,15 @@ class Potential(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         judge = step_judge_named(judges, self.judge)
         decoder = previewing(decoder, "potential paths")
         rows = [row for row in prompts for _ in range(self.n)]
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling)
+        kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))
+        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling, *kept)
         paths = torch.arange(len(rows), device=state.tokens.device)
         if not self.reset_temperature:
             state.temperature = (paths % self.n == 0)[:, None].float()

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import Evidence, Proposal
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, finished
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,12 @@ class Sample(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         noise = decoder.noise(seeds, 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
-        steps: list[Evidence] = []
+        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
         only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
         while not state.done:
-            proposal = decoder.propose(state, 1)
-            if isinstance(proposal, Proposal):
-                steps.append(proposal.evidence)
-            decoder.commit(state, proposal, only)
-        evidence = Evidence.concatenate(steps) if steps else None
-        return Decoded(state.tokens, evidence, state.cost, torch.zeros(len(prompts)))
+            decoder.commit(state, decoder.propose(state, 1), only)
+        return finished(state, torch.zeros(len(prompts)))

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, previewing, step_judge_named
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, finished, previewing, step_judge_named
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ class StepScores(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         judge = step_judge_named(judges, self.judge)
         decoder = previewing(decoder, "step scores")
         texts = [row["prompt"] for row in prompts]
-        state = decoder.begin(texts, decoder.noise(seeds, self.k, self.sampling), self.sampling)
+        noise = decoder.noise(seeds, self.k, self.sampling)
+        state = decoder.begin(texts, noise, self.sampling, tokens, keep)
         repeated = [text for text in texts for _ in range(self.k)]
         while not state.done:
             proposal = decoder.propose(state, self.k)
@@ -51,4 +55,4 @@ class StepScores(Strategy):
             _, potential = judge.clear_and_potential(repeated, pixels)
             state.cost.verifier_calls += len(repeated)
             decoder.commit(state, proposal, potential.view(-1, self.k).argmax(1).to(state.tokens.device))
-        return Decoded(state.tokens, None, state.cost, torch.zeros(len(prompts)))
+        return finished(state, torch.zeros(len(prompts)))

@@ -2,18 +2,40 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.mask_state import MaskState, Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of reflection on b of the images.
+
+    Attributes:
+        rows: which ones, [b].
+        omega: what was decoded again, bool [b, T].
+        before, after: tokens [b, T].
+        scores: of the judge, before and after, [b, 2].
+        accepted: bool [b].
+    """
+
+    rows: Tensor
+    omega: Tensor
+    before: Tensor
+    after: Tensor
+    scores: Tensor
+    accepted: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,18 +46,41 @@ class Decoded:
         tokens: [B, T].
         evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
-        free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
+        free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
+            plain sampling.
+        trajectory: of mask-token decoders: how each grid was filled.
+        trace: what reflection did.
     """
 
     tokens: Tensor
     evidence: Evidence | None
     cost: Cost
     free_from: Tensor
+    trajectory: Trajectory | None = None
+    trace: Sequence[Round] = ()
 
     def select(self, rows: Tensor) -> "Decoded":
-        """Some of the images; the cost stays that of all."""
-        free_from = self.free_from[rows.cpu()]
-        return Decoded(self.tokens[rows], self.evidence and self.evidence.select(rows), self.cost, free_from)
+        """Some of the images, without the trace; the cost stays that of all."""
+        return Decoded(
+            self.tokens[rows],
+            self.evidence and self.evidence.select(rows),
+            self.cost,
+            self.free_from[rows.cpu()],
+            self.trajectory and self.trajectory.select(rows),
+        )
+
+    def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
+        """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
+        tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
+        free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
+        evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
+        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=None)
+
+
+def finished(state: DecodingState | MaskState, free_from: Tensor) -> Decoded:
+    """What a state that is done has come to."""
+    trajectory = state.trajectory if isinstance(state, MaskState) else None
+    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory)
 
 
 class Strategy(ABC):
@@ -48,8 +93,20 @@ class Strategy(ABC):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
-        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed."""
+        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed.
+
+        With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
+        """
+
+
+def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:
+    """Look up a judge of finished images; raises ValueError with the names there are."""
+    if name not in judges:
+        raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
+    return judges[name]
 
 
 def judged(
@@ -77,6 +134,12 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
     if not isinstance(decoder, NextTokenDecoder):
         raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
     return decoder
+
+
+def check_readable(decoder: Decoder) -> None:
+    """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
+    if not decoder.evidence_depths:
+        raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
 
 
 def previewing(decoder: Decoder, strategy: str) -> MaskTokenDecoder:

@@ -8,34 +8,34 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import DecodingState, Evidence, NextTokenDecoder
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling, image_seed
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, next_token, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, check_readable, finished, verifier_named
 from lightning_modules.rewards.verifier import Verifier, VerifierState
 
 
 @dataclass(frozen=True)
 class Verified(Strategy):
-    """Candidates of `stride` tokens each, valued after their last token.
+    """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
-    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every token, the best goes
-    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion
-    to its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
+    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every step, the best goes
+    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion to
+    its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
     images that fulfil the prompt.
 
     Attributes:
         sampling: how candidates are drawn.
         k: candidates a step.
-        stride: tokens a step; 8 verifies the rows of an 8x8 grid.
+        stride: steps of a candidate; 8 verifies the rows of an 8x8 grid, token by token.
         verifier: its name.
         distinct: candidates (their first tokens) without repetition, instead of independent draws.
         choose: the best candidate, or a draw from softmax(score).
         value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
-        random_stop: verify each image only up to a random token and go on plainly, to collect rollouts that show
+        random_stop: verify each image only up to a random step and go on plainly, to collect rollouts that show
             what becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
-    sampling: Sampling
+    sampling: Sampling | MaskSampling
     k: int
     stride: int = 1
     verifier: str = "parm"
@@ -61,23 +61,23 @@ class Verified(Strategy):
         judges: Judges,
         prompts: Sequence[Mapping[str, Any]],
         seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        decoder = next_token(decoder, "token-by-token verification")
+        check_readable(decoder)
         noise = decoder.noise(seeds, self.k, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling)
+        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
         watch = verifier.begin(state.prompt, decoder.num_tokens)
-        stop = torch.full((len(prompts),), decoder.num_tokens)
+        stop = torch.full((len(prompts),), state.steps)
         if self.random_stop:
-            stop = torch.tensor([image_seed(seed, 0) % decoder.num_tokens for seed in seeds])
-        steps: list[Evidence] = []
+            stop = torch.tensor([image_seed(seed, 0) % state.steps for seed in seeds])
         while not state.done:
             if self.stride == 1:
-                steps.append(self._token(decoder, verifier, state, watch, stop > state.length))
+                self._step(decoder, verifier, state, watch, stop > state.step)
             else:
-                state, watch, evidence = self._block(decoder, verifier, state, watch)
-                steps.append(evidence)
-        return Decoded(state.tokens, Evidence.concatenate(steps), state.cost, stop)
+                state, watch = self._block(decoder, verifier, state, watch)
+        return finished(state, stop)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
@@ -87,50 +87,50 @@ class Verified(Strategy):
         cumulative = score.softmax(1).cumsum(1)
         return (cumulative < noise[:, None] * cumulative[:, -1:]).sum(1).clamp(max=self.k - 1)
 
-    def _token(
+    def _step(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         verifier: Verifier[Any],
-        state: DecodingState,
+        state: Any,
         watch: VerifierState,
         verify: Tensor,
-    ) -> Evidence:
-        """One token: k candidates from the pass that was made anyway, all against the one cached prefix.
+    ) -> None:
+        """One step: k candidates from the pass that was made anyway.
 
         Rows in which `verify` [B] is false take their first candidate.
         """
+        verifier.follow(watch, state.evidence, state.position)
         proposal = decoder.propose(state, self.k, self.distinct)
         values = verifier.score(watch, proposal.evidence)
-        choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.length])
+        choice = self._choose(values, proposal.sampling_log_probs, state.choice_noise)
         choice = choice * verify.to(choice.device)
         verifier.commit(watch, choice)
         decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
-        return proposal.evidence.pick(choice)
 
     def _block(
-        self, decoder: NextTokenDecoder, verifier: Verifier[Any], state: DecodingState, watch: VerifierState
-    ) -> tuple[DecodingState, VerifierState, Evidence]:
-        """`stride` tokens: k paths run side by side, one of them goes on."""
-        batch, start = len(state.tokens), state.length
+        self, decoder: Decoder, verifier: Verifier[Any], state: Any, watch: VerifierState
+    ) -> tuple[Any, VerifierState]:
+        """`stride` steps: k paths run side by side, one of them goes on."""
+        batch = len(state.tokens)
         proposal = decoder.propose(state, self.k, self.distinct).unfold()
         paths = state.fork(self.k)
         rows = torch.arange(batch, device=state.tokens.device)
         path_watch = watch.select(rows.repeat_interleave(self.k))
         only = torch.zeros(batch * self.k, dtype=torch.int64, device=rows.device)
         log_probs = torch.zeros_like(proposal.sampling_log_probs[:, 0])
-        steps: list[Evidence] = []
-        for _ in range(min(self.stride, decoder.num_tokens - start)):
-            if steps:
+        for step in range(self.stride):
+            if paths.done:
+                break
+            if step:
                 proposal = decoder.propose(paths, 1)
+            verifier.follow(path_watch, paths.evidence, paths.position)
             log_probs = log_probs + proposal.sampling_log_probs[:, 0]
             values = verifier.score(path_watch, proposal.evidence)
             verifier.commit(path_watch, only)
             decoder.commit(paths, proposal, only)
-            steps.append(proposal.evidence)
         state.cost.verifier_calls += values.numel()
-        noise = state.noise[:, 0, start]
-        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), noise)
+        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), state.choice_noise)
         kept = rows * self.k + choice
         state = replace(paths.select(kept), noise=state.noise)
-        return state, path_watch.select(kept), Evidence.concatenate(steps).select(kept)
+        return state, path_watch.select(kept)

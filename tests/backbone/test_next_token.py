@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
-from tests.conftest import make_decoder
+from tests.conftest import EVIDENCE, make_decoder
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 
@@ -50,18 +50,64 @@ def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
     decoder: NextTokenDecoder, rows: list[dict]
 ) -> None:
     decoded = Sample(SAMPLING).decode(decoder, {}, rows, list(range(len(rows))))
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
-    for name in Evidence.__dataclass_fields__:
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_redecoding_keeps_what_it_should_and_passes_over_it(
+    decoder: NextTokenDecoder, rows: list[dict], share: float
+) -> None:
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < share
+    seeds = list(range(len(rows)))
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep)
+    assert torch.equal(decoded.tokens[keep], tokens[keep])
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    for name in EVIDENCE:
+        torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
+    open_tokens = (~keep).sum(1).max().item()
+    passes = decoded.cost.decoder_passes / (2 * len(rows))
+    assert open_tokens <= passes <= max(open_tokens, 1) + 1
+    if share == 0.0:
+        assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(decoder, {}, rows, seeds).tokens)
+
+
+def test_redecoding_draws_what_uncached_decoding_draws(decoder: NextTokenDecoder, rows: list[dict]) -> None:
+    """Every open token comes from the distribution given all tokens before it, whatever other rows keep."""
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.6
+    keep[:, -1] = False
+    seeds = list(range(len(rows)))
+    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep).tokens
+    noise = uniform_noise(seeds, 1, 16)[:, 1]
+    ids, codes, order = (
+        decoder.word_ids([row["prompt"] for row in rows]),
+        decoder._code_embeddings(),
+        decision_order(keep),
+    )
+    for step in range(order.shape[1]):
+        runs = [decoder._run(codes, words, tokens)[1][-1] for words in (ids, torch.zeros_like(ids))]
+        for row, t in enumerate(order[:, step].tolist()):
+            if not keep[row, t]:
+                keep[row, t] = True
+                logits = [decoder._logits(codes, hidden[row, t])[None] for hidden in runs]
+                cumulative = sampling_log_probs(logits[0], logits[1], SAMPLING).exp().cumsum(-1)
+                tokens[row, t] = (cumulative < noise[row, step] * cumulative[:, -1:]).sum(-1)
+    assert torch.equal(decoded, tokens)
+
+
+def test_the_order_of_decisions() -> None:
+    keep = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert decision_order(keep).tolist() == [[1, 4, 5, 5], [0, 1, 3, 5], [5, 5, 5, 5]]
+
+
 def test_evidence_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:
-    ids = decoder.word_ids(["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"])
+    prompts = ["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"]
     tokens = torch.randint(0, 32, (2, decoder.num_tokens))
-    shared, repeated = decoder.evidence(ids, tokens), decoder.evidence(ids, tokens.repeat_interleave(2, 0))
-    for name in Evidence.__dataclass_fields__:
+    shared, repeated = decoder.evidence(prompts, tokens), decoder.evidence(prompts, tokens.repeat_interleave(2, 0))
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(shared, name), getattr(repeated, name))
 
 

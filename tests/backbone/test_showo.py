@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_modules.backbone.loading import fingerprint, pretrained
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, masked_after
-from lightning_modules.backbone.mask_token import MaskTokenDecoder, Vocabulary
+from lightning_modules.backbone.mask_state import Vocabulary
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
 from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
@@ -114,7 +115,9 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(state.unknown, unknown)
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
         with torch.no_grad():
-            logits = decoder.guided_logits(state, torch.arange(tokens.numel())).view_as(golden.logits_slice[step])
+            everywhere = torch.arange(tokens.numel())
+            logits = decoder.guided_logits(decoder.look(state)[1], sampling.guidance, everywhere)
+            logits = logits.view_as(golden.logits_slice[step])
         torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
         assert sampling.temperature_at(step) == pytest.approx(float(golden.temperature[step]), rel=1e-12, abs=1e-15)
         count = masked_after(step, sampling.steps, state.unknown)

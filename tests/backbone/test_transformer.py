@@ -55,6 +55,24 @@ def test_selected_rows_are_independent_of_the_original_cache(model: Transformer)
     assert not cache.keys[0][:, :, 4].any()
 
 
+def test_rows_extended_by_different_numbers_equal_the_full_causal_pass(model: Transformer) -> None:
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    full = model(x, causal=True)[-1]
+    cache = KVCache(capacity=7)
+    model(x[:, :2], causal=True, cache=cache)
+    counts = torch.tensor([1, 4])
+    extended = model.extend(x[:, 2:6], counts, cache)[-1]
+    torch.testing.assert_close(extended[0, :1], full[0, 2:3])
+    torch.testing.assert_close(extended[1], full[1, 2:6])
+    assert cache.lengths.tolist() == [3, 6]
+    following = model.step(torch.stack([x[0, 3], x[1, 6]])[:, None], cache)[-1]
+    torch.testing.assert_close(following[:, 0], torch.stack([full[0, 3], full[1, 6]]))
+    cache.commit(torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(
+        model.extend(x[:1, 4:7].repeat(2, 1, 1), torch.tensor([3, 0]), cache)[-1][0], full[0, 4:]
+    )
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_by_matrix_products_is_scaled_dot_product_attention(causal: bool) -> None:
     q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)

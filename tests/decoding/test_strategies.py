@@ -5,12 +5,15 @@ import torch
 
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles, redraw
+from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Reward
+from tests.conftest import make_decoder
 
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]
@@ -83,7 +86,7 @@ def test_particles_that_are_never_redrawn_are_best_of_n(
 def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     """The evidence that travels with the paths is that of the tokens they ended with."""
     decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, rows, SEEDS)
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
@@ -92,6 +95,54 @@ def test_redrawing_follows_the_weights() -> None:
     assert redraw(weights.log(), torch.tensor([0.3, 0.9])).tolist() == [[0, 0, 1, 2], [2, 2, 2, 2]]
     shares = torch.stack([redraw(torch.tensor([[0.6, 0.4]]).log(), torch.tensor([u]))[0] for u in torch.rand(2000)])
     assert (shares == 0).float().mean().item() == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_pruning_nothing_is_best_of_n(decoder: NextTokenDecoder, rows: list, judges: dict, n: int) -> None:
+    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, rows, SEEDS)
+    kept = Pruning(SAMPLING, n, share=0.0, stride=5).decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(kept.tokens, best.tokens)
+
+
+def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    """With share 1 one path is left after the first look, the best until then."""
+    pruned = Pruning(SAMPLING, 4, share=1.0, stride=4).decode(decoder, judges, rows, SEEDS)
+    assert pruned.cost.decoder_passes == 2 * len(rows) * (1 + 4 * 4 + 11)
+    assert pruned.cost.verifier_calls == len(rows) * (4 + 3)
+    paths = [
+        Sample(SAMPLING).decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS])
+        for j in range(4)
+    ]
+    values = torch.stack([judges["parm"].values(path.evidence, [4])[:, 0] for path in paths])
+    expected = torch.stack([path.tokens for path in paths])[values.argmax(0), torch.arange(len(rows))]
+    assert torch.equal(pruned.tokens, expected)
+
+
+def test_one_beam_is_verified_decoding(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    beam = Beam(SAMPLING, n=1, k=4).decode(decoder, judges, rows, SEEDS)
+    verified = Verified(SAMPLING, k=4).decode(decoder, judges, rows, SEEDS)
+    assert torch.equal(beam.tokens, verified.tokens)
+
+
+def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
+    """Two codes and two tokens left to decide: with every candidate on the beam nothing is missed."""
+    small = make_decoder(grid=2, depth=2)
+    prompts, tokens = [{"prompt": "a photo of a star"}] * 3, torch.randint(0, 32, (3, 4))
+    keep = torch.tensor([True, True, False, False]).expand(3, -1)
+    wide = Beam(Sampling(top_k=2), n=4, k=16, verifier="likelihood")
+    found = wide.decode(small, judges, prompts, [0, 1, 2], tokens, keep)
+    ids = small.word_ids([row["prompt"] for row in prompts])
+    top = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, tokens)[1][-1])[:, 2].topk(
+        2
+    )
+    best = torch.full((3,), -torch.inf)
+    for second in top.indices.unbind(1):
+        grid = tokens.clone()
+        grid[:, 2] = second
+        logits = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, grid)[1][-1])
+        grid[:, 3] = logits[:, 3].argmax(-1)
+        best = torch.maximum(best, small.log_probs(ids, grid).sum(1))
+    torch.testing.assert_close(found.evidence.log_probs.sum(1), best)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +154,8 @@ def test_redrawing_follows_the_weights() -> None:
         Verified(SAMPLING, k=3, random_stop=True),
         BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"),
         Particles(SAMPLING, n=3, stride=4),
+        Beam(SAMPLING, n=2, k=3),
+        Pruning(SAMPLING, n=3, share=0.9, stride=4),
     ],
     ids=lambda strategy: type(strategy).__name__,
 )
@@ -111,6 +164,27 @@ def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list
     apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
     flipped = (together != torch.cat(apart)).any(1).sum().item()
     assert flipped == 0, f"{flipped} of {len(rows)} images changed with the batch size"
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Verified(SAMPLING, k=3),
+        Verified(SAMPLING, k=3, stride=4),
+        BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"),
+        Particles(SAMPLING, n=3, stride=4),
+        Beam(SAMPLING, n=2, k=3),
+        Pruning(SAMPLING, n=3, share=0.9, stride=4),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
+    tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < torch.rand(len(rows), 1)
+    decoded = strategy.decode(decoder, judges, rows, SEEDS, tokens, keep)
+    assert torch.equal(decoded.tokens[keep], tokens[keep])
+    assert (decoded.tokens[~keep] != tokens[~keep]).any()
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
 def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenDecoder, judges: dict) -> None:
@@ -167,6 +241,9 @@ def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges:
         (lambda: Verified(SAMPLING, k=2, stride=2, random_stop=True), "random_stop needs stride 1, not 2"),
         (lambda: BestOfN(Sample(SAMPLING), 0, "parm"), "n of at least 1, not 0"),
         (lambda: Particles(SAMPLING, 0), "n of at least 1, not 0"),
+        (lambda: Beam(SAMPLING, 0, 4), "n and k of at least 1, not 0 and 4"),
+        (lambda: Pruning(SAMPLING, 4, 0.5, stride=0), "stride of at least 1, not 0"),
+        (lambda: Pruning(SAMPLING, 4, 1.5), "share from 0 to 1, not 1.5"),
         (lambda: Particles(SAMPLING, 4, stride=0), "stride of at least 1, not 0"),
     ],
 )

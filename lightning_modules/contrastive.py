@@ -1,0 +1,115 @@
+"""ContrastiveModule: trains an open_clip model on images, and patches of them, with captions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.optim import OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.rewards.clip_score import TextTokenizer, cells, image_features
+
+
+class ContrastiveModule(LightningModule):
+    """CLIP's loss (arXiv 2103.00020) on whole images and a patch of each, with a minimally altered caption beside.
+
+    A patch goes with the caption of its image: what is learned is how much likelier what it shows makes this caption
+    than others, log p(caption | patch) / p(caption). That is what reflection asks of a patch; background, which says
+    nothing about any caption, comes out in the middle, what the caption denies below it.
+
+    Batches have `image` [B, 3, H, W] in [0, 1], `prompt` (2B strings, a true and an altered caption of each image) and
+    `correct` [2B].
+
+    Args:
+        clip: the open_clip model.
+        tokenizer: of the model.
+        optimizer: makes the optimizer from parameters.
+        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        grids: a patch is a cell of an M x M grid, M drawn from these.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: TextTokenizer,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        grids: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.grids = list(grids)
+
+    @property
+    def exported(self) -> dict[str, nn.Module]:
+        """What `task=export` writes, by the config node that builds it."""
+        return {"clip": self.clip}
+
+    def _similarities(self, batch: dict[str, Any], views: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosines of V views with the batch's distinct captions [V, U], and the column of each caption [2B]."""
+        texts = list(dict.fromkeys(batch["prompt"]))
+        where = torch.tensor([texts.index(prompt) for prompt in batch["prompt"]], device=views.device)
+        features = self.clip.encode_text(self.tokenizer(texts).to(views.device), normalize=True)  # type: ignore[operator]
+        scale = self.clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator]
+        return scale * image_features(self.clip, views) @ features.T, where
+
+    def _patch(self, images: Tensor, grid: int) -> Tensor:
+        """One cell of each image [B, 3, H, W], drawn at random."""
+        cut = cells(images, grid)
+        return cut[torch.arange(len(cut)), torch.randint(grid**2, (len(cut),))]
+
+    def _views(self, images: Tensor) -> Tensor:
+        """The images and a patch of each, at the images' size, [2B, 3, H, W]."""
+        grid = self.grids[int(torch.randint(len(self.grids), ()))]
+        patches = F.interpolate(self._patch(images, grid), images.shape[-2:], mode="bicubic", antialias=True)
+        return torch.cat([images, patches.clamp(0, 1)])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        logits, where = self._similarities(batch, self._views(batch["image"]))
+        own = where[::2]
+        known_true = batch["correct"][1::2].bool()  # altered captions that hold all the same are no negatives
+        banned = torch.zeros_like(logits, dtype=torch.bool)
+        for part in banned.chunk(2):
+            part[known_true.nonzero().squeeze(1), where[1::2][known_true]] = True
+        logits = logits.float().masked_fill(banned, -torch.inf)
+        losses = {}
+        for name, part in zip(("image", "patch"), logits.chunk(2), strict=True):
+            to_text = F.cross_entropy(part, own)
+            to_image = -part.log_softmax(0)[torch.arange(len(own)), own].mean()
+            losses[f"train/{name}_loss"] = (to_text + to_image) / 2
+        self.log_dict(losses, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()
+
+    def _measure(self, batch: dict[str, Any], stage: str) -> None:
+        """Shares: true above altered caption (image; mean of patches), the image's caption above all of the batch."""
+        images = batch["image"]
+        altered_false = ~batch["correct"][1::2].bool()
+        logits, where = self._similarities(batch, images)
+        rows = torch.arange(len(images), device=images.device)
+        true, altered = where[::2], where[1::2]
+        metrics = {
+            f"{stage}/accuracy": (logits[rows, true] > logits[rows, altered])[altered_false].float().mean(),
+            f"{stage}/retrieval": (logits.argmax(1) == true).float().mean(),
+        }
+        for grid in self.grids:
+            patches, _ = self._similarities(batch, cells(images, grid).flatten(0, 1))
+            best = patches.view(len(images), grid**2, -1).mean(1)
+            metrics[f"{stage}/accuracy_{grid}x{grid}"] = (
+                (best[rows, true] > best[rows, altered])[altered_false].float().mean()
+            )
+        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(images))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

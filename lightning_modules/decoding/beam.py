@@ -1,0 +1,79 @@
+"""Beam search over a verifier's values: the best prefixes of an image go on, wherever they come from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
+
+
+@dataclass(frozen=True)
+class Beam(Strategy):
+    """At every token, each of n prefixes has k candidates; of all n * k the n that the verifier values most go on.
+
+    No candidate is looked at beyond its own token, and all k of a prefix share its one decoder pass. Of equal
+    ones one counts. The prefix of the highest final value is the image; with n = 1 this is verified decoding.
+
+    Attributes:
+        sampling: how candidates are drawn.
+        n: prefixes.
+        k: candidates of each.
+        verifier: its name.
+        prior_weight: score = log V + prior_weight log p, p being the sampling distribution's of the whole prefix.
+    """
+
+    sampling: Sampling
+    n: int
+    k: int
+    verifier: str = "parm"
+    prior_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise ValueError(f"beam search needs n and k of at least 1, not {self.n} and {self.k}")
+
+    @torch.no_grad()
+    def decode(
+        self,
+        decoder: Decoder,
+        judges: Judges,
+        prompts: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        tokens: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Decoded:
+        verifier = verifier_named(judges, self.verifier)
+        decoder = next_token(decoder, "beam search")
+        noise = decoder.noise(candidate_seeds(seeds, self.n), self.k, self.sampling)
+        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling, tokens, keep)
+        noise = noise.to(state.noise.device)
+        image = torch.arange(len(prompts), device=noise.device)
+        watch = verifier.begin(state.prompt, decoder.num_tokens)
+        paths = image.repeat_interleave(self.n)
+        state, watch = replace(state.select(paths), noise=noise), watch.select(paths)
+        log_probs = noise.new_zeros(len(paths), 1)
+        alive = (torch.arange(len(paths), device=noise.device) % self.n == 0)[:, None]  # at first all are the same
+        while not state.done:
+            verifier.follow(watch, state.evidence, state.position)
+            proposal = decoder.propose(state, self.k)
+            values = verifier.score(watch, proposal.evidence)
+            state.cost.verifier_calls += int(alive.sum()) * self.k
+            log_probs = log_probs + proposal.sampling_log_probs
+            same = proposal.tokens[:, :, None] == proposal.tokens[:, None]
+            score = values + self.prior_weight * log_probs
+            score = score.masked_fill(same.tril(-1).any(2) | ~alive, -torch.inf)
+            best, index = score.view(len(prompts), -1).topk(self.n, dim=1)
+            parent = (image[:, None] * self.n + index // self.k).flatten()
+            choice = (index % self.k).flatten()
+            alive = best.view(-1, 1) > -torch.inf
+            log_probs = log_probs[parent, choice, None]
+            state, watch = replace(state.select(parent), noise=noise), watch.select(parent)
+            verifier.commit(watch, choice)
+            decoder.commit(state, proposal.select(parent), choice)
+        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
+        return finished.select(image * self.n)

@@ -1,0 +1,77 @@
+"""CLIPScore (arXiv 2104.08718) by any open_clip model: how well an image, or each patch of it, goes with its prompt."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import get_model_preprocess_cfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.rewards.verifier import Reward
+
+_WEIGHT = 2.5  # CLIPScore's w
+
+TextTokenizer = Callable[[Sequence[str]], Tensor]  # texts -> ids [B, L]
+
+
+def image_features(clip: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [0, 1] -> unit features [B, D]: resized and normalised as the model was trained."""
+    config = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **get_model_preprocess_cfg(clip)}
+    size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"], config["size"])
+    if pixels.shape[-2:] != tuple(size):
+        pixels = F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(config[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
+    return clip.encode_image((pixels - mean) / std, normalize=True)  # type: ignore[operator]
+
+
+def cells(pixels: Tensor, patches: int) -> Tensor:
+    """Images [B, 3, H, W] cut into an M x M grid, row by row: [B, M * M, 3, H / M, W / M]."""
+    rows = pixels.unflatten(2, (patches, -1)).unflatten(4, (patches, -1))  # [B, 3, M, h, M, w]
+    return rows.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+class CLIPScore(Reward):
+    """2.5 max(cos(image, prompt), 0), of whole images or of patches. Features of each prompt are computed once.
+
+    Args:
+        clip: an open_clip model (`open_clip.create_model`, by name and pretrained weights or `local-dir:FOLDER`).
+        tokenizer: of the model (`open_clip.get_tokenizer`).
+        batch_size: images or patches in a forward pass.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: TextTokenizer, batch_size: int = 256) -> None:
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self._texts: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
+        return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0]
+
+    @torch.no_grad()
+    def patches(self, prompts: Sequence[str], pixels: Tensor, patches: int) -> Tensor:
+        """S_ij = CLIPScore(prompt, patch ij) of images [B, 3, H, W] cut into an M x M grid, [B, M, M].
+
+        Raises:
+            ValueError: the image's sides are no multiples of `patches`.
+        """
+        if pixels.shape[2] % patches or pixels.shape[3] % patches:
+            raise ValueError(
+                f"images of {pixels.shape[2]}x{pixels.shape[3]} pixels have no {patches}x{patches} patches"
+            )
+        self.clip.to(pixels.device)
+        crops = cells(pixels, patches).flatten(0, 1)
+        images = torch.cat([image_features(self.clip, part) for part in crops.split(self.batch_size)])
+        cosine = torch.einsum(
+            "bpd,bd->bp", images.unflatten(0, (len(pixels), -1)), self._text_features(prompts, pixels.device)
+        )
+        return _WEIGHT * cosine.clamp(min=0).view(-1, patches, patches)
+
+    def _text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Unit features of prompts, [B, D]."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]:
+            features = self.clip.encode_text(self.tokenizer(new).to(device), normalize=True)  # type: ignore[operator]
+            self._texts |= dict(zip(new, features.cpu(), strict=True))
+        return torch.stack([self._texts[prompt] for prompt in prompts]).to(device)

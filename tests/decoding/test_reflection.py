@@ -1,0 +1,218 @@
+"""Reflection: where it looks, what it changes, what it keeps, when it stops."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.particles import Particles
+from lightning_modules.decoding.reflection import Reflection
+from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region, Value, spread
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.strategy import Decoded
+from lightning_modules.decoding.verified import Verified
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Critic, Likelihood, Reward
+from tests.conftest import make_showo
+
+SAMPLING = Sampling(guidance=0.5)
+SEEDS = [image_seed(1, i) for i in range(12)]
+PLAIN = Sample(SAMPLING)
+QUARTER = Region(Chance(), quantile=0.25)
+
+
+class Darkness(Reward):
+    """Likes dark images."""
+
+    def __call__(self, prompts, pixels):
+        return -pixels.mean((1, 2, 3))
+
+
+class Given(Look):
+    """Scores that the test gives, by the prompt."""
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        self.scores = scores
+
+    def __call__(self, decoder, judges, prompts, seeds, image):
+        return torch.stack([self.scores[row["prompt"]] for row in prompts])
+
+
+@pytest.fixture
+def judges(parm: PARM) -> dict:
+    return {"parm": parm, "likelihood": Likelihood(), "darkness": Darkness()}
+
+
+@pytest.fixture
+def image(decoder: NextTokenDecoder, rows: list) -> Decoded:
+    return PLAIN.decode(decoder, {}, rows, SEEDS)
+
+
+def replay(decoded: Decoded) -> Tensor:
+    """The images that the trace says there were in the end, [B, T]."""
+    tokens = decoded.tokens.clone()
+    for step in decoded.trace[::-1]:
+        tokens[step.rows] = step.before
+    for step in decoded.trace:
+        assert torch.equal(tokens[step.rows], step.before)
+        assert torch.equal(step.after[~step.omega], step.before[~step.omega])
+        tokens[step.rows[step.accepted]] = step.after[step.accepted]
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        PLAIN,
+        Verified(SAMPLING, k=3),
+        Verified(SAMPLING, k=2, stride=4),
+        BestOfN(PLAIN, 2, "parm"),
+        Particles(SAMPLING, 2),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+@pytest.mark.parametrize(
+    "where",
+    [
+        QUARTER,
+        Region(Gain(), quantile=0.25, patches=2),
+        Region(Gain(), threshold=-0.02, rewind=True),
+        Region(Value(), threshold=0.5),
+        Region(Confidence(), threshold=-2.0),
+    ],
+    ids=lambda region: type(region.look).__name__,
+)
+def test_only_omega_changes_and_the_score_never_falls(
+    decoder: NextTokenDecoder, rows: list, judges: dict, image: Decoded, again, where: Region
+) -> None:
+    decoded = Reflection(PLAIN, again, where, rounds=3).decode(decoder, judges, rows, SEEDS)
+    assert decoded.trace
+    assert torch.equal(replay(decoded), decoded.tokens)
+    values = [judges["parm"].values(i.evidence, [16])[:, 0] for i in (image, decoded)]
+    assert (values[1] >= values[0]).all()
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"), Verified(SAMPLING, 2, 4), Particles(SAMPLING, 3, 4)],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, again) -> None:
+    strategy = Reflection(PLAIN, again, Region(Gain(), threshold=-0.02, rewind=True), rounds=3)
+    together = strategy.decode(decoder, judges, rows, SEEDS)
+    apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
+    assert torch.equal(together.tokens, torch.cat(apart))
+    assert len({int(step.omega.sum()) for step in together.trace}) > 1
+
+
+def test_accepting_always_is_the_letter(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    decoded = Reflection(PLAIN, PLAIN, QUARTER, rounds=2, accept="always").decode(decoder, judges, rows, SEEDS)
+    assert all(step.accepted.all() for step in decoded.trace)
+    assert torch.equal(decoded.tokens, decoded.trace[-1].after)
+    assert (decoded.trace[0].scores.diff(dim=1) < 0).any()
+
+
+def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    """Satisfactory images are left alone; those that hardly change are done."""
+    two = [rows[0], rows[6]]
+    scores = {rows[0]["prompt"]: torch.ones(16), rows[6]["prompt"]: torch.ones(16)}
+    scores[rows[6]["prompt"]][5:7] = 0
+    seen = Region(Given(scores), threshold=0.5)
+    decoded = Reflection(PLAIN, PLAIN, seen, rounds=4).decode(decoder, judges, two, SEEDS[:2])
+    assert [step.rows.tolist() for step in decoded.trace] == [[1]] * 4
+    assert all(step.omega.nonzero()[:, 1].tolist() == [5, 6] for step in decoded.trace)
+    nothing = Region(Given(scores), threshold=-1.0)
+    assert not Reflection(PLAIN, PLAIN, nothing, rounds=4).decode(decoder, judges, two, SEEDS[:2]).trace
+    still = Reflection(PLAIN, PLAIN, seen, rounds=4, epsilon=1e9).decode(decoder, judges, two, SEEDS[:2])
+    assert len(still.trace) == 1
+    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, satisfied=-1e9).decode(decoder, judges, two, SEEDS[:2])
+    assert not pleased.trace
+
+
+def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    plain = PLAIN.decode(decoder, judges, rows, SEEDS).cost
+    for share in (0.25, 0.5):
+        where = Region(Chance(), quantile=share)
+        cost = Reflection(PLAIN, PLAIN, where, rounds=2).decode(decoder, judges, rows, SEEDS).cost
+        extra = (cost.decoder_passes - plain.decoder_passes) / (2 * 2 * len(rows))
+        assert 16 * share <= extra <= 16 * share + 1
+        assert cost.verifier_calls == 3 * len(rows)
+
+
+def test_regions(decoder: NextTokenDecoder, rows: list, image: Decoded) -> None:
+    scores = torch.arange(16.0).roll(5)
+    one, only = [rows[0]], image.select(torch.tensor([0]))
+    look = Given({rows[0]["prompt"]: scores})
+
+    def found(**settings: Any) -> list[int]:
+        return Region(look, **settings)(decoder, {}, one, SEEDS[:1], only)[0].nonzero().squeeze(1).tolist()
+
+    assert found(threshold=2.0) == found(quantile=0.125) == [5, 6]
+    assert found(threshold=2.0, rewind=True) == list(range(5, 16))
+    assert found(quantile=0.25, patches=2) == [8, 9, 12, 13]  # of the means 9.5, 7.5, 5.5, 7.5
+    assert torch.equal(spread(torch.tensor([[[0, 1], [2, 3]]]), 4).view(4, 4)[1:3, 1:3], torch.tensor([[0, 1], [2, 3]]))
+    for settings in ({}, {"threshold": 0.0, "quantile": 0.5}):
+        with pytest.raises(ValueError, match="either a threshold or a quantile"):
+            Region(look, **settings)
+    with pytest.raises(ValueError, match="must lie between 0 and 1, not 1"):
+        Region(look, quantile=1)
+    with pytest.raises(ValueError, match="4x4 tokens cannot be cut into 3x3 patches"):
+        found(quantile=0.5, patches=3)
+
+
+def test_mask_token_decoders_are_least_confident_of_what_does_not_fit() -> None:
+    decoder = make_showo()
+    prompts = [{"prompt": "1 2 3"}, {"prompt": "4"}]
+    decoder.image_tokenizer.grid = 4
+    image = Sample(MaskSampling(steps=3)).decode(decoder, {}, prompts, [0, 1])
+    decoder.image_tokenizer.decode = lambda tokens: tokens.float()[:, None, None].expand(-1, 3, 1, -1)
+    seen = Confidence()(decoder, {}, prompts, [0, 1], image)
+    assert seen.shape == image.tokens.shape and (seen < 0).all()
+    plain = Sample(MaskSampling(steps=3))
+    where = Region(Confidence(), quantile=0.25)
+    decoded = Reflection(plain, plain, where, rounds=2, judge="darkness").decode(
+        decoder, {"darkness": Darkness()}, prompts, [0, 1]
+    )
+    assert torch.equal(replay(decoded), decoded.tokens)
+    assert (decoded.trace[0].omega.sum(1) == 4).all()
+
+
+class Complaint(Critic):
+    """Finds every image too bright."""
+
+    def __call__(self, prompts, pixels):
+        return -pixels.mean((1, 2, 3))
+
+    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
+        return ["black"] * len(pixels)
+
+
+def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    judges["critic"] = Complaint()
+    told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", tell="{prompt} {critique}")
+    decoded = told.decode(decoder, judges, rows[:2], SEEDS[:2])
+    prompts = [{"prompt": row["prompt"] + " black"} for row in rows[:2]]
+    step = decoded.trace[0]
+    drawn = [image_seed(seed, 0, 0) for seed in SEEDS[:2]]
+    assert torch.equal(PLAIN.decode(decoder, {}, prompts, drawn, step.before, ~step.omega).tokens, decoded.tokens)
+    with pytest.raises(ValueError, match="judge 'darkness' cannot say what is wrong"):
+        Reflection(PLAIN, PLAIN, QUARTER, 1, "darkness", tell="{critique}").decode(decoder, judges, rows, SEEDS)
+
+
+def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    with pytest.raises(ValueError, match="at least 1 round, not 0"):
+        Reflection(PLAIN, PLAIN, QUARTER, 0)
+    with pytest.raises(ValueError, match="accept must be 'better' or 'always', not 'never'"):
+        Reflection(PLAIN, PLAIN, QUARTER, 1, accept="never")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="judge 'clip' does not score patches; there are: none"):
+        Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, rows, SEEDS)
+    with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):
+        Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, rows, SEEDS)
