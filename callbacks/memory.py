@@ -104,7 +104,9 @@ class MemoryEstimate(Callback):
         shards = trainer.world_size if isinstance(trainer.strategy, FSDPStrategy) else 1
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad) if stage == "fit" else 0
         config, length = decoder.transformer.config, decoder.num_tokens + 2 + decoder.vocabulary.max_text + 1
-        rows = self.images_per_row * trainer.datamodule.batch_size if stage == "fit" else 0  # type: ignore[attr-defined]
+        rows = 0
+        if stage == "fit" and decoder.embed.weight.requires_grad:
+            rows = self.images_per_row * trainer.datamodule.batch_size  # type: ignore[attr-defined]
         logits = 2 * rows * (decoder.num_tokens + 2) * decoder.vocabulary.total * 4
         images, judges = 0, 0.0
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -252,7 +252,7 @@ class MaskTokenDecoder(Decoder):
             temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
-            prompt=self._read(blocks, hidden),
+            prompt=self._read(blocks, hidden) if self.evidence_depths else hidden[0].new_zeros(len(prompts), 0, 0),
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,9 +1,10 @@
 """Show-o (arXiv 2408.12528) as a mask-token decoder: its sizes, and the names of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -30,6 +31,7 @@ class ShowO(MaskTokenDecoder):
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
         rotary_share: of each head's dimensions that carry the position.
         checkpointing: see `TransformerConfig`.
+        evidence_depths, estimate: see `MaskTokenDecoder`.
     """
 
     def __init__(
@@ -43,12 +45,16 @@ class ShowO(MaskTokenDecoder):
         mlp_dim: int = 8192,
         rotary_share: float = 0.5,
         checkpointing: bool = False,
+        evidence_depths: Sequence[int] = (),
+        estimate: MaskEstimate | None = None,
     ) -> None:
         transformer = TransformerConfig(
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
         rotary_dims = int(rotary_share * transformer.head_dim)
-        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
+        super().__init__(
+            image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, evidence_depths, estimate
+        )
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
