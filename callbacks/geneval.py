@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,15 @@ class GenEvalCallback(Callback):
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse prompts with unknown words, hold-outs that do not exist and blind detectors before any work starts."""
+        """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
-        for name in self.holdout:
-            if name not in judges:
-                known = ", ".join(judges)
-                raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
+        named = {"callbacks.geneval.holdout": self.holdout}
+        for key, strategy in self.strategies.items():
+            named[f"strategies.{key}"] = _judges_of(asdict(strategy))  # type: ignore[call-overload]
+        for key, names in named.items():
+            for name in names:
+                if name not in judges:
+                    raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(judges)}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
         self.reward.prepare(trainer.strategy.root_device)
@@ -215,6 +218,12 @@ class GenEvalCallback(Callback):
             if j == 0 and i in spread(len(prompts), self.sheet_prompts):
                 share.thumbnails[i] = image
         return verdicts
+
+
+def _judges_of(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the judges in a strategy's settings, and in those of the strategies that it wraps."""
+    own = [value for name, value in settings.items() if name in ("judge", "verifier")]
+    return own + [name for value in settings.values() if isinstance(value, Mapping) for name in _judges_of(value)]
 
 
 def _gather(share: _Share) -> list[_Share]:

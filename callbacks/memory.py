@@ -57,16 +57,16 @@ def decoding_activations(decoder: MaskTokenDecoder, images: int, prompt: int, si
     """Bytes that decoding some images at a time takes at most, guidance included, `size` bytes a number.
 
     That is the keys and values of prompts of `prompt` tokens, and then the largest of: a layer's hidden states; the
-    logits, their guided sum, probabilities and cumulative sum, in single precision; the finest level of the image
-    tokenizer's decoder, of which four maps are there at a time.
+    probabilities of all codes and their cumulative sum, in single precision; the finest level of the image tokenizer's
+    decoder, of which four maps are there at a time.
     """
     config, tokenizer = decoder.transformer.config, decoder.image_tokenizer
     kept = 2 * config.depth * config.dim * images * prompt * size
     layer = 2 * images * (decoder.num_tokens + 2) * config.dim * (5 + 2 * config.mlp_ratio) * size
-    logits = 6 * images * decoder.num_tokens * decoder.vocabulary.codes * 4
+    codes = 2 * images * decoder.num_tokens * decoder.vocabulary.codes * 4
     width = tokenizer.config.decoder_widths[0] if isinstance(tokenizer, MagvitV2) else 0
     maps = 4 * images * tokenizer.image_size**2 * width * size
-    return int(kept + max(layer, logits, maps))
+    return int(kept + max(layer, codes, maps))
 
 
 def side_by_side(settings: Any) -> int:
@@ -104,7 +104,9 @@ class MemoryEstimate(Callback):
         shards = trainer.world_size if isinstance(trainer.strategy, FSDPStrategy) else 1
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad) if stage == "fit" else 0
         config, length = decoder.transformer.config, decoder.num_tokens + 2 + decoder.vocabulary.max_text + 1
-        rows = self.images_per_row * trainer.datamodule.batch_size if stage == "fit" else 0  # type: ignore[attr-defined]
+        rows = 0
+        if stage == "fit" and decoder.embed.weight.requires_grad:
+            rows = self.images_per_row * trainer.datamodule.batch_size  # type: ignore[attr-defined]
         logits = 2 * rows * (decoder.num_tokens + 2) * decoder.vocabulary.total * 4
         images, judges = 0, 0.0
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

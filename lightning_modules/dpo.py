@@ -45,7 +45,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     Args:
         decoder: the shared decoder, which is trained.
-        parm: a reward model for verified decoding of the aligned decoder.
+        parm: a reward model for verified decoding of the aligned decoder, if any.
         optimizer: makes the optimizer from parameters.
         warmup_steps: steps of linear warm-up, then cosine decay to zero.
         loss: of a pair.
@@ -61,7 +61,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
     def __init__(
         self,
         decoder: TokenDecoder,
-        parm: PARM,
+        parm: PARM | None,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         loss: PreferenceLoss,
@@ -75,7 +75,9 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         if lora is not None:
             lora.inject(decoder)
         self.decoder = decoder
-        self.parm = parm.requires_grad_(refit is not None)
+        if refit is not None and parm is None:
+            raise ValueError("module.refit needs module.parm, the PARM that learns")
+        self.parm = None if parm is None else parm.requires_grad_(refit is not None)
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.loss = loss
@@ -89,14 +91,15 @@ class DPOModule(FrozenPartsMixin, LightningModule):
     @property
     def judges(self) -> dict[str, Verifier[Any]]:
         """The verifiers that strategies can name."""
-        return {"parm": self.parm, "likelihood": Likelihood()}
+        parm: dict[str, Verifier[Any]] = {} if self.parm is None else {"parm": self.parm}
+        return {**parm, "likelihood": Likelihood()}
 
     @property
     def exported(self) -> dict[str, torch.nn.Module]:
         """What `task=export` writes, by the config node that builds it."""
         if self.lora is not None:
             self.lora.merge(self.decoder)
-        return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit else {})
+        return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit and self.parm else {})
 
     def _is_frozen(self, key: str) -> bool:
         beside_adapters = self.lora is not None and key.startswith("decoder.") and not self.lora.is_adapter(key)
@@ -140,7 +143,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     def _refit_loss(self, batch: dict[str, Any]) -> Tensor:
         """Loss of PARM on both sides' images, read by the policy as it is now."""
-        assert self.refit is not None
+        assert self.refit is not None and self.parm is not None
         if "correct" not in batch:
             raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
         tokens = torch.cat([batch["chosen"], batch["rejected"]])
@@ -165,6 +168,6 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]
-        if self.refit:
+        if self.refit and self.parm:
             groups.append({"params": trainable(self.parm), "lr": self.refit_lr})
         return warmup_cosine(self, self.optimizer(groups), self.warmup_steps)

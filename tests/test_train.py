@@ -397,6 +397,10 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
         (["callbacks.geneval.holdout=[clip]"], "callbacks.geneval.holdout names the judge 'clip'; there are: parm,"),
+        (
+            ["strategies.parm.judge=clip"],
+            "strategies.parm names the judge 'clip'; there are: parm, likelihood, geneval",
+        ),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
     ],
 )

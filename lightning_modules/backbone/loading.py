@@ -103,8 +103,8 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
     """Load a module's weights; without a checkpoint the module stays as it was initialised.
 
     A module whose weights are published under other names says so in `stored_as`: the names of the tensors that, joined
-    along their first dimension, are one of its own. One that can tell from a `config.json` that weights of the right
-    shapes are yet others' has `check_stored`.
+    along their first dimension, are one of its own. One that can tell from a `config.json` that weights are another
+    model's has `check_stored`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -116,6 +116,8 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
     stored, expected = Stored(folder), own_state(module)
     stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
+    if (folder / "config.json").is_file():
+        check(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     names = {key: stored_as(key) for key in expected}
     for key, value in expected.items():
         if missing := [name for name in names[key] if name not in stored.keys]:
@@ -126,8 +128,6 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
             raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {tensors} has shape {shapes}")
     if surplus := sorted(stored.keys - {name for group in names.values() for name in group}):
         raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {_name(module)}")
-    if (folder / "config.json").is_file():
-        check(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(stored.read(names[key]))

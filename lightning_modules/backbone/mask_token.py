@@ -252,7 +252,7 @@ class MaskTokenDecoder(TokenDecoder):
             temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
-            prompt=self._read(blocks, hidden),
+            prompt=self._read(blocks, hidden) if self.evidence_depths else hidden[0].new_zeros(len(prompts), 0, 0),
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
@@ -279,8 +279,7 @@ class MaskTokenDecoder(TokenDecoder):
         """
         conditional, *unconditional = (branch.flatten(0, 1)[where] for branch in branches)
         if unconditional and guidance:
-            guided = torch.lerp(unconditional[0].float(), conditional.float(), 1 + guidance)
-            conditional = guided.to(conditional.dtype)
+            conditional = torch.lerp(unconditional[0], conditional, 1 + guidance)
         return self._code_head(conditional)
 
     @torch.no_grad()

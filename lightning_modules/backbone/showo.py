@@ -1,9 +1,10 @@
 """Show-o (arXiv 2408.12528) as a mask-token decoder: its sizes, and the names of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -30,6 +31,7 @@ class ShowO(MaskTokenDecoder):
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
         rotary_share: of each head's dimensions that carry the position.
         checkpointing: see `TransformerConfig`.
+        evidence_depths, estimate: see `MaskTokenDecoder`.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class ShowO(MaskTokenDecoder):
         mlp_dim: int = 8192,
         rotary_share: float = 0.5,
         checkpointing: bool = False,
+        evidence_depths: Sequence[int] = (),
+        estimate: MaskEstimate | None = None,
     ) -> None:
         transformer = TransformerConfig(
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
         rotary_dims = int(rotary_share * transformer.head_dim)
-        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
+        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, evidence_depths, estimate)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
@@ -61,18 +65,17 @@ class ShowO(MaskTokenDecoder):
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
 
     def check_stored(self, config: Mapping[str, Any]) -> None:
-        """Refuse weights of the same shapes that are for other images; raises ValueError.
+        """Refuse weights that are for other tokenizers, by Show-o's own config; raises ValueError.
 
         The 512-pixel model differs from the 256-pixel one in nothing but the number of its image tokens.
         """
         own = {
-            "num_vq_tokens": self.num_tokens,
-            "codebook_size": self.vocabulary.codes,
-            "llm_vocab_size": self.vocabulary.text,
+            "num_vq_tokens": (self.num_tokens, "the 256-pixel model has 256 tokens an image, the 512-pixel one 1024"),
+            "codebook_size": (self.vocabulary.codes, "that of its image tokenizer, which is showlab/magvitv2"),
+            "llm_vocab_size": (self.vocabulary.text, "the ids of its text tokenizer, which is microsoft/phi-1_5"),
         }
-        for key, value in own.items():
+        for key, (value, meaning) in own.items():
             if config.get(key, value) != value:
                 raise ValueError(
-                    f"Show-o's config.json says {key} {config[key]}, but the decoder is built for {value}; the "
-                    "256-pixel model (showlab/show-o) has 256 tokens an image, the 512-pixel one 1024"
+                    f"Show-o's config.json says {key} {config[key]}, but the decoder is built for {value} ({meaning})"
                 )

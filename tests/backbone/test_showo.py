@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -230,6 +231,48 @@ def test_kept_tokens_stay(decoder: MaskTokenDecoder) -> None:
     assert not torch.equal(state.tokens, tokens)
 
 
+def test_more_candidates_than_codes(decoder: MaskTokenDecoder) -> None:
+    k, sampling = decoder.vocabulary.codes + 3, MaskSampling(steps=2, guidance=0)
+    state = decoder.begin(["1 2", "3"], SeededNoise.draw([1, 2], k, sampling.steps, decoder.num_tokens), sampling)
+    proposal = decoder.propose(state, k)
+    assert proposal.tokens.shape == proposal.masked.shape == (2, k, decoder.num_tokens)
+    assert (proposal.tokens < decoder.vocabulary.codes).all()
+
+
+def test_long_prompts_lose_their_end_with_one_warning(decoder: MaskTokenDecoder) -> None:
+    text = " ".join(["7"] * decoder.vocabulary.max_text)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for prompts in ([text, text], [text + " 8"]):
+            prefix = decoder.encode(prompts)
+            assert prefix.real.shape[1] == decoder.vocabulary.max_text + 1
+    assert [str(warning.message)[:19] for warning in caught] == ["prompts of more tha"]
+
+
+def test_checkpointing_changes_memory_and_not_gradients(decoder: MaskTokenDecoder) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
+    masked = torch.rand(2, decoder.num_tokens) < 0.5
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        model = make_showo(checkpointing=checkpointing)
+        model.load_state_dict(decoder.state_dict())
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = -model.log_probs(model.encode(["1 2 3", "4"]), tokens, masked).sum()
+        loss.backward()
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in weights))
+        gradients.append([weight.grad for weight in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < kept[0] / 3
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -294,7 +337,8 @@ def test_other_tensors_are_named_as_they_are_stored(
     ("key", "sentence"),
     [
         ("num_vq_tokens", "says num_vq_tokens 1024, but .* the 512-pixel one 1024"),
-        ("codebook_size", "says codebook_size"),
+        ("codebook_size", "says codebook_size 1024, but .* which is showlab/magvitv2"),
+        ("llm_vocab_size", "says llm_vocab_size 1024, but .* which is microsoft/phi-1_5"),
     ],
 )
 def test_weights_for_other_images_are_refused(tmp_path: Path, key: str, sentence: str) -> None:

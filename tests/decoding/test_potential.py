@@ -87,6 +87,7 @@ def test_the_trace_of_the_original(previewing: ShowO, prune: bool, reset_tempera
         ends = [min(path["clear_at"] + 1, SAMPLING.steps) if path["no_prob"] > 0.5 else SAMPLING.steps for path in PLAN]
         resumed = [SAMPLING.steps - ends[i * N + w] for i, w in enumerate(TRACE["parm"]["winner_per_eval"])]
         assert decoded.cost.decoder_passes == 2 * (sum(ends) + sum(resumed)) < every_step
+        print(f"pruning saves {1 - decoded.cost.decoder_passes / every_step:.0%} of the decoder's steps")
     else:
         assert decoded.cost.decoder_passes == every_step
 
@@ -100,6 +101,13 @@ def test_pruning_never_changes_the_winner_among_survivors(previewing: ShowO) -> 
         strategies = [Potential(SAMPLING, N, "judge", prune) for prune in (False, True)]
         complete, pruned = (each.decode(previewing, {"judge": script}, ROWS, SEEDS).tokens for each in strategies)
         assert torch.equal(complete, pruned)
+
+
+@pytest.mark.parametrize("no_prob", [0.2, 0.8])
+def test_a_single_path_is_finished_whatever_is_said_of_it(previewing: ShowO, no_prob: float) -> None:
+    script = Script(previewing, [{"clear_at": 1, "no_prob": no_prob, "yes": 0.0}] * N * IMAGES, True)
+    decoded = Potential(SAMPLING, 1, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
+    assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(previewing, {}, ROWS, SEEDS).tokens)
 
 
 def test_outcome_reward_alone(previewing: ShowO) -> None:

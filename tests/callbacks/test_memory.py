@@ -1,0 +1,79 @@
+"""The memory estimate against what passes really keep; on the meta device, so that sizes can be the real ones."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from callbacks.memory import decoding_activations, saved_activations, side_by_side
+from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
+from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise
+from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.potential import Potential
+from lightning_modules.decoding.sample import Sample
+from tests.benchmarks.measuring import peak_mebibytes
+
+BATCH, PROMPT, GRID = 4, 20, 258
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_keeps_what_is_estimated(checkpointing: bool) -> None:
+    config = TransformerConfig(2048, 24, 32, 4.0, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing)
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[id(x.untyped_storage())] = x.untyped_storage().nbytes()
+        storages.append(x.untyped_storage())
+        return x
+
+    storages: list[Any] = []  # alive, so that no id is given twice
+    with torch.device("meta"):
+        model = Transformer(config)
+        cached = [torch.empty(BATCH, 32, PROMPT, 64)] * config.depth
+        prefix = Prefix(Rotary.at(torch.arange(PROMPT), 32), torch.empty(BATCH, PROMPT), cached, cached)
+        attending = Grid(Rotary.at(torch.arange(GRID), 32), [prefix])
+        attending.__dict__["_allowed"] = [None]  # prompts of one length
+        x = torch.empty(BATCH, GRID, 2048, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = model.last(x, attending)
+    assert out.shape == x.shape
+    weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
+    measured = sum(kept.values()) - (0 if checkpointing else weights)
+    estimate = saved_activations(config, BATCH * GRID, 4)
+    if checkpointing:  # the one layer that is computed anew is not among what the forward pass keeps
+        estimate -= int(saved_activations(TransformerConfig(2048, 1, 32, 4.0, parallel=True), BATCH * GRID, 4))
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("width", "bits"), [(128, 8), (8, 8), (8, 12)], ids=["pixels", "layers", "logits"])
+def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_widths": (8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_widths": (width, width, width)}
+    tokenizer = MagvitV2(MagvitConfig(image_size=64, bits=bits, decoder_blocks=(1, 1, 1), norm_groups=4, **sizes))
+    text: Any = SimpleNamespace(size=20, end_of_text=0, encode=lambda prompts: [[1] * 9 for _ in prompts])
+    decoder = ShowO(tokenizer, text, max_text=16, dim=128, depth=3, heads=4, mlp_dim=512).eval()
+    sampling, images = MaskSampling(steps=2), 4
+
+    def decode() -> None:
+        state = decoder.begin([""] * images, SeededNoise.draw(range(images), 1, 2, decoder.num_tokens), sampling)
+        while not state.done:
+            decoder.commit(state, decoder.propose(state, 1), torch.zeros(images, dtype=torch.int64))
+
+    @torch.no_grad()
+    def look() -> None:
+        tokenizer.decode(torch.zeros(images, decoder.num_tokens, dtype=torch.int64))
+
+    measured = max(peak_mebibytes(decode), peak_mebibytes(look)) * 2**20
+    assert decoding_activations(decoder, images, 12, 4) == pytest.approx(measured, rel=0.35)
+
+
+def test_candidates_within_candidates_multiply() -> None:
+    sampling = MaskSampling()
+    assert side_by_side(Sample(sampling)) == 1
+    assert side_by_side(Potential(sampling, 20, "judge")) == 20
+    assert side_by_side(BestOfN(Potential(sampling, 5, "judge"), 4, "judge")) == 20
