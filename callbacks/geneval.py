@@ -15,12 +15,13 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
 from callbacks.report import StrategyResult, print_table, write_report
+from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.rewards.verifier import Reward, Verifier
 
 
 @dataclass
@@ -29,11 +30,11 @@ class _Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
-    decoder_passes: int = 0
-    verifier_calls: int = 0
+    cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
     holdout: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class GenEvalCallback(Callback):
@@ -57,6 +58,7 @@ class GenEvalCallback(Callback):
         sheet_prompts: prompts on the contact sheets.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
+        rewards: further judges of finished images, by name, for strategies and `holdout`.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class GenEvalCallback(Callback):
         folder: str,
         sheet_prompts: int,
         holdout: Sequence[str],
+        rewards: Mapping[str, Reward] | None = None,
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -95,13 +98,14 @@ class GenEvalCallback(Callback):
         self.folder = Path(folder)
         self.sheet_prompts = sheet_prompts
         self.holdout = list(holdout)
+        self.rewards = dict(rewards or {})
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
         for name in self.holdout:
-            if name not in pl_module.judges:  # type: ignore[operator]
-                known = ", ".join(pl_module.judges)  # type: ignore[arg-type]
+            if name not in (judges := {**pl_module.judges, **self.rewards}):  # type: ignore[dict-item]
+                known = ", ".join(judges)
                 raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
@@ -148,7 +152,7 @@ class GenEvalCallback(Callback):
     ) -> dict[str, StrategyResult]:
         """Decode and judge this rank's share by each strategy, then put the shares together."""
         pl_module.eval()
-        judges: Judges = {**pl_module.judges, "geneval": self.reward}  # type: ignore[dict-item]
+        judges: Judges = {**pl_module.judges, "geneval": self.reward, **self.rewards}  # type: ignore[dict-item]
         rank, world_size = trainer.global_rank, trainer.world_size
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}
@@ -182,8 +186,9 @@ class GenEvalCallback(Callback):
         decoded = strategy.decode(decoder, judges, rows, [image_seed(self.seed, i, j) for i, j in jobs])
         images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
         share.seconds += time.perf_counter() - start
-        share.decoder_passes += decoded.cost.decoder_passes
-        share.verifier_calls += decoded.cost.verifier_calls
+        share.cost.add(decoded.cost)
+        for name, note in decoded.notes.items():
+            share.notes[name] += float(note.sum())
         verdicts = self.reward.verdicts(rows, images)
         share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
         for name in self.holdout:
@@ -235,11 +240,13 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
         tasks={task: score for task, score in scores.items() if task != "overall"},
         rows=rows,
         thumbnails=dict(sorted(thumbnails.items())),
-        decoder_forwards=sum(share.decoder_passes for share in shares) / len(rows),
-        verifier_calls=sum(share.verifier_calls for share in shares) / len(rows),
+        decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
+        verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
+        tokens=sum(share.cost.tokens for share in shares) / len(rows),
         seconds=sum(share.seconds for share in shares) / len(rows),
         objects=sum(share.objects for share in shares) / len(rows),
         holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
+        notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
     )
 
 

@@ -36,6 +36,7 @@ TINY = [
     "parm.checkpoint=null",
     "parm.module.transformer.dim=32",
     "parm.module.transformer.depth=1",
+    "clip.checkpoint=null",
 ]
 
 torch.set_num_threads(1)

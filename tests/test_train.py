@@ -32,7 +32,13 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
-    "experiment=shapes_masked": [],
+    "experiment=shapes_masked": ["clip.checkpoint=null"],
+    "rewards=open_clip": [
+        *TINY,
+        "rewards.clip.clip.model_name=ViT-S-32-alt",
+        "rewards.clip.clip.pretrained=null",
+        "rewards.clip.clip.require_pretrained=false",
+    ],
     "decoder=shapes_masked": ["module=decoder", "strategies=sample", "sampling=masked", "callbacks=decoder", "~parm"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
@@ -186,7 +192,9 @@ def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("name", ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start"])
+@pytest.mark.parametrize(
+    "name", ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start", "shapes_clip"]
+)
 def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     overrides = [
         "trainer.max_steps=4",
@@ -195,8 +203,9 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         "data.batch_size=4",
     ]
     small = SMALL
-    if name == "shapes_tokenizer":
+    if name in ("shapes_tokenizer", "shapes_clip"):
         small = [item for item in SMALL if "callbacks" not in item]
+    if name == "shapes_tokenizer":
         overrides += ["module.codebook_images=2048", "module.codebook_iterations=1"]
     else:
         overrides += ["data.num_workers=0"]

@@ -272,7 +272,7 @@ class MaskTokenDecoder(Decoder):
         """Logits [B, n, C] that this step draws from, after guidance; conditional and empty prompts in one batch."""
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
-        state.cost.decoder_passes += len(tokens)
+        state.cost.count_pass(*tokens.shape)
         logits = self.code_logits(tokens, unknown, state.prefixes).chunk(branches)
         scale = state.sampling.guidance
         return logits[0] if branches == 1 else (1 + scale) * logits[0] - scale * logits[1]

@@ -162,7 +162,7 @@ class Confidence(Look):
             return image.evidence.log_probs
         prefix, index = decoder.encode([row["prompt"] for row in prompts]), torch.arange(decoder.image_tokenizer.grid)
         place = (2 * (index[:, None] % 2) + index % 2).flatten().to(image.tokens.device)
-        image.cost.decoder_passes += 4 * len(prompts)
+        image.cost.count_pass(4 * len(prompts), decoder.num_tokens)
         masks = [(place == i).expand_as(image.tokens) for i in range(4)]
         with torch.no_grad():
             return torch.stack([decoder.log_probs(prefix, image.tokens, masked) for masked in masks]).sum(0)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,7 @@ class Decoded:
         cost: of the whole batch, candidates that were not kept included.
         free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
         trace: what reflection did.
+        notes: numbers about how each image was made, to be logged, [B] each.
     """
 
     tokens: Tensor
@@ -52,11 +53,14 @@ class Decoded:
     cost: Cost
     free_from: Tensor
     trace: Sequence[Round] = ()
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images, without the trace; the cost stays that of all."""
         free_from = self.free_from[rows.cpu()]
-        return Decoded(self.tokens[rows], self.evidence and self.evidence.select(rows), self.cost, free_from)
+        notes = {name: note[rows] for name, note in self.notes.items()}
+        evidence = self.evidence and self.evidence.select(rows)
+        return Decoded(self.tokens[rows], evidence, self.cost, free_from, notes=notes)
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
         """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
