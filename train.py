@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_modules.backbone.loading import export, write_text
 
 
-def build(node: DictConfig) -> Any:
+def build(node: DictConfig | None) -> Any:
     """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects."""
     return instantiate(node, _convert_="all")
 
@@ -30,6 +30,10 @@ def run(config: DictConfig) -> None:
         return
     if config.task == "export" and config.ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
+    if config.task in ("fit", "rollout") and config.get("data") is None:
+        raise ValueError(
+            f"task={config.task} needs data, and here is none to train on; this config is for task=evaluate"
+        )
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{min(missing)} needs a value")
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
@@ -45,7 +49,7 @@ def run(config: DictConfig) -> None:
             export(part, folder, plain[node])
             print(f"Exported {type(part).__name__} to {folder}")
         return
-    data = build(config.data)
+    data = build(config.get("data"))
     if config.task == "rollout":
         load_checkpoint(module, config.ckpt_path)
         data.collect_all(module)

@@ -21,7 +21,7 @@ from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.rewards.verifier import Verifier
 
 
 @dataclass
@@ -56,9 +56,9 @@ class GenEvalCallback(Callback):
         seed: of all images.
         folder: where results go.
         sheet_prompts: prompts on the contact sheets.
+        judges: further judges that strategies and hold-outs can name, beside the LightningModule's own and `geneval`.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
-        rewards: further judges of finished images, by name, for strategies and `holdout`.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class GenEvalCallback(Callback):
         seed: int,
         folder: str,
         sheet_prompts: int,
+        judges: Judges,
         holdout: Sequence[str],
-        rewards: Mapping[str, Reward] | None = None,
     ) -> None:
         for name in [*validation_strategies, monitor]:
             if name not in strategies:
@@ -97,18 +97,23 @@ class GenEvalCallback(Callback):
         self.seed = seed
         self.folder = Path(folder)
         self.sheet_prompts = sheet_prompts
+        self.judges = judges
         self.holdout = list(holdout)
-        self.rewards = dict(rewards or {})
         self._latest: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
+        judges = self._judges(pl_module)
         for name in self.holdout:
-            if name not in (judges := {**pl_module.judges, **self.rewards}):  # type: ignore[dict-item]
+            if name not in judges:
                 known = ", ".join(judges)
                 raise ValueError(f"callbacks.geneval.holdout names the judge {name!r}; there are: {known}")
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
+
+    def _judges(self, pl_module: LightningModule) -> Judges:
+        """All judges, by name."""
+        return {**pl_module.judges, **self.judges, "geneval": self.reward}  # type: ignore[dict-item]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -152,7 +157,7 @@ class GenEvalCallback(Callback):
     ) -> dict[str, StrategyResult]:
         """Decode and judge this rank's share by each strategy, then put the shares together."""
         pl_module.eval()
-        judges: Judges = {**pl_module.judges, "geneval": self.reward, **self.rewards}  # type: ignore[dict-item]
+        judges = self._judges(pl_module)
         rank, world_size = trainer.global_rank, trainer.world_size
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}

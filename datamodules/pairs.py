@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from datamodules.loaders import make_loader
 from datamodules.rollouts import store
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.next_token import NextTokenDecoder
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
@@ -119,19 +119,17 @@ def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list
 
 
 @torch.no_grad()
-def sequence_log_probs(decoder: NextTokenDecoder, prompts: Sequence[str], tokens: Tensor, batch_size: int) -> Tensor:
-    """log p of whole images [N, T] given their prompts, [N], without gradient."""
-    decoder.eval()
-    parts = [
-        decoder.log_probs(decoder.word_ids(prompts[i : i + batch_size]), part.to(decoder.rows.device)).sum(1).cpu()
-        for i, part in zip(range(0, len(tokens), batch_size), tokens.split(batch_size), strict=True)
-    ]
-    return torch.cat(parts)
+def reference_log_probs(decoder: Decoder, pairs: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+    """log p of the `chosen` and `rejected` images of some pairs."""
+    device = next(decoder.parameters()).device
+    chosen, rejected = (torch.tensor(pairs[side], device=device) for side in SIDES)
+    chosen, rejected = decoder.pair_log_probs(pairs["prompt"], chosen, rejected, pairs["seed"])
+    return {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Some pairs -> a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
-    batch: dict[str, Any] = {"prompt": [row["prompt"] for row in rows]}
+    batch: dict[str, Any] = {name: [row[name] for row in rows] for name in ("prompt", "seed")}
     for name in SIDES:
         batch[name] = torch.tensor([row[name] for row in rows])
     for name in ("ref_chosen", "ref_rejected", "weight"):
@@ -171,13 +169,16 @@ class PairsDataModule(LightningDataModule):
         self.trainer.strategy.barrier()
         return folder
 
-    def _with_reference(self, pairs: Dataset, decoder: NextTokenDecoder) -> Dataset:
+    def _with_reference(self, pairs: Dataset, decoder: Decoder) -> Dataset:
         """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is."""
-        prompts: list[str] = list(pairs["prompt"])
+        pairs = pairs.add_column("seed", list(range(len(pairs))))
+        starts = range(0, len(pairs), self.collect_batch_size)
+        parts = [
+            reference_log_probs(decoder.eval(), pairs[start : start + self.collect_batch_size])
+            for start in tqdm(starts, desc="Reference log-probabilities", unit="batch")
+        ]
         for side in SIDES:
-            tokens = torch.tensor(pairs[side][:])
-            reference = sequence_log_probs(decoder, prompts, tokens, self.collect_batch_size)
-            pairs = pairs.add_column(f"ref_{side}", reference.tolist())
+            pairs = pairs.add_column(f"ref_{side}", [value for part in parts for value in part[side]])
         return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

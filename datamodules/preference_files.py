@@ -17,9 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from datamodules.pairs import PairsDataModule
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.next_token import NextTokenDecoder
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PreferenceFile:
             raise FileNotFoundError(f"there is no preference file {self.path}")
         return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:16]
 
-    def encode(self, decoder: NextTokenDecoder, batch_size: int) -> Dataset:
+    def encode(self, decoder: Decoder, batch_size: int) -> Dataset:
         """Check every row and encode its images: `prompt`, `chosen`, `rejected` (tokens) and `weight`.
 
         Raises:
@@ -182,7 +182,7 @@ class PreferenceFilesDataModule(PairsDataModule):
             pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
             self._made[name] = datasets.load_from_disk(str(pairs))
 
-    def _read(self, source: PreferenceFile, decoder: NextTokenDecoder) -> Dataset:
+    def _read(self, source: PreferenceFile, decoder: Decoder) -> Dataset:
         return self._with_reference(source.encode(decoder, self.collect_batch_size), decoder)
 
     def _pairs(self, name: str) -> Dataset:

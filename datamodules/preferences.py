@@ -16,8 +16,8 @@ from torch import Tensor
 
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
 from datamodules.rollouts import RolloutSpec, collect, provenance
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -29,13 +29,13 @@ _LABELS = {"geneval": "reward", "clauses": "clauses"}
 
 @torch.no_grad()
 def ensemble(
-    decoder: NextTokenDecoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
+    decoder: Decoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
 ) -> np.ndarray:
     """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
     wanted = ["prompt", "metadata", "tokens", *_LABELS.values()]
     columns: Mapping[str, list[Any]] = rollouts.select_columns(wanted).to_dict()
     metadata = [json.loads(text) for text in columns["metadata"]]
-    tokens = torch.tensor(columns["tokens"], device=decoder.rows.device)
+    tokens = torch.tensor(columns["tokens"], device=next(decoder.parameters()).device)
     scores = np.zeros(len(tokens))
     for name, weight in weights.items():
         if name in _LABELS:
@@ -45,7 +45,7 @@ def ensemble(
         judge = judges[name]
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
-            evidence = decoder.evidence(decoder.word_ids(columns["prompt"][part]), tokens[part])
+            evidence = decoder.evidence(columns["prompt"][part], tokens[part])
             values = judged(judge, decoder, metadata[part], tokens[part], evidence)
             scores[part] += weight * (values.exp() if isinstance(judge, Verifier) else values).cpu().numpy()
     return scores
@@ -164,7 +164,7 @@ class PreferencesDataModule(PairsDataModule):
             about.append(self._start_key)
         return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))
 
-    def _pair(self, name: str, rollouts: Dataset, decoder: NextTokenDecoder) -> Dataset:
+    def _pair(self, name: str, rollouts: Dataset, decoder: Decoder) -> Dataset:
         columns: Mapping[str, list[Any]] = rollouts.to_dict()
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.loaders import make_loader
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.loading import fingerprint, write_text
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
@@ -30,7 +31,7 @@ from lightning_modules.rewards.parm import PARM
 
 _FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
-_STATISTICS = ("log_probs", "unconditional_log_probs", "entropy")
+_TRAJECTORY = ("previews", "fixed_at")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class RolloutSpec:
             raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
 
 
-def provenance(
-    spec: RolloutSpec, decoder: NextTokenDecoder, judges: Judges, seed: int, keep_evidence: bool
-) -> dict[str, Any]:
+def provenance(spec: RolloutSpec, decoder: Decoder, judges: Judges, seed: int, keep_evidence: bool) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     assert is_dataclass(spec.strategy)
     verifiers = {
@@ -96,7 +95,7 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
 def collect(
     spec: RolloutSpec,
     folder: Path,
-    decoder: NextTokenDecoder,
+    decoder: Decoder,
     judges: Judges,
     reward: GenEvalReward,
     seed: int,
@@ -111,7 +110,8 @@ def collect(
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
 
     With `keep_evidence` rows also hold what the decoder knew of each token, so that PARM trains without decoder passes;
-    that is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder.
+    that is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store how the
+    grid was filled, and the log-probabilities.
 
     Returns:
         Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, free_from, objects (found in the image),
@@ -134,7 +134,7 @@ def collect(
         grounding,
         class_names=reward.detector.class_names,
         threshold=reward.rules.threshold,
-        max_words=decoder.prompt_encoder.tokenizer.max_words,
+        max_words=decoder.max_words,
         grid=tokenizer.grid,
         image_size=tokenizer.image_size,
     )
@@ -161,11 +161,15 @@ def collect(
                 "sample": [j for _, j in chunk],
                 "settings": [settings] * len(chunk),
             }
-            if keep_evidence:
+            if decoded.trajectory is not None:
+                for name in _TRAJECTORY:
+                    columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
+            elif keep_evidence:
                 for name in _HIDDEN:
                     stored = getattr(decoded.evidence, name).half().cpu().numpy()
                     columns[name] = [row.tobytes() for row in stored]
-                columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in _STATISTICS}
+            if keep_evidence:
+                columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in STATISTICS}
             store(Dataset.from_dict(columns), part)
             bar.update(len(chunk))
     if world_size > 1:
@@ -192,11 +196,14 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         states = [np.frombuffer(row[name], np.float16).reshape(len(row["tokens"]), -1) for row in rows]
         return torch.from_numpy(np.stack(states)).float()
 
-    evidence = {}
-    if "hidden" in rows[0]:
-        evidence = {name: hidden(name) for name in _HIDDEN} | {name: column(name) for name in _STATISTICS}
+    more: dict[str, Any] = {}
+    if STATISTICS[0] in rows[0]:
+        more["evidence"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
+        more["evidence"] |= {name: column(name) for name in STATISTICS}
+    if "previews" in rows[0]:
+        more["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
     return {
-        **({"evidence": evidence} if evidence else {}),
+        **more,
         "prompt": [row["prompt"] for row in rows],
         "tokens": column("tokens").long(),
         "correct": column("reward").float(),
@@ -278,7 +285,7 @@ class RolloutsDataModule(LightningDataModule):
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
         arrays = ["tokens", "clauses", "grounding", "reward", "free_from", "prompt_index"]
-        arrays += _STATISTICS if self.keep_evidence else ()
+        arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
         rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
         return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.parm import PARM
@@ -40,8 +40,8 @@ class DPOModule(FrozenPartsMixin, LightningModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
     Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected` [B], the
-    log-probabilities that the reference gives them, and `weight` [B] of each pair; to refit PARM also the labels of
-    `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
+    log-probabilities that the reference gives them, `seed` (B numbers) and `weight` [B] of each pair; to refit PARM
+    also the labels of `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
 
     Args:
         decoder: the shared decoder, which is trained.
@@ -60,7 +60,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     def __init__(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         parm: PARM,
         optimizer: OptimizerFactory,
         warmup_steps: int,
@@ -103,12 +103,12 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         return beside_adapters or super()._is_frozen(key)
 
     def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
-        word_ids = self.decoder.word_ids(batch["prompt"])
-        tokens = torch.cat([batch["chosen"], batch["rejected"]])
-        chosen, rejected = self.decoder.log_probs(word_ids.repeat(2, 1), tokens).sum(1).chunk(2)
+        chosen, rejected = self.decoder.pair_log_probs(
+            batch["prompt"], batch["chosen"], batch["rejected"], batch["seed"]
+        )
         ref_chosen, ref_rejected = batch["ref_chosen"], batch["ref_rejected"]
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected)
-        loss = (losses * batch["weight"]).mean() - self.sft_weight * chosen.mean() / tokens.shape[1]
+        loss = (losses * batch["weight"]).mean() - self.sft_weight * chosen.mean() / self.decoder.num_tokens
         gain_chosen, gain_rejected = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=stage != "train", batch_size=len(losses))
         log = {
@@ -144,7 +144,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
         if "correct" not in batch:
             raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
         tokens = torch.cat([batch["chosen"], batch["rejected"]])
-        evidence = self.decoder.evidence(self.decoder.word_ids(batch["prompt"]).repeat(2, 1), tokens)
+        evidence = self.decoder.evidence(batch["prompt"] * 2, tokens)
         free_from = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         losses = self.refit.training_losses(self.parm, evidence, batch | {"free_from": free_from})
         self.log("train/parm_loss", losses["loss"], prog_bar=True)

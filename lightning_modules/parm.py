@@ -6,15 +6,21 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.evidence import STATISTICS, Evidence
+from lightning_modules.backbone.mask_state import Trajectory
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
 from lightning_modules.rewards.verifier import Likelihood, Verifier
+
+_RANDOM_STEPS = 16  # of images that were not decoded
 
 
 def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -47,23 +53,20 @@ class PARMObjective:
 
         Args:
             parm: the reward model.
-            evidence: about finished images.
+            evidence: about finished images; for a PARM that is not causal, about grids on the way to them.
             labels: `correct` [B] in {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt
                 does not ask), `free_from` [B] (prefixes that end before it are not trained: a verifier steered what
                 came next).
             trusted: see `PARM.forward`.
         """
-        batch_size, num_tokens = evidence.log_probs.shape
-        device = evidence.log_probs.device
-        first = labels["free_from"].clamp(min=1)  # shortest prefix that is trained
-        if parm.causal:
-            lengths = torch.arange(1, num_tokens + 1, device=device).expand(batch_size, -1)
+        logits, clause_logits, match_logits = parm(evidence, trusted)
+        known = torch.ones_like(evidence.log_probs, dtype=torch.bool)
+        trained = torch.ones_like(logits, dtype=torch.bool)
+        if evidence.undecided is not None:
+            known = ~evidence.undecided
         else:
-            drawn = (torch.rand(batch_size, device=device) * (num_tokens - first + 1)).long()
-            lengths = (first + drawn)[:, None].clamp(max=num_tokens)
-        logits, clause_logits, match_logits = parm(evidence, lengths[:, 0], trusted)
-        trained = lengths >= first[:, None]
-        known = torch.arange(num_tokens, device=device) < lengths.amax(1, keepdim=True)
+            lengths = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+            trained = lengths >= labels["free_from"].clamp(min=1)[:, None]
         correct, clauses = labels["correct"][:, None], labels["clauses"][:, None]
         return {
             "loss": masked_bce(logits, correct.expand_as(logits), trained),
@@ -85,7 +88,8 @@ class PARMModule(FrozenPartsMixin, LightningModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
     `PARMObjective.losses` and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of the tokens
-    when it drew them, no decoder pass is needed.
+    when it drew them, no decoder pass is needed. Batches of mask-token decoders have a `trajectory`, and of the
+    evidence the statistics alone: what was seen on the way takes a pass with what was unknown then.
 
     Args:
         decoder: the shared decoder, frozen here.
@@ -99,13 +103,16 @@ class PARMModule(FrozenPartsMixin, LightningModule):
 
     def __init__(
         self,
-        decoder: NextTokenDecoder,
+        decoder: NextTokenDecoder | MaskTokenDecoder,
         parm: PARM,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         objective: PARMObjective,
     ) -> None:
         super().__init__()
+        if parm.causal == isinstance(decoder, MaskTokenDecoder):
+            wanted = str(not parm.causal).lower()
+            raise ValueError(f"parm.module.causal must be {wanted} for a {type(decoder).__name__}")
         self.decoder = decoder.eval().requires_grad_(False)
         self.parm = parm
         self.optimizer = optimizer
@@ -123,13 +130,36 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         """What `task=export` writes, by the config node that builds it."""
         return {"parm": self.parm}
 
-    def _evidence(self, batch: dict[str, Any]) -> Evidence:
+    def _evidence(self, batch: dict[str, Any], share: float | None = None) -> Evidence:
+        """What the decoder knows of a batch; of grids at this share of the way, by default another one in each."""
         self.decoder.eval()
         tokens = batch["tokens"] if "tokens" in batch else self.decoder.image_tokenizer.encode(batch["image"])
-        word_ids = self.decoder.word_ids(batch["prompt"])
+        if isinstance(self.decoder, MaskTokenDecoder):
+            return self._grid_evidence(self.decoder, batch, tokens, share)
         if "evidence" in batch:
-            return self.decoder.recall(word_ids, tokens, **batch["evidence"])
-        return self.decoder.evidence(word_ids, tokens)
+            return self.decoder.recall(batch["prompt"], tokens, **batch["evidence"])
+        return self.decoder.evidence(batch["prompt"], tokens)
+
+    @staticmethod
+    def _grid_evidence(
+        decoder: MaskTokenDecoder, batch: dict[str, Any], tokens: Tensor, share: float | None
+    ) -> Evidence:
+        decided = torch.zeros(3, *tokens.shape, device=tokens.device)
+        if "trajectory" in batch:
+            trajectory = Trajectory(**batch["trajectory"])
+            decided = torch.stack([batch["evidence"][name] for name in STATISTICS])
+        else:
+            trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS)
+        steps = trajectory.previews.shape[1]
+        first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
+        if share is None:
+            step = first + (torch.rand(len(tokens), device=tokens.device) * (steps + 1 - first)).long()
+            # A finished image may come from anywhere, and of one that was decoded again some tokens do.
+            known = 2 * torch.rand(len(tokens), 1, device=tokens.device) * (step < steps)[:, None]
+            decided = decided * (torch.rand(tokens.shape, device=tokens.device) < known)
+        else:
+            step = torch.full_like(first, max(0, round(share * steps) - 1))
+        return decoder.evidence(batch["prompt"], *trajectory.at(step), decided)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.objective.training_losses(self.parm, self._evidence(batch), batch)
@@ -138,11 +168,19 @@ class PARMModule(FrozenPartsMixin, LightningModule):
         return total
 
     def _rank(self, batch: dict[str, Any], stage: str) -> None:
-        evidence = self._evidence(batch)
-        losses = {f"{stage}/{name}": loss for name, loss in self.objective.losses(self.parm, evidence, batch).items()}
-        self.log_dict(losses, sync_dist=True, batch_size=len(batch["prompt"]))
+        lengths = tenths(self.decoder.num_tokens)
+        if self.parm.causal:  # one evidence shows every prefix
+            seen = [self._evidence(batch)]
+        else:
+            with isolate_rng():
+                torch.manual_seed(0)
+                seen = [self._evidence(batch, length / self.decoder.num_tokens) for length in lengths]
+        for evidence in seen:
+            losses = self.objective.losses(self.parm, evidence, batch)
+            named = {f"{stage}/{name}": loss for name, loss in losses.items()}
+            self.log_dict(named, sync_dist=True, batch_size=len(batch["prompt"]))
         for name, judge in self.judges.items():
-            values = judge.values(evidence, tenths(self.decoder.num_tokens))
+            values = torch.cat([judge.values(evidence, lengths) for evidence in seen], dim=1)
             self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]
 
     def _log_ranking(self, stage: str) -> None:

@@ -16,9 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from datamodules.shapes.prompts import shapes_prompts, vocabulary
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.rewards.parm import PARM, Features
 
@@ -38,6 +42,8 @@ TINY = [
     "parm.module.transformer.depth=1",
     "clip.checkpoint=null",
 ]
+
+EVIDENCE = [name for name in Evidence.__dataclass_fields__ if name != "undecided"]
 
 torch.set_num_threads(1)
 
@@ -85,8 +91,23 @@ def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
     return decoder.eval()
 
 
-def make_parm(decoder: NextTokenDecoder, features: Features = "hidden", causal: bool = True) -> PARM:
-    """A PARM for `make_decoder`, random weights."""
+def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
+    """The same for a mask-token decoder."""
+    torch.manual_seed(0)
+    tokenizer = PatchVQ(codebook_size=32, grid=4, image_size=64, width=16, blocks=1)
+    torch.nn.init.uniform_(tokenizer.codebook)
+    transformer = TransformerConfig(dim=32, depth=3, heads=4, parallel=True, qk_norm=True, gelu="tanh")
+    text = WordTokenizer(vocabulary(), 12)
+    decoder = MaskTokenDecoder(tokenizer, text, 14, transformer, 4, evidence_depths=[1, 3], estimate=estimate)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    return decoder.eval()
+
+
+def make_parm(decoder: NextTokenDecoder | MaskTokenDecoder, features: Features = "hidden") -> PARM:
+    """A PARM for one of these decoders, random weights."""
     torch.manual_seed(1)
     parm = PARM(
         TransformerConfig(dim=32, depth=2, heads=4),
@@ -94,7 +115,7 @@ def make_parm(decoder: NextTokenDecoder, features: Features = "hidden", causal: 
         decoder_dim=decoder.dim,
         evidence_depths=decoder.evidence_depths,
         features=features,
-        causal=causal,
+        causal=isinstance(decoder, NextTokenDecoder),
     )
     with torch.no_grad():
         for weight in parm.parameters():

@@ -5,18 +5,21 @@ import math
 import pytest
 import torch
 
-from datamodules.pairs import sequence_log_probs
+from datamodules.pairs import reference_log_probs
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.dpo import DPOModule, compact, dpo
 from lightning_modules.optim import OptimizerFactory, trainable
 from lightning_modules.parm import PARMObjective
-from tests.conftest import make_decoder, make_parm
+from tests.conftest import make_decoder, make_masked, make_parm
 
 PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle"]
 
 
-def make_module(optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0) -> DPOModule:
-    decoder = make_decoder()
+def make_module(
+    optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: float = 0.0, decoder: Decoder | None = None
+) -> DPOModule:
+    decoder = decoder or make_decoder()
     return DPOModule(
         decoder, make_parm(decoder), optimizer, 1, lambda *sides: dpo(*sides, beta=0.1), sft_weight, 5.0, None, 1e-4
     )
@@ -25,8 +28,10 @@ def make_module(optimizer: OptimizerFactory = torch.optim.AdamW, sft_weight: flo
 def make_batch(module: DPOModule) -> dict:
     torch.manual_seed(3)
     sides = {name: torch.randint(0, 32, (3, module.decoder.num_tokens)) for name in ("chosen", "rejected")}
-    reference = {f"ref_{name}": sequence_log_probs(module.decoder, PROMPTS, side, 2) for name, side in sides.items()}
-    return {"prompt": PROMPTS, "weight": torch.tensor([1.0, 0.5, 1.5]), **sides, **reference}
+    pairs = {"prompt": PROMPTS, "seed": [0, 1, 2]}
+    reference = reference_log_probs(module.decoder, pairs | {name: side.tolist() for name, side in sides.items()})
+    weight = torch.tensor([1.0, 0.5, 1.5])
+    return pairs | sides | {"weight": weight} | {f"ref_{name}": torch.tensor(own) for name, own in reference.items()}
 
 
 @pytest.mark.parametrize(
@@ -64,8 +69,9 @@ def test_the_policy_starts_at_its_reference(monkeypatch: pytest.MonkeyPatch) -> 
     assert logged["train/logps/chosen"] == pytest.approx(batch["ref_chosen"].mean().item(), rel=1e-5)
 
 
-def test_training_prefers_the_chosen_and_stops_when_it_collapses(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make_module(sft_weight=0.1)
+@pytest.mark.parametrize("make", [make_decoder, make_masked])
+def test_training_prefers_the_chosen_and_stops_when_it_collapses(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module(sft_weight=0.1, decoder=make())
     logged: dict = {}
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))
@@ -81,19 +87,17 @@ def test_training_prefers_the_chosen_and_stops_when_it_collapses(monkeypatch: py
         module._step(batch, "train")
 
 
-def test_reference_log_probs_are_those_of_a_plain_pass_at_any_batch_size() -> None:
-    decoder = make_decoder()
-    tokens = torch.randint(0, 32, (3, decoder.num_tokens))
-    plain = decoder.log_probs(decoder.word_ids(PROMPTS), tokens).sum(1)
-    for batch_size in (1, 2, 3):
-        torch.testing.assert_close(
-            sequence_log_probs(decoder, PROMPTS, tokens, batch_size), plain, atol=1e-5, rtol=1e-5
-        )
+def test_reference_log_probs_are_those_of_a_plain_pass() -> None:
+    module = make_module()
+    batch = make_batch(module)
+    for side in ("chosen", "rejected"):
+        plain = module.decoder.log_probs(module.decoder.word_ids(PROMPTS), batch[side]).sum(1)
+        torch.testing.assert_close(batch[f"ref_{side}"], plain, atol=1e-5, rtol=1e-5)
 
 
 def labelled(batch: dict, module: DPOModule) -> dict:
     """What pairs from rollouts know of both sides: chosen images are right, rejected ones wrong."""
-    words = module.decoder.prompt_encoder.tokenizer.max_words
+    words = module.decoder.max_words
     return batch | {
         "correct": torch.tensor([1.0] * 3 + [0.0] * 3),
         "clauses": torch.full((6, 6), math.nan),

@@ -9,21 +9,24 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from datamodules.pairs import sequence_log_probs
+from datamodules.pairs import reference_log_probs
 from tests.conftest import ROOT, TINY
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 GROUPS = [
     f"{folder.name}={path.stem}"
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug")
     for path in sorted(folder.glob("*.yaml"))
 ]
+# Mask-token decoders that are measured as they are.
+MEASURED = ["module=evaluation", "callbacks=evaluation", "strategies=showo", "sampling=showo", "~parm"]
 # What some choices need beside them; the others are built small.
 COMPANIONS = {
     "tokenizer=full": ["decoder=full", "parm.checkpoint=null"],
@@ -32,14 +35,27 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
-    "experiment=shapes_masked": ["clip.checkpoint=null"],
     "rewards=open_clip": [
         *TINY,
         "rewards.clip.clip.model_name=ViT-S-32-alt",
         "rewards.clip.clip.pretrained=null",
         "rewards.clip.clip.require_pretrained=false",
     ],
-    "decoder=shapes_masked": ["module=decoder", "strategies=sample", "sampling=masked", "callbacks=decoder", "~parm"],
+    "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
+    "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
+    **{f"experiment={name}": ["clip.checkpoint=null"] for name in EXPERIMENTS if name.startswith("shapes_masked")},
+    "tokenizer=magvit": [*MEASURED, "decoder=tiny_showo", "tokenizer.checkpoint=null"],
+    "decoder=tiny_showo": MEASURED,
+    "decoder=showo": [
+        *MEASURED,
+        *("decoder.checkpoint=null", "+decoder.module.dim=64", "+decoder.module.depth=1", "+decoder.module.heads=4"),
+        "~decoder.module.text_tokenizer",
+        "+decoder.module.text_tokenizer={_target_: lightning_modules.backbone.text.WordTokenizer, vocabulary: [a], "
+        "max_words: 3}",
+    ],
+    "strategies=showo": [*TINY, "callbacks=evaluation"],
+    "callbacks=evaluation": TINY,
+    "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 SMALL = [
@@ -91,7 +107,8 @@ def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
-        assert instantiate(config[part], _convert_="all") is not None
+        if part in config:  # what is only measured needs no data
+            assert instantiate(config[part], _convert_="all") is not None
     if "ddp" not in choice:  # those want several devices, which this machine may lack
         assert instantiate(config.trainer) is not None
 
@@ -192,9 +209,17 @@ def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize(
-    "name", ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start", "shapes_clip"]
-)
+PRETRAINED = [
+    "shapes_tokenizer",
+    "shapes_decoder",
+    "shapes_masked",
+    "shapes_parm_start",
+    "shapes_masked_parm_start",
+    "shapes_clip",
+]
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     overrides = [
         "trainer.max_steps=4",
@@ -210,12 +235,28 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     else:
         overrides += ["data.num_workers=0"]
     if name == "shapes_masked":
-        small = [item for item in SMALL if "evidence" not in item and not item.startswith(("parm", "strategies"))]
-        small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
-    if name == "shapes_parm_start":
-        small = [*SMALL, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
+        small = [item for item in SMALL if not item.startswith(("parm", "strategies"))]
+    if "masked" in name:
+        small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
+    if "parm" in name:
+        small = [*small, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
     command(tmp_path, f"experiment={name}", *small, *overrides)
     assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
+    masked = ["decoder.module.rotary_dims=4", "sampling.steps=4"]
+    done = command(tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "trainer.log_every_n_steps=1")
+    assert "parm_literal" in done.stdout
+    rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob("verified-*/part-*"))))
+    assert np.shape(rows["previews"][0]) == (4, 64) and max(rows["free_from"]) <= 3
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
+        assert key in header
+    named = command(
+        tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "parm.module.causal=true", check=False
+    )
+    assert "parm.module.causal must be false for a MaskTokenDecoder" in named.stderr
 
 
 # Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
@@ -266,9 +307,8 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     sets = [datasets.load_from_disk(str(path)) for path in (tmp_path / "rollouts").glob("train-pairs-*")]
     assert len(sets) == 2
     for pairs in sets:  # the second round's policy is another one by then
-        for side in ("chosen", "rejected"):
-            anew = sequence_log_probs(decoder, pairs["prompt"][:], torch.tensor(pairs[side][:]), 7)
-            torch.testing.assert_close(torch.tensor(pairs[f"ref_{side}"][:]), anew, atol=1e-3, rtol=1e-5)
+        for side, anew in reference_log_probs(decoder, pairs[:]).items():
+            torch.testing.assert_close(pairs[f"ref_{side}"][:], anew, atol=1e-3, rtol=1e-5)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -294,6 +334,29 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     assert "pairs.jsonl:7: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
     nothing = command(tmp_path, "experiment=dpo", "data=preference_files", *small, check=False)
     assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
+
+
+def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "trainer.precision=bf16-true")
+    lines = done.stdout.splitlines()
+    estimate = next(i for i, line in enumerate(lines) if line.startswith("Memory of each GPU: about "))
+    assert estimate < next(i for i, line in enumerate(lines) if "strategy" in line)
+    report = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert list(report["strategies"]) == ["sample", "orm", "prm", "parm"]
+    costs = {name: scores["decoder_forwards_per_image"] for name, scores in report["strategies"].items()}
+    assert costs["sample"] == costs["prm"] == 6  # 3 steps with guidance; all candidates of a step come from one pass
+    assert costs["orm"] == 12 >= costs["parm"]
+    refused = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "task=fit", check=False)
+    assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
+
+
+def test_without_show_os_weights_one_sentence_says_what_to_download(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("Error: 'showlab/magvitv2' is neither a folder nor") and "hf download showlab/magvitv2" in last
+    )
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:

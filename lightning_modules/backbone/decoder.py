@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 
 
@@ -39,11 +40,25 @@ class Cost:
 class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
-    States have `tokens` [B, T], `done`, `cost` and `select(rows)`; proposals have `tokens`, [B, k, ...].
+    States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
+    `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
+
+    Decoders that verifiers in token space can read name `evidence_depths`, the layers after which these look at them.
     """
 
     frozen_parts = ("image_tokenizer",)
+    evidence_depths: tuple[int, ...] = ()
     image_tokenizer: ImageTokenizer
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width of the embeddings."""
+
+    @property
+    @abstractmethod
+    def max_words(self) -> int:
+        """Words (text tokens) of the prompt in `Evidence`, L."""
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +72,19 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
+
+    @abstractmethod
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(image | prompt), nats, of both images [B, T] of B pairs, [B] each. Differentiable.
+
+        Decoders that can only estimate it draw what they need from each pair's seed: equal seeds, equal estimates.
+        """
+
+    @abstractmethod
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
+        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
@@ -81,8 +109,8 @@ class Decoder(nn.Module, ABC):
         """
 
     @abstractmethod
-    def propose(self, state: Any, k: int) -> Any:
-        """k candidates for the next step of each row, all from one forward pass."""
+    def propose(self, state: Any, k: int, distinct: bool = False) -> Any:
+        """k candidates for the next step of each row, all from one forward pass; independent or `distinct` draws."""
 
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:

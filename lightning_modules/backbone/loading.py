@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors", "pytorch_model.bin")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -47,8 +47,8 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder nor to be had from the Hugging Face hub; without network, download it "
-            f"elsewhere and set the path of its folder ({type(error).__name__})"
+            f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where "
+            f"there is network run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
         ) from error
 
 

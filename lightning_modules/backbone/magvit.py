@@ -200,6 +200,7 @@ class MagvitV2(ImageTokenizer):
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
+        self.config = config
         self.codebook_size, self.image_size = 2**config.bits, config.image_size
         self.grid = config.image_size // config.stride
         self.encoder = make_encoder(config)
@@ -221,7 +222,7 @@ class MagvitV2(ImageTokenizer):
     def reconstruct(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """Decode without clamping to [0, 1], for training."""
         indices = tokens.unflatten(1, shape or (self.grid, self.grid))
-        return (self.decoder(self.quantize.entries(indices)) + 1) / 2
+        return (self.decoder(self.quantize.entries(indices)).float() + 1) / 2  # half precision has fewer than 256 greys
 
     def decode(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """Tokens [B, h * w] -> pixels [B, 3, H, W] in [0, 1].

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,14 +50,20 @@ class Prefix:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotary(q), self.rotary(k)
-        self.keys.append(k)
-        self.values.append(v)
+        if layer == len(self.keys):  # a checkpointed layer comes again in the backward pass
+            self.keys.append(k)
+            self.values.append(v)
+        return attend(q, k, v, causal=self._allowed is None, allowed=self._allowed)
+
+    @cached_property
+    def _allowed(self) -> Tensor | None:
+        """What prompts of several lengths may attend to, bool [G, 1, P, P]; None: whatever is before."""
         if self.real.all():
-            return attend(q, k, v, causal=True)
+            return None
         length = self.real.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=q.device)  # else padding would attend to nothing at all
-        return attend(q, k, v, allowed=(causal & (self.real[:, None] | itself))[:, None])
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.real.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=self.real.device)  # padding must attend to something
+        return (causal & (self.real[:, None] | itself))[:, None]
 
     def select(self, rows: Tensor) -> "Prefix":
         """Prompts `rows` [G'], in that order and as often as they occur."""
@@ -78,9 +85,16 @@ class Grid:
         q, k = self.rotary(q), self.rotary(k)
         share = len(q) // len(self.prefixes)
         attended = []
-        for prefix, q_own, k_own, v_own in zip(self.prefixes, *(x.split(share) for x in (q, k, v)), strict=True):
+        shares = (x.split(share) for x in (q, k, v))
+        for prefix, allowed, q_own, k_own, v_own in zip(self.prefixes, self._allowed, *shares, strict=True):
             keys = torch.cat([prefix.keys[layer].expand(share, -1, -1, -1), k_own], dim=2)
             values = torch.cat([prefix.values[layer].expand(share, -1, -1, -1), v_own], dim=2)
-            allowed = None if prefix.real.all() else F.pad(prefix.real, (0, q.shape[2]), value=True)[:, None, None]
             attended.append(attend(q_own, keys, values, allowed=allowed))
         return torch.cat(attended)
+
+    @cached_property
+    def _allowed(self) -> list[Tensor | None]:
+        """What the rows of each prefix may attend to, bool [G, 1, 1, P + S], the same in every layer; None: all."""
+        length = self.rotary.cos.shape[0]
+        padded = [F.pad(prefix.real, (0, length), value=True)[:, None, None] for prefix in self.prefixes]
+        return [None if allowed.all() else allowed for allowed in padded]

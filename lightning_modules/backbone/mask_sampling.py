@@ -80,16 +80,24 @@ def least_confident(
 class MaskNoise(Protocol):
     """The randomness of B images, k candidates a step."""
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
-        """Draw k grids of codes [B, k, n] from probabilities [B, n, C]."""
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
+        """Draw k codes [M, k] from probabilities [M, C] at positions `where` [M] of the B * n, counted row by row."""
         ...
 
     def confidence(self, step: int, k: int) -> Tensor:
         """Uniform noise [B, k, n] for the confidences."""
         ...
 
+    def choice(self, step: int) -> Tensor:
+        """Uniform noise [B] for choosing among the candidates."""
+        ...
+
     def select(self, rows: Tensor) -> "MaskNoise":
         """The noise of rows `rows` [B'], in that order and as often as they occur."""
+        ...
+
+    def fork(self, k: int) -> "MaskNoise":
+        """The noise of k paths a row; path j has that of candidate j."""
         ...
 
 
@@ -98,7 +106,8 @@ class SeededNoise:
     """Noise that belongs to the image: the same whatever else is in the batch.
 
     Attributes:
-        uniform: [B, 2K, T, n] for K candidates: a row for codes and one for confidences each.
+        uniform: [B, 2K + 1, T, n] for K candidates: a row for codes and one for confidences each; the last one is for
+            choosing.
     """
 
     uniform: Tensor
@@ -106,15 +115,22 @@ class SeededNoise:
     @staticmethod
     def draw(seeds: Sequence[int], k: int, steps: int, tokens: int) -> "SeededNoise":
         """The noise of images with these seeds; more candidates leave the first ones' as it is."""
-        return SeededNoise(uniform_noise(seeds, 2 * k - 1, steps * tokens).unflatten(2, (steps, tokens)))
+        return SeededNoise(uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens)))
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
-        noise = self.uniform[:, : 2 * k : 2, step].transpose(1, 2).to(probs.device)  # [B, n, k]
-        drawn = invert(probs.flatten(0, 1), noise.flatten(0, 1))
-        return drawn.view_as(noise).transpose(1, 2)
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
+        noise = self.uniform[:, : 2 * k : 2, step].to(probs.device).transpose(1, 2).flatten(0, 1)
+        return invert(probs, noise[where])
 
     def confidence(self, step: int, k: int) -> Tensor:
         return self.uniform[:, 1 : 2 * k : 2, step]
+
+    def choice(self, step: int) -> Tensor:
+        return self.uniform[:, -1, step, 0]
+
+    def fork(self, k: int) -> "SeededNoise":
+        own = self.uniform[:, : 2 * k].unflatten(1, (k, 2)).flatten(0, 1)
+        choosing = self.uniform[:, -1:].repeat_interleave(k, 0)
+        return SeededNoise(torch.cat([own, choosing], 1))
 
     def select(self, rows: Tensor) -> "SeededNoise":
         return SeededNoise(self.uniform[rows.to(self.uniform.device)])

@@ -5,123 +5,22 @@ computed once per prompt; soi, image and eoi see everything.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.mask_state import MaskProposal, MaskState, Vocabulary
+from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Ids of the one table of embeddings: text, ten special tokens, image codes, the mask.
-
-    Attributes:
-        text: ids of the text tokenizer.
-        end_of_text: one of them, which opens and closes a prompt.
-        codes: size of the image codebook.
-        max_text: a prompt's block has one place more than this; longer ones are cut.
-    """
-
-    text: int
-    end_of_text: int
-    codes: int
-    max_text: int
-
-    @property
-    def soi(self) -> int:
-        return self.text + 1
-
-    @property
-    def eoi(self) -> int:
-        return self.text + 2
-
-    @property
-    def t2i(self) -> int:
-        return self.text + 5
-
-    @property
-    def first_code(self) -> int:
-        return self.text + 10
-
-    @property
-    def mask(self) -> int:
-        return self.first_code + self.codes
-
-    @property
-    def total(self) -> int:
-        return self.mask + 1
-
-    def block(self, text: Sequence[int]) -> list[int]:
-        """Text ids -> `t2i sot text eot`, at most max_text + 1 ids; what is too long loses its end, with a warning."""
-        opened = list(text) if text and text[0] == self.end_of_text else [self.end_of_text, *text]
-        if len(opened) >= self.max_text:
-            warnings.warn(f"prompts of more than {self.max_text - 2} text tokens lose their end", stacklevel=2)
-        return [*[self.t2i, *opened][: self.max_text], self.end_of_text]
-
-
-@dataclass(frozen=True)
-class MaskProposal:
-    """k ways to go on from one forward pass.
-
-    Attributes:
-        tokens: whole grids of codes, [B, k, n]: a preview of the image.
-        probs: of the codes that were drawn, [B, k, n], 1 for known ones.
-        masked: what is masked for the next step, bool [B, k, n].
-    """
-
-    tokens: Tensor
-    probs: Tensor
-    masked: Tensor
-
-
-@dataclass
-class MaskState:
-    """B half-decoded images.
-
-    Attributes:
-        tokens: codes [B, n]; where `unknown` they are a preview, drawn but not kept.
-        unknown: bool [B, n].
-        step: steps done, of `sampling.steps`.
-        sampling: how the grid is filled.
-        temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
-        noise: of the images.
-        prefixes: of the prompts and, with guidance, of the empty one.
-        cost: shared by all states that come from one `begin`.
-    """
-
-    tokens: Tensor
-    unknown: Tensor
-    step: int
-    sampling: MaskSampling
-    temperature: Tensor
-    noise: MaskNoise
-    prefixes: list[Prefix]
-    cost: Cost = field(default_factory=Cost)
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.sampling.steps
-
-    def select(self, rows: Tensor) -> "MaskState":
-        """A state of rows `rows` [B'], in that order and as often as they occur."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            unknown=self.unknown[rows],
-            temperature=self.temperature[rows],
-            noise=self.noise.select(rows),
-            prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
-        )
 
 
 class MaskTokenDecoder(Decoder):
@@ -133,6 +32,11 @@ class MaskTokenDecoder(Decoder):
         max_text: a prompt's block has one place more than this; longer prompts lose their end.
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
+        evidence_depths: after which layers (1 = first) hidden states are read by verifiers; without any the decoder
+            gives no evidence.
+        estimate: of log p of whole images; the default is `MaskEstimate()`.
+        visual: codes are embedded (and predicted) by what they look like as well, and tokens by their row and column.
+            Show-o has neither; small decoders learn much faster with both.
     """
 
     def __init__(
@@ -142,8 +46,13 @@ class MaskTokenDecoder(Decoder):
         max_text: int,
         transformer: TransformerConfig,
         rotary_dims: int,
+        evidence_depths: Sequence[int] = (),
+        estimate: MaskEstimate | None = None,
+        visual: bool = False,
     ) -> None:
         super().__init__()
+        if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
+            raise ValueError(f"evidence_depths={list(evidence_depths)} must lie in 1..{transformer.depth}")
         if not 0 < rotary_dims <= transformer.head_dim or rotary_dims % 2:
             raise ValueError(f"rotary_dims={rotary_dims} must be even and within the head's {transformer.head_dim}")
         self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
@@ -153,6 +62,10 @@ class MaskTokenDecoder(Decoder):
         )
         self.vocabulary = vocabulary
         self.rotary_dims = rotary_dims
+        self.evidence_depths = tuple(evidence_depths)
+        self.estimate = estimate or MaskEstimate()
+        if (n_masks := self.estimate.n_masks) > self.num_tokens:
+            raise ValueError(f"decoder.estimate.n_masks={n_masks}, but an image has only {self.num_tokens} tokens")
         self.embed = nn.Embedding(vocabulary.total, transformer.dim)
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(transformer.dim)
@@ -160,6 +73,22 @@ class MaskTokenDecoder(Decoder):
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        self.visual = visual
+        self.largest_share = 1.0
+        if visual:
+            self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
+            nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
+            self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, transformer.dim) * 0.02)
+            self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)
+
+    @property
+    def dim(self) -> int:
+        return self.transformer.config.dim
+
+    @property
+    def max_words(self) -> int:
+        """Text tokens of the longest prompt; see `Decoder`."""
+        return self.vocabulary.max_text - 2
 
     def _rotary(self, start: int, length: int) -> Rotary:
         positions = torch.arange(start, start + length, device=self.embed.weight.device)
@@ -171,9 +100,26 @@ class MaskTokenDecoder(Decoder):
         ids = torch.where(unknown, words.mask, tokens + words.first_code)
         return F.pad(F.pad(ids, (1, 0), value=words.soi), (0, 1), value=words.eoi)
 
+    def _blocks(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)]
+
     def encode(self, prompts: Sequence[str]) -> Prefix:
         """The keys and values of G prompts; the empty one is the unconditional one."""
-        return self.prompt_pass([self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)])[0]
+        return self.prompt_pass(self._blocks(prompts))[0]
+
+    def _read(self, blocks: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
+        """What verifiers read of G prompts: each text token by itself, and in the prompt, [G, L, 2 dim].
+
+        Aligned on the left, zeros after the end: what is read does not depend on the other prompts.
+        """
+        layer = hidden[max(self.evidence_depths, default=1) - 1]
+        read = layer.new_zeros(len(blocks), self.max_words, 2 * self.dim)
+        for row, block in enumerate(blocks):
+            words = self.embed(torch.tensor(block[2:-1], dtype=torch.int64, device=layer.device))
+            places = slice(layer.shape[1] - len(block) + 2, layer.shape[1] - 1)
+            both = [F.layer_norm(x, x.shape[-1:]) for x in (words, layer[row, places])]
+            read[row, : len(words)] = torch.cat(both, -1)
+        return read
 
     def prompt_pass(self, blocks: Sequence[Sequence[int]]) -> tuple[Prefix, list[Tensor]]:
         """Prompts `t2i sot text eot` -> their keys and values, and hidden states [G, P, dim] after every layer."""
@@ -192,15 +138,35 @@ class MaskTokenDecoder(Decoder):
             unknown: which of them are masked, bool [R, n].
             prefixes: each has the prompts of an equal share of the rows.
         """
+        return self.transformer.run(*self._grid(tokens, unknown, prefixes))
+
+    def _grid(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor, Grid]:
+        """What `grid_pass` runs: embeddings, and how they attend."""
         ids = self._sequence(tokens, unknown)
         rotary = self._rotary(self.vocabulary.max_text + 1, ids.shape[1])
-        return self.transformer.run(self.embed(ids), Grid(rotary, prefixes))
+        x = self.embed(ids)
+        if self.visual:
+            looks = self._looks()[tokens].masked_fill(unknown[..., None], 0)
+            x = x + F.pad(looks + (self.rows + self.columns).flatten(0, 1), (0, 0, 1, 1))
+        return x, Grid(rotary, prefixes)
+
+    def _looks(self) -> Tensor:
+        """What each code looks like, [C, dim]."""
+        return self.code_proj(self.image_tokenizer.code_vectors)
 
     def code_logits(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits of the image codes at every position, single precision [R, n, C]; see `grid_pass`."""
+        return self._code_head(self._image_hidden(self.transformer.last(*self._grid(tokens, unknown, prefixes))))
+
+    def _image_hidden(self, hidden: Tensor) -> Tensor:
+        """The last layer's output for soi, image and eoi -> what the logits of the image are read from, [R, n, dim]."""
+        return self.norm(hidden[:, 1:-1])
+
+    def _code_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] -> logits of the image codes, single precision [..., C]."""
         codes = slice(self.vocabulary.first_code, self.vocabulary.mask)
-        hidden = self.norm(self.grid_pass(tokens, unknown, prefixes)[-1][:, 1:-1])
-        return F.linear(hidden, self.head.weight[codes], self.head.bias[codes]).float()
+        weight = self.head.weight[codes] + self._looks() if self.visual else self.head.weight[codes]
+        return F.linear(hidden, weight, self.head.bias[codes]).float()
 
     def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
         """log p(token | prompt, tokens that are not masked) where `masked`, else 0, [B, n]. Differentiable.
@@ -219,6 +185,22 @@ class MaskTokenDecoder(Decoder):
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
 
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Estimates of log p of both images of B pairs, by `estimate`; see `Decoder`."""
+        estimate, length = self.estimate, chosen.shape[1]
+        other = seeds if estimate.shared else [image_seed(seed, 1) for seed in seeds]
+        masked = torch.cat([estimate.masks(own, length) for own in (seeds, other)], 1).to(chosen.device)
+        rows = torch.arange(len(seeds), device=chosen.device).repeat(2 * estimate.n_masks)
+        tokens = torch.cat([chosen, rejected]).repeat(estimate.n_masks, 1)
+        log_p = self.log_probs(self.encode(prompts).select(rows), tokens, masked.flatten(0, 1), estimate.as_trained)
+        total = log_p.sum(1).view(masked.shape[:2])
+        if not estimate.as_trained:
+            total = total * length / masked.sum(2)
+        first, second = total.mean(0).chunk(2)
+        return first, second
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if the text tokenizer cannot read a prompt; see `Decoder`."""
         self.text_tokenizer.encode(prompts)
@@ -226,10 +208,11 @@ class MaskTokenDecoder(Decoder):
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `Decoder`.
 
-        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least.
+        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least; `largest_share`
+        scales it (`MaskWarmup`).
         """
         batch, length = tokens.shape
-        share = torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
+        share = self.largest_share * torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
         order = torch.rand(batch, length, device=tokens.device).argsort(1).argsort(1)
         masked = order < (share * length).round().clamp(min=1)
         return -self.log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
@@ -257,6 +240,9 @@ class MaskTokenDecoder(Decoder):
         """
         shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
+        blocks = self._blocks(prompts)
+        prefix, hidden = self.prompt_pass(blocks)
+        unconditional = bool(sampling.guidance or self.evidence_depths)
         known = torch.zeros(shape, dtype=torch.bool) if keep is None else keep
         return MaskState(
             tokens=torch.zeros(shape, dtype=torch.int64, device=device) if tokens is None else tokens.to(device),
@@ -265,40 +251,150 @@ class MaskTokenDecoder(Decoder):
             sampling=sampling,
             temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
-            prefixes=[self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])],
+            prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
+            prompt=self._read(blocks, hidden),
         )
 
-    def guided_logits(self, state: MaskState) -> Tensor:
-        """Logits [B, n, C] that this step draws from, after guidance; conditional and empty prompts in one batch."""
+    def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
+        """One forward pass: what verifiers read of it, and what logits are read from, [B, n, dim], by branch.
+
+        The branches, prompts and empty prompts, are one batch; without guidance and evidence there are no empty ones.
+        """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.count_pass(*tokens.shape)
-        logits = self.code_logits(tokens, unknown, state.prefixes).chunk(branches)
-        scale = state.sampling.guidance
-        return logits[0] if branches == 1 else (1 + scale) * logits[0] - scale * logits[1]
+        run = self._grid(tokens, unknown, state.prefixes)
+        layers = self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
+        return layers, list(self._image_hidden(layers[-1]).chunk(branches))
+
+    def guided_logits(self, branches: Sequence[Tensor], guidance: float, where: Tensor) -> Tensor:
+        """Logits [M, C] after guidance, from what a pass was read from, [B, n, dim] with the prompt and without.
+
+        Logits are linear in hidden states, so these are what is guided, and the head runs once.
+
+        Args:
+            branches: of `look`.
+            guidance: scale.
+            where: positions [M] of the B * n, counted row by row.
+        """
+        conditional, *unconditional = (branch.flatten(0, 1)[where] for branch in branches)
+        if unconditional and guidance:
+            guided = torch.lerp(unconditional[0].float(), conditional.float(), 1 + guidance)
+            conditional = guided.to(conditional.dtype)
+        return self._code_head(conditional)
 
     @torch.no_grad()
-    def propose(self, state: MaskState, k: int) -> MaskProposal:
-        """k ways to go on, all from one forward pass."""
-        probs = self.guided_logits(state).softmax(-1)
-        drawn = state.noise.codes(state.step, probs, k)
-        unknown = state.unknown[:, None].expand_as(drawn)
-        chosen = probs.gather(2, drawn.transpose(1, 2)).transpose(1, 2)
-        count = masked_after(state.step, state.sampling.steps, state.unknown)
+    def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
+        """k ways to go on, all from one forward pass.
+
+        Raises:
+            ValueError: `distinct`; what is drawn are whole grids.
+        """
+        if distinct:
+            raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
+        layers, branches = self.look(state)
+        where = state.unknown.flatten().nonzero().squeeze(1)
+        codes_of = self.guided_logits(branches, state.sampling.guidance, where).softmax(-1)
+        drawn = state.noise.codes(state.step, where, codes_of, k)
+        tokens = state.tokens.flatten()[:, None].repeat(1, k)
+        tokens[where] = drawn
+        probs = torch.ones_like(tokens, dtype=codes_of.dtype)
+        probs[where] = codes_of.gather(1, drawn)
+        tokens, probs = (x.unflatten(0, state.tokens.shape).transpose(1, 2) for x in (tokens, probs))  # [B, k, n]
+        count = masked_after(state.step, state.steps, state.unknown)
         temperature = state.temperature * state.sampling.temperature_at(state.step)
         masked = least_confident(
-            chosen.flatten(0, 1),
-            unknown.flatten(0, 1),
+            probs.flatten(0, 1),
+            state.unknown.repeat_interleave(k, 0),
             count.repeat_interleave(k),
             temperature.repeat_interleave(k, 0),
-            state.noise.confidence(state.step, k).to(chosen.device).flatten(0, 1),
+            state.noise.confidence(state.step, k).to(probs.device).flatten(0, 1),
+        ).unflatten(0, (-1, k))
+        evidence = None
+        if self.evidence_depths:
+            undecided = masked & (state.step + 1 < state.steps)
+            evidence = self._evidence(state.prompt, layers, branches, tokens, state.unknown, undecided, state.decided)
+        return MaskProposal(tokens, probs, masked, evidence)
+
+    def _evidence(
+        self,
+        prompt: Tensor,
+        layers: Sequence[Tensor],
+        branches: Sequence[Tensor],
+        tokens: Tensor,
+        unknown: Tensor,
+        undecided: Tensor,
+        decided: Tensor,
+    ) -> Evidence:
+        """Evidence about k grids [B, k, n] that came from a pass (see `look`); `decided` as in `MaskState`."""
+        shape = tokens.transpose(1, 2).shape  # [B, n, k]
+        where = unknown.flatten().nonzero().squeeze(1)
+        log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)
+        drawn = tokens.transpose(1, 2).flatten(0, 1)[where]
+        own = decided[:2].flatten(1)[..., None].repeat(1, 1, shape[2])
+        own[:, where] = torch.stack([log.gather(1, drawn) for log in (log_p, unconditional)])
+        entropy = decided[2].flatten().clone()
+        entropy[where] = -(log_p.exp() * log_p).sum(-1)
+        log_probs, unconditional_log_probs = own.unflatten(1, shape[:2]).transpose(2, 3).flatten(2, 3)
+        embeddings = self.embed(tokens + self.vocabulary.first_code)
+        if self.visual:
+            embeddings = embeddings + self._looks()[tokens]
+        hidden = torch.cat([layers[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
+        return Evidence(
+            prompt=prompt,
+            embeddings=embeddings.flatten(1, 2),
+            hidden=hidden[0],
+            unconditional_hidden=hidden[1],
+            log_probs=log_probs,
+            unconditional_log_probs=unconditional_log_probs,
+            entropy=entropy.view(shape[:2]),
+            undecided=undecided.flatten(1, 2),
         )
-        tokens = torch.where(unknown, drawn, state.tokens[:, None])
-        return MaskProposal(tokens, chosen.where(unknown, 1.0), masked.view_as(drawn))
+
+    @torch.no_grad()
+    def evidence(
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        unknown: Tensor | None = None,
+        undecided: Tensor | None = None,
+        decided: Tensor | None = None,
+    ) -> Evidence:
+        """Evidence about grids, from a pass with each prompt and one without any; by default about finished images.
+
+        Args:
+            prompts: B * c of them.
+            tokens: codes [B, n], previews included; each grid stands for c prompts, which are neighbours.
+            unknown: what was masked in the pass that the previews come from, bool [B, n].
+            undecided: what is still a preview after it, bool [B, n].
+            decided: as in `MaskState`, [3, B, n], of what was known before the pass.
+        """
+        copies = len(prompts) // len(tokens)
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        unknown = nothing if unknown is None else unknown
+        undecided = nothing if undecided is None else undecided
+        decided = torch.zeros(3, *tokens.shape, device=tokens.device) if decided is None else decided
+        bare = self.grid_pass(tokens, unknown, [self.encode([""])])
+        tokens, unknown, undecided = (x.repeat_interleave(copies, 0) for x in (tokens, unknown, undecided))
+        blocks = self._blocks(prompts)
+        prefix, read = self.prompt_pass(blocks)
+        full = self.grid_pass(tokens, unknown, [prefix])
+        layers = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
+        return self._evidence(
+            self._read(blocks, read),
+            layers,
+            self._image_hidden(layers[-1]).chunk(2),
+            tokens[:, None],
+            unknown,
+            undecided[:, None],
+            decided.repeat_interleave(copies, 1),
+        )
 
     def commit(self, state: MaskState, proposal: MaskProposal, choice: Tensor) -> None:
         """Go on with candidate `choice` [B] of each row; after the last step nothing is masked."""
         rows = torch.arange(len(choice), device=choice.device)
         state.tokens = proposal.tokens[rows, choice]
         state.step += 1
+        state.evidence = proposal.evidence and proposal.evidence.pick(choice)
         state.unknown = torch.zeros_like(state.unknown) if state.done else proposal.masked[rows, choice]
+        state.grids.append((state.tokens, state.unknown))

@@ -7,93 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the decoder knows about some tokens: all that a verifier in token space reads.
-
-    Either about S consecutive tokens of each row, or about k candidates (S = k) for one position, which then share
-    the hidden states (their S is 1) and `entropy`.
-
-    Attributes:
-        prompt: its words, by themselves and in the prompt, [B, L, 2 dim] (`PromptEncoder.read`).
-        embeddings: embeddings of the tokens, [B, S, dim].
-        hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S, F].
-        unconditional_hidden: the same without the prompt: what the decoder sees in the image itself, [B, S, F].
-        log_probs: log p(token | prompt, tokens before), [B, S], at temperature 1, without guidance.
-        unconditional_log_probs: the same without the prompt, [B, S].
-        entropy: of the distribution the log-probability is taken from, nats, [B, S].
-    """
-
-    prompt: Tensor
-    embeddings: Tensor
-    hidden: Tensor
-    unconditional_hidden: Tensor
-    log_probs: Tensor
-    unconditional_log_probs: Tensor
-    entropy: Tensor
-
-    def pick(self, choice: Tensor) -> "Evidence":
-        """The evidence about candidate `choice` [B] of each row, as one token (S = 1)."""
-        rows = torch.arange(len(choice), device=choice.device)
-        return Evidence(
-            self.prompt,
-            self.embeddings[rows, choice, None],
-            self.hidden,
-            self.unconditional_hidden,
-            self.log_probs[rows, choice, None],
-            self.unconditional_log_probs[rows, choice, None],
-            self.entropy,
-        )
-
-    def unfold(self) -> "Evidence":
-        """Evidence about k candidates of B rows as evidence about one token each of B * k rows."""
-        k = self.log_probs.shape[1]
-        return Evidence(
-            self.prompt.repeat_interleave(k, 0),
-            self.embeddings.flatten(0, 1)[:, None],
-            self.hidden.repeat_interleave(k, 0),
-            self.unconditional_hidden.repeat_interleave(k, 0),
-            self.log_probs.flatten()[:, None],
-            self.unconditional_log_probs.flatten()[:, None],
-            self.entropy.repeat_interleave(k, 0),
-        )
-
-    def select(self, rows: Tensor) -> "Evidence":
-        """Keep some rows."""
-        return Evidence(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    def put(self, rows: Tensor, other: "Evidence") -> "Evidence":
-        """With the evidence of `other` in the place of that about some rows."""
-        names = self.__dataclass_fields__
-        return Evidence(*(getattr(self, name).index_put((rows,), getattr(other, name)) for name in names))
-
-    def at(self, positions: Tensor) -> "Evidence":
-        """The evidence about the tokens at some positions [B, S] of each row."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        return Evidence(self.prompt, *(getattr(self, name)[rows, positions] for name in self._about_tokens()))
-
-    @staticmethod
-    def empty(prompt: Tensor, length: int, dim: int, hidden_dim: int) -> "Evidence":
-        """Room for evidence about `length` tokens of each row."""
-        token = prompt.new_zeros(len(prompt), length)
-        hidden = token[..., None].expand(-1, -1, hidden_dim)
-        widths = token[..., None].expand(-1, -1, dim), hidden, hidden, token, token, token
-        return Evidence(prompt, *(value.clone() for value in widths))
-
-    def write(self, rows: Tensor, positions: Tensor, other: "Evidence", columns: Tensor) -> None:
-        """Put what `other` says of its tokens (rows[i], columns[i]) at (rows[i], positions[i]), in place."""
-        for name in self._about_tokens():
-            getattr(self, name)[rows, positions] = getattr(other, name)[rows, columns]
-
-    @staticmethod
-    def _about_tokens() -> list[str]:
-        return [name for name in Evidence.__dataclass_fields__ if name != "prompt"]
 
 
 @dataclass(frozen=True)
@@ -155,13 +73,22 @@ class DecodingState:
     cost: Cost = field(default_factory=Cost)
 
     @property
+    def steps(self) -> int:
+        return self.order.shape[1]
+
+    @property
     def done(self) -> bool:
-        return self.step == self.order.shape[1]
+        return self.step == self.steps
 
     @property
     def position(self) -> Tensor:
         """Of the token that each row decides next, [B], on the CPU."""
         return self.order[:, self.step]
+
+    @property
+    def choice_noise(self) -> Tensor:
+        """Uniform noise [B] for choosing among the candidates of this step."""
+        return self.noise[:, 0, self.step]
 
     @property
     def finished(self) -> Tensor:
@@ -256,9 +183,9 @@ class NextTokenDecoder(Decoder):
         return self.transformer.config.dim
 
     @property
-    def evidence_dim(self) -> int:
-        """Width F of the hidden states in `Evidence`."""
-        return self.dim * len(self.evidence_depths)
+    def max_words(self) -> int:
+        """Longest prompt; see `Decoder`."""
+        return self.prompt_encoder.tokenizer.max_words
 
     @property
     def _positions(self) -> Tensor:
@@ -310,14 +237,23 @@ class NextTokenDecoder(Decoder):
         """Mean negative log-likelihood of images [B, T], nats a token; see `Decoder`."""
         return -self.log_probs(self.word_ids(prompts), tokens).mean()
 
+    def pair_log_probs(
+        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """log p of both images of B pairs, exact; see `Decoder`."""
+        word_ids = self.word_ids(prompts).repeat(2, 1)
+        first, second = self.log_probs(word_ids, torch.cat([chosen, rejected])).sum(1).chunk(2)
+        return first, second
+
     @torch.no_grad()
-    def evidence(self, word_ids: Tensor, tokens: Tensor) -> Evidence:
+    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
         """Evidence about every token of finished images, from a pass with each prompt and one without any.
 
         Args:
-            word_ids: prompts, [B * c, L].
+            prompts: B * c of them.
             tokens: images, [B, T]; each stands for c prompts, which are neighbours.
         """
+        word_ids = self.word_ids(prompts)
         copies = len(word_ids) // len(tokens)
         codes = self._code_embeddings()
         _, hidden = self._run(codes, torch.zeros_like(word_ids[::copies]), tokens)
@@ -337,14 +273,15 @@ class NextTokenDecoder(Decoder):
         )
 
     @torch.no_grad()
-    def recall(self, word_ids: Tensor, tokens: Tensor, **stored: Tensor) -> Evidence:
+    def recall(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> Evidence:
         """Evidence that was stored while decoding, without what follows from prompts and tokens cheaply.
 
         Args:
-            word_ids: [B, L].
+            prompts: B of them.
             tokens: [B, T].
             stored: the other fields of `Evidence`.
         """
+        word_ids = self.word_ids(prompts)
         embeddings = self._embed(self._code_embeddings(), tokens)
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
         return Evidence(prompt=prompt, embeddings=embeddings, **stored)
@@ -389,6 +326,7 @@ class NextTokenDecoder(Decoder):
         cache.lengths = prompt.shape[1] + first.repeat(2)
         hidden = [h[:, prompt.shape[1] - 1 :] for h in hidden]
         read = self.prompt_encoder.read(ids, prompt[: len(ids)])
+        width = self.dim * len(self.evidence_depths)
         state = DecodingState(
             tokens=tokens,
             keep=keep.to(ids.device, copy=True),
@@ -397,9 +335,9 @@ class NextTokenDecoder(Decoder):
             sampling=sampling,
             noise=noise.to(prompt.device),
             codes=codes,
-            evidence=Evidence.empty(read, self.num_tokens, self.dim, self.evidence_dim),
+            evidence=Evidence.empty(read, self.num_tokens, self.dim, width),
             cache=cache,
-            hidden=prompt.new_empty(len(prompt), self.evidence_dim),
+            hidden=prompt.new_empty(len(prompt), width),
             logits=prompt.new_empty(len(prompt), len(codes)),
         )
         state.cost.count_pass(*known.shape[:2])

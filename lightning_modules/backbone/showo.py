@@ -29,6 +29,7 @@ class ShowO(MaskTokenDecoder):
         image_tokenizer, text_tokenizer, max_text: see `MaskTokenDecoder`.
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
         rotary_share: of each head's dimensions that carry the position.
+        checkpointing: see `TransformerConfig`.
     """
 
     def __init__(
@@ -41,8 +42,11 @@ class ShowO(MaskTokenDecoder):
         heads: int = 32,
         mlp_dim: int = 8192,
         rotary_share: float = 0.5,
+        checkpointing: bool = False,
     ) -> None:
-        transformer = TransformerConfig(dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh")
+        transformer = TransformerConfig(
+            dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
+        )
         rotary_dims = int(rotary_share * transformer.head_dim)
         super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
 

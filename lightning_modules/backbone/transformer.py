@@ -1,11 +1,14 @@
 """The one Transformer of the project; how its positions attend to one another is handed to each pass."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class KVCache:
@@ -91,6 +94,8 @@ class TransformerConfig:
         parallel: attention and feed-forward layer read the same norm, and both are added to the input.
         qk_norm: layer norms over the head's width on queries and keys, shared by all heads of a layer.
         gelu: exact or by tanh.
+        checkpointing: in training keep only each layer's input, and compute the rest again in the backward pass: a
+            third more time, a twentieth of the memory (arXiv 1604.06174).
     """
 
     dim: int
@@ -100,6 +105,7 @@ class TransformerConfig:
     parallel: bool = False
     qk_norm: bool = False
     gelu: Literal["none", "tanh"] = "none"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -113,7 +119,8 @@ class TransformerConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    On CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three times so.
+    In training on CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three
+    times so.
     Without a backward pass it is the faster one where a mask is needed.
 
     Args:
@@ -121,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
         causal: a position attends to itself and to those before it.
         allowed: bool, [B, 1, S or 1, K]: which keys a query may attend to.
     """
-    if q.device.type != "cpu" or (allowed is not None and not torch.is_grad_enabled()):
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
     if causal:
@@ -232,13 +239,22 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def layers(self, x: Tensor, attending: Attending) -> Iterator[Tensor]:
+        """A pass over x [B, S, dim]; gives the hidden states [B, S, dim] after each layer in turn."""
+        for layer, block in enumerate(self.blocks):
+            if self.config.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, attending, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layer, attending)
+            yield x
+
     def run(self, x: Tensor, attending: Attending) -> list[Tensor]:
         """A pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
-        hidden = []
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, attending)
-            hidden.append(x)
-        return hidden
+        return list(self.layers(x, attending))
+
+    def last(self, x: Tensor, attending: Attending) -> Tensor:
+        """A pass over x [B, S, dim]; keeps and returns only the hidden states [B, S, dim] after the last layer."""
+        return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
         """Full pass over x [B, S, dim], which fills the cache, if any."""

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_token import MaskState, MaskTokenDecoder
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds
+from lightning_modules.backbone.mask_state import MaskState
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.decoding.strategy import (
+    Decoded,
+    Judges,
+    Strategy,
+    candidate_seeds,
+    previewing,
+    step_judge_named,
+)
 from lightning_modules.rewards.verifier import StepJudge
 
 _NEVER_CLEAR = 1.0  # the P(no) of paths that were never judged
@@ -53,12 +61,8 @@ class Potential(Strategy):
         tokens: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Decoded:
-        judge = judges.get(self.judge)
-        if not isinstance(judge, StepJudge):
-            known = ", ".join(name for name, value in judges.items() if isinstance(value, StepJudge))
-            raise ValueError(f"judge {self.judge!r} cannot judge unfinished images; there are: {known or 'none'}")
-        if not isinstance(decoder, MaskTokenDecoder):
-            raise ValueError(f"potential paths need previews, which {type(decoder).__name__} does not give")
+        judge = step_judge_named(judges, self.judge)
+        decoder = previewing(decoder, "potential paths")
         rows = [row for row in prompts for _ in range(self.n)]
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
         kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import DecodingState
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, finished
 
 
 @dataclass(frozen=True)
@@ -34,5 +33,4 @@ class Sample(Strategy):
         only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
         while not state.done:
             decoder.commit(state, decoder.propose(state, 1), only)
-        evidence = state.evidence if isinstance(state, DecodingState) else None
-        return Decoded(state.tokens, evidence, state.cost, torch.zeros(len(prompts)))
+        return finished(state, torch.zeros(len(prompts)))

@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.mask_state import MaskState, Trajectory
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
 
@@ -43,7 +46,9 @@ class Decoded:
         tokens: [B, T].
         evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
-        free_from: tokens from this one on were drawn from the decoder alone, [B]; 0 in plain sampling.
+        free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
+            plain sampling.
+        trajectory: of mask-token decoders: how each grid was filled.
         trace: what reflection did.
         notes: numbers about how each image was made, to be logged, [B] each.
     """
@@ -52,22 +57,33 @@ class Decoded:
     evidence: Evidence | None
     cost: Cost
     free_from: Tensor
+    trajectory: Trajectory | None = None
     trace: Sequence[Round] = ()
     notes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images, without the trace; the cost stays that of all."""
-        free_from = self.free_from[rows.cpu()]
-        notes = {name: note[rows] for name, note in self.notes.items()}
-        evidence = self.evidence and self.evidence.select(rows)
-        return Decoded(self.tokens[rows], evidence, self.cost, free_from, notes=notes)
+        return Decoded(
+            self.tokens[rows],
+            self.evidence and self.evidence.select(rows),
+            self.cost,
+            self.free_from[rows.cpu()],
+            self.trajectory and self.trajectory.select(rows),
+            notes={name: note[rows] for name, note in self.notes.items()},
+        )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
         """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
         tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
         free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
         evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
-        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from)
+        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=None)
+
+
+def finished(state: DecodingState | MaskState, free_from: Tensor) -> Decoded:
+    """What a state that is done has come to."""
+    trajectory = state.trajectory if isinstance(state, MaskState) else None
+    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory)
 
 
 class Strategy(ABC):
@@ -121,6 +137,28 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
     if not isinstance(decoder, NextTokenDecoder):
         raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
     return decoder
+
+
+def check_readable(decoder: Decoder) -> None:
+    """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
+    if not decoder.evidence_depths:
+        raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
+
+
+def previewing(decoder: Decoder, strategy: str) -> MaskTokenDecoder:
+    """The decoder, which must preview the whole image at every step; raises ValueError."""
+    if not isinstance(decoder, MaskTokenDecoder):
+        raise ValueError(f"{strategy} need previews, which {type(decoder).__name__} does not give")
+    return decoder
+
+
+def step_judge_named(judges: Judges, name: str) -> StepJudge:
+    """Look up a judge that must be one of unfinished images; raises ValueError with the names there are."""
+    judge = judges.get(name)
+    if not isinstance(judge, StepJudge):
+        known = ", ".join(key for key, value in judges.items() if isinstance(value, StepJudge))
+        raise ValueError(f"judge {name!r} cannot judge unfinished images; there are: {known or 'none'}")
+    return judge
 
 
 def verifier_named(judges: Judges, name: str) -> Verifier[Any]:

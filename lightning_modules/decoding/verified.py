@@ -8,34 +8,34 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling, image_seed
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, next_token, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, check_readable, finished, verifier_named
 from lightning_modules.rewards.verifier import Verifier, VerifierState
 
 
 @dataclass(frozen=True)
 class Verified(Strategy):
-    """Candidates of `stride` tokens each, valued after their last token.
+    """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
-    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every token, the best goes
-    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion
-    to its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
+    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every step, the best goes
+    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion to
+    its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
     images that fulfil the prompt.
 
     Attributes:
         sampling: how candidates are drawn.
         k: candidates a step.
-        stride: tokens a step; 8 verifies the rows of an 8x8 grid.
+        stride: steps of a candidate; 8 verifies the rows of an 8x8 grid, token by token.
         verifier: its name.
         distinct: candidates (their first tokens) without repetition, instead of independent draws.
         choose: the best candidate, or a draw from softmax(score).
         value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
-        random_stop: verify each image only up to a random token and go on plainly, to collect rollouts that show
+        random_stop: verify each image only up to a random step and go on plainly, to collect rollouts that show
             what becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
-    sampling: Sampling
+    sampling: Sampling | MaskSampling
     k: int
     stride: int = 1
     verifier: str = "parm"
@@ -65,19 +65,19 @@ class Verified(Strategy):
         keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        decoder = next_token(decoder, "token-by-token verification")
+        check_readable(decoder)
         noise = decoder.noise(seeds, self.k, self.sampling)
         state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
         watch = verifier.begin(state.prompt, decoder.num_tokens)
-        stop = torch.full((len(prompts),), decoder.num_tokens)
+        stop = torch.full((len(prompts),), state.steps)
         if self.random_stop:
-            stop = torch.tensor([image_seed(seed, 0) % decoder.num_tokens for seed in seeds])
+            stop = torch.tensor([image_seed(seed, 0) % state.steps for seed in seeds])
         while not state.done:
             if self.stride == 1:
-                self._token(decoder, verifier, state, watch, stop > state.step)
+                self._step(decoder, verifier, state, watch, stop > state.step)
             else:
                 state, watch = self._block(decoder, verifier, state, watch)
-        return Decoded(state.tokens, state.evidence, state.cost, stop)
+        return finished(state, stop)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
@@ -87,32 +87,32 @@ class Verified(Strategy):
         cumulative = score.softmax(1).cumsum(1)
         return (cumulative < noise[:, None] * cumulative[:, -1:]).sum(1).clamp(max=self.k - 1)
 
-    def _token(
+    def _step(
         self,
-        decoder: NextTokenDecoder,
+        decoder: Decoder,
         verifier: Verifier[Any],
-        state: DecodingState,
+        state: Any,
         watch: VerifierState,
         verify: Tensor,
     ) -> None:
-        """One token: k candidates from the pass that was made anyway, all against the one cached prefix.
+        """One step: k candidates from the pass that was made anyway.
 
         Rows in which `verify` [B] is false take their first candidate.
         """
         verifier.follow(watch, state.evidence, state.position)
         proposal = decoder.propose(state, self.k, self.distinct)
         values = verifier.score(watch, proposal.evidence)
-        choice = self._choose(values, proposal.sampling_log_probs, state.noise[:, 0, state.step])
+        choice = self._choose(values, proposal.sampling_log_probs, state.choice_noise)
         choice = choice * verify.to(choice.device)
         verifier.commit(watch, choice)
         decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
 
     def _block(
-        self, decoder: NextTokenDecoder, verifier: Verifier[Any], state: DecodingState, watch: VerifierState
-    ) -> tuple[DecodingState, VerifierState]:
-        """`stride` tokens: k paths run side by side, one of them goes on."""
-        batch, start = len(state.tokens), state.step
+        self, decoder: Decoder, verifier: Verifier[Any], state: Any, watch: VerifierState
+    ) -> tuple[Any, VerifierState]:
+        """`stride` steps: k paths run side by side, one of them goes on."""
+        batch = len(state.tokens)
         proposal = decoder.propose(state, self.k, self.distinct).unfold()
         paths = state.fork(self.k)
         rows = torch.arange(batch, device=state.tokens.device)
@@ -130,8 +130,7 @@ class Verified(Strategy):
             verifier.commit(path_watch, only)
             decoder.commit(paths, proposal, only)
         state.cost.verifier_calls += values.numel()
-        noise = state.noise[:, 0, start]
-        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), noise)
+        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), state.choice_noise)
         kept = rows * self.k + choice
         state = replace(paths.select(kept), noise=state.noise)
         return state, path_watch.select(kept)

@@ -1,4 +1,4 @@
-"""PARM, the potential assessment reward model: a Transformer that values a prompt with the first tokens of an image.
+"""PARM, the potential assessment reward model: a Transformer that values a prompt with a half-made image.
 
 The paper (arXiv 2501.13926, section 3) asks a vision-language model about half-made images; this is the compact
 reading in token space: 6 layers and a head d -> d/2 -> GELU -> 1 on (prompt, tokens so far, candidate).
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.next_token import Evidence
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.rewards.geneval import CLAUSES
 from lightning_modules.rewards.verifier import Verifier
@@ -29,33 +29,27 @@ class PARMState:
     """B half-decoded images as PARM knows them.
 
     Attributes:
-        cache: keys and values of prompt and prefix (causal PARM).
+        cache: keys and values of prompt and prefix; None where PARM is not causal.
         sums: running sums over the prefix, [B, 3].
         lengths: tokens in the prefix of each row, [B], on the CPU.
-        inputs: projected inputs of the prefix, in room for all T, [B, T, dim]; used where PARM is not causal.
         prompt: projected prompt, [B, L, dim].
         candidate_sums: `sums` with each candidate of the last `score`, [B, k, 3].
-        candidate_inputs: projected inputs of those candidates, [B, k, dim].
     """
 
-    cache: KVCache
+    cache: KVCache | None
     sums: Tensor
     lengths: Tensor
-    inputs: Tensor
     prompt: Tensor
     candidate_sums: Tensor
-    candidate_inputs: Tensor
 
     def select(self, rows: Tensor) -> "PARMState":
         return replace(
             self,
-            cache=self.cache.select(rows),
+            cache=self.cache and self.cache.select(rows),
             sums=self.sums[rows],
             lengths=self.lengths[rows.cpu()],
-            inputs=self.inputs[rows],
             prompt=self.prompt[rows],
             candidate_sums=self.candidate_sums[rows],
-            candidate_inputs=self.candidate_inputs[rows],
         )
 
 
@@ -88,8 +82,8 @@ class PARM(nn.Module, Verifier[PARMState]):
         evidence_depths: the depths at which the shared decoder shows its hidden states in `Evidence`.
         features: `hidden` reads the decoder's hidden states (with and without the prompt) and log-probabilities
             beside its embeddings, `embeddings` reads the embeddings alone.
-        causal: True values every prefix in one pass and decodes with a cache; False reads the whole grid with the
-            undecided tokens masked, one pass a prefix.
+        causal: for next-token decoders: values every prefix in one pass and decodes with a cache. False is for
+            mask-token decoders: reads whole grids, in which undecided tokens are marked as such, one pass a grid.
     """
 
     def __init__(
@@ -120,7 +114,7 @@ class PARM(nn.Module, Verifier[PARMState]):
             self.statistics_head = nn.Linear(_STATISTICS, 1, bias=False)
             nn.init.zeros_(self.statistics_head.weight)
         if not causal:
-            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+            self.undecided = nn.Parameter(torch.randn(dim) * 0.5)
         # As large as what they are added to: where objects are is half of what prompts ask.
         self.rows = nn.Parameter(torch.randn(grid, 1, dim) * 0.5)
         self.columns = nn.Parameter(torch.randn(1, grid, dim) * 0.5)
@@ -140,12 +134,18 @@ class PARM(nn.Module, Verifier[PARMState]):
         """Projected tokens, without positions, [B, S, dim], and which words of the projected prompt they match."""
         x = self.token_proj(self.token_norm(evidence.embeddings))
         if self.features == "hidden":
-            x = x + self.image_proj(self.image_norm(evidence.unconditional_hidden))
+            x = self._shared(x, self.image_proj(self.image_norm(evidence.unconditional_hidden)))
         matched, match_logits = self.matching(x, prompt)
         x = x + matched
         if self.features == "hidden":
-            x = x + trust * (self.hidden_proj(self.hidden_norm(evidence.hidden)) + self.statistics_proj(statistics))
+            x = self._shared(x, trust * self.hidden_proj(self.hidden_norm(evidence.hidden)))
+            x = x + trust * self.statistics_proj(statistics)
         return x, match_logits
+
+    @staticmethod
+    def _shared(x: Tensor, part: Tensor) -> Tensor:
+        """Add what k candidates have in common [B, S / k, dim] to each of them, [B, S, dim]."""
+        return (x.unflatten(1, (-1, part.shape[1])) + part[:, None]).flatten(1, 2)
 
     def _logits(self, hidden: Tensor, statistics: Tensor, trust: Tensor | float = 1.0) -> Tensor:
         """Value logits [B, S] from hidden states [B, S, dim]; the statistics have a say of their own.
@@ -161,114 +161,105 @@ class PARM(nn.Module, Verifier[PARMState]):
     @staticmethod
     def _statistics(evidence: Evidence, sums: Tensor) -> Tensor:
         """Numbers about each token, [B, S, 6]; the running `sums` [B, S, 3] include the token itself."""
-        entropy = evidence.entropy.expand_as(evidence.log_probs)
+        entropy = evidence.entropy.repeat(1, evidence.candidates)
         own = torch.stack([evidence.log_probs, evidence.unconditional_log_probs, entropy], dim=-1)
         return torch.cat([own, _SUM_SCALE * sums], dim=-1)
 
     @staticmethod
     def _increments(evidence: Evidence) -> Tensor:
         """What each token adds to the running sums, [B, S, 3]."""
-        log_p = evidence.log_probs
-        return torch.stack([log_p, log_p - evidence.unconditional_log_probs, log_p + evidence.entropy], dim=-1)
+        log_p, entropy = evidence.log_probs, evidence.entropy.repeat(1, evidence.candidates)
+        return torch.stack([log_p, log_p - evidence.unconditional_log_probs, log_p + entropy], dim=-1)
 
-    def forward(
-        self, evidence: Evidence, lengths: Tensor | None = None, trusted: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, evidence: Evidence, trusted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that the image will be right, that each clause will hold, and that a token shows what a word names.
 
         Args:
-            evidence: about all T tokens of finished images.
-            lengths: for a PARM that is not causal, the prefix length (1..T) to value in each row, [B].
+            evidence: about all T tokens of images; if not causal, at any step on the way.
             trusted: bool [B]; in rows in which it is false, what the decoder thinks of the image given the prompt is
                 not read: its hidden states with the prompt, and all log-probabilities. Default: all true.
 
         Returns:
             [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses]; and [B, T, L] (see `grounding`).
         """
-        statistics = self._statistics(evidence, self._increments(evidence).cumsum(1))
         trust = 1.0 if trusted is None else trusted[:, None, None].float()
         prompt = self.prompt_proj(evidence.prompt)
+        if not self.causal:
+            return self._read_grids(prompt, evidence, trust)
+        statistics = self._statistics(evidence, self._increments(evidence).cumsum(1))
         x, match_logits = self._inputs(prompt, evidence, statistics, trust)
-        if self.causal:
-            x = torch.cat([prompt, x + self._positions], dim=1)
-            hidden = self.norm(self.transformer(x, causal=True)[-1][:, -self.num_tokens :])
-        else:
-            assert lengths is not None
-            hidden = self._read_masked(prompt, x, lengths)
-            statistics = statistics[torch.arange(len(x), device=x.device), lengths - 1, None]
+        x = torch.cat([prompt, x + self._positions], dim=1)
+        hidden = self.norm(self.transformer(x, causal=True)[-1][:, -self.num_tokens :])
         return self._logits(hidden, statistics, trust), self.clause_head(hidden), match_logits
 
-    def _read_masked(self, prompt: Tensor, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """Mean output over the grid whose tokens from `lengths` [B] on are masked, [B, 1, dim]."""
-        known = torch.arange(self.num_tokens, device=inputs.device) < lengths[:, None]
-        x = torch.where(known[..., None], inputs, self.mask) + self._positions
-        hidden = self.transformer(torch.cat([prompt, x], dim=1), causal=False)[-1]
-        return self.norm(hidden[:, -self.num_tokens :]).mean(1, keepdim=True)
+    def _read_grids(
+        self, prompt: Tensor, evidence: Evidence, trust: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` for k grids each: [B, k], [B, k, clauses] and [B, k T, L]. What was decided counts in the sums."""
+        assert evidence.undecided is not None
+        k = evidence.candidates
+        undecided = evidence.undecided[..., None]
+        sums = self._increments(evidence).masked_fill(undecided, 0).unflatten(1, (k, -1))
+        sums = sums.sum(2, keepdim=True).expand_as(sums).flatten(1, 2)
+        statistics = self._statistics(evidence, sums)
+        x, match_logits = self._inputs(prompt, evidence, statistics, trust)
+        grids = (x + undecided * self.undecided).unflatten(1, (k, -1)) + self._positions
+        x = torch.cat([prompt[:, None].expand(-1, k, -1, -1), grids], dim=2).flatten(0, 1)
+        hidden = self.transformer(x, causal=False)[-1][:, -self.num_tokens :]
+        hidden = self.norm(hidden).mean(1).unflatten(0, (-1, k))
+        statistics = statistics.unflatten(1, (k, -1)).mean(2)
+        return self._logits(hidden, statistics, trust), self.clause_head(hidden), match_logits
 
     @torch.no_grad()
     def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
+        logits = self(evidence)[0]
         if self.causal:
-            index = torch.as_tensor(lengths, device=evidence.log_probs.device) - 1
-            return F.logsigmoid(self(evidence)[0][:, index])
-        rows = torch.ones_like(evidence.log_probs[:, 0], dtype=torch.int64)
-        return F.logsigmoid(torch.cat([self(evidence, rows * length)[0] for length in lengths], dim=1))
+            logits = logits[:, torch.as_tensor(lengths, device=logits.device) - 1]
+        return F.logsigmoid(logits)
 
     @torch.no_grad()
     def begin(self, prompt: Tensor, capacity: int) -> PARMState:
         projected = self.prompt_proj(prompt)
-        cache = KVCache(prompt.shape[1] + capacity)
+        cache = None
         if self.causal:
+            cache = KVCache(prompt.shape[1] + capacity)
             self.transformer(projected, causal=True, cache=cache)
         sums = projected.new_zeros(len(prompt), 3)
-        inputs = projected.new_zeros(len(prompt), 0 if self.causal else capacity, projected.shape[2])
         lengths = torch.zeros(len(prompt), dtype=torch.int64)
-        return PARMState(cache, sums, lengths, inputs, projected, sums[:, None], projected[:, :0])
+        return PARMState(cache, sums, lengths, projected, sums[:, None])
 
     @torch.no_grad()
-    def follow(self, state: PARMState, evidence: Evidence, position: Tensor) -> None:
-        if (position == state.lengths).all():
+    def follow(self, state: PARMState, evidence: Evidence | None, position: Tensor) -> None:
+        if evidence is None or state.cache is None or (position == state.lengths).all():
             return
         counts = (position - state.lengths).clamp(min=0)
         rows = torch.arange(len(position))
         sums = F.pad(self._increments(evidence).cumsum(1), (0, 0, 1, 0))  # [B, T + 1, 3], by length of the prefix
-        if self.causal:
-            state.cache.lengths = state.cache.lengths - (state.lengths - position).clamp(min=0)
+        state.cache.lengths = state.cache.lengths - (state.lengths - position).clamp(min=0)
         if counts.any():
             offset = torch.arange(int(counts.max()))
             positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1)
             passed = evidence.at(positions.to(sums.device))
             x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums[rows[:, None], positions + 1]))
-            if self.causal:
-                x = x + self._positions[positions.to(x.device)]
-                self.transformer.extend(x, counts, state.cache)
-            else:
-                row, column = (offset < counts[:, None]).nonzero(as_tuple=True)
-                state.inputs[row, positions[row, column]] = x[row, column]
+            self.transformer.extend(x + self._positions[positions.to(x.device)], counts, state.cache)
         state.sums, state.lengths = sums[rows, position], position
 
     @torch.no_grad()
     def score(self, state: PARMState, evidence: Evidence) -> Tensor:
+        if state.cache is None:
+            return F.logsigmoid(self._read_grids(state.prompt, evidence)[0])
         state.candidate_sums = state.sums[:, None] + self._increments(evidence)
         statistics = self._statistics(evidence, state.candidate_sums)
         x, _ = self._inputs(state.prompt, evidence, statistics)
-        state.candidate_inputs = x
         position = state.lengths.to(x.device)
-        if self.causal:
-            hidden = self.norm(self.transformer.step(x + self._positions[position, None], state.cache)[-1])
-            return F.logsigmoid(self._logits(hidden, statistics))
-        batch, k, dim = x.shape
-        grid = state.inputs[:, None].repeat(1, k, 1, 1)
-        grid[torch.arange(batch, device=x.device), :, position] = x
-        lengths = (position + 1).repeat_interleave(k)
-        hidden = self._read_masked(state.prompt.repeat_interleave(k, 0), grid.flatten(0, 1), lengths)
-        return F.logsigmoid(self._logits(hidden.view(batch, k, dim), statistics))
+        hidden = self.norm(self.transformer.step(x + self._positions[position, None], state.cache)[-1])
+        return F.logsigmoid(self._logits(hidden, statistics))
 
     @torch.no_grad()
     def commit(self, state: PARMState, choice: Tensor) -> None:
+        if state.cache is None:
+            return
         rows = torch.arange(len(choice), device=choice.device)
         state.sums = state.candidate_sums[rows, choice]
-        if self.causal:
-            state.cache.commit(choice)
-        else:
-            state.inputs[rows, state.lengths.to(rows.device)] = state.candidate_inputs[rows, choice]
         state.lengths = state.lengths + 1
+        state.cache.commit(choice)

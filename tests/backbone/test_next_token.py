@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder, decision_order
+from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
-from tests.conftest import make_decoder
+from tests.conftest import EVIDENCE, make_decoder
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 
@@ -50,8 +50,8 @@ def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
     decoder: NextTokenDecoder, rows: list[dict]
 ) -> None:
     decoded = Sample(SAMPLING).decode(decoder, {}, rows, list(range(len(rows))))
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
-    for name in Evidence.__dataclass_fields__:
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
@@ -65,8 +65,8 @@ def test_redecoding_keeps_what_it_should_and_passes_over_it(
     seeds = list(range(len(rows)))
     decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep)
     assert torch.equal(decoded.tokens[keep], tokens[keep])
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
-    for name in Evidence.__dataclass_fields__:
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     open_tokens = (~keep).sum(1).max().item()
     passes = decoded.cost.decoder_passes / (2 * len(rows))
@@ -104,10 +104,10 @@ def test_the_order_of_decisions() -> None:
 
 
 def test_evidence_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:
-    ids = decoder.word_ids(["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"])
+    prompts = ["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"]
     tokens = torch.randint(0, 32, (2, decoder.num_tokens))
-    shared, repeated = decoder.evidence(ids, tokens), decoder.evidence(ids, tokens.repeat_interleave(2, 0))
-    for name in Evidence.__dataclass_fields__:
+    shared, repeated = decoder.evidence(prompts, tokens), decoder.evidence(prompts, tokens.repeat_interleave(2, 0))
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(shared, name), getattr(repeated, name))
 
 

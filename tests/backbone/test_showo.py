@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_modules.backbone.loading import fingerprint, pretrained
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, masked_after
-from lightning_modules.backbone.mask_token import MaskTokenDecoder, Vocabulary
+from lightning_modules.backbone.mask_state import Vocabulary
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
 from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
@@ -85,9 +86,9 @@ class Recorded:
     exponential: Tensor
     uniform: Tensor
 
-    def codes(self, step: int, probs: Tensor, k: int) -> Tensor:
+    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
         assert k == 1
-        return (probs / self.exponential[step]).argmax(-1)[:, None]
+        return (probs / self.exponential[step].flatten(0, 1)[where]).argmax(-1)[:, None]
 
     def confidence(self, step: int, k: int) -> Tensor:
         return self.uniform[step][:, None]
@@ -113,7 +114,9 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(state.unknown, unknown)
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
         with torch.no_grad():
-            logits = decoder.guided_logits(state)
+            everywhere = torch.arange(tokens.numel())
+            logits = decoder.guided_logits(decoder.look(state)[1], sampling.guidance, everywhere)
+            logits = logits.view_as(golden.logits_slice[step])
         torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
         assert sampling.temperature_at(step) == pytest.approx(float(golden.temperature[step]), rel=1e-12, abs=1e-15)
         count = masked_after(step, sampling.steps, state.unknown)

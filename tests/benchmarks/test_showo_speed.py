@@ -75,7 +75,7 @@ def straightforward(decoder: ShowO, prompt: str, seed: int) -> Tensor:
         logits = (1 + SAMPLING.guidance) * conditional - SAMPLING.guidance * unconditional
         probs = logits[:, length + 1 : -1, words.first_code : words.mask].softmax(-1)
         unknown = ids == words.mask
-        drawn = noise.codes(step, probs, 1)[:, 0]
+        drawn = noise.codes(step, torch.arange(256), probs[0], 1).T
         chosen = probs.gather(2, drawn[..., None]).squeeze(2)
         codes = torch.where(unknown, drawn, ids - words.first_code)
         count = masked_after(step, SAMPLING.steps, unknown)

@@ -96,14 +96,13 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
         parm.commit(watch, first)
         decoder.commit(state, proposal, first)
     proposal = decoder.propose(state, k)
-    words = decoder.word_ids(prompts)
 
     def anew() -> torch.Tensor:
         columns = []
         for j in range(k):
             tokens = state.tokens.clone()
             tokens[:, half] = proposal.tokens[:, j]
-            columns.append(parm.values(decoder.evidence(words, tokens), [half + 1]))
+            columns.append(parm.values(decoder.evidence(prompts, tokens), [half + 1]))
         return torch.cat(columns, 1)
 
     def cached() -> torch.Tensor:

@@ -33,6 +33,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
         seed=0,
         folder="",
         sheet_prompts=0,
+        judges={},
         holdout=[],
     )
 

@@ -7,13 +7,13 @@ import torch
 
 from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance
 from datamodules.shapes.detector import ShapesDetector
-from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
-from tests.conftest import make_decoder, make_parm
+from tests.conftest import EVIDENCE, make_decoder, make_parm
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +92,9 @@ def test_stored_evidence_is_that_of_a_decoder_pass(tmp_path, decoder, reward, ro
     arrays += ["log_probs", "unconditional_log_probs", "entropy"]
     numpy_rows = collected.with_format("numpy", columns=arrays, output_all_columns=True)
     batch = collate([numpy_rows[i] for i in range(12)])
-    words = decoder.word_ids(batch["prompt"])
-    stored, fresh = (
-        decoder.recall(words, batch["tokens"], **batch["evidence"]),
-        decoder.evidence(words, batch["tokens"]),
-    )
-    for name in Evidence.__dataclass_fields__:
+    stored = decoder.recall(batch["prompt"], batch["tokens"], **batch["evidence"])
+    fresh = decoder.evidence(batch["prompt"], batch["tokens"])
+    for name in EVIDENCE:
         torch.testing.assert_close(getattr(stored, name), getattr(fresh, name), atol=5e-3, rtol=5e-3)
 
 

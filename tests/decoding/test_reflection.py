@@ -96,7 +96,7 @@ def test_only_omega_changes_and_the_score_never_falls(
     assert torch.equal(replay(decoded), decoded.tokens)
     values = [judges["parm"].values(i.evidence, [16])[:, 0] for i in (image, decoded)]
     assert (values[1] >= values[0]).all()
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 

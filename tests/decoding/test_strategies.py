@@ -86,7 +86,7 @@ def test_particles_that_are_never_redrawn_are_best_of_n(
 def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     """The evidence that travels with the paths is that of the tokens they ended with."""
     decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, rows, SEEDS)
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
@@ -195,7 +195,7 @@ def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, ju
     decoded = strategy.decode(decoder, judges, rows, SEEDS, tokens, keep)
     assert torch.equal(decoded.tokens[keep], tokens[keep])
     assert (decoded.tokens[~keep] != tokens[~keep]).any()
-    full = decoder.evidence(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 

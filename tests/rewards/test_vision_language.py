@@ -7,22 +7,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from lightning_modules.rewards.geneval_reward import to_uint8
+from lightning_modules.rewards.tiny_judge import TEMPLATE, save_tiny_judge
 from lightning_modules.rewards.vision_language import CHATML, Questions, VisionLanguageJudge
 
 transformers = pytest.importorskip("transformers")
 
-# Like the published one, it opens an answer otherwise in the past than in the present (a space before the newline).
-TEMPLATE = """\
-{%- for message in messages %}{{- '<|im_start|>' + message.role + ' ' }}
-    {%- for part in message.content if part.type == 'image' %}{{- '<image>' }}{% endfor %}
-    {%- for part in message.content if part.type == 'text' %}{{- '\\n' + part.text }}{% endfor %}
-    {{- '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 PROMPTS = [
     "a red star",
     "a photo of two green circles and a heart, on the left of a ring",
@@ -31,59 +23,9 @@ PROMPTS = [
 ]
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Byte-level BPE of the judge's questions, in which yes and no are words."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator(["yes", "no"] * 50 + [Questions().clear, Questions().final] * 9, trainer)
-    bpe.save(str(folder / "bpe.json"))
-
-
-def save_checkpoint(folder: Path) -> None:
-    """A model of 4 image tokens a view and 2 layers, with a processor to match."""
-    save_tokenizer(folder)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "bpe.json"),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-    )
-    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
-    size = {"height": 28, "width": 28}
-    transformers.LlavaOnevisionProcessor(
-        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
-        tokenizer=tokenizer,
-        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**small, image_size=28, patch_size=14, vision_use_head=False),
-        text_config=transformers.Qwen2Config(**small, num_key_value_heads=2, vocab_size=len(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=pinpoints,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlavaOnevisionForConditionalGeneration(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=0.3)
-    model.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("judge")
-    save_checkpoint(folder)
-    return str(folder)
+    return save_tiny_judge(str(tmp_path_factory.mktemp("judge")))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,29 @@
+"""MaskWarmup: a mask-token decoder first learns to fill small gaps."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class MaskWarmup(Callback):
+    """Raises the largest share of tokens that training masks from `start` to 1, linearly.
+
+    Where nearly all is masked there is nothing to learn but how common each code is, and a small decoder stays with
+    that for thousands of steps; with most neighbours in sight it soon finds out that they matter.
+
+    Args:
+        start: share at the first step.
+        steps: optimizer steps until all may be masked.
+    """
+
+    def __init__(self, start: float, steps: int) -> None:
+        if not 0 < start <= 1:
+            raise ValueError(f"callbacks.mask_warmup.start must lie in (0, 1], not {start}")
+        self.start, self.steps = start, steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        share = self.start + (1 - self.start) * trainer.global_step / self.steps
+        pl_module.decoder.largest_share = min(1.0, share)  # type: ignore[union-attr]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.decoder.largest_share = 1.0  # type: ignore[union-attr]
