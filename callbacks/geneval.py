@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
 from datamodules.geneval import sample_path
+from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.rewards.fid import FID
@@ -30,11 +31,11 @@ class _Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
-    decoder_passes: int = 0
-    verifier_calls: int = 0
+    cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
     holdout: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class GenEvalCallback(Callback):
@@ -203,8 +204,9 @@ class GenEvalCallback(Callback):
         decoded = strategy.decode(decoder, judges, rows, [image_seed(self.seed, i, j) for i, j in jobs])
         images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
         share.seconds += time.perf_counter() - start
-        share.decoder_passes += decoded.cost.decoder_passes
-        share.verifier_calls += decoded.cost.verifier_calls
+        share.cost.add(decoded.cost)
+        for name, note in decoded.notes.items():
+            share.notes[name] += float(note.sum())
         verdicts = self.reward.verdicts(rows, images)
         if self.fid is not None:
             self.fid.update(images)
@@ -246,11 +248,13 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
         tasks={task: score for task, score in scores.items() if task != "overall"},
         rows=rows,
         thumbnails=dict(sorted(thumbnails.items())),
-        decoder_forwards=sum(share.decoder_passes for share in shares) / len(rows),
-        verifier_calls=sum(share.verifier_calls for share in shares) / len(rows),
+        decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
+        verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
+        tokens=sum(share.cost.tokens for share in shares) / len(rows),
         seconds=sum(share.seconds for share in shares) / len(rows),
         objects=sum(share.objects for share in shares) / len(rows),
         holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
+        notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
     )
 
 

@@ -1,12 +1,13 @@
-"""What an evaluation leaves: geneval.json, results.jsonl, contact sheets, and the table on the console."""
+"""What an evaluation leaves: geneval.json, results.jsonl, contact sheets, a plot, and the table on the console."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from rich import box
 from rich.console import Console
@@ -51,6 +52,8 @@ class StrategyResult:
         seconds: wall time an image, summed over ranks.
         objects: found in an image.
         holdout: mean opinion of judges, by name.
+        tokens: image tokens that went through the decoder, an image.
+        notes: means of what a strategy notes about its images, by name.
     """
 
     name: str
@@ -63,6 +66,8 @@ class StrategyResult:
     seconds: float
     objects: float
     holdout: dict[str, float]
+    tokens: float = 0.0
+    notes: dict[str, float] = field(default_factory=dict)
 
     def row_of(self, index: int) -> dict[str, Any]:
         """The row of the first image of prompt `index`."""
@@ -102,7 +107,7 @@ def _resampled(results: Sequence[StrategyResult], resamples: int = 2000) -> np.n
 
 
 def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, StrategyResult]) -> None:
-    """Write geneval.json, results.jsonl and sheets/NAME.png into the run's folder."""
+    """Write geneval.json, results.jsonl, compute.png and sheets/NAME.png into the run's folder."""
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     strategies = {}
     lines = []
@@ -114,12 +119,15 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
             "tasks": result.tasks,
             "decoder_forwards_per_image": result.decoder_forwards,
             "verifier_calls_per_image": result.verifier_calls,
+            "tokens_per_image": result.tokens,
             "seconds_per_image": result.seconds,
             "objects_per_image": result.objects,
             "holdout": result.holdout,
+            "notes": result.notes,
         }
         lines += [result_line(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
         save_image(contact_sheet(result), folder / "sheets" / f"{name}.png")
+    plot_compute(results, folder / "compute.png")
     report = {"benchmark": "GenEval", **about, "strategies": strategies}
     write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")
     write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
@@ -138,6 +146,23 @@ def spread(total: int, wanted: int) -> set[int]:
     Each is one place further along in its window: a fixed step would meet the same one of prompts that repeat in turn.
     """
     return {i * total // wanted + i % max(1, total // wanted) for i in range(wanted)}
+
+
+def plot_compute(results: Mapping[str, StrategyResult], path: Path) -> None:
+    """GenEval, with its interval, against the decoder's forward passes an image, a point a strategy."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, result) in enumerate(results.items()):
+        low, high = result.interval()
+        error = [[max(result.overall - low, 0)], [max(high - result.overall, 0)]]
+        marker = "os^Dv*P"[number // 10 % 7]  # ten colours are not enough
+        axes.errorbar(result.decoder_forwards, result.overall, error, fmt=marker, capsize=2, label=name)
+    axes.set(xscale="log", xlabel="forward passes of the decoder an image", ylabel="GenEval, 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
 
 
 def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2, largest: int = 256) -> Image.Image:

@@ -40,6 +40,7 @@ TINY = [
     "parm.checkpoint=null",
     "parm.module.transformer.dim=32",
     "parm.module.transformer.depth=1",
+    "clip.checkpoint=null",
 ]
 
 EVIDENCE = [name for name in Evidence.__dataclass_fields__ if name != "undecided"]

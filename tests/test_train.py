@@ -38,9 +38,15 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
+    "rewards=open_clip": [
+        *TINY,
+        "rewards.clip.clip.model_name=ViT-S-32-alt",
+        "rewards.clip.clip.pretrained=null",
+        "rewards.clip.clip.require_pretrained=false",
+    ],
     "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
     "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
-    **{f"experiment={name}": [] for name in EXPERIMENTS if name.startswith("shapes_masked")},
+    **{f"experiment={name}": ["clip.checkpoint=null"] for name in EXPERIMENTS if name.startswith("shapes_masked")},
     "tokenizer=magvit": [*MEASURED, "decoder=tiny_showo", "tokenizer.checkpoint=null"],
     "decoder=tiny_showo": MEASURED,
     "decoder=showo": [
@@ -206,7 +212,14 @@ def test_two_ranks_fit_and_monitor_geneval(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
 
-PRETRAINED = ["shapes_tokenizer", "shapes_decoder", "shapes_masked", "shapes_parm_start", "shapes_masked_parm_start"]
+PRETRAINED = [
+    "shapes_tokenizer",
+    "shapes_decoder",
+    "shapes_masked",
+    "shapes_parm_start",
+    "shapes_masked_parm_start",
+    "shapes_clip",
+]
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
@@ -218,8 +231,9 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         "data.batch_size=4",
     ]
     small = SMALL
-    if name == "shapes_tokenizer":
+    if name in ("shapes_tokenizer", "shapes_clip"):
         small = [item for item in SMALL if "callbacks" not in item]
+    if name == "shapes_tokenizer":
         overrides += ["module.codebook_images=2048", "module.codebook_iterations=1"]
     else:
         overrides += ["data.num_workers=0"]

@@ -18,15 +18,23 @@ class Cost:
     Attributes:
         decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
         verifier_calls: values asked of a judge.
+        tokens: image tokens that went through these passes.
     """
 
     decoder_passes: int = 0
     verifier_calls: int = 0
+    tokens: int = 0
+
+    def count_pass(self, rows: int, tokens: int) -> None:
+        """A forward pass of some rows, each with as many image tokens."""
+        self.decoder_passes += rows
+        self.tokens += rows * tokens
 
     def add(self, other: "Cost") -> None:
         """Count what something else took as well."""
         self.decoder_passes += other.decoder_passes
         self.verifier_calls += other.verifier_calls
+        self.tokens += other.tokens
 
 
 class Decoder(nn.Module, ABC):

@@ -262,7 +262,7 @@ class MaskTokenDecoder(TokenDecoder):
         """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
-        state.cost.decoder_passes += len(tokens)
+        state.cost.count_pass(*tokens.shape)
         run = self._grid(tokens, unknown, state.prefixes)
         layers = self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
         return layers, list(self._image_hidden(layers[-1]).chunk(branches))

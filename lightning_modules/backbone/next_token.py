@@ -340,7 +340,7 @@ class NextTokenDecoder(TokenDecoder):
             hidden=prompt.new_empty(len(prompt), width),
             logits=prompt.new_empty(len(prompt), len(codes)),
         )
-        state.cost.decoder_passes += len(prompt)
+        state.cost.count_pass(*known.shape[:2])
         self._arrive(state, hidden, torch.full_like(first, -1))
         return state
 
@@ -425,5 +425,5 @@ class NextTokenDecoder(TokenDecoder):
             state.cache.commit(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         else:
             hidden = self.transformer.extend(x, counts.repeat(2), state.cache)
-        state.cost.decoder_passes += len(x)
+        state.cost.count_pass(*x.shape[:2])
         self._arrive(state, hidden, last)

@@ -16,8 +16,8 @@ from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candi
 class Beam(Strategy):
     """At every token, each of n prefixes has k candidates; of all n * k the n that the verifier values most go on.
 
-    No candidate is looked at beyond its own token, and all k of a prefix share its one decoder pass. Of equal
-    ones one counts. The prefix of the highest final value is the image; with n = 1 this is verified decoding.
+    No candidate is looked at beyond its own token, and all k of a prefix share its one decoder pass. Of equal ones one
+    counts. The prefix of the highest final value is the image; with n = 1 this is verified decoding.
 
     Attributes:
         sampling: how candidates are drawn.

@@ -19,7 +19,8 @@ class Particles(Strategy):
     This is sequential Monte Carlo with the verifier as the twisting function: with `value_weight` 1, a perfect value
     and many paths it samples images from the decoder's distribution of those that fulfil the prompt. Where best-of-n
     finishes every candidate, here the compute of a hopeless prefix goes to a hopeful one. The path of the highest
-    final value is the image; with a stride of the whole image this is best-of-n.
+    final value is the image; with a stride of the whole image this is best-of-n. Noted is the effective sample size: to
+    how many paths of equal weight those before a redraw amount, of n, on average.
 
     Attributes:
         sampling: how tokens are drawn.
@@ -60,6 +61,7 @@ class Particles(Strategy):
         watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
         state = replace(state.select(paths), noise=noise)
         last = noise.new_zeros(len(prompts), self.n)
+        sizes: list[Tensor] = []
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 1)
@@ -70,13 +72,20 @@ class Particles(Strategy):
                 state.cost.verifier_calls += values.numel()
                 # Systematic resampling: one uniform number places n evenly spaced points.
                 gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
+                sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise[:: self.n, 0, state.step - 1])
                 rows = (first[:, None] * self.n + kept).flatten()
                 last = values.gather(1, kept)
                 state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
         state.cost.verifier_calls += values.numel()
         finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
-        return finished.select(first * self.n + values.argmax(1))
+        notes = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
+        return replace(finished.select(first * self.n + values.argmax(1)), notes=notes)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(sum of weights)^2 / sum of squared weights, from 1 to n, of weights [B, n] given as logarithms, [B]."""
+    return 1 / log_weights.softmax(1).square().sum(1)
 
 
 def redraw(log_weights: Tensor, noise: Tensor) -> Tensor:

@@ -95,7 +95,12 @@ class Reflection(Strategy):
             if self.epsilon:
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 left = left[(now - before).norm(dim=1) >= self.epsilon]
-        return replace(image, trace=trace)
+        rounds, accepted_rounds = (torch.zeros_like(scores) for _ in range(2))
+        for step in trace:
+            rounds[step.rows] += 1
+            accepted_rounds[step.rows] += step.accepted
+        notes = {**image.notes, "rounds": rounds, "accepted_rounds": accepted_rounds}
+        return replace(image, trace=trace, notes=notes)
 
     def _again(
         self,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import uniform_noise
-from lightning_modules.decoding.strategy import Decoded, Judges, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, next_token, verifier_named
 from lightning_modules.rewards.clip_score import CLIPScore
 
 
@@ -162,7 +162,7 @@ class Confidence(Look):
             return image.evidence.log_probs
         prefix, index = decoder.encode([row["prompt"] for row in prompts]), torch.arange(decoder.image_tokenizer.grid)
         place = (2 * (index[:, None] % 2) + index % 2).flatten().to(image.tokens.device)
-        image.cost.decoder_passes += 4 * len(prompts)
+        image.cost.count_pass(4 * len(prompts), decoder.num_tokens)
         masks = [(place == i).expand_as(image.tokens) for i in range(4)]
         with torch.no_grad():
             return torch.stack([decoder.log_probs(prefix, image.tokens, masked) for masked in masks]).sum(0)
@@ -199,8 +199,8 @@ def _side(grid: int, patches: int) -> int:
 def _values(decoder: Decoder, judges: Judges, verifier: str, image: Decoded) -> Tensor:
     """A verifier's value (a probability) of the image up to each token, [B, T]."""
     judge = verifier_named(judges, verifier)
-    if image.evidence is None:
-        raise ValueError(f"{type(judge).__name__} reads what {type(decoder).__name__} does not tell")
+    decoder = next_token(decoder, "a value after every token")
+    assert image.evidence is not None
     values = judge.values(image.evidence, range(1, decoder.num_tokens + 1)).exp()
     image.cost.verifier_calls += values.numel()
     return values

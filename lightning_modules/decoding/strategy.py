@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,7 @@ class Decoded:
             plain sampling.
         trajectory: of mask-token decoders: how each grid was filled.
         trace: what reflection did.
+        notes: numbers about how each image was made, to be logged, [B] each.
     """
 
     tokens: Tensor
@@ -58,6 +59,7 @@ class Decoded:
     free_from: Tensor
     trajectory: Trajectory | None = None
     trace: Sequence[Round] = ()
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images, without the trace; the cost stays that of all."""
@@ -67,6 +69,7 @@ class Decoded:
             self.cost,
             self.free_from[rows.cpu()],
             self.trajectory and self.trajectory.select(rows),
+            notes={name: note[rows] for name, note in self.notes.items()},
         )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":

@@ -33,7 +33,7 @@ def cells(pixels: Tensor, patches: int) -> Tensor:
 
 
 class CLIPScore(Reward):
-    """2.5 max(cos(image, prompt), 0), of whole images or of patches. Features of each prompt are computed once.
+    """2.5 max(cos(image, prompt), 0) of whole images, 2.5 cos of patches. Features of each prompt are computed once.
 
     Args:
         clip: an open_clip model (`open_clip.create_model`, by name and pretrained weights or `local-dir:FOLDER`).
@@ -48,11 +48,13 @@ class CLIPScore(Reward):
         self._texts: dict[str, Tensor] = {}
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
-        return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0]
+        return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0].clamp(min=0)
 
     @torch.no_grad()
     def patches(self, prompts: Sequence[str], pixels: Tensor, patches: int) -> Tensor:
-        """S_ij = CLIPScore(prompt, patch ij) of images [B, 3, H, W] cut into an M x M grid, [B, M, M].
+        """S_ij of the prompt and patch ij of images [B, 3, H, W] cut into an M x M grid, [B, M, M].
+
+        Not clipped at 0: patches with nothing of the prompt in them are many, and are to be told apart.
 
         Raises:
             ValueError: the image's sides are no multiples of `patches`.
@@ -67,7 +69,7 @@ class CLIPScore(Reward):
         cosine = torch.einsum(
             "bpd,bd->bp", images.unflatten(0, (len(pixels), -1)), self._text_features(prompts, pixels.device)
         )
-        return _WEIGHT * cosine.clamp(min=0).view(-1, patches, patches)
+        return _WEIGHT * cosine.view(-1, patches, patches)
 
     def _text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit features of prompts, [B, D]."""

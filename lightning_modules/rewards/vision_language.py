@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.loading import from_hub
-from lightning_modules.rewards.verifier import StepJudge
+from lightning_modules.rewards.verifier import Critic, StepJudge
 
 # The chat format of Qwen2, with its default system prompt; for checkpoints that come without a template.
 CHATML = """\
@@ -35,6 +35,7 @@ class Questions:
         clear: is an unfinished image clear enough to be judged?
         potential: asked after a yes to `clear`: can it still become what the prompt says?
         final: does a finished image show what the prompt says?
+        critique: what in a finished image is not as the prompt says? Answered in words.
 
     Raises:
         ValueError: a question does not mention the prompt.
@@ -52,6 +53,10 @@ class Questions:
         "This image was made from the description: {prompt}. "
         "Are all the objects, numbers, colors and positions in it as described? Answer yes or no."
     )
+    critique: str = (
+        "This image was made from the description: {prompt}. "
+        "Say in one short sentence what in it is not as described, and how it should be."
+    )
 
     def __post_init__(self) -> None:
         for name, question in asdict(self).items():
@@ -59,7 +64,7 @@ class Questions:
                 raise ValueError(f"question {name!r} must contain {{prompt}}; it is {question!r}")
 
 
-class VisionLanguageJudge(StepJudge):
+class VisionLanguageJudge(StepJudge, Critic):
     """A frozen LLaVA-OneVision that judges images; called as a reward, it gives P(yes) to the final question.
 
     As in the original, it sees an image whole, padded to a square, and not in the close-up views that LLaVA-OneVision
@@ -72,6 +77,7 @@ class VisionLanguageJudge(StepJudge):
         questions: what it is asked.
         yes: the answer whose probability counts, against `no`; each must be one token.
         no: the other answer.
+        critique_tokens: longest critique.
 
     Raises:
         ImportError: transformers is not installed.
@@ -87,6 +93,7 @@ class VisionLanguageJudge(StepJudge):
         questions: Questions = Questions(),
         yes: str = "yes",
         no: str = "no",
+        critique_tokens: int = 40,
     ) -> None:
         try:
             from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -103,6 +110,8 @@ class VisionLanguageJudge(StepJudge):
         self._clear = (questions.clear,)
         self._potential = (questions.clear, yes, questions.potential)
         self._final = (questions.final,)
+        self._critique = (questions.critique,)
+        self.critique_tokens = critique_tokens
         self._answers = [self._token(yes), self._token(no)]
         self.processor.chat_template = self.processor.chat_template or CHATML
         full = self.processor.vision_feature_select_strategy == "full"  # else the first token of an image is dropped
@@ -136,6 +145,31 @@ class VisionLanguageJudge(StepJudge):
         asked = [self._conversations(prompts, turns) for turns in (self._clear, self._potential)]
         clear, potential = self._judge(pixels, *asked)
         return clear, potential
+
+    @torch.no_grad()
+    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
+        """The likeliest answer, word by word, to what in finished images [B, 3, H, W], in [0, 1], is wrong."""
+        if not self._placed:
+            self.to(pixels.device)
+        texts: list[str] = []
+        rows = self._conversations(prompts, self._critique)
+        for start in range(0, len(rows), self.batch_size):
+            images = pixels[start : start + self.batch_size]
+            ids = [torch.tensor(row, device=self.model.device) for row in rows[start : start + self.batch_size]]
+            inputs, mask = (
+                pad_sequence(parts, batch_first=True, padding_side="left")
+                for parts in (ids, [torch.ones_like(row) for row in ids])
+            )
+            answers = self.model.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                **self._views(images.to(self.model.device)),
+                max_new_tokens=self.critique_tokens,
+                do_sample=False,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+            )
+            texts += self.processor.batch_decode(answers[:, inputs.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _token(self, word: str) -> int:
         tokenizer = self.processor.tokenizer

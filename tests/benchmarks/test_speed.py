@@ -53,6 +53,33 @@ def test_verified_decoding_costs_at_most_two_and_a_half_times_plain_sampling(
     assert ratio <= 2.5
 
 
+def test_decoding_a_region_again_costs_its_share(benchmark: BenchmarkFixture, parts) -> None:
+    """Passes are exactly one a token of the region and one more; every token of the image is still read once."""
+    decoder, _, sampling = parts
+    rows = shapes_prompts("validation", 11)[:BATCH]
+    plain, seeds = Sample(sampling), list(range(BATCH))
+    image = plain.decode(decoder, {}, rows, seeds)
+    times = {}
+    for side in (8, 4, 2):
+        keep = torch.ones(8, 8, dtype=torch.bool)
+        keep[4 - side // 2 : 4 + side // 2, 4 - side // 2 : 4 + side // 2] = False
+        again = lambda keep=keep: plain.decode(  # noqa: E731
+            decoder, {}, rows, seeds, image.tokens, keep.flatten().expand(BATCH, -1)
+        )
+        passes = again().cost.decoder_passes / (2 * BATCH)
+        assert passes == side**2 + (side < 8)
+        if side == 4:
+            benchmark.pedantic(again, rounds=3, warmup_rounds=1)
+            times[side] = statistics.median(benchmark.stats.stats.data)
+        else:
+            times[side] = seconds(again)
+    benchmark.extra_info |= {f"seconds_{side}x{side}": value for side, value in times.items()}
+    shares = {side: value / times[8] for side, value in times.items()}
+    print(f"\na region of 4x4 of 8x8 tokens takes {shares[4]:.2f} of the whole, one of 2x2 {shares[2]:.2f}")
+    assert shares[4] <= 0.75
+    assert shares[2] <= 0.6
+
+
 def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_anew(
     benchmark: BenchmarkFixture, parts
 ) -> None:

@@ -183,6 +183,8 @@ def test_mask_token_decoders_are_least_confident_of_what_does_not_fit() -> None:
     )
     assert torch.equal(replay(decoded), decoded.tokens)
     assert (decoded.trace[0].omega.sum(1) == 4).all()
+    with pytest.raises(ValueError, match="a value after every token needs a next-token decoder"):
+        Gain("likelihood")(decoder, {"likelihood": Likelihood()}, prompts, [0, 1], image)
 
 
 class Complaint(Critic):

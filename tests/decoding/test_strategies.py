@@ -7,7 +7,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
-from lightning_modules.decoding.particles import Particles, redraw
+from lightning_modules.decoding.particles import Particles, effective_sample_size, redraw
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
@@ -88,6 +88,18 @@ def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDeco
     decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, rows, SEEDS)
     full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+
+
+def test_the_effective_sample_size_is_noted(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    torch.testing.assert_close(effective_sample_size(weights.log()), torch.tensor([4.0, 1.0, 2.0]))
+    noted = [
+        Particles(SAMPLING, 4, stride=4, value_weight=weight).decode(decoder, judges, rows, SEEDS).notes
+        for weight in (0.0, 1.0)
+    ]
+    even, uneven = (note["effective_sample_size"] for note in noted)
+    torch.testing.assert_close(even, torch.full((len(rows),), 4.0))
+    assert ((uneven >= 1) & (uneven < 4)).all()
 
 
 def test_redrawing_follows_the_weights() -> None:
@@ -213,6 +225,7 @@ def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: lis
 def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     steps, batch = decoder.num_tokens, len(rows)
     plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS).cost
+    assert plain.tokens == 2 * (steps - 1) * batch  # the last token is not read
     assert (plain.decoder_passes, plain.verifier_calls) == (2 * steps * batch, 0)
     token = Verified(SAMPLING, k=8).decode(decoder, judges, rows, SEEDS).cost
     assert (token.decoder_passes, token.verifier_calls) == (2 * steps * batch, 8 * steps * batch)

@@ -159,3 +159,18 @@ def test_what_is_refused(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"needs transformers: pip install -e '\.\[showo\]'"):
         VisionLanguageJudge(checkpoint)
+
+
+def test_a_critique_is_what_transformers_generates(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    asked = [conversation(judge._critique[0].replace("{prompt}", prompt)) for prompt in PROMPTS]
+    texts = processor.apply_chat_template(asked, add_generation_prompt=True)
+    images = [Image.fromarray(image) for image in to_uint8(pixels)]
+    inputs = processor(text=texts, images=[images], padding=True, padding_side="left", return_tensors="pt")
+    answers = model.generate(**inputs, max_new_tokens=judge.critique_tokens, do_sample=False)
+    expected = processor.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    found = judge.critique(PROMPTS, pixels)
+    assert found == [text.strip() for text in expected]
+    assert len(set(found)) > 1
+    assert judge.critique(PROMPTS[:1], pixels[:1]) == found[:1]
