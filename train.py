@@ -1,18 +1,21 @@
 """Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningModule, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.runs import keep_metrics, newest_checkpoint, read_checkpoint, refuse_other_config
 from lightning_modules.backbone.loading import export, write_text
 
 
@@ -32,12 +35,23 @@ def run(config: DictConfig) -> None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{min(missing)} needs a value")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.ckpt_path == "auto":
+        if config.task != "fit":
+            raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
+        found = newest_checkpoint(folder)
+        config.ckpt_path = found and str(found)
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
-    seed_everything(config.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(config, resolve=True)
-    write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if config.ckpt_path is not None:
+        refuse_other_config(config.ckpt_path, plain)
+    seed_everything(config.seed, workers=True, verbose=False)
+    if rank_zero_only.rank == 0:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        keep_metrics(folder)
     module = build(config.module)
+    module.save_hyperparameters(plain)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
         for node, part in module.exported.items():
@@ -46,28 +60,23 @@ def run(config: DictConfig) -> None:
             print(f"Exported {type(part).__name__} to {folder}")
         return
     data = build(config.data)
-    if config.task == "rollout":
-        load_checkpoint(module, config.ckpt_path)
-        data.collect_all(module)
-        return
     callbacks = list(build(config.callbacks).values())
     loggers = list(build(config.logger).values())
-    for logger in loggers:
-        logger.log_hyperparams(plain)
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
+    elif config.task == "rollout":
+        trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 
 
-def load_checkpoint(module: LightningModule, ckpt_path: str | None) -> None:
+def load_checkpoint(module: LightningModule, ckpt_path: str) -> None:
     """Load a Lightning checkpoint into a module outside of any Trainer."""
-    if ckpt_path is not None:
-        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+    checkpoint = read_checkpoint(ckpt_path)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -79,6 +88,8 @@ def main(config: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(f"Error: {error.__cause__ or error}")
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from callbacks.report import StrategyResult, print_table, write_report
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
@@ -96,6 +97,12 @@ class GenEvalCallback(Callback):
         self.sheet_prompts = sheet_prompts
         self.holdout = list(holdout)
         self._latest: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": dict(self._latest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._latest = dict(state_dict["latest"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words and hold-outs that do not exist before any work starts."""
@@ -217,7 +224,7 @@ def _spread(total: int, wanted: int) -> set[int]:
 
 def _gather(share: _Share) -> list[_Share]:
     """The shares of all ranks, on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return [share]
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, share)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -179,6 +180,12 @@ class PairsDataModule(LightningDataModule):
             reference = sequence_log_probs(decoder, prompts, tokens, self.collect_batch_size)
             pairs = pairs.add_column(f"ref_{side}", reference.tolist())
         return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
+
+    def predict_dataloader(self) -> list[Any]:
+        """Make the pairs with the models as they are and say how many; no batches are left to predict."""
+        for name in ("train", "validation"):
+            rank_zero_info(f"{name}: {len(self._pairs(name))} pairs")
+        return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None

@@ -5,23 +5,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.next_token import Evidence, NextTokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.ranks import mean_over_ranks, uniform_rows
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
-def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the targets in `mask` (broadcast) that are not NaN, nats; 0 if there are none."""
+def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor, over_ranks: bool = False) -> Tensor:
+    """Mean binary cross-entropy over the targets in `mask` (broadcast) that are not NaN, nats; 0 if there are none.
+
+    With `over_ranks` the mean of all ranks' results is that over the targets of all of them.
+    """
     weight = (mask & ~targets.isnan()).float()
     total = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), weight=weight, reduction="sum")
-    return total / weight.sum().clamp(min=1)
+    count = mean_over_ranks(weight.sum()) if over_ranks else weight.sum()
+    return total / (count + (count == 0))
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,12 @@ class PARMObjective:
     evidence_dropout: float = 0.5
 
     def losses(
-        self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor], trusted: Tensor | None = None
+        self,
+        parm: PARM,
+        evidence: Evidence,
+        labels: Mapping[str, Tensor],
+        trusted: Tensor | None = None,
+        over_ranks: bool = False,
     ) -> dict[str, Tensor]:
         """Losses of value (`loss`), clauses and grounding, nats a prediction.
 
@@ -52,6 +61,7 @@ class PARMObjective:
                 does not ask), `free_from` [B] (prefixes that end before it are not trained: a verifier steered what
                 came next).
             trusted: see `PARM.forward`.
+            over_ranks: see `masked_bce`.
         """
         batch_size, num_tokens = evidence.log_probs.shape
         device = evidence.log_probs.device
@@ -59,28 +69,28 @@ class PARMObjective:
         if parm.causal:
             lengths = torch.arange(1, num_tokens + 1, device=device).expand(batch_size, -1)
         else:
-            drawn = (torch.rand(batch_size, device=device) * (num_tokens - first + 1)).long()
+            drawn = (uniform_rows(batch_size, device) * (num_tokens - first + 1)).long()
             lengths = (first + drawn)[:, None].clamp(max=num_tokens)
         logits, clause_logits, match_logits = parm(evidence, lengths[:, 0], trusted)
         trained = lengths >= first[:, None]
         known = torch.arange(num_tokens, device=device) < lengths.amax(1, keepdim=True)
         correct, clauses = labels["correct"][:, None], labels["clauses"][:, None]
         return {
-            "loss": masked_bce(logits, correct.expand_as(logits), trained),
-            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None]),
-            "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None]),
+            "loss": masked_bce(logits, correct.expand_as(logits), trained, over_ranks),
+            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None], over_ranks),
+            "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None], over_ranks),
         }
 
     def training_losses(self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same with evidence dropout, and their weighted sum (`total`)."""
         log_probs = evidence.log_probs
-        trusted = torch.rand(len(log_probs), device=log_probs.device) >= self.evidence_dropout
-        losses = self.losses(parm, evidence, labels, trusted)
+        trusted = uniform_rows(len(log_probs), log_probs.device) >= self.evidence_dropout
+        losses = self.losses(parm, evidence, labels, trusted, over_ranks=True)
         auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
         return losses | {"total": losses["loss"] + auxiliary}
 
 
-class PARMModule(FrozenPartsMixin, LightningModule):
+class PARMModule(ResumableModule):
     """Trains the reward model; measures how well it ranks images of one prompt.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of

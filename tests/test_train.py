@@ -236,8 +236,7 @@ def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1",
-             "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
+    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1"]
     command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
     made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
     assert len(made) == 3, made  # validation and two rounds
