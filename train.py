@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
@@ -63,6 +64,12 @@ def run(config: DictConfig) -> None:
     callbacks = list(build(config.callbacks).values())
     loggers = list(build(config.logger).values())
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    if (
+        HydraConfig.get().mode == RunMode.MULTIRUN
+        and trainer.world_size > 1
+        and not trainer.strategy.cluster_environment.creates_processes_externally
+    ):
+        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)

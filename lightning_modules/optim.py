@@ -55,6 +55,9 @@ class ResumableModule(LightningModule):
         checkpoint["state_dict"] |= {key: value for key, value in current.items() if self._is_frozen(key)}
         self._epoch_steps = checkpoint["epoch_steps"]
 
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: for `task=rollout` the data module makes what is wanted when it is asked for batches to predict."""
+
     def total_steps(self) -> int:
         """Optimizer steps that the Trainer's `max_steps` and `max_epochs` allow.
 

@@ -86,8 +86,19 @@ def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
         assert instantiate(config[part], _convert_="all") is not None
-    if "ddp" not in choice:  # those want several devices, which this machine may lack
+    if choice in ("trainer=ddp", "trainer=fsdp"):  # GPUs, which this machine may lack
+        assert instantiate(config.trainer.strategy) is not None
+    else:
         assert instantiate(config.trainer) is not None
+
+
+@pytest.mark.parametrize("name", ["", *EXPERIMENTS])
+def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
+    """A choice of devices changes nothing of an experiment's own settings."""
+    choice = [f"experiment={name}"] if name else []
+    one, two = (compose_config(*choice, *trainer).trainer for trainer in ([], ["trainer=ddp_cpu"]))
+    devices = ("accelerator", "devices", "num_nodes", "strategy")
+    assert {k: v for k, v in one.items() if k not in devices} == {k: v for k, v in two.items() if k not in devices}
 
 
 def test_every_job_of_the_ladder_composes(compose_config) -> None:
