@@ -21,7 +21,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 GROUPS = [
     f"{folder.name}={path.stem}"
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "sweep")
     for path in sorted(folder.glob("*.yaml"))
 ]
 # What some choices need beside them; the others are built small.
