@@ -2,19 +2,23 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.runs import keep_metrics, newest_checkpoint, read_checkpoint, refuse_other_config
 from lightning_modules.backbone.loading import export, write_text
 
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
@@ -31,6 +35,12 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
+    if (
+        HydraConfig.get().mode == RunMode.MULTIRUN
+        and trainer.world_size > 1
+        and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
+    ):
+        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     return trainer
 
 
@@ -52,21 +62,33 @@ def run(config: DictConfig) -> None:
     used = ("scoring.", "geneval.reward.") if config.task == "score" else ("",)
     if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
         raise ValueError(f"{min(missing)} needs a value")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.ckpt_path == "auto":
+        if config.task != "fit":
+            raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
+        found = newest_checkpoint(folder)
+        config.ckpt_path = found and str(found)
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
-    seed_everything(config.seed, workers=True, verbose=False)
     plain = OmegaConf.to_container(config, resolve=True)
-    write_text(Path(HydraConfig.get().runtime.output_dir) / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if config.ckpt_path is not None:
+        refuse_other_config(config.ckpt_path, plain)
+    seed_everything(config.seed, workers=True, verbose=False)
+    if rank_zero_only.rank == 0:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        keep_metrics(folder)
     if config.task == "score":
         rewards = json.dumps(plain["scoring"]["rewards"], sort_keys=True)
         build(config.scoring, rewards_config=rewards).run(trainer_for(config))
         return
     if config.task == "generate":
         generating = build(config.generating)
-        load_checkpoint(generating.module, config.ckpt_path)
+        if config.ckpt_path is not None:
+            load_checkpoint(generating.module, config.ckpt_path)
         generating.run(trainer_for(config))
         return
     module = build(config.module)
+    module.save_hyperparameters(plain)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
         for node, part in module.exported.items():
@@ -75,24 +97,21 @@ def run(config: DictConfig) -> None:
             print(f"Exported {type(part).__name__} to {folder}")
         return
     data = build(config.get("data"))
-    if config.task == "rollout":
-        load_checkpoint(module, config.ckpt_path)
-        data.collect_all(module)
-        return
     trainer = trainer_for(config, list(build(config.callbacks).values()))
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
+    elif config.task == "rollout":
+        trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 
 
-def load_checkpoint(module: LightningModule, ckpt_path: str | None) -> None:
+def load_checkpoint(module: LightningModule, ckpt_path: str) -> None:
     """Load a Lightning checkpoint into a module outside of any Trainer."""
-    if ckpt_path is not None:
-        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+    checkpoint = read_checkpoint(ckpt_path)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -104,6 +123,8 @@ def main(config: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(f"Error: {error.__cause__ or error}")
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from datamodules.geneval import sample_path
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
@@ -104,6 +105,12 @@ class GenEvalCallback(Callback):
         self.rewards = rewards
         self.fid = fid
         self._latest: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": dict(self._latest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._latest = dict(state_dict["latest"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
@@ -230,7 +237,7 @@ def _judges_of(settings: Mapping[str, Any]) -> list[str]:
 
 def _gather(share: _Share) -> list[_Share]:
     """The shares of all ranks, on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return [share]
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, share)

@@ -1,10 +1,41 @@
 """Data loaders that split over ranks: training pads and shuffles by epoch, evaluation sees every row exactly once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from lightning import Trainer
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+
+
+class _BatchesFrom(BatchSampler):
+    """Batches of indices, of which the next epoch leaves out the first `start`."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start, self.start = self.start, 0
+        return islice(super().__iter__(), start, None)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that knows its place in the epoch: Lightning saves it, and a resumed run goes on with the next batch."""
+
+    _served = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._served % len(self)}  # after the last one a new epoch begins
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        assert isinstance(self.batch_sampler, _BatchesFrom)
+        self.batch_sampler.start = state_dict["batches"]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        assert isinstance(self.batch_sampler, _BatchesFrom)
+        self._served = self.batch_sampler.start
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
 
 
 def make_loader(
@@ -32,10 +63,9 @@ def make_loader(
     sampler: Any = range(rank, total, world_size)
     if train:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=0)
-    return DataLoader(
+    return ResumableLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=_BatchesFrom(sampler, batch_size, drop_last=False),
         num_workers=num_workers,
         collate_fn=collate_fn,
         persistent_workers=num_workers > 0,

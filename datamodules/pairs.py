@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -180,6 +181,12 @@ class PairsDataModule(LightningDataModule):
         for side in SIDES:
             pairs = pairs.add_column(f"ref_{side}", [value for part in parts for value in part[side]])
         return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
+
+    def predict_dataloader(self) -> list[Any]:
+        """Make the pairs with the models as they are and say how many; no batches are left to predict."""
+        for name in ("train", "validation"):
+            rank_zero_info(f"{name}: {len(self._pairs(name))} pairs")
+        return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None

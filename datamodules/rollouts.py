@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -94,6 +95,21 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
         raise ValueError(f"what is in {folder} was made with another {' and another '.join(different)}")
 
 
+def _parts(spec: RolloutSpec, folder: Path, batch_size: int) -> dict[Path, list[tuple[int, int]]]:
+    """The batches in which a set of rollouts is stored: folder -> (prompt, sample) of its rows."""
+    jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
+    starts = range(0, len(jobs), batch_size)
+    return {folder / f"part-{batch_size}-{n:05d}": jobs[start : start + batch_size] for n, start in enumerate(starts)}
+
+
+def load(spec: RolloutSpec, folder: Path, batch_size: int) -> Dataset:
+    """A set of rollouts that was collected before; raises FileNotFoundError if any of it is missing."""
+    parts = _parts(spec, folder, batch_size)
+    if missing := [part for part in parts if not part.is_dir()]:
+        raise FileNotFoundError(f"the rollouts that this run was trained on are not there any more: {missing[0]}")
+    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in parts])
+
+
 def collect(
     spec: RolloutSpec,
     folder: Path,
@@ -125,11 +141,8 @@ def collect(
         open_folder(folder, made_with)
     if world_size > 1:
         torch.distributed.barrier()  # the others must not write the same file at the same moment
-    jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
-    chunks = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    parts = [folder / f"part-{batch_size}-{number:05d}" for number in range(len(chunks))]
     # Which parts are a rank's own must not depend on what the other ranks have finished by now.
-    own = zip(parts[rank::world_size], chunks[rank::world_size], strict=True)
+    own = list(_parts(spec, folder, batch_size).items())[rank::world_size]
     missing = [(part, chunk) for part, chunk in own if not part.is_dir()]
     settings = json.dumps(made_with["strategy"])
     tokenizer = decoder.eval().image_tokenizer
@@ -177,7 +190,7 @@ def collect(
             bar.update(len(chunk))
     if world_size > 1:
         torch.distributed.barrier()
-    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in parts])
+    return load(spec, folder, batch_size)
 
 
 def store(rows: Dataset, folder: Path) -> None:
@@ -218,7 +231,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class RolloutsDataModule(LightningDataModule):
-    """Rollouts of the LightningModule's own decoder, collected when they are first needed.
+    """Rollouts of the LightningModule's own decoder, collected when they are first needed; a resumed run keeps its own.
 
     Args:
         reward: labels the images.
@@ -252,21 +265,32 @@ class RolloutsDataModule(LightningDataModule):
         self.keep_evidence = keep_evidence
         self.collect_batch_size = collect_batch_size
         self.batch_size = batch_size
+        self._folders: dict[str, str] = {}
         self._collected: dict[str, Dataset] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"folders": dict(self._folders)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._folders = dict(state_dict["folders"])
+
     def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
-        """A named set of rollouts; collected with the models as they are when it is first asked for."""
-        assert self.trainer is not None
+        """A named set of rollouts, collected with the models as they are when the run first asks for it."""
         if name not in self._collected:
-            ranks = self.trainer.global_rank, self.trainer.world_size
-            self._collected[name] = self._collect_with(self.trainer.lightning_module, name, spec, *ranks)
+            if name in self._folders:  # the models have learned since
+                rows = load(spec, Path(self._folders[name]), self.collect_batch_size)
+            else:
+                rows = self._collect_now(name, spec)
+            self._collected[name] = rows
         return self._collected[name]
 
-    def _collect_with(self, module: Any, name: str, spec: RolloutSpec, rank: int, world_size: int) -> Dataset:
+    def _collect_now(self, name: str, spec: RolloutSpec) -> Dataset:
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
         made_with = provenance(spec, module.decoder, module.judges, self.seed, self.keep_evidence)
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
-        return collect(
+        rows = collect(
             spec,
             folder,
             module.decoder,
@@ -275,15 +299,11 @@ class RolloutsDataModule(LightningDataModule):
             self.seed,
             self.collect_batch_size,
             self.keep_evidence,
-            rank,
-            world_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
         )
-
-    def collect_all(self, module: Any) -> None:
-        """Collect every set with the models as they are, on one process, and print how much of it is correct."""
-        for name, spec in {**self.train, "validation": self.validation, "test": self.test}.items():
-            rows = self._collect_with(module, name, spec, 0, 1)
-            print(f"{name}: {len(rows)} rollouts, {np.mean(rows['reward']):.3f} correct")
+        self._folders[name] = str(folder)
+        return rows
 
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
@@ -291,6 +311,13 @@ class RolloutsDataModule(LightningDataModule):
         arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
         rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
         return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)
+
+    def predict_dataloader(self) -> list[Any]:
+        """Collect every set with the models as they are and say how much is correct; no batches are left to predict."""
+        for name, spec in {**self.train, "validation": self.validation, "test": self.test}.items():
+            rows = self._collect(name, spec)
+            rank_zero_info(f"{name}: {len(rows)} rollouts, {np.mean(rows['reward']):.3f} correct")
+        return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.optim import OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 from lightning_modules.rewards.clip_score import TextTokenizer, cells, image_features
 
 
-class ContrastiveModule(LightningModule):
+class ContrastiveModule(ResumableModule):
     """CLIP's loss (arXiv 2103.00020) on whole images and a patch of each, with a minimally altered caption beside.
 
     A patch goes with the caption of its image: what is learned is how much likelier what it shows makes this caption

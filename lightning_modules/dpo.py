@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -11,8 +10,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 from lightning_modules.parm import PARMObjective
+from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
@@ -36,7 +36,7 @@ def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-class DPOModule(FrozenPartsMixin, LightningModule):
+class DPOModule(ResumableModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
     Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected` [B], the
@@ -132,7 +132,7 @@ class DPOModule(FrozenPartsMixin, LightningModule):
 
     def _refuse_collapse(self, fall: Tensor) -> None:
         """Raise ValueError, on every rank at once, when chosen images have become too unlikely."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             torch.distributed.all_reduce(fall, torch.distributed.ReduceOp.MAX)
         if fall > self.max_fall:
             raise ValueError(

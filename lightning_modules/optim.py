@@ -18,9 +18,9 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def warmup_cosine(module: LightningModule, optimizer: Optimizer, warmup_steps: int) -> OptimizerLRSchedulerConfig:
+def warmup_cosine(module: "ResumableModule", optimizer: Optimizer, warmup_steps: int) -> OptimizerLRSchedulerConfig:
     """Lightning's optimizer dictionary: linear warm-up, then cosine decay to zero at the last step of the Trainer."""
-    total = int(module.trainer.estimated_stepping_batches)
+    total = module.total_steps()
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -31,14 +31,15 @@ def warmup_cosine(module: LightningModule, optimizer: Optimizer, warmup_steps: i
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
-class FrozenPartsMixin:
-    """Keeps frozen parts, which have weight files of their own, out of a LightningModule's checkpoints.
+class ResumableModule(LightningModule):
+    """A LightningModule whose checkpoints leave out frozen parts, which have weight files of their own.
 
     Attributes:
         frozen_parts: names of sub-modules, dotted.
     """
 
     frozen_parts: tuple[str, ...] = ()
+    _epoch_steps: int | None = None
 
     def _is_frozen(self, key: str) -> bool:
         return key.startswith(tuple(f"{part}." for part in self.frozen_parts))
@@ -46,8 +47,28 @@ class FrozenPartsMixin:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not self._is_frozen(key)}
+        checkpoint["epoch_steps"] = self._epoch_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the frozen parts back as they are now, so that loading can stay strict."""
-        current = self.state_dict()  # type: ignore[attr-defined]
+        current = self.state_dict()
         checkpoint["state_dict"] |= {key: value for key, value in current.items() if self._is_frozen(key)}
+        self._epoch_steps = checkpoint["epoch_steps"]
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: for `task=rollout` the data module makes what is wanted when it is asked for batches to predict."""
+
+    def total_steps(self) -> int:
+        """Optimizer steps that the Trainer's `max_steps` and `max_epochs` allow.
+
+        An epoch counts as the first one did, in a resumed run as well: its epochs may have other lengths by now, and a
+        Trainer that is asked for their length before it is restored loses its place in the epoch.
+        """
+        trainer = self.trainer
+        if trainer.max_epochs in (None, -1):
+            return trainer.max_steps
+        if self._epoch_steps is None:
+            _ = trainer.estimated_stepping_batches  # makes the Trainer set up its loader
+            self._epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = self._epoch_steps * trainer.max_epochs
+        return total if trainer.max_steps == -1 else min(total, trainer.max_steps)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -15,7 +14,8 @@ from lightning_modules.backbone.evidence import STATISTICS, Evidence
 from lightning_modules.backbone.mask_state import Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.ranks import mean_over_ranks, uniform_rows
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
 from lightning_modules.rewards.verifier import Likelihood, Verifier
@@ -23,11 +23,15 @@ from lightning_modules.rewards.verifier import Likelihood, Verifier
 _RANDOM_STEPS = 16  # of images that were not decoded
 
 
-def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the targets in `mask` (broadcast) that are not NaN, nats; 0 if there are none."""
+def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor, over_ranks: bool = False) -> Tensor:
+    """Mean binary cross-entropy over the targets in `mask` (broadcast) that are not NaN, nats; 0 if there are none.
+
+    With `over_ranks` the mean of all ranks' results is that over the targets of all of them.
+    """
     weight = (mask & ~targets.isnan()).float()
     total = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), weight=weight, reduction="sum")
-    return total / weight.sum().clamp(min=1)
+    count = mean_over_ranks(weight.sum()) if over_ranks else weight.sum()
+    return total / (count + (count == 0))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,12 @@ class PARMObjective:
     evidence_dropout: float = 0.5
 
     def losses(
-        self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor], trusted: Tensor | None = None
+        self,
+        parm: PARM,
+        evidence: Evidence,
+        labels: Mapping[str, Tensor],
+        trusted: Tensor | None = None,
+        over_ranks: bool = False,
     ) -> dict[str, Tensor]:
         """Losses of value (`loss`), clauses and grounding, nats a prediction.
 
@@ -58,6 +67,7 @@ class PARMObjective:
                 does not ask), `free_from` [B] (prefixes that end before it are not trained: a verifier steered what
                 came next).
             trusted: see `PARM.forward`.
+            over_ranks: see `masked_bce`.
         """
         logits, clause_logits, match_logits = parm(evidence, trusted)
         known = torch.ones_like(evidence.log_probs, dtype=torch.bool)
@@ -69,21 +79,21 @@ class PARMObjective:
             trained = lengths >= labels["free_from"].clamp(min=1)[:, None]
         correct, clauses = labels["correct"][:, None], labels["clauses"][:, None]
         return {
-            "loss": masked_bce(logits, correct.expand_as(logits), trained),
-            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None]),
-            "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None]),
+            "loss": masked_bce(logits, correct.expand_as(logits), trained, over_ranks),
+            "clause_loss": masked_bce(clause_logits, clauses.expand_as(clause_logits), trained[..., None], over_ranks),
+            "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None], over_ranks),
         }
 
     def training_losses(self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same with evidence dropout, and their weighted sum (`total`)."""
         log_probs = evidence.log_probs
-        trusted = torch.rand(len(log_probs), device=log_probs.device) >= self.evidence_dropout
-        losses = self.losses(parm, evidence, labels, trusted)
+        trusted = uniform_rows(len(log_probs), device=log_probs.device) >= self.evidence_dropout
+        losses = self.losses(parm, evidence, labels, trusted, over_ranks=True)
         auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
         return losses | {"total": losses["loss"] + auxiliary}
 
 
-class PARMModule(FrozenPartsMixin, LightningModule):
+class PARMModule(ResumableModule):
     """Trains the reward model; measures how well it ranks images of one prompt.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
@@ -144,19 +154,20 @@ class PARMModule(FrozenPartsMixin, LightningModule):
     def _grid_evidence(
         decoder: MaskTokenDecoder, batch: dict[str, Any], tokens: Tensor, share: float | None
     ) -> Evidence:
-        decided = torch.zeros(3, *tokens.shape, device=tokens.device)
+        device = tokens.device
+        decided = torch.zeros(3, *tokens.shape, device=device)
         if "trajectory" in batch:
             trajectory = Trajectory(**batch["trajectory"])
             decided = torch.stack([batch["evidence"][name] for name in STATISTICS])
         else:
-            trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS)
+            trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS, uniform_rows(*tokens.shape, device=device))
         steps = trajectory.previews.shape[1]
         first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
         if share is None:
-            step = first + (torch.rand(len(tokens), device=tokens.device) * (steps + 1 - first)).long()
+            step = first + (uniform_rows(len(tokens), device=device) * (steps + 1 - first)).long()
             # A finished image may come from anywhere, and of one that was decoded again some tokens do.
-            known = 2 * torch.rand(len(tokens), 1, device=tokens.device) * (step < steps)[:, None]
-            decided = decided * (torch.rand(tokens.shape, device=tokens.device) < known)
+            known = 2 * uniform_rows(len(tokens), 1, device=device) * (step < steps)[:, None]
+            decided = decided * (uniform_rows(*tokens.shape, device=device) < known)
         else:
             step = torch.full_like(first, max(0, round(share * steps) - 1))
         return decoder.evidence(batch["prompt"], *trajectory.at(step), decided)

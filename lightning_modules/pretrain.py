@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import FrozenPartsMixin, OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.ranks import uniform_rows
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
-class DecoderModule(FrozenPartsMixin, LightningModule):
+class DecoderModule(ResumableModule):
     """Trains log p(tokens | prompt); a share of the prompts is dropped so that guidance has an unconditional branch.
 
     Batches have `image` [B, 3, H, W] in [0, 1] and `prompt`, a list of B strings.
@@ -48,7 +48,7 @@ class DecoderModule(FrozenPartsMixin, LightningModule):
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a predicted token."""
-        keep = (torch.rand(len(batch["prompt"])) >= dropout).tolist()
+        keep = (uniform_rows(len(batch["prompt"])) >= dropout).tolist()
         prompts = [prompt if kept else "" for prompt, kept in zip(batch["prompt"], keep, strict=True)]
         return self.decoder.nll(prompts, self.decoder.image_tokenizer.encode(batch["image"]))
 

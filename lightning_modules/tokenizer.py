@@ -3,16 +3,15 @@
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.image_tokenizer import PatchVQ
-from lightning_modules.optim import OptimizerFactory, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 
 
-class ImageTokenizerModule(LightningModule):
+class ImageTokenizerModule(ResumableModule):
     """The codebook is fitted once, before the first step, on the first training images; the decoder by regression.
 
     Batches have `image` [B, 3, H, W] in [0, 1].

@@ -24,7 +24,7 @@ ELSEWHERE = ("geneval=coco", "geneval=detections", "decoder=diffusion", "generat
 GROUPS = [
     choice
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug", "sweep")
     for path in sorted(folder.glob("*.yaml"))
     if not (choice := f"{folder.name}={path.stem}").startswith(ELSEWHERE)
 ]
@@ -112,8 +112,19 @@ def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
     for part in ("module", "data", "callbacks", "logger"):
         if part in config:  # what is only measured needs no data
             assert instantiate(config[part], _convert_="all") is not None
-    if "ddp" not in choice:  # those want several devices, which this machine may lack
+    if choice in ("trainer=ddp", "trainer=fsdp"):  # GPUs, which this machine may lack
+        assert instantiate(config.trainer.strategy) is not None
+    else:
         assert instantiate(config.trainer) is not None
+
+
+@pytest.mark.parametrize("name", ["", *EXPERIMENTS])
+def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
+    """A choice of devices changes nothing of an experiment's own settings."""
+    choice = [f"experiment={name}"] if name else []
+    one, two = (compose_config(*choice, *trainer).trainer for trainer in ([], ["trainer=ddp_cpu"]))
+    devices = ("accelerator", "devices", "num_nodes", "strategy")
+    assert {k: v for k, v in one.items() if k not in devices} == {k: v for k, v in two.items() if k not in devices}
 
 
 def test_every_job_of_the_ladder_composes(compose_config) -> None:
@@ -289,8 +300,7 @@ def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1",
-             "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
+    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1"]
     command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
     made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
     assert len(made) == 3, made  # validation and two rounds

@@ -188,10 +188,10 @@ class Trajectory:
         return Trajectory(previews, unknown.sum(1))
 
     @staticmethod
-    def in_random_order(tokens: Tensor, steps: int) -> "Trajectory":
-        """As if images [B, n] had been decoded in any order, each preview being what came of it."""
+    def in_random_order(tokens: Tensor, steps: int, noise: Tensor) -> "Trajectory":
+        """As if images [B, n] had been decoded in the order of `noise` [B, n], each preview being what came of it."""
         unknown = torch.ones_like(tokens, dtype=torch.bool)
-        rank = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)
+        rank = noise.argsort(1).argsort(1)
         states = []
         for step in range(steps):
             unknown = rank < masked_after(step, steps, unknown)[:, None] * (step + 1 < steps)

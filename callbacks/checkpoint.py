@@ -1,0 +1,58 @@
+"""Checkpoints of runs that may be stopped at any time."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_modules.backbone.sampling import image_seed
+
+
+class PreemptionCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, such that a run goes on exactly from wherever it was stopped.
+
+    It saves on SIGTERM and when training ends, but not after an error, which may have left a step half done, and not
+    between the last batch of an epoch and the first of the next, from where Lightning would go on in the wrong epoch
+    when their lengths differ; validation there saves as part of its epoch. Files are overwritten by name: a resumed run
+    has one last.ckpt.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(save_on_exception=True, save_on_train_epoch_end=False, enable_version_counter=False, **kwargs)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, *batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and not trainer.is_last_batch:
+            super().on_exception(trainer, pl_module, exception)
+
+
+class StepSeed(Callback):
+    """Makes what is drawn at random in a batch a function of its number, so that a resumed run draws the same.
+
+    Args:
+        seed: of the training batches.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(image_seed(self.seed, trainer.fit_loop.total_batch_idx))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        torch.manual_seed(batch_idx)
+
+    on_test_batch_start = on_validation_batch_start

@@ -1,0 +1,109 @@
+"""Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
+
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+# What a checkpoint that is not trained on has to share with the config: the networks.
+_NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
+# What a run that goes on may change: where rollouts are kept, and what is only measured.
+_FREE = ("folder", "num_workers", "validation", "test")
+
+
+def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
+    """The folder of a run in `parent`, the same on all of its processes.
+
+    It is named after the time, or under srun after the job, which keeps its number when it is requeued. Training with
+    `ckpt_path=auto` goes on in the folder of the newest checkpoint, if there is one.
+    """
+    if ckpt_path == "auto" and task == "fit":
+        found = [path for folder in Path(parent).glob("*") if (path := newest_checkpoint(folder))]
+        if found:
+            return _agreed(str(max(found, key=_modified).parent.parent))
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+        return f"{parent}/slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    return _agreed(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+
+
+def _agreed(value: str) -> str:
+    """What the first process of a torchrun said; elsewhere the other processes are told by the command line."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return value
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set("image-cot/run_folder", "", value).decode()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint from which the run in `folder` goes on: last.ckpt, or what it was to point at when killed."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        return last
+    return max((folder / "checkpoints").glob("step=*.ckpt"), key=_modified, default=None)
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def wandb_id(folder: str) -> str | None:
+    """The id of the W&B run that logged into `folder`; None if there was none."""
+    runs = sorted(Path(folder).glob("wandb/*run-*-*"))
+    return runs[-1].name.rpartition("-")[2] if runs else None
+
+
+def keep_metrics(folder: Path) -> None:
+    """Put aside, as metrics-1.csv and so on, the metrics.csv of a run that goes on: CSVLogger would begin it anew."""
+    metrics = folder / "metrics.csv"
+    if metrics.is_file():
+        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint's content on the CPU; raises ValueError if it is none, or holds objects beside plain data."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"ckpt_path: {path} is no checkpoint of plain data ({str(error).splitlines()[0]})") from error
+    return checkpoint
+
+
+def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the key, if a checkpoint was made with another config than this one.
+
+    To go on training (`task: fit`) all that training depends on has to be the same, except for the Trainer's own
+    arguments: Lightning would restore the optimizer's settings from the checkpoint, whatever the config says. For other
+    tasks it is the networks, frozen ones included, since those are not in the checkpoint.
+    """
+    stored = read_checkpoint(path).get("hyper_parameters", config)
+    for key, old, new in _differences(_shared(stored, config["task"]), _shared(config, config["task"])):
+        name = key.removeprefix("module.") if key.split(".")[1:2] and key.split(".")[1] in config else key
+        raise ValueError(f"ckpt_path: {path} was made with {name}={old}, not {new}")
+
+
+def _shared(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    if task != "fit":
+        return {"module": {key: config["module"][key] for key in _NETWORKS if key in config["module"]}}
+    data = {key: value for key, value in config["data"].items() if key not in _FREE}
+    return {"module": config["module"], "data": data, "seed": config["seed"]}
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys under which two configs differ, with both values."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return [] if old == new else [(key, old, new)]
+    names = [*old, *(name for name in new if name not in old)]
+    return [
+        difference
+        for name in names
+        for difference in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    ]
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)

@@ -1,0 +1,32 @@
+"""What makes a training step on several ranks that of one process with the rows of all of them."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def is_distributed() -> bool:
+    """Whether other ranks work on the same step."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def uniform_rows(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
+    """Uniform numbers in [0, 1) for each of this rank's rows, [B, ...]: those that the row gets on one process.
+
+    Ranks take the rows of a batch in turn (`datamodules.loaders`), and their generators are seeded alike.
+    """
+    if not is_distributed():
+        return torch.rand(rows, *shape, device=device)
+    return torch.rand(rows * dist.get_world_size(), *shape, device=device)[dist.get_rank() :: dist.get_world_size()]
+
+
+def mean_over_ranks(count: Tensor) -> Tensor:
+    """The mean of a count over ranks.
+
+    Ranks that divide their sums by it, and not by their own counts, have the gradient of the mean over all their terms.
+    """
+    if is_distributed():
+        count = count.clone()
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count

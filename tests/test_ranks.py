@@ -1,0 +1,83 @@
+"""Runs of two processes: the same images, rows and weights as of one, and an end when one of them fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments, command
+
+# 20 steps on 16 rows, half of a batch each. Weights whose true gradient is zero get rounding errors alone, which Adam
+# would blow up to steps of full size: epsilon holds them down.
+STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
+         "+callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
+TRAINING = {
+    "parm": [*SMALL_PARM, *STEPS, "data.train.verified.from_epoch=100", "module.optimizer.lr=1e-3",
+             "module.warmup_steps=2"],
+    "dpo": ["experiment=dpo", *SMALL_DPO, *STEPS, "trainer.max_epochs=-1", "trainer.val_check_interval=1.0",
+            "module.warmup_steps=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, name: str) -> None:
+    command(tmp_path, *TRAINING[name], "data.batch_size=8")
+    command(tmp_path, *TRAINING[name], "data.batch_size=4", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
+    one, two = (
+        {path.name: torch.load(path, weights_only=True)["state_dict"] for path in folder.glob("checkpoints/step=*")}
+        for folder in (tmp_path / "run", tmp_path / "two")
+    )
+    assert one.keys() == two.keys() and "step=20.ckpt" in one and len(one) >= 10
+    start, end = one["step=1.ckpt"], one["step=20.ckpt"]
+    assert max((end[key] - start[key]).abs().max() for key in start) > 1e-4  # they do learn
+    for step, weights in one.items():
+        for key, value in weights.items():
+            torch.testing.assert_close(two[step][key], value, rtol=0, atol=1e-5)
+
+
+def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
+    common = [*SMALL_PARM, "task=rollout", "data.collect_batch_size=5"]
+    command(tmp_path, *common)
+    done = command(tmp_path, *common, "trainer=ddp_cpu", f"rollouts_dir={tmp_path}/two")
+    assert "plain: 24 rollouts, 0." in done.stdout + done.stderr
+    folders = sorted(path.relative_to(tmp_path / "rollouts") for path in (tmp_path / "rollouts").glob("*/part-*"))
+    assert folders and folders == sorted(
+        path.relative_to(tmp_path / "two") for path in (tmp_path / "two").glob("*/part-*")
+    )
+    for part in folders:
+        one, two = (datasets.load_from_disk(str(tmp_path / root / part)) for root in ("rollouts", "two"))
+        assert one["tokens"][:] == two["tokens"][:] and one["reward"][:] == two["reward"][:]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int) -> None:
+    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}}}"
+    done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
+    assert done.returncode != 0
+    assert f"rank {rank} has run out of paint" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]], ids=["own", "torchrun"]
+)
+def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: list[str]) -> None:
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu"]
+    python, script, *overrides = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
+    done = subprocess.run(
+        [python, *launcher, script, *overrides], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "outputs" / "parm").iterdir()
+    assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
+    assert len(list(tmp_path.rglob("offline-run-*.wandb"))) == len(list(tmp_path.rglob("run-*.wandb"))) == 1
+
+
+def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "train.py"), "--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: --multirun does not go with several processes a job")

@@ -1,0 +1,60 @@
+"""W&B sweeps: points of every file run and log the metric that is watched; the multirun beside it has the same ones."""
+
+import csv
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import open_dict
+
+from tests.conftest import ROOT
+from tests.test_train import SMALL_DPO, SMALL_PARM
+from train import run
+
+SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
+SMALL = {"dpo": [*SMALL_DPO, "data.batch_size=8"], "parm": SMALL_PARM, "decoding": SMALL_PARM}
+POINTS = 2
+
+
+def sweep_of(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A sweep, and the overrides that its command fixes for all points."""
+    sweep = yaml.safe_load(path.read_text())
+    env, interpreter, program, *fixed, point = sweep["command"]
+    assert (env, interpreter, program, point) == ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
+    assert sweep["program"] == "train.py" and "logger.wandb.offline=false" in fixed
+    return sweep, [item for item in fixed if item != "logger.wandb.offline=false"]
+
+
+@pytest.mark.parametrize("number", range(POINTS))
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path: Path, number: int) -> None:
+    sweep, fixed = sweep_of(path)
+    drawn = random.Random(f"{path.stem} {number}")
+    point = {key: drawn.choice(space["values"]) for key, space in sweep["parameters"].items()}
+    compose_config(*fixed, "logger.wandb.offline=false", *(f"{key}={value}" for key, value in point.items()))
+    tiny = [*SMALL[path.stem], "logger=csv", f"rollouts_dir={tmp_path}/rollouts", "trainer.max_steps=1",
+            "trainer.val_check_interval=1", "trainer.check_val_every_n_epoch=1"]  # fmt: skip
+    config = compose_config(*fixed, *tiny, *(f"{key}={value}" for key, value in point.items()))
+    with open_dict(config):  # one strategy is enough
+        config.strategies = {key: config.strategies[key] for key in ("sample", "best_of_8_parm", "parm")}
+    run(config)
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [row[sweep["metric"]["name"]] for row in csv.DictReader(file) if row.get(sweep["metric"]["name"])]
+    assert logged and sweep["metric"]["goal"] == "maximize"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_multirun_in_the_comment_has_the_same_points(path: Path) -> None:
+    sweep, fixed = sweep_of(path)
+    comment = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    overrides = re.findall(r"\S+=\S+", comment.partition("python train.py --multirun ")[2])
+    assert overrides[: len(fixed)] == fixed
+    grid = dict(item.split("=", 1) for item in overrides[len(fixed) :])
+    assert grid.keys() == sweep["parameters"].keys()
+    for key, space in sweep["parameters"].items():
+        assert [type(value)(text) for value, text in zip(space["values"], grid[key].split(","), strict=True)] == space[
+            "values"
+        ]
