@@ -168,7 +168,8 @@ class Scoring(LightningModule):
         lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in rows]
         write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
         write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")
-        save_image(contact_sheet(result), self.folder / "sheet.png")
+        if result.thumbnails:
+            save_image(contact_sheet(result), self.folder / "sheet.png")
         for sentence in [*(f"Left out: {sentence}" for sentence in left_out), *notes]:
             print(sentence)
         print(summary)

@@ -59,12 +59,13 @@ class SelfTest:
         """
         if self.done:
             return
-        self.done = True
+        self.done = True  # judging the picture would start the test anew
         for number, row in enumerate(self.rows, 1):
             validate_metadata(row, class_names, f"{self.folder / 'prompts.jsonl'}:{number}")
         verdicts = judge(self.rows, [self.picture] * len(self.rows))
         for row, expected, verdict in zip(self.rows, self.expected, verdicts, strict=True):
             if verdict.correct != expected:
+                self.done = False
                 answer = verdict.reason.replace("\n", "; ") or "all of it was found"
                 raise ValueError(
                     f"the detector fails its self-test: {self.folder / 'picture.png'} should "

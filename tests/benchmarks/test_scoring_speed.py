@@ -4,7 +4,6 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from datamodules.shapes.detector import ShapesDetector
@@ -18,17 +17,17 @@ def compare(
     benchmark: BenchmarkFixture, what: str, reward: GenEvalReward, rows: list, images: np.ndarray, rounds: int
 ) -> float:
     """Times faster than one at a time; the verdicts have to be the same."""
+    alone: list = []
 
-    def one_at_a_time() -> list:
-        return [reward.verdicts([row], image[None])[0] for row, image in zip(rows, images, strict=True)]
+    def one_at_a_time() -> None:
+        alone[:] = [reward.verdicts([row], image[None])[0] for row, image in zip(rows, images, strict=True)]
 
-    assert [v.reason for v in reward.verdicts(rows, images)] == [v.reason for v in one_at_a_time()]
-    slow = seconds(one_at_a_time, rounds)
-    benchmark.pedantic(reward.verdicts, (rows, images), rounds=rounds, warmup_rounds=0)
-    fast = statistics.median(benchmark.stats.stats.data)
-    benchmark.extra_info |= {"images_per_second": len(images) / fast, "times_faster": slow / fast}
-    print(f"\n{what}: {len(images) / fast:.2f} images/s, {slow / fast:.2f} x one at a time")
-    return slow / fast
+    together = benchmark.pedantic(reward.verdicts, (rows, images), rounds=rounds, warmup_rounds=0)
+    ratio = seconds(one_at_a_time, rounds) / (fast := statistics.median(benchmark.stats.stats.data))
+    assert [verdict.reason for verdict in together] == [verdict.reason for verdict in alone]
+    benchmark.extra_info |= {"images_per_second": len(images) / fast, "times_faster": ratio}
+    print(f"\n{what}: {len(images) / fast:.2f} images/s, {ratio:.2f} x one at a time")
+    return ratio
 
 
 def test_shapes(benchmark: BenchmarkFixture) -> None:
@@ -36,11 +35,10 @@ def test_shapes(benchmark: BenchmarkFixture) -> None:
     items = [stream[i] for i in range(256)]
     images = np.stack([item.image for item in items])
     rows = [item.metadata for item in items]
-    assert compare(benchmark, "shapes", GenEvalReward(ShapesDetector()), rows, images, 3) >= 1.5
+    assert compare(benchmark, "shapes", GenEvalReward(ShapesDetector()), rows, images, 3) >= 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_mask2former_at_its_real_size(benchmark: BenchmarkFixture, tmp_path: Path, dtype: str) -> None:
+def test_mask2former_at_its_real_size(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     """Swin-S, 100 queries, 800 x 800 pixels, random weights. On a CPU arithmetic is the limit and a batch gains little;
     it must not lose, either."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -49,8 +47,10 @@ def test_mask2former_at_its_real_size(benchmark: BenchmarkFixture, tmp_path: Pat
         image_size=384, embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
-    Mask2FormerForUniversalSegmentation(Mask2FormerConfig(swin, num_labels=80)).save_pretrained(tmp_path)
-    reward = GenEvalReward(Mask2FormerDetector(str(tmp_path), dtype=dtype, batch_size=4))
-    images = np.random.default_rng(0).integers(0, 256, (4, 512, 512, 3), np.uint8)
+    Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_labels=80)).save_pretrained(
+        tmp_path
+    )
+    reward = GenEvalReward(Mask2FormerDetector(str(tmp_path), batch_size=2))
+    images = np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3), np.uint8)
     row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-    assert compare(benchmark, f"Mask2Former, {dtype}", reward, [row] * 4, images, 1) >= 0.8
+    assert compare(benchmark, "Mask2Former", reward, [row] * 2, images, 1) >= 0.8
