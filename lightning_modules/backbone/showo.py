@@ -52,9 +52,7 @@ class ShowO(MaskTokenDecoder):
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
         rotary_dims = int(rotary_share * transformer.head_dim)
-        super().__init__(
-            image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, evidence_depths, estimate
-        )
+        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, evidence_depths, estimate)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
