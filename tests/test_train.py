@@ -14,6 +14,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 
 from datamodules.pairs import reference_log_probs
 from tests.conftest import ROOT, TINY
@@ -51,7 +52,7 @@ COMPANIONS = {
     "decoder=tiny_showo": MEASURED,
     "decoder=showo": [
         *MEASURED,
-        *("decoder.checkpoint=null", "+decoder.module.dim=64", "+decoder.module.depth=1", "+decoder.module.heads=4"),
+        *("decoder.checkpoint=null", "decoder.module.dim=64", "decoder.module.depth=1", "decoder.module.heads=4"),
         "~decoder.module.text_tokenizer",
         "+decoder.module.text_tokenizer={_target_: lightning_modules.backbone.text.WordTokenizer, vocabulary: [a], "
         "max_words: 3}",
@@ -59,6 +60,8 @@ COMPANIONS = {
     "strategies=showo": [*TINY, "callbacks=evaluation"],
     "callbacks=evaluation": TINY,
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
+    "experiment=showo_parm": ["+debug=tiny_showo"],
+    "experiment=showo_dpo": ["+debug=tiny_showo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 SMALL = [
@@ -350,7 +353,8 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
 
 
 def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
-    done = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "trainer.precision=bf16-true")
+    tiny = ["experiment=showo_evaluate", "+debug=tiny_showo"]
+    done = command(tmp_path, *tiny, "strategies.orm.n=2", "trainer.precision=bf16-true")
     lines = done.stdout.splitlines()
     estimate = next(i for i, line in enumerate(lines) if line.startswith("Memory of each GPU: about "))
     assert estimate < next(i for i, line in enumerate(lines) if "strategy" in line)
@@ -359,8 +363,30 @@ def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> No
     costs = {name: scores["decoder_forwards_per_image"] for name, scores in report["strategies"].items()}
     assert costs["sample"] == costs["prm"] == 6  # 3 steps with guidance; all candidates of a step come from one pass
     assert costs["orm"] == 12 >= costs["parm"]
-    refused = command(tmp_path, "experiment=showo_evaluate", "+debug=tiny_showo", "task=fit", check=False)
+    refused = command(tmp_path, *tiny, "task=fit", check=False)
     assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
+
+
+def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for name in "abcd":
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+        rows.append({"prompt": "a photo of a star", "chosen": f"{name}.png", "rejected": "a.png"})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f"data.train.path={path}", f"data.validation.path={path}", "data.batch_size=2"]
+    done = command(tmp_path, "experiment=showo_dpo", "+debug=tiny_showo", *files, "trainer.log_every_n_steps=1")
+    estimate = next(line for line in done.stdout.splitlines() if line.startswith("Memory of each GPU: about "))
+    for part in ("parameters", "gradients", "optimizer", "training", "decoding"):
+        assert part in estimate
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/rewards/margins", "val/rewards/accuracies", "test/geneval/sample"} <= set(header)
+
+
+def test_parm_learns_from_show_o(tmp_path: Path) -> None:
+    command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo")
+    report = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert {"sample", "best_of_8_parm", "parm"} <= set(report["strategies"])
 
 
 def test_without_show_os_weights_one_sentence_says_what_to_download(tmp_path: Path) -> None:
