@@ -123,25 +123,12 @@ class Gain(Look):
         seeds: Sequence[int],
         image: Decoded,
     ) -> Tensor:
-        values = _values(decoder, judges, self.verifier, image)
+        judge = verifier_named(judges, self.verifier)
+        decoder = next_token(decoder, "a value after every token")
+        assert image.evidence is not None
+        values = judge.values(image.evidence, range(1, decoder.num_tokens + 1)).exp()
+        image.cost.verifier_calls += values.numel()
         return values.diff(dim=1, prepend=values[:, :1])
-
-
-@dataclass(frozen=True)
-class Value(Look):
-    """The verifier's value (a probability) of the image up to each token."""
-
-    verifier: str = "parm"
-
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
-        return _values(decoder, judges, self.verifier, image)
 
 
 @dataclass(frozen=True)
@@ -194,13 +181,3 @@ def _side(grid: int, patches: int) -> int:
     if grid % patches:
         raise ValueError(f"{grid}x{grid} tokens cannot be cut into {patches}x{patches} patches")
     return grid // patches
-
-
-def _values(decoder: Decoder, judges: Judges, verifier: str, image: Decoded) -> Tensor:
-    """A verifier's value (a probability) of the image up to each token, [B, T]."""
-    judge = verifier_named(judges, verifier)
-    decoder = next_token(decoder, "a value after every token")
-    assert image.evidence is not None
-    values = judge.values(image.evidence, range(1, decoder.num_tokens + 1)).exp()
-    image.cost.verifier_calls += values.numel()
-    return values

@@ -13,7 +13,7 @@ from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region, Value, spread
+from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region, spread
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.verified import Verified
@@ -83,7 +83,6 @@ def replay(decoded: Decoded) -> Tensor:
         QUARTER,
         Region(Gain(), quantile=0.25, patches=2),
         Region(Gain(), threshold=-0.02, rewind=True),
-        Region(Value(), threshold=0.5),
         Region(Confidence(), threshold=-2.0),
     ],
     ids=lambda region: type(region.look).__name__,
