@@ -369,9 +369,9 @@ def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> No
 
 def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
     rng, rows = np.random.default_rng(0), []
-    for name in "abcd":
+    for name, other in zip("abcd", "badc", strict=True):
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
-        rows.append({"prompt": "a photo of a star", "chosen": f"{name}.png", "rejected": "a.png"})
+        rows.append({"prompt": "a photo of a star", "chosen": f"{name}.png", "rejected": f"{other}.png"})
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [f"data.train.path={path}", f"data.validation.path={path}", "data.batch_size=2"]
