@@ -61,11 +61,10 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")
     instantiate(config.scoring, _convert_="all", rewards_config="").run(trainer())
     scored = results(tmp_path)
-    sample = ["strategies=sample", "callbacks=decoder", "module=evaluation", "data=null"]
+    sample = ["strategies=sample", "callbacks=decoder", "module=evaluation", "~data"]
     config = compose_config(*FEW, *sample)
     callback = instantiate(config.callbacks.geneval, _convert_="all")
-    module, data = (instantiate(config[node], _convert_="all") for node in ("module", "data"))
-    trainer(callbacks=[callback]).test(module, data, verbose=False)
+    trainer(callbacks=[callback]).test(instantiate(config.module, _convert_="all"), verbose=False)
     assert [row | {"filename": row["filename"].removeprefix(f"{images}/")} for row in scored] == [
         row | {"filename": row["filename"].removeprefix("sample/")} for row in results(tmp_path)
     ]
@@ -102,7 +101,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
     config = compose_config(f"generator={name}", f"decoder.checkpoint={tiny_sd3(tmp_path)}", without)
-    for part in ("module", "data", "callbacks"):
+    for part in ("module", "callbacks"):
         assert instantiate(config[part], _convert_="all") is not None
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import ROOT
 from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments, command
 
-# 20 steps on 16 rows, half of a batch each. Weights whose true gradient is zero get rounding errors alone, which Adam
+# 20 steps on an even number of rows, so that no rank repeats one. Weights whose true gradient is zero get rounding errors alone, which Adam
 # would blow up to steps of full size: epsilon holds them down.
 STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
          "+callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
@@ -19,7 +19,7 @@ TRAINING = {
     "parm": [*SMALL_PARM, *STEPS, "data.train.verified.from_epoch=100", "module.optimizer.lr=1e-3",
              "module.warmup_steps=2"],
     "dpo": ["experiment=dpo", *SMALL_DPO, *STEPS, "trainer.max_epochs=-1", "trainer.val_check_interval=1.0",
-            "module.warmup_steps=2"],
+            "module.warmup_steps=2", "callbacks.early_stop.patience=100", "data.train.plain.samples=5"],
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs" / "parm").iterdir()
     assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
-    assert len(list(tmp_path.rglob("offline-run-*.wandb"))) == len(list(tmp_path.rglob("run-*.wandb"))) == 1
+    assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
 
 
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
