@@ -11,8 +11,8 @@ import torch
 from tests.conftest import ROOT
 from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments, command
 
-# 20 steps on an even number of rows, so that no rank repeats one. Weights whose true gradient is zero get rounding errors alone, which Adam
-# would blow up to steps of full size: epsilon holds them down.
+# 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
+# zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
 STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
          "+callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
 TRAINING = {

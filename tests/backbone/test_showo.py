@@ -246,7 +246,7 @@ def test_long_prompts_lose_their_end_with_one_warning(decoder: MaskTokenDecoder)
         for prompts in ([text, text], [text + " 8"]):
             prefix = decoder.encode(prompts)
             assert prefix.real.shape[1] == decoder.vocabulary.max_text + 1
-    assert [str(warning.message)[:19] for warning in caught] == ["prompts of more tha"]
+    assert [str(warning.message)[:20] for warning in caught] == ["prompts of more than"]
 
 
 def test_checkpointing_changes_memory_and_not_gradients(decoder: MaskTokenDecoder) -> None:
