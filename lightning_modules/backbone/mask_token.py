@@ -105,14 +105,23 @@ class MaskTokenDecoder(TokenDecoder):
 
     def encode(self, prompts: Sequence[str]) -> Prefix:
         """The keys and values of G prompts; the empty one is the unconditional one."""
-        return self.prompt_pass(self._blocks(prompts))[0]
+        x, prefix = self._prompts(self._blocks(prompts))
+        self.transformer.last(x, prefix)
+        return prefix
 
-    def _read(self, blocks: Sequence[Sequence[int]], hidden: Sequence[Tensor]) -> Tensor:
-        """What verifiers read of G prompts: each text token by itself, and in the prompt, [G, L, 2 dim].
+    def _open(self, prompts: Sequence[str]) -> tuple[Prefix, Tensor]:
+        """The keys and values of G prompts, and what verifiers read of them, [G, L, 2 dim]; [G, 0, 0] if none does."""
+        if not self.evidence_depths:
+            return self.encode(prompts), self.embed.weight.new_zeros(len(prompts), 0, 0)
+        blocks = self._blocks(prompts)
+        prefix, hidden = self.prompt_pass(blocks)
+        return prefix, self._read(blocks, hidden[max(self.evidence_depths) - 1])
+
+    def _read(self, blocks: Sequence[Sequence[int]], layer: Tensor) -> Tensor:
+        """Each text token of G prompts by itself, and as a layer [G, P, dim] has it in the prompt: [G, L, 2 dim].
 
         Aligned on the left, zeros after the end: what is read does not depend on the other prompts.
         """
-        layer = hidden[max(self.evidence_depths, default=1) - 1]
         read = layer.new_zeros(len(blocks), self.max_words, 2 * self.dim)
         for row, block in enumerate(blocks):
             words = self.embed(torch.tensor(block[2:-1], dtype=torch.int64, device=layer.device))
@@ -123,12 +132,17 @@ class MaskTokenDecoder(TokenDecoder):
 
     def prompt_pass(self, blocks: Sequence[Sequence[int]]) -> tuple[Prefix, list[Tensor]]:
         """Prompts `t2i sot text eot` -> their keys and values, and hidden states [G, P, dim] after every layer."""
+        x, prefix = self._prompts(blocks)
+        return prefix, self.transformer.run(x, prefix)
+
+    def _prompts(self, blocks: Sequence[Sequence[int]]) -> tuple[Tensor, Prefix]:
+        """What `prompt_pass` runs: embeddings, and how they attend."""
         length = max(map(len, blocks))
         device = self.embed.weight.device
         real = torch.tensor([[False] * (length - len(block)) + [True] * len(block) for block in blocks], device=device)
         ids = torch.tensor([[self.vocabulary.text] * (length - len(block)) + list(block) for block in blocks])
         prefix = Prefix(self._rotary(self.vocabulary.max_text + 1 - length, length), real)
-        return prefix, self.transformer.run(self.embed(ids.to(device)), prefix)
+        return self.embed(ids.to(device)), prefix
 
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer.
@@ -240,8 +254,7 @@ class MaskTokenDecoder(TokenDecoder):
         """
         shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
-        blocks = self._blocks(prompts)
-        prefix, hidden = self.prompt_pass(blocks)
+        prefix, read = self._open(prompts)
         unconditional = bool(sampling.guidance or self.evidence_depths)
         known = torch.zeros(shape, dtype=torch.bool) if keep is None else keep
         return MaskState(
@@ -252,7 +265,7 @@ class MaskTokenDecoder(TokenDecoder):
             temperature=torch.ones(len(prompts), 1, device=device),
             noise=noise,
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
-            prompt=self._read(blocks, hidden) if self.evidence_depths else hidden[0].new_zeros(len(prompts), 0, 0),
+            prompt=read,
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
@@ -375,12 +388,11 @@ class MaskTokenDecoder(TokenDecoder):
         decided = torch.zeros(3, *tokens.shape, device=tokens.device) if decided is None else decided
         bare = self.grid_pass(tokens, unknown, [self.encode([""])])
         tokens, unknown, undecided = (x.repeat_interleave(copies, 0) for x in (tokens, unknown, undecided))
-        blocks = self._blocks(prompts)
-        prefix, read = self.prompt_pass(blocks)
+        prefix, read = self._open(prompts)
         full = self.grid_pass(tokens, unknown, [prefix])
         layers = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
         return self._evidence(
-            self._read(blocks, read),
+            read,
             layers,
             self._image_hidden(layers[-1]).chunk(2),
             tokens[:, None],

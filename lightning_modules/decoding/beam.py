@@ -9,7 +9,15 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
+from lightning_modules.decoding.strategy import (
+    Decoded,
+    Judges,
+    Strategy,
+    begin_paths,
+    candidate_seeds,
+    next_token,
+    verifier_named,
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,11 @@ class Beam(Strategy):
         verifier = verifier_named(judges, self.verifier)
         decoder = next_token(decoder, "beam search")
         noise = decoder.noise(candidate_seeds(seeds, self.n), self.k, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling, tokens, keep)
-        noise = noise.to(state.noise.device)
+        state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
+        noise = state.noise
         image = torch.arange(len(prompts), device=noise.device)
-        watch = verifier.begin(state.prompt, decoder.num_tokens)
-        paths = image.repeat_interleave(self.n)
-        state, watch = replace(state.select(paths), noise=noise), watch.select(paths)
-        log_probs = noise.new_zeros(len(paths), 1)
-        alive = (torch.arange(len(paths), device=noise.device) % self.n == 0)[:, None]  # at first all are the same
+        log_probs = noise.new_zeros(len(noise), 1)
+        alive = (torch.arange(len(noise), device=noise.device) % self.n == 0)[:, None]  # at first all are the same
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, self.k)
@@ -75,5 +80,5 @@ class Beam(Strategy):
             state, watch = replace(state.select(parent), noise=noise), watch.select(parent)
             verifier.commit(watch, choice)
             decoder.commit(state, proposal.select(parent), choice)
-        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
+        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(noise)))
         return finished.select(image * self.n)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
+from lightning_modules.decoding.strategy import (
+    Decoded,
+    Judges,
+    Strategy,
+    begin_paths,
+    candidate_seeds,
+    next_token,
+    verifier_named,
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,10 @@ class Particles(Strategy):
         verifier = verifier_named(judges, self.verifier)
         decoder = next_token(decoder, "decoding with particles")
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling, tokens, keep)
-        noise = noise.to(state.noise.device)
+        state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
+        noise = state.noise
         first = torch.arange(len(prompts), device=noise.device)
         paths = first.repeat_interleave(self.n)
-        watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
-        state = replace(state.select(paths), noise=noise)
         last = noise.new_zeros(len(prompts), self.n)
         sizes: list[Tensor] = []
         while not state.done:

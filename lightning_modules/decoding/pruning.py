@@ -1,7 +1,7 @@
 """Best-of-n that stops paths which cannot win: the paper's potential assessment, by a verifier in token space."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +9,15 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, next_token, verifier_named
+from lightning_modules.decoding.strategy import (
+    Decoded,
+    Judges,
+    Strategy,
+    begin_paths,
+    candidate_seeds,
+    next_token,
+    verifier_named,
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,8 @@ class Pruning(Strategy):
         verifier = verifier_named(judges, self.verifier)
         decoder = next_token(decoder, "pruning")
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise[:: self.n], self.sampling, tokens, keep)
+        state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
         image = torch.arange(len(prompts), device=state.tokens.device).repeat_interleave(self.n)  # of each path
-        watch = verifier.begin(state.prompt, decoder.num_tokens).select(image)
-        state = replace(state.select(image), noise=noise.to(state.noise.device))
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 1)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder, TokenDecoder
@@ -12,7 +13,7 @@ from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.mask_state import MaskState, Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
-from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
@@ -137,6 +138,28 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
     if not isinstance(decoder, NextTokenDecoder):
         raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
     return decoder
+
+
+def begin_paths(
+    decoder: NextTokenDecoder,
+    verifier: Verifier[Any],
+    prompts: Sequence[Mapping[str, Any]],
+    noise: Tensor,
+    sampling: Sampling,
+    tokens: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[DecodingState, Any]:
+    """Paths of B images, n of each, neighbours, with a verifier beside them: n paths share one pass over the prompt.
+
+    Args:
+        noise: of the paths, [B * n, ...].
+        tokens, keep: see `Strategy.decode`.
+    """
+    n = len(noise) // len(prompts)
+    state = decoder.begin([row["prompt"] for row in prompts], noise[::n], sampling, tokens, keep)
+    paths = torch.arange(len(prompts), device=state.tokens.device).repeat_interleave(n)
+    watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
+    return replace(state.select(paths), noise=noise.to(state.noise.device)), watch
 
 
 def check_readable(decoder: Decoder) -> None:
