@@ -24,8 +24,8 @@ OFFICIAL_IMAGES = 4  # of each prompt
 _OFFICIAL_DIGEST = "ac3c481628128939793c13827f94fb83c9bc0a7efef1c29bfbe1c117c8c99e5e"
 
 
-def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int]) -> list[Metadata]:
-    """`per_task` prompts of each task, or of those that it names, from a split of the shapes world."""
+def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
+    """`per_task` prompts of each task, or of those that it names, from a split of the shapes world; null for all."""
     return shapes_prompts(split, per_task)
 
 

@@ -165,8 +165,9 @@ class PairsDataModule(LightningDataModule):
         assert self.trainer is not None
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{digest}"
-        if self.trainer.is_global_zero and not folder.is_dir():
-            store(make(), folder)
+        if self.trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            store(folder, make)
         self.trainer.strategy.barrier()
         return folder
 

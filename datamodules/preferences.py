@@ -148,7 +148,8 @@ class PreferencesDataModule(PairsDataModule):
         judges = self._judges()
         seed = image_seed(self.seed, turn) if turn else self.seed
         sets, made_with = [], []
-        for set_name, spec in specs.items():
+        for set_name, whole in specs.items():
+            spec = whole.of_round(turn)
             made_with.append(provenance(spec, decoder, judges, seed, False))
             digest = hashlib.sha256(json.dumps(made_with[-1], sort_keys=True).encode()).hexdigest()[:12]
             ranks = self.trainer.global_rank, self.trainer.world_size

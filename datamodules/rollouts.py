@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -44,16 +45,30 @@ class RolloutSpec:
         samples: images a prompt.
         strategy: how they are decoded.
         from_epoch: the epoch from which training uses them; they are collected then, with the PARM of that moment.
+        per_round: prompts of each task that a round of iterative DPO takes; None takes all, every round.
     """
 
     prompts: Sequence[Mapping[str, Any]]
     samples: int
     strategy: Strategy
     from_epoch: int = 0
+    per_round: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"rollouts need samples of at least 1 a prompt, not {self.samples}")
+        if missing := set(self.per_round or ()) - {row["tag"] for row in self.prompts}:
+            raise ValueError(f"per_round names {min(missing)!r}, a task of which there are no prompts")
+
+    def of_round(self, turn: int) -> "RolloutSpec":
+        """What round `turn` collects: it takes up each task's prompts where the round before left them."""
+        if self.per_round is None:
+            return self
+        prompts = []
+        for task, count in self.per_round.items():
+            pool = [row for row in self.prompts if row["tag"] == task]
+            prompts += [pool[i % len(pool)] for i in range(turn * count, (turn + 1) * count)]
+        return replace(self, prompts=prompts, per_round=None)
 
 
 def provenance(
@@ -154,52 +169,62 @@ def collect(
         grid=tokenizer.grid,
         image_size=tokenizer.image_size,
     )
+
+    def decoded_rows(chunk: Sequence[tuple[int, int]]) -> Dataset:
+        rows = [spec.prompts[i] for i, _ in chunk]
+        seeds = [image_seed(seed, i, j) for i, j in chunk]
+        decoded = spec.strategy.decode(decoder, judges, rows, seeds)
+        images = to_uint8(tokenizer.decode(decoded.tokens))
+        found = reward.detect(images)
+        verdicts = reward.judge(rows, found)
+        columns = {
+            "prompt": [row["prompt"] for row in rows],
+            "metadata": [json.dumps(row) for row in rows],
+            "tokens": decoded.tokens.cpu().numpy().astype("int32"),
+            "reward": [float(verdict.correct) for verdict in verdicts],
+            "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
+            "grounding": [ground(row, detections) for row, detections in zip(rows, found, strict=True)],
+            "free_from": decoded.free_from.long().tolist(),
+            "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
+            "seed": seeds,
+            "prompt_index": [i for i, _ in chunk],
+            "sample": [j for _, j in chunk],
+            "settings": [settings] * len(chunk),
+        }
+        if decoded.trajectory is not None:
+            for name in _TRAJECTORY:
+                columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
+        elif keep_evidence:
+            for name in _HIDDEN:
+                stored = getattr(decoded.evidence, name).half().cpu().numpy()
+                columns[name] = [row.tobytes() for row in stored]
+        if keep_evidence:
+            columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in STATISTICS}
+        return Dataset.from_dict(columns)
+
     with tqdm(total=sum(len(chunk) for _, chunk in missing), desc="Rollouts", unit="image",
               disable=rank > 0 or not missing) as bar:  # fmt: skip
         for part, chunk in missing:
-            rows = [spec.prompts[i] for i, _ in chunk]
-            seeds = [image_seed(seed, i, j) for i, j in chunk]
-            decoded = spec.strategy.decode(decoder, judges, rows, seeds)
-            images = to_uint8(tokenizer.decode(decoded.tokens))
-            found = reward.detect(images)
-            verdicts = reward.judge(rows, found)
-            columns = {
-                "prompt": [row["prompt"] for row in rows],
-                "metadata": [json.dumps(row) for row in rows],
-                "tokens": decoded.tokens.cpu().numpy().astype("int32"),
-                "reward": [float(verdict.correct) for verdict in verdicts],
-                "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
-                "grounding": [ground(row, detections) for row, detections in zip(rows, found, strict=True)],
-                "free_from": decoded.free_from.long().tolist(),
-                "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
-                "seed": seeds,
-                "prompt_index": [i for i, _ in chunk],
-                "sample": [j for _, j in chunk],
-                "settings": [settings] * len(chunk),
-            }
-            if decoded.trajectory is not None:
-                for name in _TRAJECTORY:
-                    columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
-            elif keep_evidence:
-                for name in _HIDDEN:
-                    stored = getattr(decoded.evidence, name).half().cpu().numpy()
-                    columns[name] = [row.tobytes() for row in stored]
-            if keep_evidence:
-                columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in STATISTICS}
-            store(Dataset.from_dict(columns), part)
+            store(part, partial(decoded_rows, chunk))
             bar.update(len(chunk))
     if world_size > 1:
         torch.distributed.barrier()
     return load(spec, folder, batch_size)
 
 
-def store(rows: Dataset, folder: Path) -> None:
-    """Write a data set to a folder, whole or not at all."""
-    datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    rows.save_to_disk(str(partial))
-    os.replace(partial, folder)
+def store(folder: Path, make: Callable[[], Dataset]) -> None:
+    """Write the data set that `make` gives to a folder, whole or not at all, unless it is there.
+
+    Of several runs that want the same one at the same moment, one makes it and the others wait.
+    """
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
+        unfinished = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make().save_to_disk(str(unfinished))
+        os.replace(unfinished, folder)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

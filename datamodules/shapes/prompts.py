@@ -133,12 +133,15 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     return {task: tuple(prompts) for task, prompts in pool.items()}
 
 
-def shapes_prompts(split: Split, per_task: int | Mapping[str, int]) -> list[Metadata]:
+def shapes_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
     """GenEval metadata for `per_task` prompts of each of the six tasks, or of those that it names, task after task.
 
-    A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed.
+    A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed. None is for all
+    there are, each once.
     """
     pool = prompt_pool(split)
+    if per_task is None:
+        return [row for prompts in pool.values() for row in prompts]
     counts = per_task if isinstance(per_task, Mapping) else dict.fromkeys(pool, per_task)
     for task, count in counts.items():
         if task not in pool:

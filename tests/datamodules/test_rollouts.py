@@ -1,11 +1,14 @@
 """Rollouts: resumable, keyed by what made them, the same whatever the batch size."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 
-from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance
+from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance, store
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
@@ -101,6 +104,31 @@ def test_stored_evidence_is_that_of_a_decoder_pass(tmp_path, decoder, reward, ro
 def test_empty_requests_are_refused(rows) -> None:
     with pytest.raises(ValueError, match="samples of at least 1 a prompt, not 0"):
         RolloutSpec(rows, 0, Sample(Sampling()))
+    with pytest.raises(ValueError, match="per_round names 'juggling', a task of which there are no prompts"):
+        RolloutSpec(rows, 1, Sample(Sampling()), per_round={"juggling": 3})
+
+
+def test_rounds_take_up_prompts_where_the_last_one_left_them() -> None:
+    rows = [{"tag": "colors", "prompt": str(i)} for i in range(5)] + [{"tag": "counting", "prompt": "many"}]
+    spec = RolloutSpec(rows, 2, Sample(Sampling()), per_round={"counting": 1, "colors": 3})
+    taken = [[row["prompt"] for row in spec.of_round(turn).prompts] for turn in range(3)]
+    assert taken == [["many", "0", "1", "2"], ["many", "3", "4", "0"], ["many", "1", "2", "3"]]
+    every = RolloutSpec(rows, 2, Sample(Sampling()))
+    assert every.of_round(7) is every
+
+
+def test_of_two_runs_that_want_the_same_rows_one_makes_them(tmp_path) -> None:
+    made = []
+
+    def make() -> Dataset:
+        made.append(time.sleep(0.3))  # long enough for the other one to come and find nothing yet
+        return Dataset.from_dict({"number": [1, 2]})
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(store, tmp_path / "rows", make) for _ in range(2)]:
+            done.result()
+    assert len(made) == 1
+    assert load_from_disk(str(tmp_path / "rows"))["number"][:] == [1, 2]
 
 
 def test_a_folder_that_was_opened_stays_what_it_was(tmp_path) -> None:
