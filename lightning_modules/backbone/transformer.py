@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+_BLOCK = 4  # positions by which caches grow
+
+
+def _roomy(filled: Tensor, length: int) -> Tensor:
+    """[B, heads, S, head_dim] -> the same with room for `length` positions, in blocks, and for one that nobody reads."""
+    room = filled.new_empty(*filled.shape[:2], -(-length // _BLOCK) * _BLOCK + 1, filled.shape[3])
+    room[:, :, : filled.shape[2]] = filled
+    room[:, :, filled.shape[2] :] = 0  # weights of what is not filled are 0, but 0 times what memory held may not be
+    return room
+
 
 class KVCache:
     """Keys and values of decoded prefixes, with those of the candidates for their next positions.
@@ -18,12 +28,11 @@ class KVCache:
     prefixes of different lengths.
 
     Attributes:
-        keys, values: per layer, [B, heads, capacity + 1, head_dim]; the last position is for what nobody reads.
+        keys, values: per layer, [B, heads, room + 1, head_dim]; the last position is for what nobody reads.
         lengths: positions filled in each row, [B], on the CPU.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -34,6 +43,21 @@ class KVCache:
         """Positions filled in the longest row."""
         return int(self.lengths.max())
 
+    @property
+    def room(self) -> int:
+        """Positions that there is room for in each row."""
+        return self.keys[0].shape[2] - 1
+
+    def reserve(self, length: int) -> None:
+        """Make room for prefixes of some length.
+
+        There is never much more room than is filled: on CPUs, reading prefixes with gaps between them takes up to four
+        times as long, much more than to copy them now and then.
+        """
+        if length > self.room:
+            self.keys = [_roomy(key, length) for key in self.keys]
+            self.values = [_roomy(value, length) for value in self.values]
+
     def unfilled(self) -> Tensor | None:
         """Which of the first `length` positions are not filled, bool [B, 1, 1, length]; None where all are."""
         positions = torch.arange(self.length)
@@ -43,10 +67,8 @@ class KVCache:
     def prefill(self, key: Tensor, value: Tensor) -> None:
         """Add a layer whose first positions are these keys and values, [B, heads, S, head_dim]."""
         self.lengths = torch.full((len(key),), key.shape[2])
-        for store, filled in ((self.keys, key), (self.values, value)):
-            room = filled.new_zeros(*filled.shape[:2], self.capacity + 1, filled.shape[3])
-            room[:, :, : key.shape[2]] = filled
-            store.append(room)
+        self.keys.append(_roomy(key, key.shape[2]))
+        self.values.append(_roomy(value, key.shape[2]))
 
     def propose(self, key: Tensor, value: Tensor) -> None:
         """Add a layer's keys and values of the k candidates, [B, heads, k, head_dim]."""
@@ -58,6 +80,7 @@ class KVCache:
 
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
+        self.reserve(self.length + 1)
         rows, ends = torch.arange(len(choice), device=choice.device), self.lengths.to(choice.device)
         for layer, (key, value) in enumerate(self._candidates):
             self.keys[layer][rows, :, ends] = key[rows, :, choice]
@@ -67,7 +90,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur."""
-        chosen = KVCache(self.capacity)
+        chosen = KVCache()
         chosen.lengths = self.lengths[rows.cpu()]
         chosen.keys = [key[rows] for key in self.keys]
         chosen.values = [value[rows] for value in self.values]
@@ -274,7 +297,8 @@ class Transformer(nn.Module):
             cache: of the prefixes.
         """
         cache.forget()
+        cache.reserve(int((cache.lengths + counts).max()))
         offset = torch.arange(x.shape[1])
-        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.capacity)
+        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room)
         cache.lengths = cache.lengths + counts
         return self.run(x, Extend(cache, positions.to(x.device), cache.length))

@@ -15,7 +15,7 @@ def model() -> Transformer:
 def test_steps_against_the_cache_equal_the_full_causal_pass(model: Transformer) -> None:
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     full = model(x, causal=True)
-    cache = KVCache(capacity=7)
+    cache = KVCache()
     prefix = model(x[:, :3], causal=True, cache=cache)
     torch.testing.assert_close(prefix[-1], full[-1][:, :3])
     for t in range(3, 7):
@@ -30,7 +30,7 @@ def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transf
     candidates = torch.randn(2, 5, 16, dtype=torch.float64)
     after = torch.randn(2, 1, 16, dtype=torch.float64)
     choice = torch.tensor([3, 1])
-    cache = KVCache(capacity=6)
+    cache = KVCache()
     model(x, causal=True, cache=cache)
     together = model.step(candidates, cache)[-1]
     cache.commit(choice)
@@ -45,7 +45,7 @@ def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transf
 
 def test_selected_rows_are_independent_of_the_original_cache(model: Transformer) -> None:
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    cache = KVCache(capacity=6)
+    cache = KVCache()
     model(x, causal=True, cache=cache)
     twin = cache.select(torch.tensor([1, 1, 0]))
     model.step(torch.randn(3, 1, 16, dtype=torch.float64), twin)
@@ -58,7 +58,7 @@ def test_selected_rows_are_independent_of_the_original_cache(model: Transformer)
 def test_rows_extended_by_different_numbers_equal_the_full_causal_pass(model: Transformer) -> None:
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     full = model(x, causal=True)[-1]
-    cache = KVCache(capacity=7)
+    cache = KVCache()
     model(x[:, :2], causal=True, cache=cache)
     counts = torch.tensor([1, 4])
     extended = model.extend(x[:, 2:6], counts, cache)[-1]
