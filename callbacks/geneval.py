@@ -62,6 +62,7 @@ class GenEvalCallback(Callback):
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
         rewards: further judges of finished images, by name, for strategies and `holdout`.
         fid: distance to reference images, logged beside GenEval as `holdout` is.
+        test_strategies: names of those that are compared at the end; None for all.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class GenEvalCallback(Callback):
         holdout: Sequence[str],
         rewards: Mapping[str, Reward],
         fid: FID | None = None,
+        test_strategies: Sequence[str] | None = None,
     ) -> None:
-        for name in [*validation_strategies, monitor]:
+        for name in [*validation_strategies, monitor, *(test_strategies or ())]:
             if name not in strategies:
                 known = ", ".join(strategies)
                 raise ValueError(f"callbacks.geneval names the strategy {name!r}; there are: {known}")
@@ -93,6 +95,7 @@ class GenEvalCallback(Callback):
         self.reward = reward
         self.strategies = dict(strategies)
         self.validation_strategies = list(validation_strategies)
+        self.test_strategies = list(strategies if test_strategies is None else test_strategies)
         self.monitor = monitor
         self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
         self.images_per_prompt = images_per_prompt
@@ -143,7 +146,7 @@ class GenEvalCallback(Callback):
         pl_module.log_dict(self._latest, prog_bar=False)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        results = self._evaluate(trainer, pl_module, self.test_prompts, list(self.strategies))
+        results = self._evaluate(trainer, pl_module, self.test_prompts, self.test_strategies)
         scores = {}
         for name, result in results.items():
             scores[f"test/geneval/{name}"] = result.overall

@@ -14,7 +14,7 @@ _BLOCK = 4  # positions by which caches grow
 
 
 def _roomy(filled: Tensor, length: int) -> Tensor:
-    """[B, heads, S, head_dim] -> the same with room for `length` positions, in blocks, and for one that nobody reads."""
+    """[B, heads, S, head_dim] -> the same with room for `length` positions, in blocks, and one that nobody reads."""
     room = filled.new_empty(*filled.shape[:2], -(-length // _BLOCK) * _BLOCK + 1, filled.shape[3])
     room[:, :, : filled.shape[2]] = filled
     room[:, :, filled.shape[2] :] = 0  # weights of what is not filled are 0, but 0 times what memory held may not be
