@@ -51,9 +51,9 @@ def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def wandb_id(folder: str) -> str | None:
-    """The id of the W&B run that logged into `folder`; None if there was none."""
-    runs = sorted(Path(folder).glob("wandb/*run-*-*"))
+def wandb_id(folder: str | None) -> str | None:
+    """The id of the W&B run that logged into `folder` (None where there is none, as in `--cfg job`), or None."""
+    runs = [] if folder is None else sorted(Path(folder).glob("wandb/*run-*-*"))
     return runs[-1].name.rpartition("-")[2] if runs else None
 
 

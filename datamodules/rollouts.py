@@ -217,14 +217,15 @@ def store(folder: Path, make: Callable[[], Dataset]) -> None:
 
     Of several runs that want the same one at the same moment, one makes it and the others wait.
     """
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
-            return
-        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-        unfinished = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make().save_to_disk(str(unfinished))
-        os.replace(unfinished, folder)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with FileLock(lock):
+        if not folder.is_dir():
+            datasets.disable_progress_bars()  # one for every part would drown the one of the collection
+            unfinished = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make().save_to_disk(str(unfinished))
+            os.replace(unfinished, folder)
+        lock.unlink(missing_ok=True)  # who still waits for it finds the folder
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

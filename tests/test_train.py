@@ -132,11 +132,11 @@ def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
 
 def test_every_job_of_the_ladder_composes(compose_config) -> None:
     ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
-    for job in ladder.jobs.values():
+    for name, job in ladder.jobs.items():
         overrides = [re.sub("<(.*?)>", "outputs/seed=0/\\1", item) for item in job.overrides]
         config = compose_config(*overrides)
-        for rung in ladder.rungs.values():
-            assert rung.strategy in config.strategies
+        needed = {rung.strategy for rung in ladder.rungs.values() if rung.job == name}
+        assert needed <= set(config.callbacks.geneval.test_strategies or config.strategies) <= set(config.strategies)
         assert not any("<" in str(value) for value in (config.parm.checkpoint, config.ckpt_path, config.export_dir))
 
 
@@ -303,7 +303,8 @@ def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1"]
+    shares = "{two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}"
+    small = [*SMALL_DPO, "data.batch_size=32", f"data.train.plain.per_round={shares}"]
     command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
     made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
     assert len(made) == 3, made  # validation and two rounds
@@ -315,7 +316,7 @@ def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_p
 
 
 def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: Path, compose_config) -> None:
-    small = [*SMALL_DPO, "data.batch_size=32", "data.epochs_per_round=1", "data.reference=run",
+    small = [*SMALL_DPO, "data.batch_size=32", "data.train.plain.per_round=null", "data.reference=run",
              "data.train.guided.samples=1", "module.optimizer.lr=1e-3",
              "callbacks.checkpoint_last.every_n_train_steps=1"]  # fmt: skip
     command(tmp_path, "experiment=dpo_guided", *small, "trainer.max_steps=2")
@@ -429,6 +430,7 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
     shown = command(tmp_path, "--help").stdout
     assert "task=evaluate ckpt_path=PATH" in shown and "shapes_parm_start" in shown
+    assert "strategies:" in command(tmp_path, "--cfg", "job", "--resolve").stdout
     wrong = command(tmp_path, "experiment=nothing", check=False)
     assert wrong.returncode != 0 and "shapes_decoder" in wrong.stderr
     wrong = command(tmp_path, "sampling.temp=1", check=False)

@@ -129,6 +129,7 @@ def test_of_two_runs_that_want_the_same_rows_one_makes_them(tmp_path) -> None:
             done.result()
     assert len(made) == 1
     assert load_from_disk(str(tmp_path / "rows"))["number"][:] == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
 def test_a_folder_that_was_opened_stays_what_it_was(tmp_path) -> None:
