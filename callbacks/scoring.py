@@ -18,7 +18,7 @@ from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
 from lightning_modules.rewards.geneval_metric import Summary, summarize
-from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.geneval_reward import GenEvalReward, by_size
 from lightning_modules.rewards.verifier import Reward
 
 
@@ -105,11 +105,8 @@ class Scoring(LightningModule):
 
     def _opinions(self, judge: Reward, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
         """What a further judge says of images, uint8 [H, W, 3]; those of one size are judged together."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for k, image in enumerate(pixels):
-            by_size.setdefault(image.shape, []).append(k)
         opinions = [0.0] * len(pixels)
-        for indices in by_size.values():
+        for indices in by_size(pixels):
             images = torch.from_numpy(np.stack([pixels[k] for k in indices])).to(self.device).permute(0, 3, 1, 2)
             values = judge([rows[k] for k in indices], images.float() / 255)
             for k, value in zip(indices, values.tolist(), strict=True):
@@ -121,8 +118,9 @@ class Scoring(LightningModule):
         rank, world_size = trainer.global_rank, trainer.world_size
         fid.start(trainer.strategy.root_device, rank, world_size)
         for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
-            for image in read(folder, self.reward.detector.image_size).pixels:
-                fid.update(image[None])
+            pixels = read(folder, self.reward.detector.image_size).pixels
+            for indices in by_size(pixels):
+                fid.update(np.stack([pixels[k] for k in indices]))
         return fid.compute()
 
     def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
