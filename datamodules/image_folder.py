@@ -188,21 +188,24 @@ class ScoreStore:
         write_text(self.folder / f"{folder.path.name}.json", json.dumps(stored))
 
 
-class _Reader(Dataset[Images]):
-    def __init__(self, folders: Sequence[PromptFolder], side: int | None) -> None:
-        self.folders, self.side = folders, side
+class _Reader(Dataset[list[Images]]):
+    """Whole batches of prompts."""
+
+    def __init__(self, batches: Sequence[Sequence[PromptFolder]], side: int | None) -> None:
+        self.batches, self.side = batches, side
 
     def __len__(self) -> int:
-        return len(self.folders)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> Images:
-        return read(self.folders[index], self.side)
+    def __getitem__(self, index: int) -> list[Images]:
+        return [read(folder, self.side) for folder in self.batches[index]]
 
 
 class ImageFolderDataModule(LightningDataModule):
-    """Images that have no result yet, prompt by prompt.
+    """Batches of prompts with all their images, those in which a prompt has no result yet.
 
-    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished.
+    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished. An interruption changes no
+    batch: networks round a little differently in another one, and results are to be those of an uninterrupted run.
 
     Args:
         folders: see `scan`.
@@ -230,9 +233,9 @@ class ImageFolderDataModule(LightningDataModule):
         """Images stay as they are: sizes differ, and detectors move their own inputs."""
         return batch
 
-    def predict_dataloader(self) -> DataLoader[Images]:
+    def predict_dataloader(self) -> DataLoader[list[Images]]:
         assert self.trainer is not None
         own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
-        missing = [folder for folder in own if self.store.load(folder) is None]
-        reader = _Reader(missing, self.side)
-        return DataLoader(reader, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
+        missing = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
+        return DataLoader(_Reader(missing, self.side), batch_size=None, num_workers=self.num_workers)

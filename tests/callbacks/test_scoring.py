@@ -117,18 +117,28 @@ class Counted(ShapesDetector):
     about = {"name": "ShapesDetector"}  # type: ignore[assignment]  # noqa: RUF012
 
 
+class Company(Reward):
+    """Says how many images it was shown together."""
+
+    def __call__(self, prompts: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(pixels),), float(len(pixels)))
+
+
 def test_what_was_judged_is_not_judged_again(images: Path, score, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score(images, Counted(), results=str(images.parent / "others"))
+    company = {"company": Company()}
+    whole = score(images, Counted(), rewards=company, results=str(images.parent / "others"), batch_size=8)
+    assert {row["company"] for row in whole[1]} == {16, 12}
     monkeypatch.setattr(Counted, "seen", 0)
     monkeypatch.setattr(Counted, "limit", 30)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        score(images, Counted())
-    assert 0 < Counted.seen < 60
+        score(images, Counted(), rewards=company, batch_size=8)
+    assert Counted.seen == 16
+    next(iter((images.parent / "scores").glob("*/00002.json"))).unlink()  # killed before its batch was all written
     monkeypatch.setattr(Counted, "limit", 10**9)
-    assert score(images, Counted(), batch_size=3) == whole and Counted.seen == 60
-    assert score(images, Counted()) == whole and Counted.seen == 60
-    shutil.copy(images / sample_path(1, 0), images / sample_path(0, 0))  # another image: this prompt is judged anew
-    assert score(images, Counted()) != whole and Counted.seen == 62
+    assert score(images, Counted(), rewards=company, batch_size=8) == whole and Counted.seen == 16 + 60
+    assert score(images, Counted(), rewards=company, batch_size=8) == whole and Counted.seen == 16 + 60
+    shutil.copy(images / sample_path(1, 0), images / sample_path(0, 0))  # another image: its batch is judged anew
+    assert score(images, Counted(), rewards=company, batch_size=8) != whole and Counted.seen == 16 + 60 + 16
 
 
 def test_further_judges_are_columns(images: Path, score, capsys: pytest.CaptureFixture[str]) -> None:
