@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
-from datamodules.geneval import sample_path
+from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
+from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
 from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval import Verdict
+from lightning_modules.rewards.geneval import CLASS_NAMES, Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.verifier import Reward, Verifier
@@ -59,7 +60,8 @@ class GenEvalCallback(Callback):
         folder: where results go.
         sheet_prompts: prompts on the contact sheets.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
-            are objects per image: what training does not optimise tells whether it has found a way to cheat.
+            are objects per image: what training does not optimise tells whether it has found a way to cheat. A strategy
+            that chooses by one of them is not judged by it.
         rewards: further judges of finished images, by name, for strategies and `holdout`.
         fid: distance to reference images, logged beside GenEval as `holdout` is.
         test_strategies: names of those that are compared at the end; None for all.
@@ -119,12 +121,18 @@ class GenEvalCallback(Callback):
         """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
         named = {"callbacks.geneval.holdout": self.holdout}
-        for key, strategy in self.strategies.items():
-            named[f"strategies.{key}"] = _judges_of(asdict(strategy))  # type: ignore[call-overload]
+        named |= {f"strategies.{key}": judges_of(strategy) for key, strategy in self.strategies.items()}
         for key, names in named.items():
             for name in names:
                 if name not in judges:
                     raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(judges)}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and isinstance(data, PreferencesDataModule):
+            for name in self.holdout:
+                if name in data.teachers:
+                    raise ValueError(
+                        f"callbacks.geneval.holdout: {name!r} decides what is trained on, so it is not held out"
+                    )
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
         self.reward.prepare(trainer.strategy.root_device)
@@ -153,18 +161,37 @@ class GenEvalCallback(Callback):
             scores |= {f"test/geneval/{name}/{task}": score for task, score in result.tasks.items()}
         pl_module.log_dict(scores)
         if trainer.is_global_zero:
+            notes = self._incomparable()
             about = {
                 "decoder": type(pl_module.decoder).__name__,
                 "judged_by": self.reward.about,
                 "seed": self.seed,
                 "prompts": len(self.test_prompts),
                 "images_per_prompt": self.images_per_prompt,
+                "notes": notes,
             }
             write_report(self.folder, about, results)
+            for sentence in notes:
+                print(sentence)
             print_table(results)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     _log_wandb(logger, results)
+
+    def _incomparable(self) -> list[str]:
+        """Why scores are ceilings, or (with COCO's classes) not those of the official benchmark, a sentence each."""
+        truth = set(self.reward.kinds())
+        oracles = [name for name, strategy in self.strategies.items() if truth.intersection(judges_of(strategy))]
+        notes = [f"{name} chooses by what it is measured by: it is a ceiling" for name in oracles]
+        if tuple(self.reward.detector.class_names) != CLASS_NAMES:
+            return notes
+        if self.images_per_prompt != OFFICIAL_IMAGES:
+            notes.append(f"{self.images_per_prompt} images of each prompt instead of the official {OFFICIAL_IMAGES}")
+        return notes + unofficial(self.test_prompts)
+
+    def _held_out(self, strategy: Strategy) -> list[str]:
+        """The judges of `holdout` that do not choose what the strategy makes."""
+        return [name for name in self.holdout if name not in judges_of(strategy)]
 
     @torch.no_grad()
     def _evaluate(
@@ -221,7 +248,7 @@ class GenEvalCallback(Callback):
         if self.fid is not None:
             self.fid.update(images)
         share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
-        for name in self.holdout:
+        for name in self._held_out(strategy):
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
             share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
@@ -230,12 +257,6 @@ class GenEvalCallback(Callback):
             if j == 0 and i in spread(len(prompts), self.sheet_prompts):
                 share.thumbnails[i] = image
         return verdicts
-
-
-def _judges_of(settings: Mapping[str, Any]) -> list[str]:
-    """Names of the judges in a strategy's settings, and in those of the strategies that it wraps."""
-    own = [value for name, value in settings.items() if name in ("judge", "verifier")]
-    return own + [name for value in settings.values() if isinstance(value, Mapping) for name in _judges_of(value)]
 
 
 def _gather(share: _Share) -> list[_Share]:

@@ -12,13 +12,13 @@ from lightning import LightningModule, Trainer
 from tqdm import tqdm
 
 from callbacks.report import StrategyResult, contact_sheet, print_table, result_line, result_row, save_image, spread
-from datamodules.geneval import OFFICIAL_IMAGES, differences, repeated
-from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan
+from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
+from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval import CLASS_NAMES
-from lightning_modules.rewards.geneval_metric import summarize
-from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
+from lightning_modules.rewards.geneval_metric import Summary, summarize
+from lightning_modules.rewards.geneval_reward import GenEvalReward, by_size
 from lightning_modules.rewards.verifier import Reward
 
 
@@ -62,6 +62,8 @@ class Scoring(LightningModule):
         self.reward, self.rewards, self.fid = reward, dict(rewards), fid
         self.about = {**reward.about, "rewards": rewards_config}
         self.folders = scan(images, reward.detector.class_names)
+        if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
+            raise ValueError("fid: a distance needs at least two images")
         self.store = ScoreStore(results, images, self.about)
         self.folder = Path(folder)
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -103,11 +105,8 @@ class Scoring(LightningModule):
 
     def _opinions(self, judge: Reward, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
         """What a further judge says of images, uint8 [H, W, 3]; those of one size are judged together."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for k, image in enumerate(pixels):
-            by_size.setdefault(image.shape, []).append(k)
         opinions = [0.0] * len(pixels)
-        for indices in by_size.values():
+        for indices in by_size(pixels):
             images = torch.from_numpy(np.stack([pixels[k] for k in indices])).to(self.device).permute(0, 3, 1, 2)
             values = judge([rows[k] for k in indices], images.float() / 255)
             for k, value in zip(indices, values.tolist(), strict=True):
@@ -119,19 +118,21 @@ class Scoring(LightningModule):
         rank, world_size = trainer.global_rank, trainer.world_size
         fid.start(trainer.strategy.root_device, rank, world_size)
         for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
-            for image in read(folder, self.reward.detector.image_size).pixels:
-                fid.update(image[None])
+            pixels = read(folder, self.reward.detector.image_size).pixels
+            for indices in by_size(pixels):
+                fid.update(np.stack([pixels[k] for k in indices]))
         return fid.compute()
 
     def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
         results = [self._result(folder) for folder in self.folders]
         judged = [image for result in results for image in result["judged"]]
-        left_out = [sentence for result in results for sentence in result["left_out"]]
+        left_out = [f"{name} has no name like 00000" for name in unnumbered(self.images)]
+        left_out += [sentence for result in results for sentence in result["left_out"]]
         if not judged:
             raise ValueError(f"images: none of the images of {self.images} can be judged; {left_out[0]}")
         rows = [image["row"] for image in judged]
         summary = summarize(rows)
-        notes = [*self._incomplete(results), *_sizes(judged)]
+        notes = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
         notes += [sentence for result in results for sentence in result["notes"]]
         result = StrategyResult(
             name=Path(self.images).name,
@@ -189,10 +190,16 @@ class Scoring(LightningModule):
         prompts = [folder.metadata for folder in self.folders]
         found = repeated(prompts)
         if tuple(self.reward.detector.class_names) == CLASS_NAMES:
-            found = [f"not the official prompt set: {phrase}" for phrase in differences(prompts)]
+            found = unofficial(prompts)
             wanted = OFFICIAL_IMAGES
         else:
             wanted = Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
+        names = [folder.path.name for folder in self.folders]
+        numbers = range(int(names[0]), int(names[-1]))
+        if gaps := sorted(set(numbers) - set(map(int, names))):
+            found.append(
+                f"{len(gaps)} numbers from {names[0]} to {names[-1]} have no folder; the first is {gaps[0]:05d}"
+            )
         return found + [
             f"{folder.path.name} has {len(result['judged'])} images instead of {wanted}"
             for folder, result in zip(self.folders, results, strict=True)
@@ -207,6 +214,12 @@ class Scoring(LightningModule):
             if images.pixels:
                 shown[int(self.folders[index].path.name)] = images.pixels[0]
         return shown
+
+
+def _absent(summary: Summary) -> list[str]:
+    """A sentence if the overall score is not that of all tasks."""
+    absent = [task for task in TASKS if task not in summary.tasks]
+    return [f"no image of {', '.join(absent)} was judged: the overall score leaves that out"] if absent else []
 
 
 def _sizes(judged: Sequence[Mapping[str, Any]]) -> list[str]:

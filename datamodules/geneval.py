@@ -113,6 +113,11 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def unofficial(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each of the differences, for a score that is not comparable because of them."""
+    return [f"not the official prompt set: {phrase}" for phrase in differences(rows)]
+
+
 def sample_path(prompt: int, sample: int) -> str:
     """Where an image lies in a folder in GenEval's layout."""
     return f"{prompt:05d}/samples/{sample:04d}.png"

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.geneval import validate_metadata
 
 _FORMAT = 1  # of stored results; another one when they change, so that older ones are not taken for new ones
+_NUMBER = "[0-9]+"  # what folders of prompts are called
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class PromptFolder:
         path: of the folder.
         metadata: the prompt.
         files: names of the images, in `samples`.
+        others: names of what else is there.
     """
 
     path: Path
     metadata: dict[str, Any]
     files: tuple[str, ...]
+    others: tuple[str, ...]
 
     def name(self, file: str) -> str:
         """What an image is called in results and sentences."""
@@ -44,7 +47,7 @@ class PromptFolder:
     def stamp(self) -> str:
         """Changes when the prompt or an image does."""
         stats = [(file, (self.path / "samples" / file).stat()) for file in self.files]
-        about = [self.metadata, [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]]
+        about = [self.metadata, [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], self.others]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
@@ -60,7 +63,7 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no folder {images}")
     folders = sorted(
-        (path for path in root.iterdir() if path.is_dir() and re.fullmatch("[0-9]+", path.name)),
+        (path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)),
         key=lambda path: (int(path.name), path.name),
     )
     if not folders:
@@ -77,6 +80,12 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
     return found
 
 
+def unnumbered(images: str | Path) -> list[str]:
+    """Names of the folders that `scan` takes for no prompts."""
+    names = (path.name for path in Path(images).iterdir() if path.is_dir())
+    return sorted(name for name in names if not re.fullmatch(_NUMBER, name) and name[0] != ".")
+
+
 def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
     about, samples = folder / "metadata.jsonl", folder / "samples"
     if not about.is_file():
@@ -89,14 +98,15 @@ def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
     except ValueError as error:
         raise ValueError(f"{about}: not valid JSON: {error}") from error
     validate_metadata(metadata, class_names, str(about))
-    names = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
-    files = tuple(name for name in names if re.fullmatch(r"[0-9]+\.(png|jpe?g|webp)", name, re.IGNORECASE))
+    names = sorted(path.name for path in samples.iterdir() if path.name[0] != ".") if samples.is_dir() else []
+    files = [name for name in names if re.fullmatch(_NUMBER + r"\.(png|jpe?g|webp)", name, re.IGNORECASE)]
     if not files:
         raise ValueError(f"{samples}: there are no images 0000.png, 0001.png, ...")
-    numbers = [name.split(".")[0] for name in files]
-    if twice := {number for number in numbers if numbers.count(number) > 1}:
-        raise ValueError(f"{samples}: there are several images {min(twice)}, of which one is meant")
-    return PromptFolder(folder, metadata, files)
+    by_number: dict[int, str] = {}
+    for name in files:
+        if (first := by_number.setdefault(int(name.split(".")[0]), name)) != name:
+            raise ValueError(f"{samples}: {first} and {name} have one number, and only one of them can be meant")
+    return PromptFolder(folder, metadata, tuple(files), tuple(name for name in names if name not in files))
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,20 @@ class Images:
 
 def read(folder: PromptFolder, side: int | None) -> Images:
     """Read the images of a prompt; `side` is what the detector needs them to have, pixels, if anything."""
-    files, pixels, notes, left_out = [], [], [], []
+    files, pixels, notes = [], [], []
+    left_out = [f"{folder.name(other)} has no name like 0000.png" for other in folder.others]
     for file in folder.files:
         name = folder.name(file)
         try:
             with Image.open(folder.path / "samples" / file) as image:
-                kind, mode = image.format, image.mode
+                kind, mode, orientation = image.format, image.mode, image.getexif().get(ExifTags.Base.Orientation, 1)
                 image.load()
                 array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             left_out.append(f"{name} cannot be read: {error}")
+            continue
+        if mode[0] in "IF":  # more than 8 bits, which the conversion would cut off at white
+            left_out.append(f"{name} has the mode {mode}, more than 8 bits a pixel and colour")
             continue
         height, width = array.shape[:2]
         if side is not None and (height, width) != (side, side):
@@ -139,6 +153,8 @@ def read(folder: PromptFolder, side: int | None) -> Images:
             notes.append(f"{name} is a {kind} image; lossy compression changes what is detected")
         if mode != "RGB":
             notes.append(f"{name} has the mode {mode} and was converted to RGB")
+        if orientation != 1:
+            notes.append(f"{name} was turned upright, as its EXIF data say")
         files.append(file)
         pixels.append(array)
     return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
@@ -172,21 +188,24 @@ class ScoreStore:
         write_text(self.folder / f"{folder.path.name}.json", json.dumps(stored))
 
 
-class _Reader(Dataset[Images]):
-    def __init__(self, folders: Sequence[PromptFolder], side: int | None) -> None:
-        self.folders, self.side = folders, side
+class _Reader(Dataset[list[Images]]):
+    """Whole batches of prompts."""
+
+    def __init__(self, batches: Sequence[Sequence[PromptFolder]], side: int | None) -> None:
+        self.batches, self.side = batches, side
 
     def __len__(self) -> int:
-        return len(self.folders)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> Images:
-        return read(self.folders[index], self.side)
+    def __getitem__(self, index: int) -> list[Images]:
+        return [read(folder, self.side) for folder in self.batches[index]]
 
 
 class ImageFolderDataModule(LightningDataModule):
-    """Images that have no result yet, prompt by prompt.
+    """Batches of prompts with all their images, those in which a prompt has no result yet.
 
-    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished.
+    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished. An interruption changes no
+    batch: networks round a little differently in another one, and results are to be those of an uninterrupted run.
 
     Args:
         folders: see `scan`.
@@ -214,9 +233,9 @@ class ImageFolderDataModule(LightningDataModule):
         """Images stay as they are: sizes differ, and detectors move their own inputs."""
         return batch
 
-    def predict_dataloader(self) -> DataLoader[Images]:
+    def predict_dataloader(self) -> DataLoader[list[Images]]:
         assert self.trainer is not None
         own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
-        missing = [folder for folder in own if self.store.load(folder) is None]
-        reader = _Reader(missing, self.side)
-        return DataLoader(reader, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
+        missing = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
+        return DataLoader(_Reader(missing, self.side), batch_size=None, num_workers=self.num_workers)

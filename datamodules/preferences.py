@@ -19,7 +19,7 @@ from datamodules.rollouts import RolloutSpec, collect, provenance
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, judged
+from lightning_modules.decoding.strategy import Judges, judged, judges_of
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward, Verifier
 
@@ -104,6 +104,12 @@ class PreferencesDataModule(PairsDataModule):
         self._folders: dict[str, str] = {}
         self._start: dict[str, Tensor] | None = None  # the reference's weights, where it is the run's
         self._start_key = ""
+
+    @property
+    def teachers(self) -> set[str]:
+        """Names of the judges that have a say in what is trained on."""
+        proposing = {name for spec in self.train.values() for name in judges_of(spec.strategy)}
+        return {name for name, weight in self.scores.items() if weight} | proposing
 
     def state_dict(self) -> dict[str, Any]:
         return {"folders": dict(self._folders)}

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
 from omegaconf import DictConfig
+from PIL import Image
 
 from datamodules.geneval import sample_path
 from datamodules.shapes.prompts import shapes_prompts
@@ -87,14 +89,38 @@ def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp
         assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+def tiny_generator(tmp_path: Path) -> list[str]:
+    """Overrides that make generator=sd3 a tiny random one."""
+    return ["generator=sd3", f"decoder.checkpoint={tiny_sd3(tmp_path / 'sd3')}", "decoder.dtype=float32",
+            f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
+
+
+def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    made = []
+    for size in (1, 5):
+        folder = tmp_path / str(size)
+        config = compose_config(*FEW, *tiny_generator(tmp_path), f"images={folder}", f"generating.batch_size={size}")
+        instantiate(config.generating, _convert_="all").run(trainer())
+        made.append(np.stack([np.asarray(Image.open(folder / sample_path(i, j))) for i in range(6) for j in (0, 1)]))
+    alone, together = np.array(made, int)
+    assert alone.shape == (12, 64, 64, 3) and abs(alone - together).max() <= 1
+    assert abs(alone[0] - alone[1]).max() > 20
+
+
 def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
-    pipeline = [f"decoder.checkpoint={tiny_sd3(tmp_path / 'sd3')}", "decoder.dtype=float32", "sampling.steps=2",
-                f"decoder.without=[{','.join(WITHOUT)}]", "sampling.size=64"]  # fmt: skip
-    command(tmp_path, "generator=sd3", *pipeline, "task=evaluate", *FEW)
+    best = ["strategies=best_of_n", "strategies.best_of_4_clip.n=2", "strategies.best_of_4_oracle.n=2"]
+    held_out = ["callbacks.geneval.holdout=[clip]", "fid=shapes", "fid.count=8"]
+    done = command(tmp_path, *tiny_generator(tmp_path), *best, *held_out, "task=evaluate", *FEW)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
-    assert list(report["strategies"]) == ["sample"] and report["images_per_prompt"] == 2
-    assert report["strategies"]["sample"]["decoder_forwards_per_image"] == 4
-    assert len(results(tmp_path / "run")) == 12
+    assert report["images_per_prompt"] == 2 and len(results(tmp_path / "run")) == 36
+    found = report["strategies"]
+    assert [(name, result["decoder_forwards_per_image"]) for name, result in found.items()] == [
+        ("sample", 4), ("best_of_4_clip", 8), ("best_of_4_oracle", 8)
+    ]  # fmt: skip
+    assert [list(result["holdout"]) for result in found.values()] == [["clip", "fid"], ["fid"], ["clip", "fid"]]
+    assert "best_of_4_oracle chooses by what it is measured by: it is a ceiling\n" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "diffusion"])
@@ -115,9 +141,11 @@ def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
         "geneval.reward.colors.pretrained=null",
     ]
     prompts = [f"geneval.test_prompts.path={path}", "geneval.test_prompts.official=false"]
-    config = compose_config("geneval=coco", *models, *prompts, "geneval.reward.self_test=null", *TINY)
+    config = compose_config("geneval=coco", *models, *prompts, *TINY)
     geneval = instantiate(config.geneval, _convert_="all")
     assert isinstance(geneval["reward"].detector, Mask2FormerDetector) and len(geneval["test_prompts"]) == 1
+    with pytest.raises(ValueError, match=r"fails its self-test: .* should show 'a photo of a stop sign', but expected"):
+        geneval["reward"].prepare("cpu")  # random weights find no stop sign
 
 
 def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path: Path) -> None:

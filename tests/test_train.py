@@ -39,6 +39,7 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
+    "strategies=best_of_n": [*TINY, "callbacks=decoder"],
     "rewards=open_clip": [
         *TINY,
         "rewards.clip.clip.model_name=ViT-S-32-alt",
@@ -62,6 +63,7 @@ COMPANIONS = {
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "experiment=showo_parm": ["+debug=tiny_showo"],
     "experiment=showo_dpo": ["+debug=tiny_showo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
+    "fid=inception": [*TINY, "callbacks.geneval.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 SMALL = [
@@ -329,11 +331,17 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    for key in ("train/parm_loss", "val/objects/sample", "val/holdout/parm/sample"):
+    for key in ("train/parm_loss", "val/objects/sample", "val/holdout/clip/sample"):
         assert key in header
     exported = tmp_path / "aligned"
     command(tmp_path, "experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
     assert {path.parent.name for path in exported.rglob("model.safetensors")} == {"decoder", "parm"}
+
+
+def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=dpo_guided", *SMALL_DPO, "callbacks.geneval.holdout=[clip,parm]", check=False)
+    sentence = "Error: callbacks.geneval.holdout: 'parm' decides what is trained on, so it is not held out"
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
 def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:

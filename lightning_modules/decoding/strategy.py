@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,16 @@ class Strategy(ABC):
 
         With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
         """
+
+
+def judges_of(strategy: Strategy) -> list[str]:
+    """Names of the judges by which a strategy, or one that it wraps, chooses."""
+
+    def named(settings: Mapping[str, Any]) -> list[str]:
+        own = [value for name, value in settings.items() if name in ("judge", "verifier")]
+        return own + [name for value in settings.values() if isinstance(value, Mapping) for name in named(value)]
+
+    return named(asdict(strategy))  # type: ignore[call-overload]
 
 
 def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:

@@ -105,7 +105,7 @@ class CLIPColors:
                 pixels = torch.stack([self.transform(picture) for picture in crops[part]]).to(self.device)
                 features = self.clip.encode_image(pixels, normalize=True)
                 weights = torch.stack([self._classifier(name) for name in names[part]])
-                logits = 100 * torch.einsum("id,icd->ic", features, weights.to(features.dtype))
+                logits = torch.einsum("id,icd->ic", 100 * features, weights.to(features.dtype))
                 colors += [COLORS[i] for i in logits.argmax(1).tolist()]
         return colors
 

@@ -1,5 +1,6 @@
 """FID: how far a set of images is from reference images, which GenEval does not see."""
 
+from collections.abc import Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import trange
 
-from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.rewards.clip_score import image_features
 
 
 class References(Protocol):
@@ -19,21 +20,21 @@ class References(Protocol):
         ...
 
 
-class CodeFeatures(nn.Module):
-    """Mean code vector of an image's tokens [B, D]: features that need no Inception, for images of a tokenizer's size.
+class CLIPFeatures(nn.Module):
+    """Unit features of a CLIP's image tower [B, D]: features that need no Inception.
 
     Args:
-        tokenizer: an image tokenizer.
+        clip: an open_clip model.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.num_features = tokenizer.code_vectors.shape[1]
+        self.clip = clip.eval().requires_grad_(False)
+        self.num_features: int = clip.visual.output_dim  # type: ignore[assignment, union-attr]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> features."""
-        return self.tokenizer.code_vectors[self.tokenizer.encode(pixels)].mean(1)
+        return image_features(self.clip, pixels)
 
 
 class FID:
@@ -52,6 +53,8 @@ class FID:
     ) -> None:
         if count < 2:
             raise ValueError(f"fid.count must be at least 2 reference images, not {count}")
+        if isinstance(references, Sized) and len(references) < count:
+            raise ValueError(f"fid.count is {count}, and there are only {len(references)} reference images")
         self.references, self.count, self.batch_size = references, count, batch_size
         self.metric = FrechetInceptionDistance(feature, reset_real_features=False, normalize=True)
         self._known = False

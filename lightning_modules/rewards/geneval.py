@@ -205,10 +205,14 @@ class GenEvalRules:
 
 
 def overlap(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2), end pixels included; 0 if both are empty."""
+    """Intersection over union of two boxes (x1, y1, x2, y2), end pixels included; 0 if both are empty.
+
+    Sides are rounded to float32 like the detector's boxes, what follows is not: cases on the boundary depend on it.
+    """
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
-        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
+        width, height = np.float32(x2 - x1).item(), np.float32(y2 - y1).item()
+        return max(width + 1, 0) * max(height + 1, 0)
 
     starts, ends = map(max, box[:2], other[:2]), map(min, box[2:], other[2:])
     shared = area(*starts, *ends)

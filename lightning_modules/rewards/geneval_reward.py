@@ -46,6 +46,14 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return (pixels * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def by_size(images: Images) -> list[list[int]]:
+    """Indices of images of one size each, uint8 [H, W, 3]: these can be looked at together."""
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    return list(sizes.values())
+
+
 class GenEvalReward(Reward):
     """What GenEval's rules make of an image.
 
@@ -114,11 +122,8 @@ class GenEvalReward(Reward):
         if isinstance(self.detector, StoredDetections):
             found = self.detector.of(files)
         else:
-            by_size: dict[tuple[int, ...], list[int]] = {}
-            for i, image in enumerate(images):
-                by_size.setdefault(image.shape, []).append(i)
             of_image: dict[int, Detections] = {}
-            for indices in by_size.values():
+            for indices in by_size(images):
                 detected = self.detector(np.stack([images[i] for i in indices]))
                 of_image |= dict(zip(indices, detected, strict=True))
             found = [of_image[i] for i in range(len(images))]

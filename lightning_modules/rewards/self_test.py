@@ -70,5 +70,6 @@ class SelfTest:
                 raise ValueError(
                     f"the detector fails its self-test: {self.folder / 'picture.png'} should "
                     f"{'' if expected else 'not '}show {row['prompt']!r}, but {answer}; are these the right weights? "
-                    f"(geneval.reward.self_test=null goes on without)"
+                    f"(geneval.reward.self_test.folder=DIR tests on another picture, geneval.reward.self_test=null "
+                    f"goes on without)"
                 )

@@ -6,6 +6,40 @@ from typing import Any
 import pytest
 
 from callbacks.geneval import GenEvalCallback
+from lightning_modules.backbone.diffusion import DiffusionSampling
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.rewards.geneval import CLASS_NAMES
+
+
+def make_callback(**settings: Any) -> GenEvalCallback:
+    """A callback with as little as it can do with."""
+    defaults: dict[str, Any] = {
+        "reward": None, "strategies": {"sample": None}, "validation_strategies": ["sample"], "monitor": "sample",
+        "validation_prompts": [], "test_prompts": [], "images_per_prompt": 1, "batch_size": 1, "every_n_epochs": 1,
+        "seed": 0, "folder": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
+    }  # fmt: skip
+    return GenEvalCallback(**defaults | settings)
+
+
+def test_what_is_not_the_official_evaluation_is_said() -> None:
+    sample = Sample(DiffusionSampling(steps=1, guidance=1.0, size=64))
+    strategies = {"sample": sample, "best": BestOfN(sample, n=2, judge="clauses")}
+    kinds = {"geneval": None, "strict": None, "clauses": None}
+    rewards = [
+        SimpleNamespace(detector=SimpleNamespace(class_names=names), kinds=lambda: kinds)
+        for names in (CLASS_NAMES, ("star",))
+    ]
+    coco, shapes = (
+        make_callback(reward=reward, strategies=strategies, images_per_prompt=2)._incomparable() for reward in rewards
+    )
+    ceiling = "best chooses by what it is measured by: it is a ceiling"
+    assert shapes == [ceiling]
+    assert coco[:3] == [
+        ceiling,
+        "2 images of each prompt instead of the official 4",
+        "not the official prompt set: 0 of 80 single_object prompts",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -20,22 +54,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
     done: list[int] = []
     logged: list[dict[str, float]] = []
     trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0)
-    callback = GenEvalCallback(
-        reward=None,  # type: ignore[arg-type]
-        strategies={"sample": None},  # type: ignore[dict-item]
-        validation_strategies=["sample"],
-        monitor="sample",
-        validation_prompts=[],
-        test_prompts=[],
-        images_per_prompt=1,
-        batch_size=1,
-        every_n_epochs=every_n_epochs,
-        seed=0,
-        folder="",
-        sheet_prompts=0,
-        rewards={},
-        holdout=[],
-    )
+    callback = make_callback(every_n_epochs=every_n_epochs)
 
     def evaluate(*_: Any) -> dict[str, Any]:
         done.append(trainer.current_epoch)

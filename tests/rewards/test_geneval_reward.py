@@ -13,10 +13,11 @@ from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import Scene, SceneObject, render
 from lightning_modules.backbone.loading import BUNDLED
-from lightning_modules.rewards.geneval import Detections
+from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
+from tests.rewards.stop_sign import stop_sign
 
 TWO_STARS = {
     "tag": "two_object",
@@ -60,6 +61,39 @@ def test_the_bundled_picture_is_our_own_drawing() -> None:
                ("square", "blue", 48, 48, 8)]  # fmt: skip
     scene = Scene(tuple(SceneObject(*values) for values in objects), 0)
     np.testing.assert_array_equal(SelfTest("bundled:shapes_self_test").picture, render(scene))
+
+
+def test_the_bundled_stop_sign_is_our_own_drawing() -> None:
+    drawn = SelfTest("bundled:coco_self_test").picture.astype(int)
+    assert abs(drawn - stop_sign()).max() <= 1
+
+
+class RedThings:
+    """Takes what is red for a stop sign."""
+
+    class_names = CLASS_NAMES
+    image_size = None
+    about: dict[str, Any] = {"name": "RedThings"}  # noqa: RUF012
+
+    def __init__(self, color: str) -> None:
+        self.color = color
+
+    def to(self, device: object) -> "RedThings":
+        return self
+
+    def __call__(self, images: np.ndarray) -> list[Detections]:
+        found = []
+        for image in images.astype(int):
+            y, x = np.nonzero(image[..., 0] > image[..., 1:].max(-1) + 99)
+            box = np.array([[x.min(), y.min(), x.max() + 1, y.max() + 1]], np.float32)
+            found.append(Detections(["stop sign"], np.ones(1, np.float32), box, lambda indices: [self.color]))
+        return found
+
+
+def test_who_finds_the_stop_sign_and_its_color_passes() -> None:
+    GenEvalReward(RedThings("red"), self_test=SelfTest("bundled:coco_self_test")).prepare("cpu")
+    with pytest.raises(ValueError, match=r"show 'a photo of a red stop sign', but expected red .* 1 orange; are"):
+        GenEvalReward(RedThings("orange"), self_test=SelfTest("bundled:coco_self_test")).prepare("cpu")
 
 
 class Blind(ShapesDetector):
