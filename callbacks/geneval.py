@@ -17,7 +17,7 @@ from callbacks.report import StrategyResult, print_table, result_row, spread, wr
 from datamodules.geneval import sample_path
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
 from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import Verdict
@@ -117,7 +117,7 @@ class GenEvalCallback(Callback):
         judges = self._judges(pl_module)
         named = {"callbacks.geneval.holdout": self.holdout}
         for key, strategy in self.strategies.items():
-            named[f"strategies.{key}"] = _judges_of(asdict(strategy))  # type: ignore[call-overload]
+            named[f"strategies.{key}"] = judges_of(asdict(strategy))  # type: ignore[call-overload]
         for key, names in named.items():
             for name in names:
                 if name not in judges:
@@ -227,12 +227,6 @@ class GenEvalCallback(Callback):
             if j == 0 and i in spread(len(prompts), self.sheet_prompts):
                 share.thumbnails[i] = image
         return verdicts
-
-
-def _judges_of(settings: Mapping[str, Any]) -> list[str]:
-    """Names of the judges in a strategy's settings, and in those of the strategies that it wraps."""
-    own = [value for name, value in settings.items() if name in ("judge", "verifier")]
-    return own + [name for value in settings.values() if isinstance(value, Mapping) for name in _judges_of(value)]
 
 
 def _gather(share: _Share) -> list[_Share]:

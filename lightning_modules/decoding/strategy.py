@@ -106,6 +106,12 @@ class Strategy(ABC):
         """
 
 
+def judges_of(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the judges in a strategy's settings, and in those of the strategies that it wraps."""
+    own = [value for name, value in settings.items() if name in ("judge", "verifier")]
+    return own + [name for value in settings.values() if isinstance(value, Mapping) for name in judges_of(value)]
+
+
 def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:
     """Look up a judge of finished images; raises ValueError with the names there are."""
     if name not in judges:

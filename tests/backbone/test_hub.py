@@ -79,8 +79,8 @@ def test_an_export_is_pushed_as_it_is(tmp_path: Path, compose_config: Any, monke
             r"config.json names lightning_modules.backbone.loading.os.remove",
         ),
         ({"module": {"_target_": "lightning_modules.rewards.parm.PARM", "grid": "${oc.env:HOME}"}}, "is not resolved"),
-        ({"module": {"_target_": "lightning_modules.backbone.transformer.TransformerConfig", "dim": 8, "depth": 1, "heads": 1}},
-         "is a TransformerConfig, not a PARM"),
+        ({"module": {"_target_": "lightning_modules.backbone.text.WordTokenizer", "vocabulary": ["a"], "max_words": 1}},
+         "is a WordTokenizer, not a PARM"),
         ({"hidden_size": 8}, "has no config.json as task=export writes it"),
     ],
 )  # fmt: skip
