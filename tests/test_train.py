@@ -1,5 +1,6 @@
 """The command line: every config composes and builds, the jobs run, wrong input ends in one sentence."""
 
+import csv
 import json
 import os
 import re
@@ -12,12 +13,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
 from datamodules.pairs import reference_log_probs
+from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
+from tests.wandb_runs import history, records, settings_of
+from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
@@ -162,17 +168,25 @@ def test_the_full_size_decoder_trains_one_step(compose_config) -> None:
     assert after < before
 
 
-def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
-    done = command(
-        tmp_path, *SMALL_PARM, "logger=default", "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2"
-    )
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """The folder of the main job, made small, its overrides and what it printed; W&B keeps artifacts on the disk."""
+    folder = tmp_path_factory.mktemp("main")
+    overrides = [*SMALL_PARM, "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2",
+                 "callbacks.geneval.every_n_epochs=1", "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
+    logger = ["logger=default", "logger.wandb.offline=false", "logger.wandb.log_model=true"]
+    return folder, overrides, command(folder, *overrides, *logger).stdout
+
+
+def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
+    folder, overrides, printed = main_job
+    run = folder / "run"
     names = ["sample", "best_of_8_likelihood", "best_of_8_parm", "parm_literal", "parm"]
     report = json.loads((run / "geneval.json").read_text())
     assert sorted(report["strategies"]) == sorted(names)
     assert report["prompts"] == 12
     for name in names:
-        assert name in done.stdout
+        assert name in printed
         assert (run / "sheets" / f"{name}.png").is_file()
     assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -181,18 +195,83 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
         assert key in header
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
-    assert list(run.glob("wandb/offline-run-*"))
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
     # The checkpoint evaluates to what the end of training printed, and exports.
-    seeded = [*SMALL_PARM, "geneval.test_prompts.per_task=2", f"ckpt_path={run}/checkpoints/last.ckpt"]
-    command(tmp_path, *seeded, "task=evaluate", f"hydra.run.dir={tmp_path}/again")
-    again = json.loads((tmp_path / "again" / "geneval.json").read_text())
-    assert {k: v["overall"] for k, v in again["strategies"].items()} == {
-        k: v["overall"] for k, v in report["strategies"].items()
+    seeded = [*overrides, f"ckpt_path={run}/checkpoints/last.ckpt"]
+    command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again")
+    assert (folder / "again" / "results.jsonl").read_bytes() == (run / "results.jsonl").read_bytes()
+    again = json.loads((folder / "again" / "geneval.json").read_text())["strategies"]
+    assert {name: result["tasks"] for name, result in again.items()} == {
+        name: result["tasks"] for name, result in report["strategies"].items()
     }
-    command(tmp_path, *seeded, "task=export", f"export_dir={tmp_path}/export")
-    assert (tmp_path / "export" / "model.safetensors").is_file()
+    command(folder, *seeded, "task=export", f"export_dir={folder}/export")
+    exported = PARM.from_pretrained(folder / "export").state_dict()
+    for key, value in exported.items():
+        torch.testing.assert_close(value, checkpoint["state_dict"][f"parm.{key}"], rtol=1e-3, atol=1e-6)
+
+
+def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_job: tuple[Path, list[str], str]) -> None:
+    run = main_job[0] / "run"
+    (path,) = run.glob("wandb/*run-*/run-*.wandb")
+    kinds = [record.WhichOneof("record_type") for record in records(path)]
+    assert kinds.count("run") == 1
+    assert settings_of(path) == OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    logged = history(path)
+    keys = ["val/geneval", "val/parm/auc", *(f"val/geneval/sample{task}" for task in ("", "/counting", "/color_attr"))]
+    steps = {key: [row["trainer/global_step"] for row in logged if key in row] for key in keys}
+    validated = steps["val/geneval"]
+    assert validated and set(map(tuple, steps.values())) == {tuple(validated)}
+    for stage, names in (("val", ["sample", "best_of_8_parm"]), ("test", ["sample", "parm", "parm_literal"])):
+        (file,) = (path.parent / "files" / "media" / "table" / stage).glob("images*.json")
+        table = json.loads(file.read_text())
+        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        assert len(rows) == {"val": 6, "test": 12}[stage] and all(
+            row["prompt"].startswith("a photo of") for row in rows
+        )
+        for row in rows:
+            for name in names:
+                assert (path.parent / "files" / row[name]["path"]).is_file()
+                assert row[f"{name} correct"] == (not row[f"{name} reason"]) and 0 <= row[f"{name} PARM"] <= 1
+    artifacts = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+    assert sum(artifact.type == "model" for artifact in artifacts) >= 2  # the last ones and the best
+
+
+def test_a_folder_of_checkpoints_gives_a_curve_that_meets_training(
+    main_job: tuple[Path, list[str], str], compose_config
+) -> None:
+    """Two processes, of a run that one process trained; started again, nothing is evaluated anew."""
+    folder, overrides, _ = main_job
+    names = ["sample", "best_of_8_parm"]
+    curve = [*overrides, "task=evaluate", f"ckpt_path={folder}/run/checkpoints",
+             f"callbacks.geneval.test_strategies=[{','.join(names)}]", "geneval.test_prompts.split=validation",
+             "geneval.test_prompts.per_task=1", f"scores_dir={folder}/scores"]  # fmt: skip
+    printed = command(folder, *curve, "trainer=ddp_cpu", f"hydra.run.dir={folder}/curve").stdout
+    with (folder / "curve" / "checkpoints.csv").open() as file:
+        table = list(csv.DictReader(file))
+    files = {path.resolve().stem for path in (folder / "run" / "checkpoints").glob("*.ckpt")}
+    assert {row["checkpoint"] for row in table} == files and len(table) == len(names) * len(files)
+    steps = [int(row["step"]) for row in table]
+    assert steps == sorted(steps) and max(steps) == 5 and "step=5" in printed
+    assert (folder / "curve" / "checkpoints.png").is_file()
+    with (folder / "run" / "metrics.csv").open() as file:
+        validated = [row for row in csv.DictReader(file) if row["val/geneval"]]
+    for row in validated:
+        for name in names:
+            (found,) = [other for other in table
+                        if (other["checkpoint"], other["strategy"]) == (f"step={row['step']}", name)]  # fmt: skip
+            assert float(found["overall"]) == float(row[f"val/geneval/{name}"])
+            for task in TASKS:
+                assert float(found[task]) == float(row[f"val/geneval/{name}/{task}"])
+    assert validated
+    with (folder / "curve" / "metrics.csv").open() as file:
+        logged = {int(row["step"]): row["test/geneval/best_of_8_parm"] for row in csv.DictReader(file)}
+    assert logged.keys() == set(steps)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*")}
+    run(compose_config(*curve, "callbacks.geneval.batch_size=3"))
+    assert {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*")} == before
+    again = Path(HydraConfig.get().runtime.output_dir)
+    assert (again / "checkpoints.csv").read_bytes() == (folder / "curve" / "checkpoints.csv").read_bytes()
 
 
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
@@ -208,11 +287,13 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
-    common = [*SMALL_PARM, "task=evaluate", "geneval.test_prompts.per_task=3", "seed=5"]
-    command(tmp_path, *common)
+    # 17 prompts: one process has more batches than the other, so that they would wait for ever if they met in between.
+    tasks = "{single_object: 3, two_object: 2, counting: 3, colors: 3, position: 3, color_attr: 3}"
+    common = [*SMALL_PARM, "task=evaluate", f"geneval.test_prompts.per_task={tasks}", "seed=5"]
+    command(tmp_path, *common, "callbacks.geneval.batch_size=5")
     command(tmp_path, *common, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = ((tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("run", "two"))
-    assert len(one) == len(two) == 5 * 18
+    assert len(one) == len(two) == 5 * 17
     flipped = sum(a != b for a, b in zip(one, two, strict=True))
     assert flipped == 0, f"{flipped} of {len(one)} rows differ between one and two processes"
     first, second = (json.loads((tmp_path / name / "geneval.json").read_text()) for name in ("run", "two"))
@@ -404,7 +485,7 @@ def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> N
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
 
 
-def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config) -> None:
     overrides = [*SMALL_PARM, "task=rollout", "data.train.plain.samples=40", "data.collect_batch_size=10"]
 
     def parts() -> dict[Path, int]:
@@ -424,6 +505,13 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(after) == 48
     assert {path: after[path] for path in before} == before  # nothing is collected twice
     assert not list((tmp_path / "rollouts").glob("*/*.partial"))
+    run(compose_config(*overrides, f"rollouts_dir={tmp_path}/straight"))
+    for path in after:
+        rows, straight = (
+            datasets.load_from_disk(str(tmp_path / name / path.relative_to(tmp_path / "rollouts")))
+            for name in ("rollouts", "straight")
+        )
+        assert rows[:] == straight[:]
 
 
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
@@ -444,6 +532,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
+        (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
         (["callbacks.geneval.holdout=[magic]"], "callbacks.geneval.holdout names the judge 'magic'; there are: parm,"),

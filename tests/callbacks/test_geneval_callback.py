@@ -19,11 +19,12 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
     """The first validation always has a score; from then on it is the latest one's."""
     done: list[int] = []
     logged: list[dict[str, float]] = []
-    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0)
+    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0, loggers=[])
     callback = GenEvalCallback(
         reward=None,  # type: ignore[arg-type]
         strategies={"sample": None},  # type: ignore[dict-item]
         validation_strategies=["sample"],
+        test_strategies=None,
         monitor="sample",
         validation_prompts=[],
         test_prompts=[],
@@ -39,7 +40,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
 
     def evaluate(*_: Any) -> dict[str, Any]:
         done.append(trainer.current_epoch)
-        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), objects=1.0, holdout={})}
+        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, holdout={})}
 
     monkeypatch.setattr(callback, "_evaluate", evaluate)
     module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.append(dict(values)))
