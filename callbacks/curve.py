@@ -91,16 +91,17 @@ class CheckpointCurve(LightningModule):
         table = []
         for path, folder in self.evaluated.items():
             strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
+            log = {}
             for name, result in strategies.items():
                 tasks = {task: result["tasks"].get(task) for task in TASKS}
                 low, high = result["interval_95"]
                 scores = {"overall": result["overall"], "low_95": low, "high_95": high, **tasks}
                 about = {"checkpoint": Path(path).stem, "step": self.steps[path], "strategy": name}
                 table.append({**about, **scores, "results": str(folder)})
-                log = {f"test/geneval/{name}": result["overall"]}
+                log[f"test/geneval/{name}"] = result["overall"]
                 log |= {f"test/geneval/{name}/{task}": score for task, score in result["tasks"].items()}
-                for logger in trainer.loggers:
-                    logger.log_metrics(log, self.steps[path])
+            for logger in trainer.loggers:
+                logger.log_metrics(log, self.steps[path])
         for logger in trainer.loggers:
             logger.save()
         self.folder.mkdir(parents=True, exist_ok=True)

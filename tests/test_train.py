@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -22,7 +21,7 @@ from datamodules.pairs import reference_log_probs
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
-from tests.wandb_runs import history, records, settings_of
+from tests.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -175,7 +174,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
     overrides = [*SMALL_PARM, "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2",
                  "callbacks.geneval.every_n_epochs=1", "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
     logger = ["logger=default", "logger.wandb.offline=false", "logger.wandb.log_model=true"]
-    return folder, overrides, command(folder, *overrides, *logger).stdout
+    return folder, overrides, command(folder, *overrides, *logger, WANDB_DATA_DIR=str(folder)).stdout
 
 
 def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
@@ -205,7 +204,7 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     assert {name: result["tasks"] for name, result in again.items()} == {
         name: result["tasks"] for name, result in report["strategies"].items()
     }
-    command(folder, *seeded, "task=export", f"export_dir={folder}/export")
+    command(folder, *seeded, "task=export", f"export_dir={folder}/export", f"hydra.run.dir={folder}/exporting")
     exported = PARM.from_pretrained(folder / "export").state_dict()
     for key, value in exported.items():
         torch.testing.assert_close(value, checkpoint["state_dict"][f"parm.{key}"], rtol=1e-3, atol=1e-6)
@@ -222,56 +221,14 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
     steps = {key: [row["trainer/global_step"] for row in logged if key in row] for key in keys}
     validated = steps["val/geneval"]
     assert validated and set(map(tuple, steps.values())) == {tuple(validated)}
-    for stage, names in (("val", ["sample", "best_of_8_parm"]), ("test", ["sample", "parm", "parm_literal"])):
-        (file,) = (path.parent / "files" / "media" / "table" / stage).glob("images*.json")
-        table = json.loads(file.read_text())
-        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-        assert len(rows) == {"val": 6, "test": 12}[stage] and all(
-            row["prompt"].startswith("a photo of") for row in rows
-        )
+    for stage, prompts, names in (("val", 6, ["sample", "best_of_8_parm"]), ("test", 12, ["sample", "parm_literal"])):
+        rows = table(path, f"{stage}/images")
+        assert len(rows) == prompts and all(row["prompt"].startswith("a photo of") for row in rows)
         for row in rows:
             for name in names:
-                assert (path.parent / "files" / row[name]["path"]).is_file()
+                assert Image.open(row[name]).size == (64, 64)
                 assert row[f"{name} correct"] == (not row[f"{name} reason"]) and 0 <= row[f"{name} PARM"] <= 1
-    artifacts = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
-    assert sum(artifact.type == "model" for artifact in artifacts) >= 2  # the last ones and the best
-
-
-def test_a_folder_of_checkpoints_gives_a_curve_that_meets_training(
-    main_job: tuple[Path, list[str], str], compose_config
-) -> None:
-    """Two processes, of a run that one process trained; started again, nothing is evaluated anew."""
-    folder, overrides, _ = main_job
-    names = ["sample", "best_of_8_parm"]
-    curve = [*overrides, "task=evaluate", f"ckpt_path={folder}/run/checkpoints",
-             f"callbacks.geneval.test_strategies=[{','.join(names)}]", "geneval.test_prompts.split=validation",
-             "geneval.test_prompts.per_task=1", f"scores_dir={folder}/scores"]  # fmt: skip
-    printed = command(folder, *curve, "trainer=ddp_cpu", f"hydra.run.dir={folder}/curve").stdout
-    with (folder / "curve" / "checkpoints.csv").open() as file:
-        table = list(csv.DictReader(file))
-    files = {path.resolve().stem for path in (folder / "run" / "checkpoints").glob("*.ckpt")}
-    assert {row["checkpoint"] for row in table} == files and len(table) == len(names) * len(files)
-    steps = [int(row["step"]) for row in table]
-    assert steps == sorted(steps) and max(steps) == 5 and "step=5" in printed
-    assert (folder / "curve" / "checkpoints.png").is_file()
-    with (folder / "run" / "metrics.csv").open() as file:
-        validated = [row for row in csv.DictReader(file) if row["val/geneval"]]
-    for row in validated:
-        for name in names:
-            (found,) = [other for other in table
-                        if (other["checkpoint"], other["strategy"]) == (f"step={row['step']}", name)]  # fmt: skip
-            assert float(found["overall"]) == float(row[f"val/geneval/{name}"])
-            for task in TASKS:
-                assert float(found[task]) == float(row[f"val/geneval/{name}/{task}"])
-    assert validated
-    with (folder / "curve" / "metrics.csv").open() as file:
-        logged = {int(row["step"]): row["test/geneval/best_of_8_parm"] for row in csv.DictReader(file)}
-    assert logged.keys() == set(steps)
-    before = {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*")}
-    run(compose_config(*curve, "callbacks.geneval.batch_size=3"))
-    assert {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*")} == before
-    again = Path(HydraConfig.get().runtime.output_dir)
-    assert (again / "checkpoints.csv").read_bytes() == (folder / "curve" / "checkpoints.csv").read_bytes()
+    assert sum(artifact.type == "model" for artifact in artifacts(path)) >= 2  # the last ones and the best
 
 
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
@@ -368,19 +325,49 @@ SMALL_DPO = [
 ]
 
 
-def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1"]
+def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:
+    small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1",
+             "module.optimizer.lr=2e-3", "module.warmup_steps=1", "module.max_fall=1e9",
+             "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
     done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
     for key in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/rewards/accuracies", "val/geneval"):
-        assert key in header
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        assert key in logged[0]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    last = checkpoints / "last.ckpt"
     assert not any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
+
+    # Two processes give every checkpoint the scores that it had in training; started again, nothing is evaluated anew.
+    curve = ["experiment=dpo", *small, "task=evaluate", f"ckpt_path={checkpoints}", f"scores_dir={tmp_path}/scores",
+             "callbacks.geneval.test_strategies=[sample]", "geneval.test_prompts.split=validation",
+             "geneval.test_prompts.per_task=1"]  # fmt: skip
+    printed = command(tmp_path, *curve, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/curve").stdout
+    with (tmp_path / "curve" / "checkpoints.csv").open() as file:
+        found = {row["checkpoint"]: row for row in csv.DictReader(file)}
+    assert found.keys() == {path.resolve().stem for path in checkpoints.glob("*.ckpt")}
+    assert all(name in printed for name in found) and (tmp_path / "curve" / "checkpoints.png").is_file()
+    validated = {int(row["step"]) + 1: row for row in logged if row["val/geneval"]}
+    assert len(validated) == 3
+    for step, row in validated.items():
+        evaluated = found[f"step={step}"]
+        assert float(evaluated["overall"]) == float(row["val/geneval/sample"]) > 0
+        for task in TASKS:
+            assert float(evaluated[task]) == float(row[f"val/geneval/sample/{task}"])
+        rows = (Path(evaluated["results"]) / "results.jsonl").read_text().splitlines()
+        objects = [sum(map(len, json.loads(json.loads(line)["details"]).values())) for line in rows]
+        assert np.mean(objects) == pytest.approx(float(row["val/objects/sample"]), abs=1e-6)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
+    run(compose_config(*curve, "callbacks.geneval.batch_size=3"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")} == times
+    assert (tmp_path / "checkpoints.csv").read_bytes() == (tmp_path / "curve" / "checkpoints.csv").read_bytes()
+
     exported = tmp_path / "aligned"
-    command(tmp_path, "experiment=dpo", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
-    again = ["task=evaluate", f"decoder.checkpoint={exported}", f"hydra.run.dir={tmp_path}/again"]
-    command(tmp_path, "experiment=dpo", *small, *again)
+    run(compose_config("experiment=dpo", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}"))
+    sample = ["callbacks.geneval.test_strategies=[sample]", f"rollouts_dir={tmp_path}/rollouts"]
+    run(compose_config("experiment=dpo", *small, "task=evaluate", f"decoder.checkpoint={exported}", *sample))
+    assert json.loads((tmp_path / "geneval.json").read_text())["strategies"].keys() == {"sample"}
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:

@@ -41,3 +41,21 @@ def settings_of(path: Path) -> dict[str, Any]:
         if record.WhichOneof("record_type") == "config":
             settings |= {item.key: json.loads(item.value_json) for item in record.config.update}
     return settings
+
+
+def artifacts(path: Path) -> list[Any]:
+    """What was kept beside the numbers: tables with their pictures, checkpoints."""
+    return [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+
+
+def table(path: Path, key: str) -> list[dict[str, Any]]:
+    """The rows of the last table of that name; pictures as the paths of their files."""
+    files = {entry.path: entry.local_path for artifact in artifacts(path) for entry in artifact.manifest.contents}
+    stored = json.loads(Path(files[f"{key}.table.json"]).read_text())
+    return [
+        {
+            name: Path(files[cell["path"]]) if isinstance(cell, dict) else cell
+            for name, cell in zip(stored["columns"], row, strict=True)
+        }
+        for row in stored["data"]
+    ]
