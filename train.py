@@ -13,12 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.runs import keep_metrics, newest_checkpoint, read_checkpoint, refuse_other_config
+from callbacks.curve import CheckpointCurve
+from callbacks.runs import keep_metrics, load_checkpoint, named_checkpoints, newest_checkpoint, refuse_other_config
 from lightning_modules.backbone.loading import export, write_text
 
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
@@ -68,11 +69,13 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
         found = newest_checkpoint(folder)
         config.ckpt_path = found and str(found)
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise FileNotFoundError(f"ckpt_path: there is no file {config.ckpt_path}")
     plain = OmegaConf.to_container(config, resolve=True)
-    if config.ckpt_path is not None:
-        refuse_other_config(config.ckpt_path, plain)
+    checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
+    for path in checkpoints:
+        refuse_other_config(path, plain)
+    wandb = config.logger.get("wandb")
+    if wandb and wandb.log_model and wandb.offline:
+        raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
     seed_everything(config.seed, workers=True, verbose=False)
     if rank_zero_only.rank == 0:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -96,8 +99,16 @@ def run(config: DictConfig) -> None:
             export(part, folder, plain[node])
             print(f"Exported {type(part).__name__} to {folder}")
         return
+    callbacks = build(config.callbacks)
+    if checkpoints and Path(config.ckpt_path).is_dir():
+        if "geneval" not in callbacks:
+            raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
+        settings = plain["callbacks"]["geneval"]
+        curve = CheckpointCurve(module, callbacks["geneval"], settings, checkpoints, config.scores_dir, folder)
+        curve.run(trainer_for(config))
+        return
     data = build(config.get("data"))
-    trainer = trainer_for(config, list(build(config.callbacks).values()))
+    trainer = trainer_for(config, list(callbacks.values()))
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
@@ -105,13 +116,6 @@ def run(config: DictConfig) -> None:
         trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
-
-
-def load_checkpoint(module: LightningModule, ckpt_path: str) -> None:
-    """Load a Lightning checkpoint into a module outside of any Trainer."""
-    checkpoint = read_checkpoint(ckpt_path)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

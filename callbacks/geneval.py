@@ -33,6 +33,7 @@ class _Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
@@ -49,8 +50,9 @@ class GenEvalCallback(Callback):
 
     Args:
         reward: judges the images.
-        strategies: by name, all of them in testing.
+        strategies: by name.
         validation_strategies: the names that validation decodes.
+        test_strategies: the names that testing decodes; null: all of them.
         monitor: the strategy whose score is `val/geneval`.
         validation_prompts, test_prompts: GenEval metadata.
         images_per_prompt: samples of each prompt.
@@ -64,7 +66,6 @@ class GenEvalCallback(Callback):
             that chooses by one of them is not judged by it.
         rewards: further judges of finished images, by name, for strategies and `holdout`.
         fid: distance to reference images, logged beside GenEval as `holdout` is.
-        test_strategies: names of those that are compared at the end; None for all.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class GenEvalCallback(Callback):
         reward: GenEvalReward,
         strategies: Mapping[str, Strategy],
         validation_strategies: Sequence[str],
+        test_strategies: Sequence[str] | None,
         monitor: str,
         validation_prompts: Sequence[Mapping[str, Any]],
         test_prompts: Sequence[Mapping[str, Any]],
@@ -84,9 +86,9 @@ class GenEvalCallback(Callback):
         holdout: Sequence[str],
         rewards: Mapping[str, Reward],
         fid: FID | None = None,
-        test_strategies: Sequence[str] | None = None,
     ) -> None:
-        for name in [*validation_strategies, monitor, *(test_strategies or ())]:
+        self.test_strategies = list(strategies if test_strategies is None else test_strategies)
+        for name in [*validation_strategies, *self.test_strategies, monitor]:
             if name not in strategies:
                 known = ", ".join(strategies)
                 raise ValueError(f"callbacks.geneval names the strategy {name!r}; there are: {known}")
@@ -97,7 +99,6 @@ class GenEvalCallback(Callback):
         self.reward = reward
         self.strategies = dict(strategies)
         self.validation_strategies = list(validation_strategies)
-        self.test_strategies = list(strategies if test_strategies is None else test_strategies)
         self.monitor = monitor
         self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
         self.images_per_prompt = images_per_prompt
@@ -146,42 +147,45 @@ class GenEvalCallback(Callback):
             return
         if not self._latest or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             results = self._evaluate(trainer, pl_module, self.validation_prompts, self.validation_strategies)
-            self._latest = {f"val/geneval/{name}": result.overall for name, result in results.items()}
+            self._latest = _scores("val", results)
             for name, result in results.items():
                 self._latest[f"val/objects/{name}"] = result.objects
                 self._latest |= {f"val/holdout/{judge}/{name}": value for judge, value in result.holdout.items()}
             self._latest["val/geneval"] = results[self.monitor].overall
+            _log_images(trainer, "val", results)
         pl_module.log_dict(self._latest, prog_bar=False)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        results = self._evaluate(trainer, pl_module, self.test_prompts, self.test_strategies)
-        scores = {}
-        for name, result in results.items():
-            scores[f"test/geneval/{name}"] = result.overall
-            scores |= {f"test/geneval/{name}/{task}": score for task, score in result.tasks.items()}
-        pl_module.log_dict(scores)
+        results = self.test(trainer, pl_module)
+        pl_module.log_dict(_scores("test", results))
         if trainer.is_global_zero:
-            notes = self._incomparable()
-            about = {
-                "decoder": type(pl_module.decoder).__name__,
-                "judged_by": self.reward.about,
-                "seed": self.seed,
-                "prompts": len(self.test_prompts),
-                "images_per_prompt": self.images_per_prompt,
-                "notes": notes,
-            }
-            write_report(self.folder, about, results)
-            for sentence in notes:
-                print(sentence)
+            self.write(self.folder, pl_module, results)
             print_table(results)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    _log_wandb(logger, results)
+            _log_images(trainer, "test", results)
+
+    def test(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, StrategyResult]:
+        """What every strategy makes of the evaluation prompts, the same on all ranks."""
+        return self._evaluate(trainer, pl_module, self.test_prompts, self.test_strategies)
+
+    def write(self, folder: Path, pl_module: LightningModule, results: Mapping[str, StrategyResult]) -> None:
+        """Leave results of a test in a folder, and say what makes them incomparable."""
+        notes = self._incomparable()
+        about = {
+            "decoder": type(pl_module.decoder).__name__,
+            "judged_by": self.reward.about,
+            "seed": self.seed,
+            "prompts": len(self.test_prompts),
+            "images_per_prompt": self.images_per_prompt,
+            "notes": notes,
+        }
+        write_report(folder, about, results)
+        for sentence in notes:
+            print(sentence)
 
     def _incomparable(self) -> list[str]:
         """Why scores are ceilings, or (with COCO's classes) not those of the official benchmark, a sentence each."""
         truth = set(self.reward.kinds())
-        oracles = [name for name, strategy in self.strategies.items() if truth.intersection(judges_of(strategy))]
+        oracles = [name for name in self.test_strategies if truth.intersection(judges_of(self.strategies[name]))]
         notes = [f"{name} chooses by what it is measured by: it is a ceiling" for name in oracles]
         if tuple(self.reward.detector.class_names) != CLASS_NAMES:
             return notes
@@ -252,10 +256,16 @@ class GenEvalCallback(Callback):
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
             share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
-        for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
+        for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
-            if j == 0 and i in spread(len(prompts), self.sheet_prompts):
-                share.thumbnails[i] = image
+        on_sheet = spread(len(prompts), self.sheet_prompts)
+        shown = [k for k, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet]
+        share.thumbnails |= {jobs[k][0]: images[k] for k in shown}
+        if shown and "parm" in judges and decoded.evidence is not None:
+            chosen = torch.tensor(shown, device=decoded.tokens.device)
+            evidence, tokens = decoded.evidence.select(chosen), decoded.tokens[chosen]
+            values = judged(judges["parm"], decoder, [rows[k] for k in shown], tokens, evidence).exp()
+            share.values |= {jobs[k][0]: value for k, value in zip(shown, values.tolist(), strict=True)}
         return verdicts
 
 
@@ -271,14 +281,17 @@ def _gather(share: _Share) -> list[_Share]:
 def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -> StrategyResult:
     rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
     thumbnails: dict[int, np.ndarray] = {}
+    values: dict[int, float] = {}
     for share in shares:
         thumbnails |= share.thumbnails
+        values |= share.values
     return StrategyResult(
         name=name,
         overall=scores["overall"],
         tasks={task: score for task, score in scores.items() if task != "overall"},
         rows=rows,
         thumbnails=dict(sorted(thumbnails.items())),
+        values=values,
         decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
         verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
         tokens=sum(share.cost.tokens for share in shares) / len(rows),
@@ -289,21 +302,30 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
     )
 
 
-def _log_wandb(logger: WandbLogger, results: Mapping[str, StrategyResult]) -> None:
-    """A table with one row a prompt: the image and the verdict of every strategy."""
+def _scores(stage: str, results: Mapping[str, StrategyResult]) -> dict[str, float]:
+    """Scores of every strategy, overall and in each task, by the names under which they are logged."""
+    scores = {}
+    for name, result in results.items():
+        scores[f"{stage}/geneval/{name}"] = result.overall
+        scores |= {f"{stage}/geneval/{name}/{task}": score for task, score in result.tasks.items()}
+    return scores
+
+
+def _log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
+    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, PARM's value."""
     import wandb
 
-    first = next(iter(results.values()))
-    columns = ["prompt", *(f"{name}{suffix}" for name in results for suffix in ("", " verdict"))]
-    data = []
-    for index in first.thumbnails:
-        row: list[Any] = []
-        for result in results.values():
-            verdict = result.row_of(index)
-            row += [verdict["prompt"]] if not row else []
-            row += [
-                wandb.Image(result.thumbnails[index]),
-                "correct" if verdict["correct"] else verdict["reason"],
-            ]
-        data.append(row)
-    logger.log_table("geneval/images", columns=columns, data=data)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            rows = []
+            for index in next(iter(results.values())).thumbnails:
+                row: dict[str, Any] = {}
+                for name, result in results.items():
+                    verdict = result.row_of(index)
+                    row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
+                    row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
+                    if result.values:
+                        row[f"{name} PARM"] = result.values[index]
+                rows.append(row)
+            data = [list(row.values()) for row in rows]
+            logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)

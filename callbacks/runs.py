@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from omegaconf import OmegaConf
 
 # What a checkpoint that is not trained on has to share with the config: the networks.
@@ -71,6 +72,30 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"ckpt_path: {path} is no checkpoint of plain data ({str(error).splitlines()[0]})") from error
     return checkpoint
+
+
+def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
+    """The checkpoint of that path, or for `task: evaluate` all of a folder, each once: last.ckpt is a link.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(ckpt_path)
+    if path.is_dir() and task == "evaluate":
+        found = sorted({str(each.resolve()) for each in path.glob("*.ckpt")})
+        if not found:
+            raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path: there is no file {ckpt_path}")
+    return [ckpt_path]
+
+
+def load_checkpoint(module: LightningModule, path: str) -> None:
+    """Load a checkpoint into a module outside of any Trainer."""
+    checkpoint = read_checkpoint(path)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
 
 
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:

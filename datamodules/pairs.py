@@ -5,7 +5,7 @@ import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from datamodules.loaders import make_loader
 from datamodules.rollouts import store
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
@@ -163,6 +164,9 @@ class PairsDataModule(LightningDataModule):
     def _stored(self, name: str, about: Any, make: Callable[[], Dataset]) -> Path:
         """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
         assert self.trainer is not None
+        decoder: Any = self.trainer.lightning_module.decoder
+        if isinstance(decoder, MaskTokenDecoder):  # its log-probabilities depend on how they are estimated
+            about = [about, asdict(decoder.estimate)]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{digest}"
         if self.trainer.is_global_zero:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
-from datamodules.rollouts import RolloutSpec, collect, provenance
+from datamodules.rollouts import RolloutSpec, collect, identity, provenance
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
@@ -156,17 +156,15 @@ class PreferencesDataModule(PairsDataModule):
         sets, made_with = [], []
         for set_name, whole in specs.items():
             spec = whole.of_round(turn)
-            made_with.append(provenance(spec, decoder, judges, seed, False))
+            made_with.append(provenance(spec, decoder, judges, self.reward, seed))
             digest = hashlib.sha256(json.dumps(made_with[-1], sort_keys=True).encode()).hexdigest()[:12]
             ranks = self.trainer.global_rank, self.trainer.world_size
             folder = self.folder / f"{set_name}-{digest}"
             sets.append(
                 collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *ranks)
             )
-        verifiers = {
-            judge: fingerprint(judges[judge]) for judge in self.scores if isinstance(judges[judge], torch.nn.Module)
-        }
-        about: list[Any] = [made_with, asdict(self.rule), dict(self.scores), verifiers]
+        scored_by = {name: identity(judges[name]) for name in self.scores if name not in _LABELS}
+        about: list[Any] = [made_with, asdict(self.rule), dict(self.scores), scored_by]
         if self._start is not None:
             about.append(self._start_key)
         return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))

@@ -26,10 +26,10 @@ from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.loading import fingerprint, write_text
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.decoding.strategy import Judges, Strategy, judges_of
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
-from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Reward, Verifier
 
 _FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
@@ -71,20 +71,29 @@ class RolloutSpec:
         return replace(self, prompts=prompts, per_round=None)
 
 
+def identity(judge: Verifier[Any] | Reward) -> Any:
+    """What tells a judge from others of its kind, as plain data."""
+    if isinstance(judge, torch.nn.Module):
+        return fingerprint(judge)
+    return judge.about if isinstance(judge, Reward) else type(judge).__name__
+
+
 def provenance(
-    spec: RolloutSpec, decoder: TokenDecoder, judges: Judges, seed: int, keep_evidence: bool
+    spec: RolloutSpec,
+    decoder: TokenDecoder,
+    judges: Judges,
+    labels: GenEvalReward | None,
+    seed: int,
+    keep_evidence: bool = False,
 ) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     assert is_dataclass(spec.strategy)
-    verifiers = {
-        name: fingerprint(judge)
-        for name, judge in judges.items()
-        if isinstance(judge, PARM) and f'"{name}"' in json.dumps(asdict(spec.strategy))
-    }
+    named = sorted({*judges_of(spec.strategy)} & {*judges})
     prompts = hashlib.sha256(json.dumps(list(spec.prompts), sort_keys=True).encode()).hexdigest()[:16]
     return {
         "decoder": fingerprint(decoder),
-        "verifiers": verifiers,
+        "judges": {name: identity(judges[name]) for name in named},
+        "labels": labels and labels.about,
         "strategy": {"name": type(spec.strategy).__name__, **asdict(spec.strategy)},
         "prompts": prompts,
         "samples": spec.samples,
@@ -150,7 +159,7 @@ def collect(
         Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, free_from, objects (found in the image),
         seed, prompt_index, sample, settings.
     """
-    made_with = provenance(spec, decoder, judges, seed, keep_evidence)
+    made_with = provenance(spec, decoder, judges, reward, seed, keep_evidence)
     reward.prepare(next(decoder.parameters()).device)
     if rank == 0:
         open_folder(folder, made_with)
@@ -313,7 +322,7 @@ class RolloutsDataModule(LightningDataModule):
     def _collect_now(self, name: str, spec: RolloutSpec) -> Dataset:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        made_with = provenance(spec, module.decoder, module.judges, self.seed, self.keep_evidence)
+        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.keep_evidence)
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
         rows = collect(

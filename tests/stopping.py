@@ -1,6 +1,7 @@
 """Callbacks for tests of runs that are stopped."""
 
 import os
+import signal
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -18,11 +19,13 @@ class StopAt(Callback):
 
 
 class FailOn(Callback):
-    """Raises an error in the first batch of rank `rank`."""
+    """Raises an error in the first batch of rank `rank`, or kills it there."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, killed: bool = False) -> None:
+        self.rank, self.killed = rank, killed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if trainer.global_rank == self.rank:
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(f"rank {self.rank} has run out of paint")

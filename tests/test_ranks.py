@@ -1,20 +1,27 @@
 """Runs of two processes: the same images, rows and weights as of one, and an end when one of them fails."""
 
+import json
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
-from tests.conftest import ROOT
+from lightning_modules.backbone.decoder import TokenDecoder
+from tests.conftest import ROOT, make_decoder, make_masked
 from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments, command
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
 STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
-         "+callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
+         "callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
 TRAINING = {
     "parm": [*SMALL_PARM, *STEPS, "data.train.verified.from_epoch=100", "module.optimizer.lr=1e-3",
              "module.warmup_steps=2"],
@@ -53,27 +60,46 @@ def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
         assert one["tokens"][:] == two["tokens"][:] and one["reward"][:] == two["reward"][:]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int) -> None:
-    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}}}"
+@pytest.mark.parametrize(("rank", "killed"), [(0, False), (1, False), (1, True)])
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool) -> None:
+    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}, killed: {killed}}}"
     done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
     assert done.returncode != 0
-    assert f"rank {rank} has run out of paint" in done.stderr
+    assert killed or f"rank {rank} has run out of paint" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]], ids=["own", "torchrun"]
-)
-def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: list[str]) -> None:
-    small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu"]
-    python, script, *overrides = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
-    done = subprocess.run(
-        [python, *launcher, script, *overrides], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def slurm(rank: int, port: int) -> dict[str, str]:
+    """What srun tells the first or second of two processes on one machine."""
+    task = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "PROCID": rank, "LOCALID": rank, "NODEID": 0, "NNODES": 1,
+            "JOB_ID": 7, "STEP_ID": 0, "JOB_NAME": "train", "NODELIST": "localhost"}  # fmt: skip
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return address | {f"SLURM_{key}": str(value) for key, value in task.items()}
+
+
+@pytest.mark.parametrize("launcher", ["own", "torchrun", "slurm"])
+def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: str) -> None:
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu",
+             "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
+    python, *line = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if launcher == "torchrun" else []
+    environments: list[dict[str, str]] = [{}]
+    if launcher == "slurm":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environments = [slurm(rank, free.getsockname()[1]) for rank in (0, 1)]
+    started = [
+        subprocess.Popen([python, *torchrun, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV | more)
+        for more in environments
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
     (run,) = (tmp_path / "outputs" / "parm").iterdir()
+    assert launcher != "slurm" or run.name == "slurm-7.0"
     assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
     assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
+    rows = [json.loads(row) for row in (run / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["filename"] for row in rows}) == 6  # each image by one of the two
 
 
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
@@ -81,3 +107,21 @@ def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: --multirun does not go with several processes a job")
+
+
+def test_processes_wait_for_a_long_evaluation(compose_config: Any) -> None:
+    for choice in ("ddp", "ddp_cpu", "fsdp"):
+        assert instantiate(compose_config(f"trainer={choice}").trainer.strategy)._timeout >= timedelta(hours=24)
+
+
+@pytest.mark.parametrize("decoder", [make_decoder(), make_masked()], ids=["next_token", "mask_token"])
+def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) -> None:
+    """Neither Lightning nor torch shards without a GPU: what can be seen here is what would be."""
+    config = compose_config("trainer=fsdp", "trainer.accelerator=cpu").trainer
+    with pytest.raises(InstantiationException, match="strategy `fsdp` requires a GPU accelerator"):
+        instantiate(config)
+    policy = instantiate(config.strategy).kwargs["auto_wrap_policy"]
+    sharded = [name for name, module in decoder.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)]
+    assert [name for name in sharded if name.startswith("transformer.")] == [
+        f"transformer.blocks.{i}" for i in range(3)
+    ]

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
-from omegaconf import open_dict
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch_sweep_entrypoint
 
 from tests.conftest import ROOT
 from tests.test_train import SMALL_DPO, SMALL_PARM
 from train import run
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
-SMALL = {"dpo": [*SMALL_DPO, "data.batch_size=8"], "parm": SMALL_PARM, "decoding": SMALL_PARM}
+SMALL = {"dpo": [*SMALL_DPO, "data.batch_size=8"], "parm": SMALL_PARM, "decoding": SMALL_PARM, "reflection": SMALL_PARM}
 POINTS = 2
+OFFLINE = "logger.wandb.offline=false"
 
 
 def sweep_of(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -24,8 +26,16 @@ def sweep_of(path: Path) -> tuple[dict[str, Any], list[str]]:
     sweep = yaml.safe_load(path.read_text())
     env, interpreter, program, *fixed, point = sweep["command"]
     assert (env, interpreter, program, point) == ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")
-    assert sweep["program"] == "train.py" and "logger.wandb.offline=false" in fixed
-    return sweep, [item for item in fixed if item != "logger.wandb.offline=false"]
+    assert sweep["program"] == "train.py" and OFFLINE in fixed
+    return sweep, [item for item in fixed if item != OFFLINE]
+
+
+def agents_overrides(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
+    """What an agent of W&B puts on the command line of a point, by its own code."""
+    args = create_sweep_command_args({"args": {key: {"value": value} for key, value in point.items()}})
+    fixed, drawn = make_launch_sweep_entrypoint(args, list(sweep["command"]))
+    assert fixed is not None and fixed[:3] == ["${env}", "${interpreter}", "${program}"]
+    return [*fixed[3:], *drawn]
 
 
 @pytest.mark.parametrize("number", range(POINTS))
@@ -34,16 +44,19 @@ def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path
     sweep, fixed = sweep_of(path)
     drawn = random.Random(f"{path.stem} {number}")
     point = {key: drawn.choice(space["values"]) for key, space in sweep["parameters"].items()}
-    compose_config(*fixed, "logger.wandb.offline=false", *(f"{key}={value}" for key, value in point.items()))
-    tiny = [*SMALL[path.stem], "logger=csv", f"rollouts_dir={tmp_path}/rollouts", "trainer.max_steps=1",
+    overrides = agents_overrides(sweep, point)
+    for key, value in point.items():
+        assert OmegaConf.select(compose_config(*overrides), key) == value
+    # Two validations, as early termination counts them, each with a value of its own.
+    tiny = [*SMALL[path.stem], "logger=csv", f"rollouts_dir={tmp_path}/rollouts", "trainer.max_steps=2",
             "trainer.val_check_interval=1", "trainer.check_val_every_n_epoch=1"]  # fmt: skip
-    config = compose_config(*fixed, *tiny, *(f"{key}={value}" for key, value in point.items()))
-    with open_dict(config):  # one strategy is enough
-        config.strategies = {key: config.strategies[key] for key in ("sample", "best_of_8_parm", "parm")}
-    run(config)
+    if "task=evaluate" not in fixed:
+        tiny.append("callbacks.geneval.test_strategies=[sample]")
+    run(compose_config(*(item for item in overrides if item != OFFLINE), *tiny))
     with (tmp_path / "metrics.csv").open() as file:
         logged = [row[sweep["metric"]["name"]] for row in csv.DictReader(file) if row.get(sweep["metric"]["name"])]
     assert logged and sweep["metric"]["goal"] == "maximize"
+    assert len(logged) >= sweep.get("early_terminate", {}).get("min_iter", 1)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """The command line: every config composes and builds, the jobs run, wrong input ends in one sentence."""
 
+import csv
 import json
 import os
 import re
@@ -17,7 +18,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from datamodules.pairs import reference_log_probs
+from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
+from tests.wandb_runs import artifacts, history, records, settings_of, table
+from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
@@ -164,17 +169,25 @@ def test_the_full_size_decoder_trains_one_step(compose_config) -> None:
     assert after < before
 
 
-def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
-    done = command(
-        tmp_path, *SMALL_PARM, "logger=default", "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2"
-    )
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """The folder of the main job, made small, its overrides and what it printed; W&B keeps artifacts on the disk."""
+    folder = tmp_path_factory.mktemp("main")
+    overrides = [*SMALL_PARM, "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2",
+                 "callbacks.geneval.every_n_epochs=1", "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
+    logger = ["logger=default", "logger.wandb.offline=false", "logger.wandb.log_model=true"]
+    return folder, overrides, command(folder, *overrides, *logger, WANDB_DATA_DIR=str(folder)).stdout
+
+
+def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
+    folder, overrides, printed = main_job
+    run = folder / "run"
     names = ["sample", "best_of_8_likelihood", "best_of_8_parm", "parm_literal", "parm"]
     report = json.loads((run / "geneval.json").read_text())
     assert sorted(report["strategies"]) == sorted(names)
     assert report["prompts"] == 12
     for name in names:
-        assert name in done.stdout
+        assert name in printed
         assert (run / "sheets" / f"{name}.png").is_file()
     assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -183,18 +196,41 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
         assert key in header
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
-    assert list(run.glob("wandb/offline-run-*"))
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
     # The checkpoint evaluates to what the end of training printed, and exports.
-    seeded = [*SMALL_PARM, "geneval.test_prompts.per_task=2", f"ckpt_path={run}/checkpoints/last.ckpt"]
-    command(tmp_path, *seeded, "task=evaluate", f"hydra.run.dir={tmp_path}/again")
-    again = json.loads((tmp_path / "again" / "geneval.json").read_text())
-    assert {k: v["overall"] for k, v in again["strategies"].items()} == {
-        k: v["overall"] for k, v in report["strategies"].items()
+    seeded = [*overrides, f"ckpt_path={run}/checkpoints/last.ckpt"]
+    command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again")
+    assert (folder / "again" / "results.jsonl").read_bytes() == (run / "results.jsonl").read_bytes()
+    again = json.loads((folder / "again" / "geneval.json").read_text())["strategies"]
+    assert {name: result["tasks"] for name, result in again.items()} == {
+        name: result["tasks"] for name, result in report["strategies"].items()
     }
-    command(tmp_path, *seeded, "task=export", f"export_dir={tmp_path}/export")
-    assert (tmp_path / "export" / "model.safetensors").is_file()
+    command(folder, *seeded, "task=export", f"export_dir={folder}/export", f"hydra.run.dir={folder}/exporting")
+    exported = PARM.from_pretrained(folder / "export").state_dict()
+    for key, value in exported.items():
+        torch.testing.assert_close(value, checkpoint["state_dict"][f"parm.{key}"], rtol=1e-3, atol=1e-6)
+
+
+def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_job: tuple[Path, list[str], str]) -> None:
+    run = main_job[0] / "run"
+    (path,) = run.glob("wandb/*run-*/run-*.wandb")
+    kinds = [record.WhichOneof("record_type") for record in records(path)]
+    assert kinds.count("run") == 1
+    assert settings_of(path) == OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    logged = history(path)
+    keys = ["val/geneval", "val/parm/auc", *(f"val/geneval/sample{task}" for task in ("", "/counting", "/color_attr"))]
+    steps = {key: [row["trainer/global_step"] for row in logged if key in row] for key in keys}
+    validated = steps["val/geneval"]
+    assert validated and set(map(tuple, steps.values())) == {tuple(validated)}
+    for stage, prompts, names in (("val", 6, ["sample", "best_of_8_parm"]), ("test", 12, ["sample", "parm_literal"])):
+        rows = table(path, f"{stage}/images")
+        assert len(rows) == prompts and all(row["prompt"].startswith("a photo of") for row in rows)
+        for row in rows:
+            for name in names:
+                assert Image.open(row[name]).size == (64, 64)
+                assert row[f"{name} correct"] == (not row[f"{name} reason"]) and 0 <= row[f"{name} PARM"] <= 1
+    assert sum(artifact.type == "model" for artifact in artifacts(path)) >= 2  # the last ones and the best
 
 
 def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
@@ -210,11 +246,13 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
-    common = [*SMALL_PARM, "task=evaluate", "geneval.test_prompts.per_task=3", "seed=5"]
-    command(tmp_path, *common)
+    # 17 prompts: one process has more batches than the other, so that they would wait for ever if they met in between.
+    tasks = "{single_object: 3, two_object: 2, counting: 3, colors: 3, position: 3, color_attr: 3}"
+    common = [*SMALL_PARM, "task=evaluate", f"geneval.test_prompts.per_task={tasks}", "seed=5"]
+    command(tmp_path, *common, "callbacks.geneval.batch_size=5")
     command(tmp_path, *common, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = ((tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("run", "two"))
-    assert len(one) == len(two) == 5 * 18
+    assert len(one) == len(two) == 5 * 17
     flipped = sum(a != b for a, b in zip(one, two, strict=True))
     assert flipped == 0, f"{flipped} of {len(one)} rows differ between one and two processes"
     first, second = (json.loads((tmp_path / name / "geneval.json").read_text()) for name in ("run", "two"))
@@ -289,19 +327,49 @@ SMALL_DPO = [
 ]
 
 
-def test_dpo_aligns_the_decoder_and_its_export_decodes(tmp_path: Path) -> None:
-    small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1"]
+def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:
+    small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1",
+             "module.optimizer.lr=2e-3", "module.warmup_steps=1", "module.max_fall=1e9",
+             "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
     done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
     for key in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/rewards/accuracies", "val/geneval"):
-        assert key in header
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        assert key in logged[0]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    last = checkpoints / "last.ckpt"
     assert not any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
+
+    # Two processes give every checkpoint the scores that it had in training; started again, nothing is evaluated anew.
+    curve = ["experiment=dpo", *small, "task=evaluate", f"ckpt_path={checkpoints}", f"scores_dir={tmp_path}/scores",
+             "callbacks.geneval.test_strategies=[sample]", "geneval.test_prompts.split=validation",
+             "geneval.test_prompts.per_task=1"]  # fmt: skip
+    printed = command(tmp_path, *curve, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/curve").stdout
+    with (tmp_path / "curve" / "checkpoints.csv").open() as file:
+        found = {row["checkpoint"]: row for row in csv.DictReader(file)}
+    assert found.keys() == {path.resolve().stem for path in checkpoints.glob("*.ckpt")}
+    assert all(name in printed for name in found) and (tmp_path / "curve" / "checkpoints.png").is_file()
+    validated = {int(row["step"]) + 1: row for row in logged if row["val/geneval"]}
+    assert len(validated) == 3
+    for step, row in validated.items():
+        evaluated = found[f"step={step}"]
+        assert float(evaluated["overall"]) == float(row["val/geneval/sample"]) > 0
+        for task in TASKS:
+            assert float(evaluated[task]) == float(row[f"val/geneval/sample/{task}"])
+        rows = (Path(evaluated["results"]) / "results.jsonl").read_text().splitlines()
+        objects = [sum(map(len, json.loads(json.loads(line)["details"]).values())) for line in rows]
+        assert np.mean(objects) == pytest.approx(float(row["val/objects/sample"]), abs=1e-6)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
+    run(compose_config(*curve, "callbacks.geneval.batch_size=3"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")} == times
+    assert (tmp_path / "checkpoints.csv").read_bytes() == (tmp_path / "curve" / "checkpoints.csv").read_bytes()
+
     exported = tmp_path / "aligned"
-    command(tmp_path, "experiment=dpo", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
-    again = ["task=evaluate", f"decoder.checkpoint={exported}", f"hydra.run.dir={tmp_path}/again"]
-    command(tmp_path, "experiment=dpo", *small, *again)
+    run(compose_config("experiment=dpo", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}"))
+    sample = ["callbacks.geneval.test_strategies=[sample]", f"rollouts_dir={tmp_path}/rollouts"]
+    run(compose_config("experiment=dpo", *small, "task=evaluate", f"decoder.checkpoint={exported}", *sample))
+    assert json.loads((tmp_path / "geneval.json").read_text())["strategies"].keys() == {"sample"}
 
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
@@ -413,7 +481,7 @@ def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> N
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
 
 
-def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config) -> None:
     overrides = [*SMALL_PARM, "task=rollout", "data.train.plain.samples=40", "data.collect_batch_size=10"]
 
     def parts() -> dict[Path, int]:
@@ -433,6 +501,13 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(after) == 48
     assert {path: after[path] for path in before} == before  # nothing is collected twice
     assert not list((tmp_path / "rollouts").glob("*/*.partial"))
+    run(compose_config(*overrides, f"rollouts_dir={tmp_path}/straight"))
+    for path in after:
+        rows, straight = (
+            datasets.load_from_disk(str(tmp_path / name / path.relative_to(tmp_path / "rollouts")))
+            for name in ("rollouts", "straight")
+        )
+        assert rows[:] == straight[:]
 
 
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
@@ -454,6 +529,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
+        (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),
         (["callbacks.geneval.holdout=[magic]"], "callbacks.geneval.holdout names the judge 'magic'; there are: parm,"),

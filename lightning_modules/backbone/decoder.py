@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.hub import Shared
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 
 
@@ -87,7 +88,7 @@ class Decoder(nn.Module, ABC):
         """Candidate `choice` [B] of each row becomes part of the state."""
 
 
-class TokenDecoder(Decoder):
+class TokenDecoder(Shared, Decoder):
     """A decoder of image tokens, which has a likelihood and can be trained.
 
     Attributes:

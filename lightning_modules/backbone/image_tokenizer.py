@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.backbone.hub import Shared
 
-class ImageTokenizer(nn.Module):
+
+class ImageTokenizer(Shared, nn.Module):
     """What every image tokenizer offers.
 
     Attributes:

@@ -37,14 +37,19 @@ def resolve(checkpoint: str) -> Path:
     return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"])
 
 
-def from_hub(name: str, patterns: Sequence[str]) -> Path:
+def from_hub(name: str, patterns: Sequence[str], **options: Any) -> Path:
     """The folder in which the hub's files of OWNER/NAME are kept on this machine; fetched if they are not there yet.
+
+    Args:
+        name: of the model.
+        patterns: of the files.
+        options: of `snapshot_download`, such as `revision`.
 
     Raises:
         FileNotFoundError: there is no such model, or no network.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.hub import Shared
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.rewards.geneval import CLAUSES
 from lightning_modules.rewards.verifier import Verifier
@@ -72,7 +73,7 @@ class Matching(nn.Module):
         return logits.sigmoid().to(x.dtype) @ self.value(prompt), logits
 
 
-class PARM(nn.Module, Verifier[PARMState]):
+class PARM(Shared, nn.Module, Verifier[PARMState]):
     """Log-probability that the finished image will fulfil the prompt, for every prefix of its tokens.
 
     Args:

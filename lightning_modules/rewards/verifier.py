@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.loading import fingerprint
 
 
 class VerifierState(Protocol):
@@ -57,6 +58,19 @@ class Verifier(ABC, Generic[S]):
 
 class Reward(ABC):
     """Judges finished images."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides its judgements: its name, its settings, and its networks' weights."""
+        about: dict[str, Any] = {"name": type(self).__name__}
+        for key, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                about[key] = fingerprint(value)
+            elif is_dataclass(value) and not isinstance(value, type):
+                about[key] = asdict(value)
+            elif isinstance(value, str | int | float) and key != "batch_size":
+                about[key] = value
+        return about
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from lightning import Callback, LightningModule, Trainer
 from torch.profiler import profile
 
 
@@ -31,3 +32,19 @@ def peak_mebibytes(function: Callable[[], object]) -> float:
         events = json.loads(trace.read_text())["traceEvents"]
     sizes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
     return float(np.cumsum(sizes).max()) / 2**20
+
+
+class Clock(Callback):
+    """Writes how long the Trainer was at work, from when all processes have met until all are done, seconds."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.barrier("clock starts")
+        self.start = time.perf_counter()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.barrier("clock stops")
+        if trainer.is_global_zero:
+            self.path.write_text(str(time.perf_counter() - self.start))

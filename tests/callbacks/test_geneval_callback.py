@@ -16,6 +16,7 @@ def make_callback(**settings: Any) -> GenEvalCallback:
     """A callback with as little as it can do with."""
     defaults: dict[str, Any] = {
         "reward": None, "strategies": {"sample": None}, "validation_strategies": ["sample"], "monitor": "sample",
+        "test_strategies": None,
         "validation_prompts": [], "test_prompts": [], "images_per_prompt": 1, "batch_size": 1, "every_n_epochs": 1,
         "seed": 0, "folder": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
     }  # fmt: skip
@@ -53,12 +54,12 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
     """The first validation always has a score; from then on it is the latest one's."""
     done: list[int] = []
     logged: list[dict[str, float]] = []
-    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0)
+    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0, loggers=[])
     callback = make_callback(every_n_epochs=every_n_epochs)
 
     def evaluate(*_: Any) -> dict[str, Any]:
         done.append(trainer.current_epoch)
-        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), objects=1.0, holdout={})}
+        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, holdout={})}
 
     monkeypatch.setattr(callback, "_evaluate", evaluate)
     module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.append(dict(values)))

@@ -1,8 +1,14 @@
 """Pairs from rollouts: who is chosen, who is dropped, and how tasks are balanced."""
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
 
-from datamodules.pairs import Pair, PairRule, balance, make_pairs
+import pytest
+from datasets import Dataset
+
+from datamodules.pairs import Pair, PairRule, PairsDataModule, balance, make_pairs
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
+from tests.conftest import make_masked
 
 IMAGES = [[i] for i in range(8)]
 
@@ -65,3 +71,14 @@ def test_margins_share_the_weight_of_their_task() -> None:
 def test_impossible_rules_are_refused(settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         PairRule(**settings)
+
+
+def test_log_probabilities_estimated_otherwise_are_stored_apart(tmp_path: Path) -> None:
+    def folder(estimate: MaskEstimate) -> Path:
+        data = PairsDataModule(str(tmp_path), 1, 1)
+        module = SimpleNamespace(decoder=make_masked(estimate))
+        strategy = SimpleNamespace(barrier=lambda: None)
+        data.trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, lightning_module=module)  # type: ignore[assignment]
+        return data._stored("pairs", {"the": "same"}, lambda: Dataset.from_dict({"x": [1]}))
+
+    assert folder(MaskEstimate()) == folder(MaskEstimate()) != folder(MaskEstimate(n_masks=8))

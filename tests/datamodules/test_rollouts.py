@@ -12,8 +12,10 @@ from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, pro
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
+from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
 from tests.conftest import EVIDENCE, make_decoder, make_parm
@@ -71,9 +73,25 @@ def test_verified_rollouts_are_keyed_by_their_verifier(decoder, parm: PARM, rows
     plain = RolloutSpec(rows, 1, Sample(Sampling()))
     verified = RolloutSpec(rows, 1, Verified(Sampling(), k=2))
     other = make_parm(decoder, "embeddings")
-    assert provenance(plain, decoder, {"parm": parm}, 0, False) == provenance(plain, decoder, {"parm": other}, 0, False)
-    mine, theirs = (provenance(verified, decoder, {"parm": p}, 0, False) for p in (parm, other))
-    assert mine["verifiers"] != theirs["verifiers"]
+    mine, theirs = (provenance(plain, decoder, {"parm": p}, None, 0) for p in (parm, other))
+    assert mine == theirs
+    mine, theirs = (provenance(verified, decoder, {"parm": p}, None, 0) for p in (parm, other))
+    assert mine["judges"] != theirs["judges"]
+
+
+def test_rollouts_are_keyed_by_the_reward_that_chose_and_by_the_one_that_labelled(decoder, rows) -> None:
+    chosen = RolloutSpec(rows, 1, BestOfN(Sample(Sampling()), 2, "clip"))
+
+    def score(seed: int, **settings: int) -> CLIPScore:
+        torch.manual_seed(seed)
+        return CLIPScore(torch.nn.Linear(2, 2), None, **settings)  # type: ignore[arg-type]
+
+    def made_with(clip: CLIPScore, labels: GenEvalReward | None = None) -> dict:
+        return provenance(chosen, decoder, {"clip": clip}, labels, 0)
+
+    assert made_with(score(0)) == made_with(score(0, batch_size=3)) != made_with(score(1))
+    loose = GenEvalReward(ShapesDetector(), options={"threshold": 0.1})
+    assert made_with(score(0), GenEvalReward(ShapesDetector())) != made_with(score(0), loose)
 
 
 def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> None:

@@ -1,0 +1,81 @@
+"""Networks that are shared as folders, on the Hugging Face hub or elsewhere."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import ModelHubMixin
+from hydra.utils import get_object, instantiate
+from torch import nn
+
+from lightning_modules.backbone.loading import export, from_hub, pretrained
+
+_OWN = ("lightning_modules.", "datamodules.")  # what a config of somebody else's may name
+
+
+class Shared(ModelHubMixin, library_name="image-cot"):
+    """A network with `from_pretrained`, `save_pretrained` and `push_to_hub`, on the folders that `export` writes.
+
+    `config.json` holds the config node of the network, which says how it is built, frozen parts included; those have
+    weights of their own elsewhere, which the node names.
+    """
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **_: Any,
+    ) -> Self:
+        """Build what the config says and load its weights, for evaluation.
+
+        Raises:
+            FileNotFoundError: there are no weights.
+            ValueError: the config is none of `task=export`, names anything but this package's own, or is another
+                network's; a tensor does not fit.
+        """
+        folder = Path(model_id)
+        if not folder.is_dir():
+            place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+            place |= {"force_download": force_download, "local_files_only": local_files_only}
+            folder = from_hub(model_id, ["*.safetensors", "*.json"], **place)
+        stored = folder / "config.json"
+        config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        if "module" not in config:
+            raise ValueError(f"{model_id} has no config.json as task=export writes it")
+        _refuse_foreign(config, model_id)
+        network = instantiate(config["module"], _convert_="all")
+        if not isinstance(network, cls):
+            raise ValueError(f"{model_id} is a {type(network).__name__}, not a {cls.__name__}")
+        network._hub_mixin_config = config
+        assert isinstance(network, nn.Module)
+        return pretrained(network, str(folder)).eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = self._hub_mixin_config
+        if not isinstance(config, dict) or "module" not in config:
+            raise ValueError(f"this {type(self).__name__} does not know its config: task=export writes it")
+        assert isinstance(self, nn.Module)
+        export(self, save_directory, config)
+
+
+def _refuse_foreign(node: Any, where: str) -> None:
+    """Raise ValueError if a config would call, or look up, anything that is not this package's own."""
+    if isinstance(node, Mapping):
+        if target := node.get("_target_"):
+            known = str(target).startswith(_OWN) and getattr(get_object(target), "__module__", "").startswith(_OWN)
+            if not known:
+                raise ValueError(f"{where}: config.json names {target}, which is no part of this package")
+        for value in node.values():
+            _refuse_foreign(value, where)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_foreign(value, where)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{where}: config.json holds {node!r}, which is not resolved")
