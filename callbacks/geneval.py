@@ -13,6 +13,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
+from callbacks.drawing import Story, stories
+from callbacks.page import write_page
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
 from datamodules.geneval import sample_path
 from lightning_modules.backbone.decoder import Cost
@@ -32,6 +34,7 @@ class _Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
+    stories: dict[int, Story] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
@@ -57,7 +60,7 @@ class GenEvalCallback(Callback):
         every_n_epochs: how often validation runs it.
         seed: of all images.
         folder: where results go.
-        sheet_prompts: prompts on the contact sheets.
+        sheet_prompts: prompts on the contact sheets and on the page.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat.
         rewards: further judges of finished images, by name, for strategies and `holdout`.
@@ -116,8 +119,7 @@ class GenEvalCallback(Callback):
         """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
         named = {"callbacks.geneval.holdout": self.holdout}
-        for key, strategy in self.strategies.items():
-            named[f"strategies.{key}"] = _judges_of(asdict(strategy))  # type: ignore[call-overload]
+        named |= {f"strategies.{key}": _judges_of(strategy) for key, strategy in self.strategies.items()}
         for key, names in named.items():
             for name in names:
                 if name not in judges:
@@ -158,10 +160,11 @@ class GenEvalCallback(Callback):
                 "images_per_prompt": self.images_per_prompt,
             }
             write_report(self.folder, about, results)
+            write_page(self.folder / "page.html", about, results)
             print_table(results)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    _log_wandb(logger, results)
+                    _log_wandb(logger, results, self.folder / "page.html")
 
     @torch.no_grad()
     def _evaluate(
@@ -185,7 +188,8 @@ class GenEvalCallback(Callback):
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     batch = jobs[start : start + self.batch_size]
-                    verdicts = self._decode(pl_module, judges, self.strategies[name], prompts, batch, share)
+                    strategy = self.strategies[name]
+                    verdicts = self._decode(pl_module, judges, strategy, prompts, batch, share, trainer.testing)
                     tags = [prompts[i]["tag"] for i, _ in batch]
                     metric.update(tags, torch.tensor([v.correct for v in verdicts], device=pl_module.device))
                     bar.update(len(batch))
@@ -203,8 +207,9 @@ class GenEvalCallback(Callback):
         prompts: Sequence[Mapping[str, Any]],
         jobs: Sequence[tuple[int, int]],
         share: _Share,
+        tell: bool,
     ) -> list[Verdict]:
-        """Decode and judge one batch, and add it to the share of this rank."""
+        """Decode and judge one batch, and add it to the share of this rank; `tell` how images were made as well."""
         decoder: Any = pl_module.decoder
         rows = [prompts[i] for i, _ in jobs]
         start = time.perf_counter()
@@ -222,17 +227,29 @@ class GenEvalCallback(Callback):
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
             share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
-        for (i, j), row, image, verdict in zip(jobs, rows, images, verdicts, strict=True):
+        for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
-            if j == 0 and i in spread(len(prompts), self.sheet_prompts):
-                share.thumbnails[i] = image
+        on_sheet = spread(len(prompts), self.sheet_prompts)
+        shown = [place for place, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet]
+        share.thumbnails |= {jobs[place][0]: images[place] for place in shown}
+        if tell and shown:
+            asked = list(
+                dict.fromkeys([*self.holdout, *(name for s in self.strategies.values() for name in _judges_of(s))])
+            )
+            chosen = decoded.select(torch.tensor(shown, device=decoded.tokens.device))
+            told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen)
+            share.stories |= {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}
         return verdicts
 
 
-def _judges_of(settings: Mapping[str, Any]) -> list[str]:
+def _judges_of(strategy: Strategy) -> list[str]:
     """Names of the judges in a strategy's settings, and in those of the strategies that it wraps."""
-    own = [value for name, value in settings.items() if name in ("judge", "verifier")]
-    return own + [name for value in settings.values() if isinstance(value, Mapping) for name in _judges_of(value)]
+
+    def names(settings: Mapping[str, Any]) -> list[str]:
+        own = [value for name, value in settings.items() if name in ("judge", "verifier")]
+        return own + [name for value in settings.values() if isinstance(value, Mapping) for name in names(value)]
+
+    return names(asdict(strategy))  # type: ignore[call-overload]
 
 
 def _gather(share: _Share) -> list[_Share]:
@@ -247,8 +264,10 @@ def _gather(share: _Share) -> list[_Share]:
 def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -> StrategyResult:
     rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
     thumbnails: dict[int, np.ndarray] = {}
+    told: dict[int, Story] = {}
     for share in shares:
         thumbnails |= share.thumbnails
+        told |= share.stories
     return StrategyResult(
         name=name,
         overall=scores["overall"],
@@ -262,24 +281,26 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
         objects=sum(share.objects for share in shares) / len(rows),
         holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
         notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
+        stories=told,
     )
 
 
-def _log_wandb(logger: WandbLogger, results: Mapping[str, StrategyResult]) -> None:
-    """A table with one row a prompt: the image and the verdict of every strategy."""
+def _log_wandb(logger: WandbLogger, results: Mapping[str, StrategyResult], page: Path) -> None:
+    """The page, and a table with one row a prompt: image, verdict and the judges' scores of every strategy."""
     import wandb
 
     first = next(iter(results.values()))
-    columns = ["prompt", *(f"{name}{suffix}" for name in results for suffix in ("", " verdict"))]
+    judges = {name: list(next(iter(result.stories.values())).scores) for name, result in results.items()}
+    columns = ["prompt"]
+    for name in results:
+        columns += [name, f"{name} verdict", *(f"{name} {judge}" for judge in judges[name])]
     data = []
     for index in first.thumbnails:
-        row: list[Any] = []
-        for result in results.values():
+        row: list[Any] = [first.row_of(index)["prompt"]]
+        for name, result in results.items():
             verdict = result.row_of(index)
-            row += [verdict["prompt"]] if not row else []
-            row += [
-                wandb.Image(result.thumbnails[index]),
-                "correct" if verdict["correct"] else verdict["reason"],
-            ]
+            row += [wandb.Image(result.thumbnails[index]), "correct" if verdict["correct"] else verdict["reason"]]
+            row += [result.stories[index].scores[judge] for judge in judges[name]]
         data.append(row)
     logger.log_table("geneval/images", columns=columns, data=data)
+    logger.experiment.log({"geneval/page": wandb.Html(str(page), inject=False)})

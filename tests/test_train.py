@@ -181,7 +181,8 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
         assert key in header
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
-    assert list(run.glob("wandb/offline-run-*"))
+    assert list(run.glob("wandb/offline-run-*/files/media/html/geneval/page_*.html"))
+    assert (run / "page.html").read_text().count("<section") == 12 * len(names)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
     # The checkpoint evaluates to what the end of training printed, and exports.
