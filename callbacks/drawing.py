@@ -103,7 +103,7 @@ def opinion(judge: Verifier[Any] | Reward, values: Tensor) -> Tensor:
 
 def written(score: float) -> str:
     """A score in few digits."""
-    return f"{score:.3f}" if abs(score) < 10 else f"{score:.1f}"
+    return f"{score:.3g}"
 
 
 def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
@@ -124,20 +124,27 @@ def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
     choices = [event for event in image.trace if isinstance(event, Choice)]
     for (name, k), group in groupby(choices, key=lambda choice: (choice.judge, choice.scores.shape[1])):
         scenes.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
-    for number, event in enumerate(rounds, 1):
-        scenes.append(_round(decoder, judges[event.judge], f"Reflection, round {number}", event))
+    for name, turns in groupby(rounds, key=lambda event: event.judge):
+        strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(turns, 1)]
+        scenes.append(Scene(f"Reflection, scored by {name}", strips))
     return scenes
 
 
 def _choices(
     decoder: Decoder, judge: Verifier[Any] | Reward, title: str, image: Tensor, group: Sequence[Choice]
 ) -> Scene:
-    """Choices among as many candidates: a curve of all, and pictures of those where scores differ most."""
+    """Choices among as many candidates: a curve of all, and pictures of those whose scores differ most.
+
+    Of many, those among equal candidates are not drawn at all.
+    """
     scores = opinion(judge, torch.cat([choice.scores for choice in group])).double().cpu().numpy()  # [steps, k]
     kept = torch.cat([choice.kept for choice in group]).cpu().numpy()
     known = ~np.isnan(scores)
     low, high = np.where(known, scores, np.inf).min(1), np.where(known, scores, -np.inf).max(1)
-    clearest = sorted(np.argsort(low - high, kind="stable")[:_MOMENTS].tolist())
+    clearest = np.argsort(low - high, kind="stable").tolist()
+    if len(group) > 1:
+        clearest = [i for i in clearest if (group[i].tokens != group[i].tokens[:, :1]).any()]
+    clearest = sorted(clearest[:_MOMENTS])
     strips = []
     for i in clearest:
         when = f"step {i + 1} of {len(group)}" if len(group) > 1 else "finished"
@@ -147,12 +154,15 @@ def _choices(
         if (decided := group[i].decided) is not None:
             when = f"{int(decided[0])} of {decoder.num_tokens} tokens"
         strips.append(_strip(when, _candidates(decoder, image, group[i]), frames))
-    if len(group) <= len(clearest):
-        return Scene(title, strips)
+    if len(group) > 1:
+        title += f", {len(group)} times"
+    if 0 < len(clearest) < len(group):
+        title += "; drawn where they differ most"
     went_on = np.where(known & (kept > 0), scores, -np.inf).max(1)
     scored = np.isfinite(went_on)
-    curve = Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist())
-    return Scene(f"{title}, {len(group)} times; drawn where they differ most", strips, curve)
+    if scored.sum() < 3:
+        return Scene(title, strips)
+    return Scene(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist()))
 
 
 def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
@@ -175,7 +185,7 @@ def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
     return pixels[:, top:bottom, left:right]
 
 
-def _round(decoder: Decoder, judge: Verifier[Any] | Reward, title: str, event: Round) -> Scene:
+def _round(decoder: Decoder, judge: Verifier[Any] | Reward, number: int, event: Round) -> Strip:
     """Before, Ω over it, and after."""
     before, after = opinion(judge, event.scores[0]).tolist()
     pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
@@ -183,13 +193,10 @@ def _round(decoder: Decoder, judge: Verifier[Any] | Reward, title: str, event: R
     omega = event.omega[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
     where = omega.repeat(side, 0).repeat(side, 1)
     pixels[1, where, :3] = pixels[1, where, :3] // 2 + np.array(_OMEGA, np.uint8) // 2
-    accepted = bool(event.accepted[0])
-    frames = [
-        Frame(f"before {written(before)}"),
-        Frame(f"Ω: {int(omega.sum())} tokens"),
-        Frame(f"after {written(after)}", int(accepted)),
-    ]
-    return Scene(f"{title}: {'kept' if accepted else 'not kept'}", [_strip(event.judge, pixels, frames)])
+    kept = int(event.accepted[0])
+    captions = f"before {written(before)}", f"Ω: {int(omega.sum())} tokens", f"after {written(after)}"
+    frames = [Frame(caption, kept * (i == 2)) for i, caption in enumerate(captions)]
+    return _strip(f"round {number}: {'kept' if kept else 'not kept'}", pixels, frames)
 
 
 def _pixels(decoder: Decoder, tokens: Tensor, shown: Tensor | None = None) -> np.ndarray:

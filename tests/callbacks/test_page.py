@@ -4,6 +4,7 @@ import io
 import json
 import re
 from base64 import b64decode
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from typing import Any
 
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from callbacks.drawing import stories
+from callbacks.drawing import stories, written
 from callbacks.page import write_page
 from callbacks.report import StrategyResult
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import Confidence, Region
 from lightning_modules.decoding.sample import Sample
@@ -26,7 +30,19 @@ from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.parm import PARM
-from lightning_modules.rewards.verifier import Likelihood
+from lightning_modules.rewards.verifier import Likelihood, StepJudge
+from tests.conftest import make_masked, make_parm
+
+
+class Unsure(StepJudge):
+    """Never sees enough, and finds no image good."""
+
+    def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(pixels)), torch.zeros(len(pixels))
+
+    def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
+        return torch.zeros(len(pixels))
+
 
 SAMPLING = Sampling(guidance=0.5)
 STRATEGIES: dict[str, Strategy] = {
@@ -134,8 +150,7 @@ def test_scores_and_verdicts_are_those_of_the_decode(page: Page, made: Any, parm
         scores = torch.tensor([json.loads(panel["data-scores"])["parm"] for panel in own])
         torch.testing.assert_close(scores, parm.values(decoded.evidence, [16])[:, 0].exp())
     choice = made[0]["verified"].trace[-1]
-    written = {f"{value:.3f}" for value in choice.scores.exp().flatten().tolist()}
-    assert written <= set(page.texts)
+    assert {written(value) for value in choice.scores.exp().flatten().tolist()} <= set(page.texts)
     assert page.texts.count("✗ expected star<1, found 2") == 18
     labels = [text for text in page.texts if re.fullmatch(r"star 0\.\d\d", text)]
     assert labels == ["star 0.91", "star 0.50"] * 3 and len(page.all("rect")) == 6
@@ -154,14 +169,13 @@ def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> 
             before = rounds[0].before if rounds else decoded.tokens[i : i + 1]
             first = to_uint8(decoder.image_tokenizer.decode(before))[0]
             assert np.array_equal(frames[:, -side:, :3], first)
-            told = [scene for scene in story.scenes if scene.title.startswith("Reflection")]
-            assert len(told) == len(rounds)
-            for scene, event in zip(told, rounds, strict=True):
-                before, omega, after = np.split(np.asarray(Image.open(io.BytesIO(scene.strips[0].picture))), 3, axis=1)
+            told = [strip for strip in story.scenes[-1].strips if strip.title.startswith("round")]
+            for strip, event in zip(told, rounds, strict=True):
+                before, omega, after = np.split(np.asarray(Image.open(io.BytesIO(strip.picture))), 3, axis=1)
                 cells = (omega != before).any(-1).reshape(4, 16, 4, 16).any((1, 3)).flatten()
                 assert np.array_equal(cells, event.omega[0].numpy())
                 assert np.array_equal(after, to_uint8(decoder.image_tokenizer.decode(event.after))[0])
-                assert bool(scene.strips[0].frames[2].kept) == bool(event.accepted[0])
+                assert bool(strip.frames[2].kept) == bool(event.accepted[0])
 
 
 def test_candidates_are_drawn_where_their_scores_differ_most(made: Any) -> None:
@@ -170,8 +184,26 @@ def test_candidates_are_drawn_where_their_scores_differ_most(made: Any) -> None:
     values = torch.stack([event.scores[0].exp() for event in steps])
     spread = values.amax(1) - values.amin(1)
     scene = result.stories[0].scenes[1]
-    wanted = sorted(spread.argsort(descending=True, stable=True)[:8].tolist())
+    chance = [bool((event.tokens[0] != event.tokens[0, :1]).any()) for event in steps]
+    wanted = sorted([i for i in spread.argsort(descending=True, stable=True).tolist() if chance[i]][:8])
     assert [strip.title for strip in scene.strips] == [f"{i + 1} of 16 tokens" for i in wanted]
     kept = [int(steps[i].kept[0].argmax()) for i in wanted]
     assert [[bool(frame.kept) for frame in strip.frames].index(True) for strip in scene.strips] == kept
     assert scene.curve is not None and scene.curve.high == pytest.approx(values.amax(1).tolist())
+
+
+def test_mask_token_decoders_show_previews(rows: list) -> None:
+    """Nothing is blank, every candidate is a whole image, and paths that nobody judges have no curve."""
+    masked, sampling = make_masked(), MaskSampling(steps=5, guidance=0.5)
+    judges = {"parm": make_parm(masked), "unsure": Unsure()}
+    for strategy in (Verified(sampling, k=3), Potential(sampling, 3, "unsure")):
+        decoded = strategy.decode(masked, judges, rows[:2], [0, 1])
+        for story in stories(masked, judges, list(judges), rows[:2], decoded):
+            scene = story.scenes[-1]
+            strip = scene.strips[-1]
+            assert (strip.width, strip.height) == (64, 64) and Image.open(io.BytesIO(strip.picture)).mode == "RGB"
+            if decoded.trajectory is None:
+                assert [frame.caption for frame in strip.frames] == ["not judged"] * 3 and scene.curve is None
+                assert list(story.scores) == ["unsure"]  # there is no evidence to read
+            else:
+                assert len(story.scenes[0].strips[0].frames) == 5 and scene.curve is not None
