@@ -13,6 +13,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
+from callbacks.drawing import Story, stories
+from callbacks.page import write_page
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
@@ -33,7 +35,7 @@ class _Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
-    values: dict[int, float] = field(default_factory=dict)
+    stories: dict[int, Story] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
@@ -60,7 +62,7 @@ class GenEvalCallback(Callback):
         every_n_epochs: how often validation runs it.
         seed: of all images.
         folder: where results go.
-        sheet_prompts: prompts on the contact sheets.
+        sheet_prompts: prompts on the contact sheets and on the page.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat. A strategy
             that chooses by one of them is not judged by it.
@@ -162,6 +164,7 @@ class GenEvalCallback(Callback):
             self.write(self.folder, pl_module, results)
             print_table(results)
             _log_images(trainer, "test", results)
+            _log_page(trainer, self.folder / "page.html")
 
     def test(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, StrategyResult]:
         """What every strategy makes of the evaluation prompts, the same on all ranks."""
@@ -179,6 +182,7 @@ class GenEvalCallback(Callback):
             "notes": notes,
         }
         write_report(folder, about, results)
+        write_page(folder / "page.html", about, results)
         for sentence in notes:
             print(sentence)
 
@@ -219,7 +223,8 @@ class GenEvalCallback(Callback):
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     batch = jobs[start : start + self.batch_size]
-                    verdicts = self._decode(pl_module, judges, self.strategies[name], prompts, batch, share)
+                    strategy = self.strategies[name]
+                    verdicts = self._decode(pl_module, judges, strategy, prompts, batch, share, trainer.testing)
                     tags = [prompts[i]["tag"] for i, _ in batch]
                     metric.update(tags, torch.tensor([v.correct for v in verdicts], device=pl_module.device))
                     bar.update(len(batch))
@@ -237,8 +242,9 @@ class GenEvalCallback(Callback):
         prompts: Sequence[Mapping[str, Any]],
         jobs: Sequence[tuple[int, int]],
         share: _Share,
+        tell: bool,
     ) -> list[Verdict]:
-        """Decode and judge one batch, and add it to the share of this rank."""
+        """Decode and judge one batch, and add it to the share of this rank; `tell` how images were made as well."""
         decoder: Any = pl_module.decoder
         rows = [prompts[i] for i, _ in jobs]
         start = time.perf_counter()
@@ -259,13 +265,15 @@ class GenEvalCallback(Callback):
         for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
         on_sheet = spread(len(prompts), self.sheet_prompts)
-        shown = [k for k, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet]
-        share.thumbnails |= {jobs[k][0]: images[k] for k in shown}
-        if shown and "parm" in judges and decoded.evidence is not None:
-            chosen = torch.tensor(shown, device=decoded.tokens.device)
-            evidence, tokens = decoded.evidence.select(chosen), decoded.tokens[chosen]
-            values = judged(judges["parm"], decoder, [rows[k] for k in shown], tokens, evidence).exp()
-            share.values |= {jobs[k][0]: value for k, value in zip(shown, values.tolist(), strict=True)}
+        shown = [place for place, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet]
+        share.thumbnails |= {jobs[place][0]: images[place] for place in shown}
+        if shown:
+            names = self.test_strategies if tell else self.validation_strategies
+            choosing = (judge for name in names for judge in judges_of(self.strategies[name]))
+            asked = list(dict.fromkeys([*self.holdout, *choosing]))
+            chosen = decoded.select(torch.tensor(shown, device=decoded.tokens.device))
+            told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen, tell)
+            share.stories |= {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}
         return verdicts
 
 
@@ -281,17 +289,16 @@ def _gather(share: _Share) -> list[_Share]:
 def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -> StrategyResult:
     rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
     thumbnails: dict[int, np.ndarray] = {}
-    values: dict[int, float] = {}
+    told: dict[int, Story] = {}
     for share in shares:
         thumbnails |= share.thumbnails
-        values |= share.values
+        told |= share.stories
     return StrategyResult(
         name=name,
         overall=scores["overall"],
         tasks={task: score for task, score in scores.items() if task != "overall"},
         rows=rows,
         thumbnails=dict(sorted(thumbnails.items())),
-        values=values,
         decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
         verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
         tokens=sum(share.cost.tokens for share in shares) / len(rows),
@@ -299,6 +306,7 @@ def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -
         objects=sum(share.objects for share in shares) / len(rows),
         holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
         notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
+        stories=told,
     )
 
 
@@ -311,21 +319,32 @@ def _scores(stage: str, results: Mapping[str, StrategyResult]) -> dict[str, floa
     return scores
 
 
+def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """Those of the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
+
+
 def _log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
-    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, PARM's value."""
+    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
     import wandb
 
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            rows = []
-            for index in next(iter(results.values())).thumbnails:
-                row: dict[str, Any] = {}
-                for name, result in results.items():
-                    verdict = result.row_of(index)
-                    row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
-                    row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
-                    if result.values:
-                        row[f"{name} PARM"] = result.values[index]
-                rows.append(row)
-            data = [list(row.values()) for row in rows]
-            logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
+    for logger in _wandb_loggers(trainer):
+        rows = []
+        for index in next(iter(results.values())).thumbnails:
+            row: dict[str, Any] = {}
+            for name, result in results.items():
+                verdict = result.row_of(index)
+                row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
+                row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
+                row |= {f"{name} {judge}": score for judge, score in result.stories[index].scores.items()}
+            rows.append(row)
+        data = [list(row.values()) for row in rows]
+        logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
+
+
+def _log_page(trainer: Trainer, page: Path) -> None:
+    """Log the page of a test to W&B."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        logger.log_metrics({"test/page": wandb.Html(str(page), inject=False)}, step=trainer.global_step)  # type: ignore[dict-item]

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.drawing import Story
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.geneval import TASKS, Verdict
 
@@ -54,7 +55,7 @@ class StrategyResult:
         holdout: mean opinion of judges, by name.
         tokens: image tokens that went through the decoder, an image.
         notes: means of what a strategy notes about its images, by name.
-        values: PARM's probability that the image of a thumbnail is right, where there is a PARM.
+        stories: how the images of `thumbnails` were made.
     """
 
     name: str
@@ -69,7 +70,7 @@ class StrategyResult:
     holdout: dict[str, float]
     tokens: float = 0.0
     notes: dict[str, float] = field(default_factory=dict)
-    values: dict[int, float] = field(default_factory=dict)
+    stories: dict[int, Story] = field(default_factory=dict)
 
     def row_of(self, index: int) -> dict[str, Any]:
         """The row of the first image of prompt `index`."""

@@ -196,6 +196,8 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
         assert key in header
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
+    assert list(run.glob("wandb/*run-*/files/media/html/test/page_*.html"))
+    assert (run / "page.html").read_text().count("<section") == 12 * len(names)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
     # The checkpoint evaluates to what the end of training printed, and exports.
@@ -229,7 +231,7 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
         for row in rows:
             for name in names:
                 assert Image.open(row[name]).size == (64, 64)
-                assert row[f"{name} correct"] == (not row[f"{name} reason"]) and 0 <= row[f"{name} PARM"] <= 1
+                assert row[f"{name} correct"] == (not row[f"{name} reason"]) and 0 <= row[f"{name} parm"] <= 1
     assert sum(artifact.type == "model" for artifact in artifacts(path)) >= 2  # the last ones and the best
 
 

@@ -89,11 +89,12 @@ class KVCache:
         self.lengths = self.lengths + 1
 
     def select(self, rows: Tensor) -> "KVCache":
-        """A cache of rows `rows` [B'], in that order and as often as they occur."""
+        """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
         chosen = KVCache()
         chosen.lengths = self.lengths[rows.cpu()]
         chosen.keys = [key[rows] for key in self.keys]
         chosen.values = [value[rows] for value in self.values]
+        chosen._candidates = [(key[rows], value[rows]) for key, value in self._candidates]
         return chosen
 
 

@@ -18,6 +18,7 @@ from lightning_modules.decoding.strategy import (
     next_token,
     verifier_named,
 )
+from lightning_modules.decoding.trace import Choice
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Beam(Strategy):
         image = torch.arange(len(prompts), device=noise.device)
         log_probs = noise.new_zeros(len(noise), 1)
         alive = (torch.arange(len(noise), device=noise.device) % self.n == 0)[:, None]  # at first all are the same
+        steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, self.k)
@@ -75,10 +77,29 @@ class Beam(Strategy):
             best, index = score.view(len(prompts), -1).topk(self.n, dim=1)
             parent = (image[:, None] * self.n + index // self.k).flatten()
             choice = (index % self.k).flatten()
+            went_on = index.new_zeros(len(prompts), self.n * self.k).scatter(1, index, (best > -torch.inf).long())
+            steps.append((proposal.tokens, values, went_on, state.position + 1, index))
             alive = best.view(-1, 1) > -torch.inf
             log_probs = log_probs[parent, choice, None]
             state, watch = replace(state.select(parent), noise=noise), watch.select(parent)
             verifier.commit(watch, choice)
             decoder.commit(state, proposal.select(parent), choice)
         finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(noise)))
-        return finished.select(image * self.n)
+        return replace(finished.select(image * self.n), trace=self._line(steps))
+
+    def _line(self, steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]) -> list[Choice]:
+        """The choices among the candidates of those prefixes that the images began with.
+
+        Args:
+            steps: of n prefixes and k candidates each: tokens and values [B * n, k], how often each went on [B, n * k],
+                tokens decided with them [B * n], and the candidates that went on, [B, n], of n * k.
+        """
+        trace: list[Choice] = []
+        prefix = torch.zeros_like(steps[-1][-1][:, 0])
+        rows = torch.arange(len(prefix), device=prefix.device)
+        for tokens, values, went_on, decided, index in reversed(steps):
+            prefix = index[rows, prefix] // self.k
+            own = rows * self.n + prefix
+            kept = went_on.view(-1, self.k)[own]
+            trace.append(Choice(self.verifier, tokens[own, :, None], decided[:: self.n], values[own], kept))
+        return trace[::-1]

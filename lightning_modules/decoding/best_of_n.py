@@ -1,14 +1,16 @@
 """Best-of-n: decode n images of each prompt and keep the one that a judge likes best (the paper's ORM baseline)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judge_named, judged
+from lightning_modules.decoding.trace import Choice
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class BestOfN(Strategy):
         all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n), *kept)
         scores = judged(judge, decoder, repeated, all_images.tokens, all_images.evidence)
         all_images.cost.verifier_calls += len(repeated)
-        first = torch.arange(0, len(repeated), self.n, device=scores.device)
-        winner = first + scores.view(-1, self.n).argmax(1)
-        return all_images.select(winner)
+        scores = scores.view(-1, self.n)
+        winner = scores.argmax(1)
+        tokens = all_images.tokens.unflatten(0, scores.shape)
+        choice = Choice(self.judge, tokens, None, scores, one_hot(winner, self.n))
+        image = all_images.select(torch.arange(0, len(repeated), self.n, device=winner.device) + winner)
+        return replace(image, trace=[*image.trace, choice])

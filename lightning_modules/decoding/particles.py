@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.sampling import Sampling
@@ -18,6 +19,7 @@ from lightning_modules.decoding.strategy import (
     next_token,
     verifier_named,
 )
+from lightning_modules.decoding.trace import Choice
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Particles(Strategy):
         paths = first.repeat_interleave(self.n)
         last = noise.new_zeros(len(prompts), self.n)
         sizes: list[Tensor] = []
+        trace: list[Choice] = []
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 1)
@@ -80,13 +83,19 @@ class Particles(Strategy):
                 gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise[:: self.n, 0, state.step - 1])
+                paths_of = state.tokens.unflatten(0, values.shape)
+                went_on = one_hot(kept, self.n).sum(1)
+                trace.append(Choice(self.verifier, paths_of, state.position[:: self.n], values, went_on))
                 rows = (first[:, None] * self.n + kept).flatten()
                 last = values.gather(1, kept)
                 state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
         state.cost.verifier_calls += values.numel()
+        winner = values.argmax(1)
+        images = state.tokens.unflatten(0, values.shape)
+        trace.append(Choice(self.verifier, images, None, values, one_hot(winner, self.n)))
         finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
         notes = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
-        return replace(finished.select(first * self.n + values.argmax(1)), notes=notes)
+        return replace(finished.select(first * self.n + winner), trace=trace, notes=notes)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
@@ -19,6 +20,7 @@ from lightning_modules.decoding.strategy import (
     previewing,
     step_judge_named,
 )
+from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import StepJudge
 
 _NEVER_CLEAR = 1.0  # the P(no) of paths that were never judged
@@ -74,6 +76,8 @@ class Potential(Strategy):
         clear = torch.zeros_like(paths, dtype=torch.bool)
         finished = state.tokens.clone()
         stopped: dict[int, MaskState] = {}
+        trace: list[Choice] = []
+        shape = len(prompts), self.n
         while len(paths) and not state.done:
             _step(decoder, state)
             unclear = (~clear[paths]).nonzero().squeeze(1)
@@ -91,13 +95,19 @@ class Potential(Strategy):
                 for i in hopeless.nonzero().squeeze(1).tolist():
                     stopped[int(paths[i])] = state.select(torch.tensor([i], device=paths.device))
                 paths, state = paths[~hopeless], state.select((~hopeless).nonzero().squeeze(1))
-        winners = self._winners(decoder, judge, rows, finished, clear & (doubt <= 0.5), doubt, state)
+            if len(unclear):
+                verdicts = (1 - doubt).masked_fill(~clear, torch.nan).view(shape)
+                going = torch.zeros_like(clear, dtype=torch.int64).index_fill(0, paths, 1).view(shape)
+                trace.append(Choice(self.judge, finished.view(*shape, -1).clone(), None, verdicts, going))
+        winners, opinions = self._winners(decoder, judge, rows, finished, clear & (doubt <= 0.5), doubt, state)
         for path in winners.tolist():
             if path in stopped:
                 while not stopped[path].done:
                     _step(decoder, stopped[path])
                 finished[path] = stopped[path].tokens[0]
-        return Decoded(finished[winners], None, state.cost, torch.zeros(len(prompts)))
+        won = one_hot(winners % self.n, self.n)
+        trace.append(Choice(self.judge, finished.view(*shape, -1), None, opinions.view(shape), won))
+        return Decoded(finished[winners], None, state.cost, torch.zeros(len(prompts)), trace=trace)
 
     def _winners(
         self,
@@ -108,18 +118,18 @@ class Potential(Strategy):
         hopeful: Tensor,
         doubt: Tensor,
         state: MaskState,
-    ) -> Tensor:
-        """The path [B] of each image that wins."""
-        final = torch.full_like(doubt, -torch.inf)
+    ) -> tuple[Tensor, Tensor]:
+        """The path [B] of each image that wins, and what the judge says of the finalists, [B * n], NaN of others."""
+        opinions = torch.full_like(doubt, torch.nan)
         finalists = hopeful.nonzero().squeeze(1)
         if len(finalists):
             pixels = decoder.image_tokenizer.decode(finished[finalists])
-            final[finalists] = judge([rows[i] for i in finalists.tolist()], pixels).to(final)
+            opinions[finalists] = judge([rows[i] for i in finalists.tolist()], pixels).to(opinions)
             state.cost.verifier_calls += len(finalists)
-        final, doubt = final.view(-1, self.n), doubt.view(-1, self.n)
+        final, doubt = opinions.nan_to_num(-torch.inf).view(-1, self.n), doubt.view(-1, self.n)
         any_hope = hopeful.view(-1, self.n).any(1, keepdim=True)
         first = torch.arange(0, len(rows), self.n, device=final.device)
-        return first + torch.where(any_hope, final, -doubt).argmax(1)
+        return first + torch.where(any_hope, final, -doubt).argmax(1), opinions
 
 
 def _step(decoder: MaskTokenDecoder, state: MaskState) -> None:

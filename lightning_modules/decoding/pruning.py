@@ -1,13 +1,14 @@
 """Best-of-n that stops paths which cannot win: the paper's potential assessment, by a verifier in token space."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.next_token import DecodingState
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import (
     Decoded,
@@ -18,6 +19,7 @@ from lightning_modules.decoding.strategy import (
     next_token,
     verifier_named,
 )
+from lightning_modules.decoding.trace import Choice
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Pruning(Strategy):
         decoder = next_token(decoder, "pruning")
         noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
         state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
-        image = torch.arange(len(prompts), device=state.tokens.device).repeat_interleave(self.n)  # of each path
+        path = torch.arange(len(noise), device=state.tokens.device)
+        image = path // self.n  # of each path
+        trace: list[Choice] = []
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 1)
@@ -73,9 +77,41 @@ class Pruning(Strategy):
                 state.cost.verifier_calls += len(values)
                 best = values.new_full((len(prompts),), -torch.inf).scatter_reduce(0, image, values, "amax")
                 going = (values.exp() >= self.share * best[image].exp()).nonzero().squeeze(1)
-                image, state, watch = image[going], state.select(going), watch.select(going)
+                trace.append(self._looked(len(prompts), path, state, values, going))
+                path, image, state, watch = path[going], image[going], state.select(going), watch.select(going)
         state.cost.verifier_calls += len(values)
         finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(image)))
         order = values.argsort(descending=True, stable=True)
         first = (image[order] == torch.arange(len(prompts), device=image.device)[:, None]).int().argmax(1)
-        return finished.select(order[first])
+        winner = order[first]
+        trace.append(self._looked(len(prompts), path, state, values, winner))
+        return replace(finished.select(winner), trace=trace)
+
+    def _looked(
+        self,
+        batch: int,
+        path: Tensor,
+        state: DecodingState,
+        values: Tensor,
+        going: Tensor,
+    ) -> Choice:
+        """What a look shows; paths that stopped before have no value.
+
+        Args:
+            batch: images.
+            path: the number of each that is left, of batch * n.
+            state, values: of these.
+            going: which of them go on.
+        """
+        tokens = state.tokens.new_zeros(batch * self.n, state.tokens.shape[1])
+        tokens[path] = state.tokens
+        scores = values.new_full((batch * self.n,), torch.nan)
+        scores[path] = values
+        kept = torch.zeros_like(tokens[:, 0])
+        kept[path[going]] = 1
+        shape = batch, self.n
+        decided = None
+        if not state.done:
+            decided = torch.zeros(batch, dtype=torch.int64)
+            decided[path.cpu() // self.n] = state.position
+        return Choice(self.verifier, tokens.unflatten(0, shape), decided, scores.view(shape), kept.view(shape))

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.regions import Region
-from lightning_modules.decoding.strategy import Decoded, Judges, Round, Strategy, judge_named, judged
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_named, judged
+from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.rewards.verifier import Critic
 
 T = TypeVar("T")
@@ -70,7 +71,9 @@ class Reflection(Strategy):
         scores = judged(judge, decoder, prompts, image.tokens, image.evidence)
         image.cost.verifier_calls += len(prompts)
         left = torch.arange(len(prompts), device=image.tokens.device)  # images that are not finished
-        trace: list[Round] = []
+        trace: list[Choice | Round] = list(image.trace)
+        image = replace(image, trace=())
+        rounds, accepted_rounds = (torch.zeros_like(scores) for _ in range(2))
         for number in range(self.rounds):
             left = left[scores[left] < self.satisfied]
             if not len(left):
@@ -88,17 +91,16 @@ class Reflection(Strategy):
             after = judged(judge, decoder, asked, new.tokens, new.evidence)
             image.cost.verifier_calls += len(left)
             accepted = (after >= scores[left]) | (self.accept == "always")
-            trace.append(Round(left, omega, old.tokens, new.tokens, torch.stack([scores[left], after], 1), accepted))
+            both = torch.stack([scores[left], after], 1)
+            trace.append(Round(self.judge, left, omega, old.tokens, new.tokens, both, accepted))
+            rounds[left] += 1
+            accepted_rounds[left] += accepted
             taken = accepted.nonzero().squeeze(1)
             image = image.put(left[taken], new.select(taken))
             scores[left[taken]] = after[taken]
             if self.epsilon:
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 left = left[(now - before).norm(dim=1) >= self.epsilon]
-        rounds, accepted_rounds = (torch.zeros_like(scores) for _ in range(2))
-        for step in trace:
-            rounds[step.rows] += 1
-            accepted_rounds[step.rows] += step.accepted
         notes = {**image.notes, "rounds": rounds, "accepted_rounds": accepted_rounds}
         return replace(image, trace=trace, notes=notes)
 

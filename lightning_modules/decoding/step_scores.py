@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, finished, previewing, step_judge_named
+from lightning_modules.decoding.trace import Choice
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,14 @@ class StepScores(Strategy):
         noise = decoder.noise(seeds, self.k, self.sampling)
         state = decoder.begin(texts, noise, self.sampling, tokens, keep)
         repeated = [text for text in texts for _ in range(self.k)]
+        trace: list[Choice] = []
         while not state.done:
             proposal = decoder.propose(state, self.k)
             pixels = decoder.image_tokenizer.decode(proposal.tokens.flatten(0, 1))
             _, potential = judge.clear_and_potential(repeated, pixels)
             state.cost.verifier_calls += len(repeated)
-            decoder.commit(state, proposal, potential.view(-1, self.k).argmax(1).to(state.tokens.device))
-        return finished(state, torch.zeros(len(prompts)))
+            potential = potential.view(-1, self.k).to(state.tokens.device)
+            choice = potential.argmax(1)
+            trace.append(Choice(self.judge, proposal.tokens, None, potential, one_hot(choice, self.k)))
+            decoder.commit(state, proposal, choice)
+        return finished(state, torch.zeros(len(prompts)), trace)

@@ -14,29 +14,10 @@ from lightning_modules.backbone.mask_state import MaskState, Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
-
-
-@dataclass(frozen=True)
-class Round:
-    """A round of reflection on b of the images.
-
-    Attributes:
-        rows: which ones, [b].
-        omega: what was decoded again, bool [b, T].
-        before, after: tokens [b, T].
-        scores: of the judge, before and after, [b, 2].
-        accepted: bool [b].
-    """
-
-    rows: Tensor
-    omega: Tensor
-    before: Tensor
-    after: Tensor
-    scores: Tensor
-    accepted: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,7 @@ class Decoded:
         free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
             plain sampling.
         trajectory: of mask-token decoders: how each grid was filled.
-        trace: what reflection did.
+        trace: what was chosen on the way, and what reflection did.
         notes: numbers about how each image was made, to be logged, [B] each.
     """
 
@@ -59,18 +40,19 @@ class Decoded:
     cost: Cost
     free_from: Tensor
     trajectory: Trajectory | None = None
-    trace: Sequence[Round] = ()
+    trace: Sequence[Choice | Round] = ()
     notes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def select(self, rows: Tensor) -> "Decoded":
-        """Some of the images, without the trace; the cost stays that of all."""
+        """Some of the images; the cost stays that of all."""
         return Decoded(
             self.tokens[rows],
             self.evidence and self.evidence.select(rows),
             self.cost,
             self.free_from[rows.cpu()],
             self.trajectory and self.trajectory.select(rows),
-            notes={name: note[rows] for name, note in self.notes.items()},
+            [event.select(rows) for event in self.trace],
+            {name: note[rows] for name, note in self.notes.items()},
         )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
@@ -81,10 +63,10 @@ class Decoded:
         return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=None)
 
 
-def finished(state: DecodingState | MaskState, free_from: Tensor) -> Decoded:
+def finished(state: DecodingState | MaskState, free_from: Tensor, trace: Sequence[Choice] = ()) -> Decoded:
     """What a state that is done has come to."""
     trajectory = state.trajectory if isinstance(state, MaskState) else None
-    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory)
+    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory, trace)
 
 
 class Strategy(ABC):

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.mask_state import MaskState
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, check_readable, finished, verifier_named
+from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import Verifier, VerifierState
 
 
@@ -72,12 +75,14 @@ class Verified(Strategy):
         stop = torch.full((len(prompts),), state.steps)
         if self.random_stop:
             stop = torch.tensor([image_seed(seed, 0) % state.steps for seed in seeds])
+        trace: list[Choice] = []
         while not state.done:
             if self.stride == 1:
-                self._step(decoder, verifier, state, watch, stop > state.step)
+                trace.append(self._step(decoder, verifier, state, watch, stop > state.step))
             else:
-                state, watch = self._block(decoder, verifier, state, watch)
-        return finished(state, stop)
+                state, watch, choice = self._block(decoder, verifier, state, watch)
+                trace.append(choice)
+        return finished(state, stop, trace)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
@@ -94,7 +99,7 @@ class Verified(Strategy):
         state: Any,
         watch: VerifierState,
         verify: Tensor,
-    ) -> None:
+    ) -> Choice:
         """One step: k candidates from the pass that was made anyway.
 
         Rows in which `verify` [B] is false take their first candidate.
@@ -104,13 +109,16 @@ class Verified(Strategy):
         values = verifier.score(watch, proposal.evidence)
         choice = self._choose(values, proposal.sampling_log_probs, state.choice_noise)
         choice = choice * verify.to(choice.device)
+        decided = _decided(state)
         verifier.commit(watch, choice)
         decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
+        candidates = proposal.tokens if decided is None else proposal.tokens[..., None]
+        return Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
 
     def _block(
         self, decoder: Decoder, verifier: Verifier[Any], state: Any, watch: VerifierState
-    ) -> tuple[Any, VerifierState]:
+    ) -> tuple[Any, VerifierState, Choice]:
         """`stride` steps: k paths run side by side, one of them goes on."""
         batch = len(state.tokens)
         proposal = decoder.propose(state, self.k, self.distinct).unfold()
@@ -128,9 +136,19 @@ class Verified(Strategy):
             log_probs = log_probs + proposal.sampling_log_probs[:, 0]
             values = verifier.score(path_watch, proposal.evidence)
             verifier.commit(path_watch, only)
+            decided = _decided(paths)
             decoder.commit(paths, proposal, only)
         state.cost.verifier_calls += values.numel()
-        choice = self._choose(values.view(batch, self.k), log_probs.view(batch, self.k), state.choice_noise)
+        values = values.view(batch, self.k)
+        choice = self._choose(values, log_probs.view(batch, self.k), state.choice_noise)
+        candidates = paths.tokens.unflatten(0, values.shape)
+        decided = None if decided is None else decided[:: self.k]
+        seen = Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
         kept = rows * self.k + choice
         state = replace(paths.select(kept), noise=state.noise)
-        return state, path_watch.select(kept)
+        return state, path_watch.select(kept), seen
+
+
+def _decided(state: Any) -> Tensor | None:
+    """The `decided` of a `Choice` whose candidates are those of a state's next step."""
+    return None if isinstance(state, MaskState) else state.position + 1

@@ -134,6 +134,8 @@ def test_one_beam_is_verified_decoding(decoder: NextTokenDecoder, rows: list, ju
     beam = Beam(SAMPLING, n=1, k=4).decode(decoder, judges, rows, SEEDS)
     verified = Verified(SAMPLING, k=4).decode(decoder, judges, rows, SEEDS)
     assert torch.equal(beam.tokens, verified.tokens)
+    for choice, other in zip(beam.trace, verified.trace, strict=True):
+        torch.testing.assert_close(choice.scores, other.scores)
 
 
 def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:

@@ -1,0 +1,238 @@
+"""How an image came about, in small pictures: the steps on the way, the candidates, what reflection changed."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.decoding.strategy import Decoded, Judges, judged
+from lightning_modules.decoding.trace import Choice, Round
+from lightning_modules.rewards.verifier import Likelihood, Reward, Verifier
+
+_MOMENTS = 8  # drawn of what may have hundreds of steps
+_LARGEST = 96  # pixels along the longer side of a frame
+_OMEGA = (255, 96, 0)  # the colour over what reflection marked
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A caption, and how often what is shown went on."""
+
+    caption: str
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Frames of one size side by side, as one PNG, transparent where nothing is decided yet."""
+
+    title: str
+    picture: bytes
+    width: int
+    height: int
+    frames: list[Frame]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores over all steps: the lowest and the highest candidate's and that of what went on."""
+
+    low: list[float]
+    high: list[float]
+    kept: list[float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A part of the story, with a title."""
+
+    title: str
+    strips: list[Strip]
+    curve: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Story:
+    """What judges say of a finished image, by name, and how it was made. Values of verifiers are probabilities."""
+
+    scores: dict[str, float]
+    scenes: list[Scene]
+
+
+def stories(
+    decoder: Decoder,
+    judges: Judges,
+    asked: Sequence[str],
+    prompts: Sequence[Mapping[str, Any]],
+    decoded: Decoded,
+    tell: bool,
+) -> list[Story]:
+    """A story for each of B images.
+
+    Args:
+        decoder: of the images.
+        judges: by name.
+        asked: names of those that score the finished images; verifiers only where there is evidence.
+        prompts: GenEval metadata.
+        decoded: the images, with their trace.
+        tell: how they were made; otherwise stories have scores alone.
+    """
+    scores = {}
+    for name in asked:
+        if isinstance(judges[name], Reward) or decoded.evidence is not None:
+            values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.evidence)
+            scores[name] = opinion(judges[name], values).tolist()
+    told = []
+    for i in range(len(prompts)):
+        image = decoded.select(torch.tensor([i], device=decoded.tokens.device))
+        own = {name: values[i] for name, values in scores.items()}
+        told.append(Story(own, _scenes(decoder, judges, image) if tell else []))
+    return told
+
+
+def opinion(judge: Verifier[Any] | Reward, values: Tensor) -> Tensor:
+    """A judge's values as people read them: log-values as probabilities, unless they are of whole images' tokens."""
+    return values.exp() if isinstance(judge, Verifier) and not isinstance(judge, Likelihood) else values
+
+
+def written(score: float) -> str:
+    """A score in few digits."""
+    return f"{score:.3g}"
+
+
+def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
+    """The scenes of one image (B = 1)."""
+    rounds = [event for event in image.trace if isinstance(event, Round) and len(event.rows)]
+    first = rounds[0].before[0] if rounds else image.tokens[0]
+    scenes = []
+    if isinstance(decoder, NextTokenDecoder):
+        counts = [decoder.num_tokens * (i + 1) // _MOMENTS for i in range(_MOMENTS)]
+        shown = torch.arange(decoder.num_tokens) < torch.tensor(counts)[:, None]
+        pixels = _pixels(decoder, first.expand(len(counts), -1), shown)
+        scenes.append(Scene("On the way", [_strip("tokens decided", pixels, [Frame(str(n)) for n in counts])]))
+    elif image.trajectory is not None:
+        previews = image.trajectory.previews[0]
+        steps = sorted({len(previews) * (i + 1) // _MOMENTS - 1 for i in range(_MOMENTS)} - {-1})
+        pixels = _pixels(decoder, previews[steps])
+        scenes.append(Scene("On the way", [_strip("previews", pixels, [Frame(f"step {i + 1}") for i in steps])]))
+    choices = [event for event in image.trace if isinstance(event, Choice)]
+    for (name, k), group in groupby(choices, key=lambda choice: (choice.judge, choice.scores.shape[1])):
+        scenes.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
+    for name, turns in groupby(rounds, key=lambda event: event.judge):
+        strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(turns, 1)]
+        scenes.append(Scene(f"Reflection, scored by {name}", strips))
+    return scenes
+
+
+def _choices(
+    decoder: Decoder, judge: Verifier[Any] | Reward, title: str, image: Tensor, group: Sequence[Choice]
+) -> Scene:
+    """Choices among as many candidates: a curve of all, and pictures of those whose scores differ most.
+
+    Of many, those among equal candidates are not drawn at all.
+    """
+    scores = opinion(judge, torch.cat([choice.scores for choice in group])).double().cpu().numpy()  # [steps, k]
+    kept = torch.cat([choice.kept for choice in group]).cpu().numpy()
+    known = ~np.isnan(scores)
+    low, high = np.where(known, scores, np.inf).min(1), np.where(known, scores, -np.inf).max(1)
+    clearest = np.argsort(low - high, kind="stable").tolist()
+    if len(group) > 1:
+        clearest = [i for i in clearest if (group[i].tokens != group[i].tokens[:, :1]).any()]
+    clearest = sorted(clearest[:_MOMENTS])
+    strips = []
+    for i in clearest:
+        when = f"step {i + 1} of {len(group)}" if len(group) > 1 else "finished"
+        frames = [
+            Frame(written(s) if s == s else "not judged", int(n)) for s, n in zip(scores[i], kept[i], strict=True)
+        ]
+        if (decided := group[i].decided) is not None:
+            when = f"{int(decided[0])} of {decoder.num_tokens} tokens"
+        strips.append(_strip(when, _candidates(decoder, image, group[i]), frames))
+    if len(group) > 1:
+        title += f", {len(group)} times"
+    if 0 < len(clearest) < len(group):
+        title += "; drawn where they differ most"
+    went_on = np.where(known & (kept > 0), scores, -np.inf).max(1)
+    scored = np.isfinite(went_on)
+    if scored.sum() < 3:
+        return Scene(title, strips)
+    return Scene(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist()))
+
+
+def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
+    """Pixels of the candidates; of tokens one after the other, only the part that differs, and a token around it."""
+    tokens = choice.tokens[0]
+    if choice.decided is None:
+        return _pixels(decoder, tokens)
+    count = int(choice.decided[0])
+    newest = torch.arange(decoder.num_tokens, device=tokens.device) == count - 1
+    if tokens.shape[1] == 1:
+        tokens = torch.where(newest, tokens, image)
+    shown = torch.arange(decoder.num_tokens) < count
+    grid = decoder.image_tokenizer.grid
+    differ = ((tokens != tokens[0]).any(0) | newest).cpu() & shown
+    rows, columns = differ.view(grid, grid).nonzero(as_tuple=True)
+    pixels = _pixels(decoder, tokens, shown.expand(len(tokens), -1))
+    side = pixels.shape[1] // grid
+    top, left = (max(int(places.min()) - 1, 0) * side for places in (rows, columns))
+    bottom, right = ((int(places.max()) + 2) * side for places in (rows, columns))
+    return pixels[:, top:bottom, left:right]
+
+
+def _round(decoder: Decoder, judge: Verifier[Any] | Reward, number: int, event: Round) -> Strip:
+    """Before, Ω over it, and after."""
+    before, after = opinion(judge, event.scores[0]).tolist()
+    pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
+    side = pixels.shape[1] // decoder.image_tokenizer.grid
+    omega = event.omega[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
+    where = omega.repeat(side, 0).repeat(side, 1)
+    pixels[1, where, :3] = pixels[1, where, :3] // 2 + np.array(_OMEGA, np.uint8) // 2
+    kept = int(event.accepted[0])
+    captions = f"before {written(before)}", f"Ω: {int(omega.sum())} tokens", f"after {written(after)}"
+    frames = [Frame(caption, kept * (i == 2)) for i, caption in enumerate(captions)]
+    return _strip(f"round {number}: {'kept' if kept else 'not kept'}", pixels, frames)
+
+
+def _pixels(decoder: Decoder, tokens: Tensor, shown: Tensor | None = None) -> np.ndarray:
+    """Images of grids [n, T] as uint8 [n, H, W, 4], transparent where tokens are not `shown`, bool [n, T]."""
+    colors = decoder.image_tokenizer.decode(tokens).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    opaque = np.full((*colors.shape[:3], 1), 255, np.uint8)
+    if shown is not None:
+        grid = decoder.image_tokenizer.grid
+        side = colors.shape[1] // grid
+        cells = shown.view(-1, grid, grid).cpu().numpy().repeat(side, 1).repeat(side, 2)
+        opaque *= cells[..., None]
+    return np.concatenate([colors, opaque], 3)
+
+
+def _strip(title: str, pixels: np.ndarray, frames: list[Frame]) -> Strip:
+    """Frames from images [n, H, W, 4], made smaller where they are large."""
+    pixels = np.stack([shrunk(image, _LARGEST) for image in pixels])
+    return Strip(title, png(np.concatenate(list(pixels), 1)), pixels.shape[2], pixels.shape[1], frames)
+
+
+def shrunk(pixels: np.ndarray, largest: int) -> np.ndarray:
+    """An image, uint8 [H, W, C], with at most so many pixels along its longer side."""
+    height, width = pixels.shape[:2]
+    if (longer := max(height, width)) <= largest:
+        return pixels
+    size = width * largest // longer, height * largest // longer
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image, uint8 [H, W, 3 or 4], as a PNG file."""
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
+        image = image.convert("RGB")
+    image.save(file, format="PNG", optimize=True)
+    return file.getvalue()
