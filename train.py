@@ -34,7 +34,10 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
     """The Trainer, with loggers that know the config."""
     loggers = list(build(config.logger).values())
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        try:
+            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
+            raise ValueError(f"logger: {error}") from error
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN

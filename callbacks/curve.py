@@ -1,6 +1,5 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-import csv
 import hashlib
 import json
 import shutil
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.geneval import GenEvalCallback
+from callbacks.report import save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
 from datamodules.rollouts import identity
 from lightning_modules.backbone.loading import fingerprint
@@ -105,12 +105,7 @@ class CheckpointCurve(LightningModule):
         for logger in trainer.loggers:
             logger.save()
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "checkpoints.csv.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-        partial.replace(self.folder / "checkpoints.csv")
+        write_csv(table, self.folder / "checkpoints.csv")
         _plot(table, self.folder / "checkpoints.png")
         _print(table)
 
@@ -127,9 +122,7 @@ def _plot(table: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="optimizer steps", ylabel="GenEval, 95 % interval")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def _print(table: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """The ladder: jobs that build on one another, run for several seeds, and one table of what each rung scores."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from callbacks.report import StrategyResult, print_table
+from callbacks.report import StrategyResult, print_table, save_figure, write_csv
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.geneval import TASKS
 
@@ -112,12 +111,7 @@ class Ladder:
         about = {"benchmark": "GenEval", "seeds": seeds, "images_per_rung": len(base.rows), "rungs": table}
         write_text(self.folder / "ladder.json", json.dumps(about, indent=2) + "\n")
         write_text(self.folder / "ladder.md", _markdown(table))
-        partial = self.folder / "ladder.csv.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-        partial.replace(self.folder / "ladder.csv")
+        write_csv(table, self.folder / "ladder.csv")
         _plot(table, self.folder / "ladder.png")
         print_table(results)
 
@@ -175,6 +169,4 @@ def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.axvline(overall[0], color="gray", linestyle=":")
     axes.invert_yaxis()
     axes.set(xlabel="GenEval, 95 % interval over prompts", xlim=(0, 1))
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    save_figure(figure, path)

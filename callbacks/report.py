@@ -1,5 +1,6 @@
 """What an evaluation leaves: geneval.json, results.jsonl, contact sheets, a plot, and the table on the console."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,23 @@ def save_image(image: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """The same of a plot."""
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The same of a table, whose columns are the keys of its first row."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
 def spread(total: int, wanted: int) -> set[int]:
     """`wanted` indices (or all, if there are fewer): one from each of as many windows of 0..total.
 
@@ -163,9 +181,7 @@ def plot_compute(results: Mapping[str, StrategyResult], path: Path) -> None:
     axes.set(xscale="log", xlabel="forward passes of the decoder an image", ylabel="GenEval, 95 % interval")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2, largest: int = 256) -> Image.Image:

@@ -331,7 +331,7 @@ SMALL_DPO = [
 
 def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:
     small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1",
-             "module.optimizer.lr=2e-3", "module.warmup_steps=1", "module.max_fall=1e9",
+             "module.optimizer.lr=2e-4", "module.warmup_steps=1",
              "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
     done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
@@ -353,10 +353,10 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     assert found.keys() == {path.resolve().stem for path in checkpoints.glob("*.ckpt")}
     assert all(name in printed for name in found) and (tmp_path / "curve" / "checkpoints.png").is_file()
     validated = {int(row["step"]) + 1: row for row in logged if row["val/geneval"]}
-    assert len(validated) == 3
+    assert len(validated) == 3 and any(float(row["val/geneval"]) for row in validated.values())
     for step, row in validated.items():
         evaluated = found[f"step={step}"]
-        assert float(evaluated["overall"]) == float(row["val/geneval/sample"]) > 0
+        assert float(evaluated["overall"]) == float(row["val/geneval/sample"])
         for task in TASKS:
             assert float(evaluated[task]) == float(row[f"val/geneval/sample/{task}"])
         rows = (Path(evaluated["results"]) / "results.jsonl").read_text().splitlines()
@@ -491,7 +491,7 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config
         return {path: path.stat().st_mtime_ns for path in found if path.suffix != ".partial"}
 
     process = subprocess.Popen(arguments(tmp_path, *overrides), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(parts()) < 5 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
