@@ -35,7 +35,7 @@ def started(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """train.py in a process of its own, in `folder`, which also chooses its run folder itself."""
     line = [item for item in arguments(folder.parent, *overrides) if not item.startswith("hydra.run.dir")]
     folder.mkdir(exist_ok=True)
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder, env=ENV)
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=folder, env=ENV)
 
 
 def only_run(folder: Path, name: str) -> Path:

@@ -509,7 +509,7 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config
             datasets.load_from_disk(str(tmp_path / name / path.relative_to(tmp_path / "rollouts")))
             for name in ("rollouts", "straight")
         )
-        assert rows[:] == straight[:]
+        assert repr(rows[:]) == repr(straight[:])  # what is not known of a row is NaN, which equals nothing
 
 
 def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
