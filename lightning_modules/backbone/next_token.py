@@ -317,7 +317,7 @@ class NextTokenDecoder(TokenDecoder):
             keep = torch.zeros_like(tokens, dtype=torch.bool)
         order = decision_order(keep.cpu())
         prompt = self.prompt_encoder(torch.cat([ids, torch.zeros_like(ids)]))
-        cache = KVCache()
+        cache = KVCache(prompt.shape[1] + self.num_tokens)
         codes = self._code_embeddings()
         tokens = tokens.to(ids.device, copy=True)
         first = order[:, 0]

@@ -1,9 +1,10 @@
 """The one Transformer of the project; how its positions attend to one another is handed to each pass."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +14,27 @@ from torch.utils.checkpoint import checkpoint
 _BLOCK = 4  # positions by which caches grow
 
 
-def _roomy(filled: Tensor, length: int) -> Tensor:
-    """[B, heads, S, head_dim] -> the same with room for `length` positions, in blocks, and one that nobody reads."""
-    room = filled.new_empty(*filled.shape[:2], -(-length // _BLOCK) * _BLOCK + 1, filled.shape[3])
-    room[:, :, : filled.shape[2]] = filled
-    room[:, :, filled.shape[2] :] = 0  # weights of what is not filled are 0, but 0 times what memory held may not be
-    return room
-
-
 class KVCache:
     """Keys and values of decoded prefixes, with those of the candidates for their next positions.
 
     A prefix is stored once; candidates attend to it without copying it. `commit` keeps one of them. Rows may have
     prefixes of different lengths.
 
+    Args:
+        capacity: positions that a prefix will have at most, so that memory is asked for once.
+
     Attributes:
         keys, values: per layer, [B, heads, room + 1, head_dim]; the last position is for what nobody reads.
         lengths: positions filled in each row, [B], on the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._candidates: list[tuple[Tensor, Tensor]] = []
+        self._spare: Tensor | None = None  # memory for the next layer that needs more room
 
     @property
     def length(self) -> int:
@@ -52,11 +50,31 @@ class KVCache:
         """Make room for prefixes of some length.
 
         There is never much more room than is filled: on CPUs, reading prefixes with gaps between them takes up to four
-        times as long, much more than to copy them now and then.
+        times as long, much more than to move them now and then. A layer moves to memory that another one has left, for
+        to touch new memory takes longer than to copy.
         """
-        if length > self.room:
-            self.keys = [_roomy(key, length) for key in self.keys]
-            self.values = [_roomy(value, length) for value in self.values]
+        if length <= self.room:
+            return
+        for layers in (self.keys, self.values):
+            for layer, filled in enumerate(layers):
+                layers[layer] = self._place(filled, length)
+                self._spare = filled.new_empty(0).set_(filled.untyped_storage())
+
+    def _place(self, filled: Tensor, length: int) -> Tensor:
+        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one that nobody reads."""
+
+        def shape(positions: int) -> tuple[int, ...]:
+            return *filled.shape[:2], -(-positions // _BLOCK) * _BLOCK + 1, filled.shape[3]
+
+        size = math.prod(shape(length))
+        if self._spare is None or len(self._spare) < size:
+            self._spare = filled.new_empty(math.prod(shape(max(length, self.capacity))))
+        room, self._spare = self._spare[:size].view(shape(length)), None
+        room[:, :, : filled.shape[2]] = filled
+        room[:, :, filled.shape[2] :] = (
+            0  # no weight is on what is not filled, but 0 times what memory held may not be 0
+        )
+        return room
 
     def unfilled(self) -> Tensor | None:
         """Which of the first `length` positions are not filled, bool [B, 1, 1, length]; None where all are."""
@@ -67,8 +85,8 @@ class KVCache:
     def prefill(self, key: Tensor, value: Tensor) -> None:
         """Add a layer whose first positions are these keys and values, [B, heads, S, head_dim]."""
         self.lengths = torch.full((len(key),), key.shape[2])
-        self.keys.append(_roomy(key, key.shape[2]))
-        self.values.append(_roomy(value, key.shape[2]))
+        self.keys.append(self._place(key, key.shape[2]))
+        self.values.append(self._place(value, key.shape[2]))
 
     def propose(self, key: Tensor, value: Tensor) -> None:
         """Add a layer's keys and values of the k candidates, [B, heads, k, head_dim]."""
@@ -81,16 +99,19 @@ class KVCache:
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
         self.reserve(self.length + 1)
-        rows, ends = torch.arange(len(choice), device=choice.device), self.lengths.to(choice.device)
+        rows, everything = torch.arange(len(choice), device=choice.device), slice(None)
+        end: tuple[Any, ...] = rows, everything, self.lengths.to(choice.device)
+        if (self.lengths == self.length).all():
+            end = everything, everything, self.length  # a slice is written in half the time
         for layer, (key, value) in enumerate(self._candidates):
-            self.keys[layer][rows, :, ends] = key[rows, :, choice]
-            self.values[layer][rows, :, ends] = value[rows, :, choice]
+            self.keys[layer][end] = key[rows, :, choice]
+            self.values[layer][end] = value[rows, :, choice]
         self.forget()
         self.lengths = self.lengths + 1
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
-        chosen = KVCache()
+        chosen = KVCache(self.capacity)
         chosen.lengths = self.lengths[rows.cpu()]
         chosen.keys = [key[rows] for key in self.keys]
         chosen.values = [value[rows] for value in self.values]

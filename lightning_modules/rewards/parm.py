@@ -223,7 +223,7 @@ class PARM(Shared, nn.Module, Verifier[PARMState]):
         projected = self.prompt_proj(prompt)
         cache = None
         if self.causal:
-            cache = KVCache()
+            cache = KVCache(prompt.shape[1] + capacity)
             self.transformer(projected, causal=True, cache=cache)
         sums = projected.new_zeros(len(prompt), 3)
         lengths = torch.zeros(len(prompt), dtype=torch.int64)

@@ -15,7 +15,7 @@ def model() -> Transformer:
 def test_steps_against_the_cache_equal_the_full_causal_pass(model: Transformer) -> None:
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     full = model(x, causal=True)
-    cache = KVCache()
+    cache = KVCache(capacity=8)
     prefix = model(x[:, :3], causal=True, cache=cache)
     torch.testing.assert_close(prefix[-1], full[-1][:, :3])
     for t in range(3, 7):
@@ -30,7 +30,7 @@ def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transf
     candidates = torch.randn(2, 5, 16, dtype=torch.float64)
     after = torch.randn(2, 1, 16, dtype=torch.float64)
     choice = torch.tensor([3, 1])
-    cache = KVCache()
+    cache = KVCache(capacity=8)
     model(x, causal=True, cache=cache)
     together = model.step(candidates, cache)[-1]
     cache.commit(choice)
@@ -45,7 +45,7 @@ def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transf
 
 def test_selected_rows_are_independent_of_the_original_cache(model: Transformer) -> None:
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    cache = KVCache()
+    cache = KVCache(capacity=8)
     model(x, causal=True, cache=cache)
     twin = cache.select(torch.tensor([1, 1, 0]))
     model.step(torch.randn(3, 1, 16, dtype=torch.float64), twin)
@@ -55,10 +55,22 @@ def test_selected_rows_are_independent_of_the_original_cache(model: Transformer)
     assert not cache.keys[0][:, :, 4].any()
 
 
+def test_layers_that_move_to_make_room_keep_what_they_hold(model: Transformer) -> None:
+    x = torch.randn(2, 23, 16, dtype=torch.float64)
+    full = model(x, causal=True)[-1]
+    cache = KVCache(capacity=12)  # more come than were announced
+    model(x[:, :2], causal=True, cache=cache)
+    for t in range(2, 23):
+        torch.testing.assert_close(model.step(x[:, t : t + 1], cache)[-1][:, 0], full[:, t])
+        cache.commit(torch.zeros(2, dtype=torch.int64))
+    memory = {layer.untyped_storage().data_ptr() for layer in cache.keys + cache.values}
+    assert len(memory) == 6, "layers share memory"
+
+
 def test_rows_extended_by_different_numbers_equal_the_full_causal_pass(model: Transformer) -> None:
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     full = model(x, causal=True)[-1]
-    cache = KVCache()
+    cache = KVCache(capacity=8)
     model(x[:, :2], causal=True, cache=cache)
     counts = torch.tensor([1, 4])
     extended = model.extend(x[:, 2:6], counts, cache)[-1]
