@@ -1,6 +1,7 @@
 """Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,11 @@ def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
     return _agreed(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
+def run_name(trained: str, task: str) -> str:
+    """What a run is called: after what it trains, or after its task where that is all it does."""
+    return task if task in ("generate", "score") else trained
+
+
 def _agreed(value: str) -> str:
     """What the first process of a torchrun said; elsewhere the other processes are told by the command line."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -59,7 +65,11 @@ def wandb_id(folder: str | None) -> str | None:
 
 
 def keep_metrics(folder: Path) -> None:
-    """Put aside, as metrics-1.csv and so on, the metrics.csv of a run that goes on: CSVLogger would begin it anew."""
+    """Put aside, as metrics-1.csv and so on, the metrics.csv of a run that goes on: CSVLogger would begin it anew.
+
+    It warns of that wherever the folder holds any files, as that of a new run does.
+    """
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
     metrics = folder / "metrics.csv"
     if metrics.is_file():
         metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
@@ -130,5 +140,6 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
     ]
 
 
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)

@@ -139,9 +139,12 @@ def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
 
 def test_every_job_of_the_ladder_composes(compose_config) -> None:
     ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
+    configs = {}
     for name, job in ladder.jobs.items():
         overrides = [re.sub("<(.*?)>", "outputs/seed=0/\\1", item) for item in job.overrides]
-        config = compose_config(*overrides)
+        config = configs[name] = compose_config(*overrides)
+        if config.task == "export":  # of the networks that the exported job trained
+            assert config.module == configs[Path(config.ckpt_path).parent.parent.name].module
         needed = {rung.strategy for rung in ladder.rungs.values() if rung.job == name}
         assert needed <= set(config.callbacks.geneval.test_strategies or config.strategies) <= set(config.strategies)
         assert not any("<" in str(value) for value in (config.parm.checkpoint, config.ckpt_path, config.export_dir))

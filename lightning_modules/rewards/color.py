@@ -56,6 +56,7 @@ class CLIPColors:
         batch_size: crops in a forward pass.
 
     Raises:
+        FileNotFoundError: there are no such weights on this machine, and none can be downloaded.
         ValueError: OpenAI's weights without QuickGELU, with which they were trained.
     """
 
@@ -69,7 +70,15 @@ class CLIPColors:
     ) -> None:
         if pretrained == "openai" and "quickgelu" not in model:
             raise ValueError(f"geneval.reward.colors: openai weights need {model}-quickgelu, not {model}")
-        self.clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained)
+        try:
+            self.clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained)
+        except (OSError, RuntimeError) as error:  # open_clip has the second of what it cannot download
+            raise FileNotFoundError(
+                f"geneval.reward.colors: open_clip cannot get the weights {pretrained!r} of {model} "
+                f"({type(error).__name__}); where there is network run `python -c \"import open_clip; "
+                f"open_clip.create_model('{model}', '{pretrained}')\"` once, or set geneval.reward.colors.pretrained to "
+                "a file with them"
+            ) from error
         self.clip.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.background, self.to_box = background, to_box

@@ -55,7 +55,10 @@ class Mask2FormerDetector:
             from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
         except ImportError as error:
             raise ImportError("Mask2FormerDetector needs transformers: pip install -e '.[geneval]'") from error
-        folder = resolve(checkpoint)
+        try:
+            folder = resolve(checkpoint)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"geneval.reward.detector.checkpoint: {error}") from error
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "mask2former":
             raise ValueError(f"detector {checkpoint!r} must be a mask2former model; it is a {config.model_type} model")
