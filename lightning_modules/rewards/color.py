@@ -76,8 +76,8 @@ class CLIPColors:
             raise FileNotFoundError(
                 f"geneval.reward.colors: open_clip cannot get the weights {pretrained!r} of {model} "
                 f"({type(error).__name__}); where there is network run `python -c \"import open_clip; "
-                f"open_clip.create_model('{model}', '{pretrained}')\"` once, or set geneval.reward.colors.pretrained to "
-                "a file with them"
+                f"open_clip.create_model('{model}', '{pretrained}')\"` once, or set geneval.reward.colors.pretrained "
+                "to a file with them"
             ) from error
         self.clip.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
