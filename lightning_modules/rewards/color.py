@@ -75,7 +75,7 @@ class CLIPColors:
         except (OSError, RuntimeError) as error:  # open_clip has the second of what it cannot download
             raise FileNotFoundError(
                 f"geneval.reward.colors: open_clip cannot get the weights {pretrained!r} of {model} "
-                f"({type(error).__name__}); where there is network run `python -c \"import open_clip; "
+                f'({type(error).__name__}); where there is network run `python -c "import open_clip; '
                 f"open_clip.create_model('{model}', '{pretrained}')\"` once, or set geneval.reward.colors.pretrained "
                 "to a file with them"
             ) from error
