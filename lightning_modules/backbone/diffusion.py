@@ -6,6 +6,7 @@ with it: plain sampling, best-of-n by any reward, GenEval.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.loading import from_hub
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ class DiffusionDecoder(Decoder):
         load: Any = AutoPipelineForText2Image.from_pretrained
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **dict.fromkeys(without)}
         try:
+            if not Path(checkpoint).exists():
+                from_hub(checkpoint, ["model_index.json"])  # which, unlike diffusers, says what is the matter
             self.pipeline: Any = load(checkpoint, **options)
         except OSError as error:
-            raise FileNotFoundError(f"decoder.checkpoint: there is no pipeline {checkpoint!r}: {error}") from error
+            raise FileNotFoundError(f"decoder.checkpoint: {error}") from error
         self.pipeline.set_progress_bar_config(disable=True)
         networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(networks)  # moved, and told apart, with this module

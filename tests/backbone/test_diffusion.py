@@ -89,10 +89,15 @@ def test_its_weights_tell_it_apart_and_move_with_it(decoder: DiffusionDecoder, c
     assert other.to(torch.float32).pipeline.transformer.dtype == torch.float32
 
 
-def test_what_a_pipeline_cannot_do_is_refused(decoder: DiffusionDecoder, tmp_path: Path) -> None:
+def test_what_a_pipeline_cannot_do_is_refused(
+    decoder: DiffusionDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"k must be 1, not 2"):
         decoder.noise([0], 2, None)
-    with pytest.raises(FileNotFoundError, match=r"there is no pipeline"):
+    with pytest.raises(FileNotFoundError, match=r"decoder.checkpoint: .*model_index.json"):
         DiffusionDecoder(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"decoder.checkpoint: 'no/where' is neither a folder nor to be had"):
+        DiffusionDecoder("no/where")
     with pytest.raises(ValueError, match=r"sampling.steps must be at least 1, not 0"):
         DiffusionSampling(steps=0, guidance=1.0, size=32)
