@@ -17,6 +17,11 @@ _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 _FREE = ("folder", "num_workers", "validation", "test")
 
 
+def run_name(task: str, otherwise: str) -> str:
+    """What a run is called that nobody named: by its task where that trains nothing and evaluates no checkpoint."""
+    return task if task in ("generate", "score") else otherwise
+
+
 def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
     """The folder of a run in `parent`, the same on all of its processes.
 
@@ -59,10 +64,10 @@ def wandb_id(folder: str | None) -> str | None:
 
 
 def keep_metrics(folder: Path) -> None:
-    """Put aside, as metrics-1.csv and so on, the metrics.csv of a run that goes on: CSVLogger would begin it anew."""
-    metrics = folder / "metrics.csv"
-    if metrics.is_file():
-        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
+    """Put aside, as metrics-1 and so on, the metrics of a run that goes on: CSVLogger would delete them."""
+    metrics = folder / "metrics"
+    if any(metrics.glob("*")):
+        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*')))}")
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -130,5 +135,6 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
     ]
 
 
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)

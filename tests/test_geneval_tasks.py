@@ -167,6 +167,20 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "parm"),
+        (["task=score"], "score"),
+        (["task=generate"], "generate"),
+        (["task=score", "name=mine"], "mine"),
+        (["task=evaluate"], "parm"),
+    ],
+)
+def test_runs_are_called_after_what_they_do(compose_config: Compose, overrides: list[str], name: str) -> None:
+    assert compose_config(*overrides).name == name
+
+
+@pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
         (["geneval=detections", "images=somewhere"], "geneval.reward.detector.path needs a value"),
