@@ -50,7 +50,11 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     lost = images / sample_path(4, 1)
     pixels = lost.read_bytes()
     lost.unlink()
+    about = lost.parents[1] / "metadata.jsonl"
+    prompt = about.read_text()
+    about.unlink()  # killed between the folder and what it is about
     generate("generating.batch_size=5")
+    assert about.read_text() == prompt
     assert lost.read_bytes() == pixels
     del made[lost]
     assert {path: path.stat().st_mtime_ns for path in made} == made
