@@ -89,8 +89,8 @@ class Generating(LightningModule):
         decoded = self.strategy.decode(decoder, self.judges, rows, seeds)
         for (i, j, row), image in zip(batch, to_uint8(decoder.image_tokenizer.decode(decoded.tokens)), strict=True):
             path = self.folder / sample_path(i, j)
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True)
-                write_text(path.parent.parent / "metadata.jsonl", json.dumps(row) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not (about := path.parent.parent / "metadata.jsonl").is_file():
+                write_text(about, json.dumps(row) + "\n")
             save_image(Image.fromarray(image), path)
         return len(batch)

@@ -1,7 +1,6 @@
 """Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
 
 import os
-import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +17,11 @@ _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 _FREE = ("folder", "num_workers", "validation", "test")
 
 
+def run_name(task: str, otherwise: str) -> str:
+    """What a run is called that nobody named: by its task where that trains nothing and evaluates no checkpoint."""
+    return task if task in ("generate", "score") else otherwise
+
+
 def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
     """The folder of a run in `parent`, the same on all of its processes.
 
@@ -31,11 +35,6 @@ def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         return f"{parent}/slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     return _agreed(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
-
-
-def run_name(trained: str, task: str) -> str:
-    """What a run is called: after what it trains, or after its task where that is all it does."""
-    return task if task in ("generate", "score") else trained
 
 
 def _agreed(value: str) -> str:
@@ -65,14 +64,10 @@ def wandb_id(folder: str | None) -> str | None:
 
 
 def keep_metrics(folder: Path) -> None:
-    """Put aside, as metrics-1.csv and so on, the metrics.csv of a run that goes on: CSVLogger would begin it anew.
-
-    It warns of that wherever the folder holds any files, as that of a new run does.
-    """
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-    metrics = folder / "metrics.csv"
-    if metrics.is_file():
-        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*.csv')))}.csv")
+    """Put aside, as metrics-1 and so on, the metrics of a run that goes on: CSVLogger would delete them."""
+    metrics = folder / "metrics"
+    if any(metrics.glob("*")):
+        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*')))}")
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

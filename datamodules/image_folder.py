@@ -21,6 +21,7 @@ from lightning_modules.rewards.geneval import validate_metadata
 
 _FORMAT = 1  # of stored results; another one when they change, so that older ones are not taken for new ones
 _NUMBER = "[0-9]+"  # what folders of prompts are called
+_NAMED = 5  # faulty folders that an error names
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
         except ValueError as error:
             complaints.append(str(error))
     if complaints:
-        more = f" (and {len(complaints) - 1} more folders have faults)" if len(complaints) > 1 else ""
-        raise ValueError(complaints[0] + more)
+        more = [f"{len(complaints) - _NAMED} more folders have faults"] if len(complaints) > _NAMED else []
+        raise ValueError("; ".join(complaints[:_NAMED] + more))
     return found
 
 

@@ -50,7 +50,11 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     lost = images / sample_path(4, 1)
     pixels = lost.read_bytes()
     lost.unlink()
+    about = lost.parents[1] / "metadata.jsonl"
+    prompt = about.read_text()
+    about.unlink()  # killed between the folder and what it is about
     generate("generating.batch_size=5")
+    assert about.read_text() == prompt
     assert lost.read_bytes() == pixels
     del made[lost]
     assert {path: path.stat().st_mtime_ns for path in made} == made
@@ -164,6 +168,20 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
     assert [row["correct"] for row in results(tmp_path / "run")] == [i == 2 for i in range(12)]
     notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["notes"]
     assert "not the official prompt set: 1 of 80 single_object prompts" in notes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "parm"),
+        (["task=score"], "score"),
+        (["task=generate"], "generate"),
+        (["task=score", "name=mine"], "mine"),
+        (["task=evaluate"], "parm"),
+    ],
+)
+def test_runs_are_called_after_what_they_do(compose_config: Compose, overrides: list[str], name: str) -> None:
+    assert compose_config(*overrides).name == name
 
 
 @pytest.mark.parametrize(

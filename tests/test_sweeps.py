@@ -53,7 +53,7 @@ def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path
     if "task=evaluate" not in fixed:
         tiny.append("callbacks.geneval.test_strategies=[sample]")
     run(compose_config(*(item for item in overrides if item != OFFLINE), *tiny))
-    with (tmp_path / "metrics.csv").open() as file:
+    with (tmp_path / "metrics" / "metrics.csv").open() as file:
         logged = [row[sweep["metric"]["name"]] for row in csv.DictReader(file) if row.get(sweep["metric"]["name"])]
     assert logged and sweep["metric"]["goal"] == "maximize"
     assert len(logged) >= sweep.get("early_terminate", {}).get("min_iter", 1)

@@ -193,7 +193,7 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
         assert name in printed
         assert (run / "sheets" / f"{name}.png").is_file()
     assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
-    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    header = (run / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_50", "val/likelihood/auc_50", "val/parm/ece", "val/geneval",
                 "test/geneval/parm", "test/parm/auc"):  # fmt: skip
         assert key in header
@@ -245,7 +245,7 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     overrides = ["trainer.max_steps=5", f"ckpt_path={last}", "callbacks.checkpoint_last.every_n_train_steps=1"]
     command(tmp_path, *SMALL_PARM, *overrides, f"hydra.run.dir={tmp_path}/more", "trainer.log_every_n_steps=1")
     assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
-    rows = (tmp_path / "more" / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "more" / "metrics" / "metrics.csv").read_text().splitlines()
     step = rows[0].split(",").index("step")
     assert min(int(row.split(",")[step]) for row in rows[1:]) >= 2  # trains on, not anew
 
@@ -303,7 +303,7 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     if "parm" in name:
         small = [*small, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
     command(tmp_path, f"experiment={name}", *small, *overrides)
-    assert "val/" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "val/" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
 
 
 def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
     assert "parm_literal" in done.stdout
     rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob("verified-*/part-*"))))
     assert np.shape(rows["previews"][0]) == (4, 64) and max(rows["free_from"]) <= 3
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
         assert key in header
     named = command(
@@ -338,7 +338,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
              "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
     done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
-    with (tmp_path / "run" / "metrics.csv").open() as file:
+    with (tmp_path / "run" / "metrics" / "metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
     for key in ("train/loss", "train/rewards/margins", "train/grad_norm", "val/rewards/accuracies", "val/geneval"):
         assert key in logged[0]
@@ -403,7 +403,7 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
             torch.testing.assert_close(pairs[f"ref_{side}"][:], anew, atol=1e-3, rtol=1e-5)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/parm_loss", "val/objects/sample", "val/holdout/clip/sample"):
         assert key in header
     exported = tmp_path / "aligned"
@@ -461,7 +461,7 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
     estimate = next(line for line in done.stdout.splitlines() if line.startswith("Memory of each GPU: about "))
     for part in ("parameters", "gradients", "optimizer", "training", "decoding"):
         assert part in estimate
-    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/rewards/margins", "val/rewards/accuracies", "test/geneval/sample"} <= set(header)
 
 

@@ -21,8 +21,12 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 M = TypeVar("M", bound=nn.Module)
 
 
-def resolve(checkpoint: str) -> Path:
+def resolve(checkpoint: str, advice: str | None = None) -> Path:
     """A folder with weights: a path, `bundled:NAME` for weights that come with the package, or OWNER/NAME on the hub.
+
+    Args:
+        checkpoint: which of these.
+        advice: see `from_hub`.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -34,15 +38,16 @@ def resolve(checkpoint: str) -> Path:
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
         known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
         raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
-    return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"])
+    return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"], advice)
 
 
-def from_hub(name: str, patterns: Sequence[str], **options: Any) -> Path:
+def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **options: Any) -> Path:
     """The folder in which the hub's files of OWNER/NAME are kept on this machine; fetched if they are not there yet.
 
     Args:
         name: of the model.
         patterns: of the files.
+        advice: what to do where the hub cannot be reached; null says how to set a checkpoint to a folder.
         options: of `snapshot_download`, such as `revision`.
 
     Raises:
@@ -51,9 +56,10 @@ def from_hub(name: str, patterns: Sequence[str], **options: Any) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, ValueError) as error:
+        advice = advice or f"run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where "
-            f"there is network run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
+            f"there is network {advice}"
         ) from error
 
 

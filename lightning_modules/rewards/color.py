@@ -16,6 +16,11 @@ from torch import Tensor
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.rewards.geneval import COLORS, Detections
 
+# What to do where OpenAI's weights cannot be had: the architecture stays the configured one, whatever else is there.
+CLIP_DOWNLOAD = (
+    "run `hf download timm/vit_large_patch14_clip_224.openai --include 'open_clip_*' --local-dir CLIP`, then set "
+    "geneval.reward.colors.pretrained to the file of weights in CLIP"
+)
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -56,7 +61,7 @@ class CLIPColors:
         batch_size: crops in a forward pass.
 
     Raises:
-        FileNotFoundError: there are no such weights on this machine, and none can be downloaded.
+        FileNotFoundError: the weights are not to be had.
         ValueError: OpenAI's weights without QuickGELU, with which they were trained.
     """
 
@@ -71,14 +76,12 @@ class CLIPColors:
         if pretrained == "openai" and "quickgelu" not in model:
             raise ValueError(f"geneval.reward.colors: openai weights need {model}-quickgelu, not {model}")
         try:
-            self.clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained)
-        except (OSError, RuntimeError) as error:  # open_clip has the second of what it cannot download
+            loaded: Any = open_clip.create_model_from_pretrained(model, pretrained)
+        except (RuntimeError, OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"geneval.reward.colors: open_clip cannot get the weights {pretrained!r} of {model} "
-                f'({type(error).__name__}); where there is network run `python -c "import open_clip; '
-                f"open_clip.create_model('{model}', '{pretrained}')\"` once, or set geneval.reward.colors.pretrained "
-                "to a file with them"
+                f"geneval.reward.colors: {str(error).strip().splitlines()[0]}; where there is network {CLIP_DOWNLOAD}"
             ) from error
+        self.clip, self.transform = loaded
         self.clip.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.background, self.to_box = background, to_box

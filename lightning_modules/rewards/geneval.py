@@ -302,7 +302,8 @@ def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names:
     if unknown := [key for key in clause if key not in keys]:
         return f"unknown key {unknown[0]!r}, known are {', '.join(keys)}"
     if clause.get("class") not in class_names:
-        return f"unknown class {clause.get('class')!r}"
+        known = ", ".join([*class_names[:8], *(["..."] if len(class_names) > 8 else [])])
+        return f"unknown class {clause.get('class')!r}, known are {known}"
     if type(clause.get("count")) is not int or clause["count"] < 1:
         return f"count must be a whole number of at least 1, found {clause.get('count')!r}"
     if "color" in clause and clause["color"] not in COLORS:

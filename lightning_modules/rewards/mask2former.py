@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint, resolve
+from lightning_modules.rewards.color import CLIP_DOWNLOAD
 from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, red, green, blue, pixels in 0..255
@@ -55,10 +56,11 @@ class Mask2FormerDetector:
             from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
         except ImportError as error:
             raise ImportError("Mask2FormerDetector needs transformers: pip install -e '.[geneval]'") from error
-        try:
-            folder = resolve(checkpoint)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"geneval.reward.detector.checkpoint: {error}") from error
+        folder = resolve(
+            checkpoint,
+            f"run `hf download {checkpoint} --local-dir FOLDER`, then set geneval.reward.detector.checkpoint=FOLDER, "
+            f"and for colors {CLIP_DOWNLOAD}",
+        )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "mask2former":
             raise ValueError(f"detector {checkpoint!r} must be a mask2former model; it is a {config.model_type} model")

@@ -223,7 +223,7 @@ def star(**changes: Any) -> str:
         (None, r"00005/metadata.jsonl: there is no such file"),
         (star() + "\n" + star() + "\n", r"00005/metadata.jsonl: must hold one prompt in one line, not 2"),
         ("{", r"00005/metadata.jsonl: not valid JSON"),
-        (star(**{"class": "dog"}), r"00005/metadata.jsonl: include\[0\]: unknown class 'dog'"),
+        (star(**{"class": "dog"}), r"00005/metadata.jsonl: include\[0\]: unknown class 'dog', known are circle, "),
     ],
 )
 def test_folders_of_unknown_prompts_are_refused(images: Path, score, metadata: str | None, complaint: str) -> None:
@@ -238,7 +238,11 @@ def test_folders_without_images_are_refused(images: Path, score) -> None:
     with pytest.raises(ValueError, match=r"00006/samples: 0000.jpg and 0000.png have one number, and only one of them"):
         score(images)
     shutil.rmtree(images / "00005" / "samples")
-    with pytest.raises(ValueError, match=r"00005/samples: there are no images .*\(and 1 more folders have faults\)"):
+    with pytest.raises(ValueError, match=r"00005/samples: there are no images .*; .*00006/samples: 0000.jpg and"):
+        score(images)
+    for i in range(10, 16):
+        (images / f"{i:05d}" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"00012/metadata.jsonl: there is no such file.*; 3 more folders have faults$"):
         score(images)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         score(images / "nowhere")

@@ -95,6 +95,17 @@ def test_weights_of_another_activation_are_refused() -> None:
         CLIPColors("ViT-L-14", "openai")
 
 
+def test_there_are_no_colors_without_weights(tmp_path: Path) -> None:
+    sentence = r"^geneval.reward.colors: .*; where there is network run `hf download timm/vit_large.*\.pretrained"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        CLIPColors(pretrained=str(tmp_path / "nowhere.safetensors"))
+    name = tiny_clip(tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=sentence):  # open_clip's own is a random network, and a warning
+        CLIPColors(name, pretrained=None)
+
+
 def test_the_crops_of_a_batch_are_named_in_one_pass(classifier: CLIPColors, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[list[str]] = []
     monkeypatch.setattr(CLIPColors, "__call__", lambda self, crops, names: passes.append(names) or ["red"] * len(names))

@@ -37,6 +37,8 @@ def test_kinds_share_their_detector() -> None:
     assert [float(reward([TWO_STARS], pixels)) for reward in kinds.values()] == [0, 0, 0.5]
     with pytest.raises(ValueError, match=r"is one of correct, strict, clauses, not 'dense'"):
         GenEvalReward(ShapesDetector(), kind="dense")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"geneval.reward.options: unknown option 'confidence', known are threshold, "):
+        GenEvalReward(ShapesDetector(), options={"confidence": 0.5})
 
 
 def test_images_of_any_sizes_keep_their_order() -> None:

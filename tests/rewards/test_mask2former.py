@@ -1,6 +1,7 @@
 """Mask2Former's objects on tiny random weights: every step against a slow, literal version."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
+from lightning_modules.backbone import loading
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.mask2former import Mask2FormerDetector, _measure
 
@@ -108,6 +110,22 @@ def test_bfloat16_finds_much_the_same(checkpoint: str, detector: Mask2FormerDete
     for one, other in zip(rough(images), detector(images), strict=True):
         assert one.scores.dtype == np.float32
         assert abs(one.scores[0] - other.scores[0]) < 0.1
+
+
+def test_weights_that_cannot_be_had_are_named_with_all_there_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(loading, "snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError) as error:
+        Mask2FormerDetector()
+    assert str(error.value) == (
+        "'facebook/mask2former-swin-small-coco-instance' is neither a folder nor to be had from the Hugging Face hub "
+        "(OSError); where there is network run `hf download facebook/mask2former-swin-small-coco-instance --local-dir "
+        "FOLDER`, then set geneval.reward.detector.checkpoint=FOLDER, and for colors run `hf download "
+        "timm/vit_large_patch14_clip_224.openai --include 'open_clip_*' --local-dir CLIP`, then set "
+        "geneval.reward.colors.pretrained to the file of weights in CLIP"
+    )
 
 
 def test_other_models_are_refused(tmp_path: Path, checkpoint: str) -> None:
