@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.checkpoint import StopBetweenBatches
 from callbacks.curve import CheckpointCurve
 from callbacks.runs import keep_metrics, load_checkpoint, named_checkpoints, newest_checkpoint, refuse_other_config
 from lightning_modules.backbone.loading import export, write_text
@@ -62,7 +63,7 @@ def run(config: DictConfig) -> None:
             f"task={config.task} needs data, and here is none to train on; this config is for task=evaluate"
         )
     if config.task in ("score", "generate") and config.images is None:
-        raise ValueError(f"task={config.task} needs images, the folder")
+        raise ValueError(f"task={config.task} needs images=DIR, the folder")
     used = ("scoring.", "geneval.reward.") if config.task == "score" else ("",)
     if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
         raise ValueError(f"{min(missing)} needs a value")
@@ -85,13 +86,13 @@ def run(config: DictConfig) -> None:
         keep_metrics(folder)
     if config.task == "score":
         rewards = json.dumps(plain["scoring"]["rewards"], sort_keys=True)
-        build(config.scoring, rewards_config=rewards).run(trainer_for(config))
+        build(config.scoring, rewards_config=rewards).run(trainer_for(config, [StopBetweenBatches()]))
         return
     if config.task == "generate":
         generating = build(config.generating)
         if config.ckpt_path is not None:
             load_checkpoint(generating.module, config.ckpt_path)
-        generating.run(trainer_for(config))
+        generating.run(trainer_for(config, [StopBetweenBatches()]))
         return
     module = build(config.module)
     module.save_hyperparameters(plain)

@@ -37,6 +37,14 @@ class PreemptionCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
 
+class StopBetweenBatches(Callback):
+    """Ends a run that makes or judges images on SIGTERM: Lightning heeds it in training alone."""
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+
 class StepSeed(Callback):
     """Makes what is drawn at random in a batch a function of its number, so that a resumed run draws the same.
 

@@ -78,7 +78,8 @@ class Generating(LightningModule):
         self.reward.prepare(self.trainer.strategy.root_device)
         if self.trainer.is_global_zero:
             spec = RolloutSpec(self.data.prompts, self.data.images_per_prompt, self.strategy)
-            open_folder(self.folder, provenance(spec, self.module.decoder, self.judges, None, self.seed))
+            made_with = provenance(spec, self.module.decoder, self.judges, None, self.seed)
+            open_folder(self.folder, made_with | {"prompt_count": len(self.data.prompts)})  # scoring looks for as many
         self.trainer.strategy.barrier("opened")
 
     @torch.no_grad()

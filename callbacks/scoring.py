@@ -65,6 +65,8 @@ class Scoring(LightningModule):
         if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
             raise ValueError("fid: a distance needs at least two images")
         self.store = ScoreStore(results, images, self.about)
+        made_with = Path(images) / "provenance.json"
+        self.made_with = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None
         self.folder = Path(folder)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.sheet_prompts = sheet_prompts
@@ -74,6 +76,8 @@ class Scoring(LightningModule):
         data = ImageFolderDataModule(
             self.folders, self.reward.detector.image_size, self.store, self.batch_size, self.num_workers
         )
+        if trainer.is_global_zero and (kept := sum(self.store.load(folder) is not None for folder in self.folders)):
+            print(f"{kept} of {len(self.folders)} prompts were judged before and have not changed: {self.store.folder}")
         trainer.predict(self, data, return_predictions=False)
         trainer.strategy.barrier("scored")
         distance = {"fid": self._distance(self.fid, trainer)} if self.fid is not None else {}
@@ -147,12 +151,11 @@ class Scoring(LightningModule):
             holdout={**{name: float(np.mean([row[name] for row in rows])) for name in self.rewards}, **distance},
         )
         low, high = result.interval()
-        made_with = Path(self.images) / "provenance.json"
         report = {
             "benchmark": "GenEval",
             "images": self.images,
             "judged_by": self.about,
-            "made_with": json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None,
+            "made_with": self.made_with,
             "overall": result.overall,
             "interval_95": [low, high],
             "tasks": {task: vars(score) | {"score": score.score} for task, score in summary.tasks.items()},
@@ -194,11 +197,14 @@ class Scoring(LightningModule):
             wanted = OFFICIAL_IMAGES
         else:
             wanted = Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
+        promised = (self.made_with or {}).get("prompt_count", 0)
+        if len(prompts) < promised:
+            found.append(f"{len(prompts)} of {promised} prompts have images: they were not made to the end")
         names = [folder.path.name for folder in self.folders]
         numbers = range(int(names[0]), int(names[-1]))
         if gaps := sorted(set(numbers) - set(map(int, names))):
             found.append(
-                f"{len(gaps)} numbers from {names[0]} to {names[-1]} have no folder; the first is {gaps[0]:05d}"
+                f"from {names[0]} to {names[-1]} the folders of {len(gaps)} numbers are missing, {gaps[0]:05d} first"
             )
         return found + [
             f"{folder.path.name} has {len(result['judged'])} images instead of {wanted}"

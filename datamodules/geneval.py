@@ -97,9 +97,11 @@ def _checked(rows: list[Metadata], where: str, official: bool) -> list[Metadata]
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A phrase for each prompt that occurs more than once."""
+    """A phrase that says how many prompts occur more than once, and which one most often; none if none does."""
     counts = Counter(row["prompt"] for row in rows)
-    return [f"{prompt!r} occurs {count} times" for prompt, count in counts.items() if count > 1]
+    several = sum(count > 1 for count in counts.values())
+    prompt, most = next(iter(counts.most_common(1)), ("", 0))
+    return [f"prompts that occur more than once: {several}, such as {prompt!r} {most} times"] if several else []
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,6 +1,8 @@
 """task=generate, task=score and generators of others, from the command line."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from PIL import Image
 
+from callbacks.checkpoint import StopBetweenBatches
 from datamodules.geneval import sample_path
 from datamodules.shapes.prompts import shapes_prompts
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
@@ -74,6 +78,41 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     assert [row | {"filename": row["filename"].removeprefix(f"{images}/")} for row in scored] == [
         row | {"filename": row["filename"].removeprefix("sample/")} for row in results(tmp_path)
     ]
+
+
+class Terminate(Callback):
+    """Sends SIGTERM to this process in its first batch."""
+
+    def on_predict_batch_start(self, *batch: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
+    compose_config: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    few = [*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
+    config = compose_config(*few, "generating.batch_size=4", "scoring.batch_size=1")
+
+    def run(part: str, *callbacks: Callback) -> list[str]:
+        more = {"rewards_config": ""} if part == "scoring" else {}
+        instantiate(config[part], _convert_="all", **more).run(trainer(callbacks=list(callbacks)))
+        return json.loads((tmp_path / "geneval.json").read_text())["notes"] if part == "scoring" else []
+
+    def files() -> int:
+        return len(list(images.rglob("*.png")))
+
+    with pytest.raises(SIGTERMException):
+        run("generating", StopBetweenBatches(), Terminate())
+    assert files() == 4
+    with pytest.raises(SIGTERMException):
+        run("scoring", StopBetweenBatches(), Terminate())
+    notes = run("scoring")
+    assert "2 of 6 prompts have images: they were not made to the end" in notes
+    assert "\n1 of 2 prompts were judged before and have not changed: " in "\n" + capsys.readouterr().out
+    run("generating", StopBetweenBatches())
+    assert files() == 12
+    assert not any("not made to the end" in note for note in run("scoring"))
 
 
 def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp_path: Path) -> None:
@@ -188,7 +227,7 @@ def test_runs_are_called_after_what_they_do(compose_config: Compose, overrides: 
     ("overrides", "sentence"),
     [
         (["geneval=detections", "images=somewhere"], "geneval.reward.detector.path needs a value"),
-        ([], "task=score needs images, the folder"),
+        ([], "task=score needs images=DIR, the folder"),
         (["images=nowhere"], "images: there is no folder nowhere"),
     ],
 )

@@ -198,8 +198,8 @@ def test_missing_and_repeated_prompts_are_said(images: Path, score) -> None:
     report, _ = score(images)
     prompt = json.loads((images / "00003" / "metadata.jsonl").read_text())["prompt"]
     assert report["notes"] == [
-        f"{prompt!r} occurs 2 times",
-        "71 numbers from 00000 to 00100 have no folder; the first is 00004",
+        f"prompts that occur more than once: 1, such as {prompt!r} 2 times",
+        "from 00000 to 00100 the folders of 71 numbers are missing, 00004 first",
         "00007 has 1 images instead of 2",
     ]
 
