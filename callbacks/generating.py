@@ -28,7 +28,7 @@ class Generating(LightningModule):
         module: has the `decoder` and its `judges`.
         strategies: by name.
         strategy: the name of the one that decodes.
-        reward: GenEval's, for strategies that choose by it.
+        reward: GenEval's, for strategies that choose by it; None needs no detector.
         rewards: further judges of finished images, by name.
         prompts: GenEval metadata.
         images_per_prompt: samples of each.
@@ -42,7 +42,7 @@ class Generating(LightningModule):
         module: Any,
         strategies: Mapping[str, Strategy],
         strategy: str,
-        reward: GenEvalReward,
+        reward: GenEvalReward | None,
         rewards: Mapping[str, Reward],
         prompts: Sequence[dict[str, Any]],
         images_per_prompt: int,
@@ -64,7 +64,8 @@ class Generating(LightningModule):
     @property
     def judges(self) -> Judges:
         """What strategies can name."""
-        return {**self.module.judges, **self.reward.kinds(), **self.rewards}
+        truth = self.reward.kinds() if self.reward else {}
+        return {**self.module.judges, **truth, **self.rewards}
 
     def run(self, trainer: Trainer) -> None:
         """Make what is missing."""
@@ -75,7 +76,8 @@ class Generating(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Write what makes the images, or make sure that it has made those that are there."""
-        self.reward.prepare(self.trainer.strategy.root_device)
+        if self.reward:
+            self.reward.prepare(self.trainer.strategy.root_device)
         if self.trainer.is_global_zero:
             spec = RolloutSpec(self.data.prompts, self.data.images_per_prompt, self.strategy)
             made_with = provenance(spec, self.module.decoder, self.judges, None, self.seed)

@@ -116,9 +116,8 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
         return
     stored = json.loads(about.read_text(encoding="utf-8"))
     if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
-        raise ValueError(
-            f"what is in {folder} was made with another {' and another '.join(different)}; name a new folder"
-        )
+        others = " and another ".join(different)
+        raise ValueError(f"what is in {folder} was made with another {others}: name another folder")
 
 
 def _parts(spec: RolloutSpec, folder: Path, batch_size: int) -> dict[Path, list[tuple[int, int]]]:

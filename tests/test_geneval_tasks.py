@@ -92,7 +92,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 ) -> None:
     images = tmp_path / "images"
     few = [*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
-    config = compose_config(*few, "generating.batch_size=4", "scoring.batch_size=1")
+    config = compose_config(*few, "generating.batch_size=4", "generating.reward=null", "scoring.batch_size=1")
 
     def run(part: str, *callbacks: Callback) -> list[str]:
         more = {"rewards_config": ""} if part == "scoring" else {}
