@@ -1,5 +1,6 @@
 """Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
 
+import atexit
 import json
 import os
 import signal
@@ -14,15 +15,26 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches
 from callbacks.curve import CheckpointCurve
-from callbacks.runs import keep_metrics, load_checkpoint, named_checkpoints, newest_checkpoint, refuse_other_config
+from callbacks.runs import (
+    end_launched,
+    keep_metrics,
+    load_checkpoint,
+    named_checkpoints,
+    newest_checkpoint,
+    refuse_other_config,
+)
 from lightning_modules.backbone.loading import export, write_text
+from lightning_modules.dpo import DPOModule
+from lightning_modules.parm import PARMModule
 
+NEED_WHOLE = (PARMModule, DPOModule)  # the decoder, outside of training steps
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 
 
@@ -40,6 +52,7 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
         except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
             raise ValueError(f"logger: {error}") from error
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
+    atexit.register(end_launched, trainer.strategy.launcher)
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN
         and trainer.world_size > 1
@@ -113,8 +126,16 @@ def run(config: DictConfig) -> None:
         return
     data = build(config.get("data"))
     trainer = trainer_for(config, list(callbacks.values()))
+    sharded = isinstance(trainer.strategy, FSDPStrategy)
+    if sharded and ("geneval" in callbacks or isinstance(module, NEED_WHOLE)):
+        raise ValueError(
+            "trainer=fsdp is for training on images, with ~callbacks.geneval and ~callbacks.checkpoint_best: decoding "
+            "and judging need the decoder's weights in one piece, as trainer=ddp has them"
+        )
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
+        if sharded:  # for good: another loop would shard what training has sharded
+            return
         trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
     elif config.task == "rollout":
         trainer.predict(module, data, ckpt_path=config.ckpt_path)
@@ -131,8 +152,12 @@ def main(config: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(f"Error: {error.__cause__ or error}")
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)
+    except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
+        sys.exit(128 + signal.SIGTERM if rank_zero_only.rank == 0 else 0)
+    if config.logger.get("wandb"):
+        import wandb
+
+        wandb.finish()  # or the next job of a --multirun would log into this run
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints of runs that may be stopped at any time."""
 
+import signal
 from typing import Any
 
 import torch
@@ -13,18 +14,29 @@ from lightning_modules.backbone.sampling import image_seed
 class PreemptionCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, such that a run goes on exactly from wherever it was stopped.
 
-    It saves on SIGTERM and when training ends, but not after an error, which may have left a step half done, and not
-    between the last batch of an epoch and the first of the next, from where Lightning would go on in the wrong epoch
-    when their lengths differ; validation there saves as part of its epoch. Files are overwritten by name: a resumed run
-    has one last.ckpt.
+    It saves when training ends, and on SIGTERM to any process of the run, after the step that all are at; but not after
+    an error, which may have left a step half done, and not between the last batch of an epoch and the first of the
+    next, from where Lightning would go on in the wrong epoch when their lengths differ; validation there saves as part
+    of its epoch. Files are overwritten by name: a resumed run has one last.ckpt.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(save_on_exception=True, save_on_train_epoch_end=False, enable_version_counter=False, **kwargs)
+        self._asked_to_stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Lightning's own handler has processes meet wherever the signal finds each, where others meet for other things.
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, *batch)
+            if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
+                raise SIGTERMException
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

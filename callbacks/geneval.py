@@ -1,46 +1,28 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from callbacks.drawing import Story, stories
+from callbacks.drawing import stories
 from callbacks.page import write_page
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
+from callbacks.shares import Share, combine
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
-from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
-from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES, Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.verifier import Reward, Verifier
-
-
-@dataclass
-class _Share:
-    """What one rank found for one strategy."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
-    stories: dict[int, Story] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Cost)
-    seconds: float = 0.0
-    objects: int = 0
-    holdout: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    notes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class GenEvalCallback(Callback):
@@ -216,7 +198,7 @@ class GenEvalCallback(Callback):
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}
         for name in names:
-            share = _Share()
+            share = Share()
             metric = GenEvalMetric().to(pl_module.device)
             if self.fid is not None:
                 self.fid.start(pl_module.device, rank, world_size)
@@ -229,7 +211,7 @@ class GenEvalCallback(Callback):
                     metric.update(tags, torch.tensor([v.correct for v in verdicts], device=pl_module.device))
                     bar.update(len(batch))
             scores = {task: float(score) for task, score in metric.compute().items()}
-            results[name] = _combine(name, _gather(share), scores)
+            results[name] = combine(name, share, scores)
             if self.fid is not None:
                 results[name].holdout["fid"] = self.fid.compute()
         return results
@@ -241,7 +223,7 @@ class GenEvalCallback(Callback):
         strategy: Strategy,
         prompts: Sequence[Mapping[str, Any]],
         jobs: Sequence[tuple[int, int]],
-        share: _Share,
+        share: Share,
         tell: bool,
     ) -> list[Verdict]:
         """Decode and judge one batch, and add it to the share of this rank; `tell` how images were made as well."""
@@ -275,39 +257,6 @@ class GenEvalCallback(Callback):
             told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen, tell)
             share.stories |= {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}
         return verdicts
-
-
-def _gather(share: _Share) -> list[_Share]:
-    """The shares of all ranks, on every rank."""
-    if not is_distributed():
-        return [share]
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, share)
-    return shares
-
-
-def _combine(name: str, shares: Sequence[_Share], scores: Mapping[str, float]) -> StrategyResult:
-    rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
-    thumbnails: dict[int, np.ndarray] = {}
-    told: dict[int, Story] = {}
-    for share in shares:
-        thumbnails |= share.thumbnails
-        told |= share.stories
-    return StrategyResult(
-        name=name,
-        overall=scores["overall"],
-        tasks={task: score for task, score in scores.items() if task != "overall"},
-        rows=rows,
-        thumbnails=dict(sorted(thumbnails.items())),
-        decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
-        verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
-        tokens=sum(share.cost.tokens for share in shares) / len(rows),
-        seconds=sum(share.seconds for share in shares) / len(rows),
-        objects=sum(share.objects for share in shares) / len(rows),
-        holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
-        notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
-        stories=told,
-    )
 
 
 def _scores(stage: str, results: Mapping[str, StrategyResult]) -> dict[str, float]:

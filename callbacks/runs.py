@@ -1,6 +1,8 @@
 """Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -57,6 +59,18 @@ def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
+def end_launched(launcher: Any, seconds: float = 10) -> None:
+    """Kill the processes that this one has launched and that do not end with it.
+
+    Lightning ends a job when one of these fails, but when this one does they may wait for it in vain.
+    """
+    for process in getattr(launcher, "procs", ()):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def wandb_id(folder: str | None) -> str | None:
     """The id of the W&B run that logged into `folder` (None where there is none, as in `--cfg job`), or None."""
     runs = [] if folder is None else sorted(Path(folder).glob("wandb/*run-*-*"))
@@ -66,8 +80,10 @@ def wandb_id(folder: str | None) -> str | None:
 def keep_metrics(folder: Path) -> None:
     """Put aside, as metrics-1 and so on, the metrics of a run that goes on: CSVLogger would delete them."""
     metrics = folder / "metrics"
-    if any(metrics.glob("*")):
+    if (metrics / "metrics.csv").is_file():
         metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*')))}")
+    else:
+        shutil.rmtree(metrics, ignore_errors=True)  # of a run that was killed before it wrote any
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
+from torch.distributed.fsdp.fully_sharded_data_parallel import FSDP_PREFIX
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -41,6 +42,10 @@ class ResumableModule(LightningModule):
     frozen_parts: tuple[str, ...] = ()
     _epoch_steps: int | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_keep_frozen)
+
     def _is_frozen(self, key: str) -> bool:
         return key.startswith(tuple(f"{part}." for part in self.frozen_parts))
 
@@ -50,9 +55,6 @@ class ResumableModule(LightningModule):
         checkpoint["epoch_steps"] = self._epoch_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the frozen parts back as they are now, so that loading can stay strict."""
-        current = self.state_dict()
-        checkpoint["state_dict"] |= {key: value for key, value in current.items() if self._is_frozen(key)}
         self._epoch_steps = checkpoint["epoch_steps"]
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
@@ -72,3 +74,8 @@ class ResumableModule(LightningModule):
             self._epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         total = self._epoch_steps * trainer.max_epochs
         return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
+def _keep_frozen(module: ResumableModule, found: Any) -> None:
+    """Strict loading misses no frozen part, which stays as it is (nor does FSDP, which has names of its own)."""
+    found.missing_keys[:] = [key for key in found.missing_keys if not module._is_frozen(key.removeprefix(FSDP_PREFIX))]

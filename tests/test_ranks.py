@@ -1,6 +1,7 @@
 """Runs of two processes: the same images, rows and weights as of one, and an end when one of them fails."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -11,12 +12,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.conftest import ROOT, make_decoder, make_masked
-from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments, command
+from tests.test_train import ENV, SMALL, SMALL_DPO, SMALL_PARM, arguments, command
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -60,42 +60,70 @@ def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
         assert one["tokens"][:] == two["tokens"][:] and one["reward"][:] == two["reward"][:]
 
 
-@pytest.mark.parametrize(("rank", "killed"), [(0, False), (1, False), (1, True)])
-def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool) -> None:
-    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}, killed: {killed}}}"
+@pytest.mark.parametrize(("rank", "killed", "busy"), [(0, False, True), (1, False, False), (1, True, True)])
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool, busy: bool) -> None:
+    """Whether the other one waits for it or does not notice."""
+    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
     done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
     assert done.returncode != 0
     assert killed or f"rank {rank} has run out of paint" in done.stderr
 
 
-def slurm(rank: int, port: int) -> dict[str, str]:
-    """What srun tells the first or second of two processes on one machine."""
-    task = {"NTASKS": 2, "NTASKS_PER_NODE": 2, "PROCID": rank, "LOCALID": rank, "NODEID": 0, "NNODES": 1,
+def test_two_ranks_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
+    small = [*SMALL_PARM, "trainer=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
+             "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
+    command(tmp_path, *small)
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
+    small += [f"hydra.run.dir={tmp_path}/stopped", "ckpt_path=auto"]
+    stop = f"+callbacks.stop={{_target_: tests.stopping.StopAt, step: 2, signal: {int(signal.SIGTERM)}}}"
+    assert command(tmp_path, *small, stop, check=False).returncode == 128 + signal.SIGTERM
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    command(tmp_path, *small)
+    ends = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "stopped")]
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
+
+
+def slurm(node: int, port: int) -> dict[str, str]:
+    """What srun tells the process on the first or second of two machines."""
+    task = {"NTASKS": 2, "NTASKS_PER_NODE": 1, "PROCID": node, "LOCALID": 0, "NODEID": node, "NNODES": 2,
             "JOB_ID": 7, "STEP_ID": 0, "JOB_NAME": "train", "NODELIST": "localhost"}  # fmt: skip
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return address | {f"SLURM_{key}": str(value) for key, value in task.items()}
 
 
-@pytest.mark.parametrize("launcher", ["own", "torchrun", "slurm"])
+def torchrun(*options: str) -> list[str]:
+    return ["-m", "torch.distributed.run", *options]
+
+
+@pytest.mark.parametrize("launcher", ["own", "torchrun", "torchrun_nodes", "slurm_nodes"])
 def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: str) -> None:
     small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     python, *line = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if launcher == "torchrun" else []
-    environments: list[dict[str, str]] = [{}]
-    if launcher == "slurm":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            environments = [slurm(rank, free.getsockname()[1]) for rank in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    starts: list[tuple[list[str], dict[str, str]]] = [([], {})]  # options before train.py, environment
+    if launcher == "torchrun":
+        starts = [(torchrun("--nproc-per-node=2", f"--master-port={port}"), {})]
+    elif launcher == "torchrun_nodes":
+        nodes = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        starts = [(torchrun(*nodes, f"--node-rank={node}"), {}) for node in (0, 1)]
+    elif launcher == "slurm_nodes":
+        starts = [([], slurm(node, port)) for node in (0, 1)]
+    if launcher.endswith("nodes"):
+        line += ["trainer.num_nodes=2", "trainer.devices=1"]
     started = [
-        subprocess.Popen([python, *torchrun, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV | more)
-        for more in environments
+        subprocess.Popen([python, *options, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV | more)
+        for options, more in starts
     ]
     for process in started:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
     (run,) = (tmp_path / "outputs" / "parm").iterdir()
-    assert launcher != "slurm" or run.name == "slurm-7.0"
+    assert launcher != "slurm_nodes" or run.name == "slurm-7.0"
     assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
     assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
     rows = [json.loads(row) for row in (run / "results.jsonl").read_text().splitlines()]
@@ -116,12 +144,36 @@ def test_processes_wait_for_a_long_evaluation(compose_config: Any) -> None:
 
 @pytest.mark.parametrize("decoder", [make_decoder(), make_masked()], ids=["next_token", "mask_token"])
 def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) -> None:
-    """Neither Lightning nor torch shards without a GPU: what can be seen here is what would be."""
-    config = compose_config("trainer=fsdp", "trainer.accelerator=cpu").trainer
-    with pytest.raises(InstantiationException, match="strategy `fsdp` requires a GPU accelerator"):
-        instantiate(config)
-    policy = instantiate(config.strategy).kwargs["auto_wrap_policy"]
+    policy = instantiate(compose_config("trainer=fsdp").trainer.strategy).kwargs["auto_wrap_policy"]
     sharded = [name for name, module in decoder.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)]
     assert [name for name in sharded if name.startswith("transformer.")] == [
         f"transformer.blocks.{i}" for i in range(3)
     ]
+
+
+def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -> None:
+    small = ["experiment=shapes_decoder", *(item for item in SMALL if not item.startswith("callbacks")),
+             "~callbacks.geneval", "~callbacks.checkpoint_best", "callbacks.checkpoint_last.every_n_train_steps=1",
+             "data.validation_images=8", "data.num_workers=0", "trainer.max_steps=3", "+module.optimizer.eps=1e-3",
+             "trainer.gradient_clip_val=null", "module.warmup_steps=2"]  # fmt: skip
+    command(tmp_path, *small, "data.batch_size=8", "trainer.precision=32-true")
+    small += ["data.batch_size=4", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
+              "trainer.strategy._target_=tests.sharding.FSDPOnCPU", "trainer.precision=32-true",
+              f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]  # fmt: skip
+    command(tmp_path, *small)
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
+    )
+    assert one["global_step"] == two["global_step"] == 3
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    # On the CPU, torch's FSDP saves the first moment of Adam as its second one too: there are no weights to compare.
+    command(tmp_path, *small, "trainer.max_steps=4")
+    last = tmp_path / "sharded" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_what_needs_whole_weights_is_not_sharded(tmp_path: Path) -> None:
+    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.strategy._target_=tests.sharding.FSDPOnCPU"]
+    done = command(tmp_path, *SMALL_PARM, *sharded, "trainer.devices=1", check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: trainer=fsdp is for training on images, with ~call")

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch_sweep_entrypoint
 
 from tests.conftest import ROOT
-from tests.test_train import SMALL_DPO, SMALL_PARM
+from tests.test_train import SMALL_DPO, SMALL_PARM, command
+from tests.wandb_runs import history, settings_of
 from train import run
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
@@ -57,6 +58,15 @@ def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path
         logged = [row[sweep["metric"]["name"]] for row in csv.DictReader(file) if row.get(sweep["metric"]["name"])]
     assert logged and sweep["metric"]["goal"] == "maximize"
     assert len(logged) >= sweep.get("early_terminate", {}).get("min_iter", 1)
+
+
+def test_jobs_of_a_multirun_have_a_wandb_run_each(tmp_path: Path) -> None:
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "callbacks.geneval.test_strategies=[parm_literal]"]
+    command(tmp_path, *small, "strategies.parm_literal.k=2,3", f"hydra.sweep.dir={tmp_path}/jobs", "--multirun")
+    for job, k in enumerate((2, 3)):
+        (path,) = (tmp_path / "jobs" / str(job)).glob("wandb/*run-*/run-*.wandb")
+        assert settings_of(path)["strategies"]["parm_literal"]["k"] == k
+        assert any("test/geneval/parm_literal" in row for row in history(path))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
