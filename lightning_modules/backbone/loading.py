@@ -110,8 +110,14 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in module.state_dict().items() if not key.startswith(frozen)}
 
 
-def pretrained(module: M, checkpoint: str | None = None) -> M:
-    """Load a module's weights; without a checkpoint the module stays as it was initialised.
+def pretrained(module: M, checkpoint: str | None = None, start: str | None = None) -> M:
+    """Load a module's weights; without a checkpoint the module is as it was initialised, or as it is at the `start`.
+
+    Args:
+        module: to be loaded.
+        checkpoint: its weights; see `resolve`.
+        start: where training begins if there are none: weights of another kind of model, for modules that have
+            `warm_start`.
 
     A module whose weights are published under other names says so in `stored_as`: the names of the tensors that, joined
     along their first dimension, are one of its own. One that can tell from a `config.json` that weights are another
@@ -122,6 +128,8 @@ def pretrained(module: M, checkpoint: str | None = None) -> M:
         ValueError: a tensor is missing, surplus or of another shape; the sentence names it.
     """
     if checkpoint is None:
+        if start is not None:
+            module.warm_start(start, Stored(resolve(start)))  # type: ignore[operator]
         return module
     folder = resolve(checkpoint)
     stored, expected = Stored(folder), own_state(module)

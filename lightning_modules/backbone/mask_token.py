@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.loading import Stored
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
@@ -80,6 +81,33 @@ class MaskTokenDecoder(TokenDecoder):
             nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
             self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, transformer.dim) * 0.02)
             self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)
+
+    def warm_start(self, name: str, stored: Stored) -> None:
+        """Begin training with what a next-token decoder has learnt; Show-o begins with a language model's weights.
+
+        What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
+        the part of each code that is its own. To have predicted the next token helps to fill gaps.
+
+        Args:
+            name: of the weights, for errors.
+            stored: weights of a `NextTokenDecoder` with the same sizes, vocabulary and image tokenizer.
+
+        Raises:
+            ValueError: a tensor is missing or of another shape; the sentence names it.
+        """
+        ids = self.vocabulary
+        codes, words = slice(ids.first_code, ids.mask), slice(ids.text)
+        own = dict(self.named_parameters())
+        begin = {key: own[key] for key in own if not key.startswith(("image_tokenizer.", "embed.", "head."))}
+        tied = {"codes": [self.embed.weight[codes], self.head.weight[codes]]}
+        targets = {key: [value] for key, value in begin.items()} | tied
+        targets["prompt_encoder.words.weight"] = [self.embed.weight[words]]
+        with torch.no_grad():
+            for key, parts in targets.items():
+                if key not in stored.keys or stored.shape([key]) != list(parts[0].shape):
+                    raise ValueError(f"decoder.start={name!r} has no tensor {key!r} of shape {list(parts[0].shape)}")
+                for part in parts:
+                    part.copy_(stored.read([key]))
 
     @property
     def dim(self) -> int:
