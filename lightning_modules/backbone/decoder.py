@@ -41,8 +41,9 @@ class Cost:
 class Decoder(nn.Module, ABC):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
-    States have `tokens` [B, T], `step`, `steps` (in all), `done`, `noise`, `cost`, `evidence`, `select(rows)` and
-    `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k], `evidence` and `unfold()`.
+    States have `tokens` [B, T], `step`, `steps` (in all), `done`, `finished` [B], `noise`, `choice_noise` [B], `cost`,
+    `evidence`, `select(rows)` and `fork(k)`; proposals have `tokens` [B, k, ...], `sampling_log_probs` [B, k],
+    `repeats` [B, k], `evidence`, `select(rows)` and `unfold()`.
     """
 
     frozen_parts = ("image_tokenizer",)

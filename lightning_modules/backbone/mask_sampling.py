@@ -132,5 +132,8 @@ class SeededNoise:
         choosing = self.uniform[:, -1:].repeat_interleave(k, 0)
         return SeededNoise(torch.cat([own, choosing], 1))
 
+    def to(self, device: torch.device) -> "SeededNoise":
+        return SeededNoise(self.uniform.to(device))
+
     def select(self, rows: Tensor) -> "SeededNoise":
         return SeededNoise(self.uniform[rows.to(self.uniform.device)])

@@ -78,9 +78,20 @@ class MaskProposal:
     evidence: Evidence | None
 
     @property
+    def repeats(self) -> Tensor:
+        """Candidates that equal an earlier one of their row, bool [B, k]."""
+        both = torch.cat([self.tokens, self.masked.long()], -1)
+        return (both[:, :, None] == both[:, None]).all(-1).tril(-1).any(2)
+
+    @property
     def sampling_log_probs(self) -> Tensor:
         """Log-probability of the codes that each candidate fixes, [B, k]."""
         return self.probs.log().masked_fill(self.masked, 0).sum(-1)
+
+    def select(self, rows: Tensor) -> "MaskProposal":
+        """A proposal of some rows."""
+        evidence = self.evidence and self.evidence.select(rows)
+        return MaskProposal(self.tokens[rows], self.probs[rows], self.masked[rows], evidence)
 
     def unfold(self) -> "MaskProposal":
         """k candidates of B rows as one candidate each of B * k rows."""
@@ -136,6 +147,11 @@ class MaskState:
     def choice_noise(self) -> Tensor:
         """Uniform noise [B] for choosing among the candidates of this step."""
         return self.noise.choice(self.step)
+
+    @property
+    def finished(self) -> Tensor:
+        """Rows that wait for others, bool [B]."""
+        return ~self.unknown.any(1)
 
     @property
     def decided(self) -> Tensor:

@@ -29,6 +29,11 @@ class Proposal:
     sampling_log_probs: Tensor
     evidence: Evidence
 
+    @property
+    def repeats(self) -> Tensor:
+        """Candidates that equal an earlier one of their row, bool [B, k]."""
+        return (self.tokens[:, :, None] == self.tokens[:, None]).tril(-1).any(2)
+
     def select(self, rows: Tensor) -> "Proposal":
         """A proposal of some rows."""
         return Proposal(self.tokens[rows], self.sampling_log_probs[rows], self.evidence.select(rows))

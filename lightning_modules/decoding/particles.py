@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import (
     Decoded,
     Judges,
     Strategy,
     begin_paths,
-    candidate_seeds,
-    next_token,
+    decided_before,
+    finished,
     verifier_named,
 )
 from lightning_modules.decoding.trace import Choice
@@ -24,7 +25,7 @@ from lightning_modules.decoding.trace import Choice
 
 @dataclass(frozen=True)
 class Particles(Strategy):
-    """n paths an image; every `stride` tokens they are redrawn by how much each has gained in value.
+    """n paths an image; every `stride` steps they are redrawn by how much each has gained in value.
 
     This is sequential Monte Carlo with the verifier as the twisting function: with `value_weight` 1, a perfect value
     and many paths it samples images from the decoder's distribution of those that fulfil the prompt. Where best-of-n
@@ -33,14 +34,14 @@ class Particles(Strategy):
     how many paths of equal weight those before a redraw amount, of n, on average.
 
     Attributes:
-        sampling: how tokens are drawn.
+        sampling: how paths are decoded.
         n: paths.
-        stride: tokens between redraws; 8 redraws after each row of an 8x8 grid.
+        stride: steps between redraws; 8 steps of a next-token decoder are a row of an 8x8 grid.
         verifier: its name.
         value_weight: paths are redrawn in proportion to (value / value at the last redraw) ** value_weight.
     """
 
-    sampling: Sampling
+    sampling: Sampling | MaskSampling
     n: int
     stride: int = 8
     verifier: str = "parm"
@@ -62,18 +63,16 @@ class Particles(Strategy):
         keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        decoder = next_token(decoder, "decoding with particles")
-        noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
+        state, watch = begin_paths(decoder, verifier, prompts, seeds, self.n, 1, self.sampling, tokens, keep)
         noise = state.noise
-        first = torch.arange(len(prompts), device=noise.device)
+        first = torch.arange(len(prompts), device=state.tokens.device)
         paths = first.repeat_interleave(self.n)
-        last = noise.new_zeros(len(prompts), self.n)
+        last = torch.zeros(len(prompts), self.n, device=state.tokens.device)
         sizes: list[Tensor] = []
         trace: list[Choice] = []
         while not state.done:
             verifier.follow(watch, state.evidence, state.position)
-            proposal = decoder.propose(state, 1)
+            proposal, chance = decoder.propose(state, 1), state.choice_noise[:: self.n]
             values = verifier.score(watch, proposal.evidence).view(-1, self.n)
             verifier.commit(watch, torch.zeros_like(paths))
             decoder.commit(state, proposal, torch.zeros_like(paths))
@@ -82,10 +81,12 @@ class Particles(Strategy):
                 # Systematic resampling: one uniform number places n evenly spaced points.
                 gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
-                kept = redraw(self.value_weight * gained, noise[:: self.n, 0, state.step - 1])
+                kept = redraw(self.value_weight * gained, chance.to(values.device))
                 paths_of = state.tokens.unflatten(0, values.shape)
                 went_on = one_hot(kept, self.n).sum(1)
-                trace.append(Choice(self.verifier, paths_of, state.position[:: self.n], values, went_on))
+                decided = decided_before(state)
+                decided = None if decided is None else decided[:: self.n]
+                trace.append(Choice(self.verifier, paths_of, decided, values, went_on))
                 rows = (first[:, None] * self.n + kept).flatten()
                 last = values.gather(1, kept)
                 state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
@@ -93,9 +94,9 @@ class Particles(Strategy):
         winner = values.argmax(1)
         images = state.tokens.unflatten(0, values.shape)
         trace.append(Choice(self.verifier, images, None, values, one_hot(winner, self.n)))
-        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(paths)))
+        made = finished(state, torch.zeros(len(paths)))
         notes = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
-        return replace(finished.select(first * self.n + winner), trace=trace, notes=notes)
+        return replace(made.select(first * self.n + winner), trace=trace, notes=notes)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

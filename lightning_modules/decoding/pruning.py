@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import DecodingState
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.strategy import (
     Decoded,
     Judges,
     Strategy,
     begin_paths,
-    candidate_seeds,
-    next_token,
+    decided_before,
+    finished,
     verifier_named,
 )
 from lightning_modules.decoding.trace import Choice
@@ -24,19 +24,19 @@ from lightning_modules.decoding.trace import Choice
 
 @dataclass(frozen=True)
 class Pruning(Strategy):
-    """n paths an image; every `stride` tokens those stop whose value falls behind the best path's of their image.
+    """n paths an image; every `stride` steps those stop whose value falls behind the best path's of their image.
 
     A path that stops leaves the batch, so its compute goes to others. With `share` 0 none stops: best-of-n.
 
     Attributes:
-        sampling: how tokens are drawn.
+        sampling: how paths are decoded.
         n: paths.
         share: a path stops when its value (a probability) is below this share of the best one's.
-        stride: tokens between looks.
+        stride: steps between looks; a step of a next-token decoder decides one token.
         verifier: its name.
     """
 
-    sampling: Sampling
+    sampling: Sampling | MaskSampling
     n: int
     share: float
     stride: int = 8
@@ -60,10 +60,8 @@ class Pruning(Strategy):
         keep: Tensor | None = None,
     ) -> Decoded:
         verifier = verifier_named(judges, self.verifier)
-        decoder = next_token(decoder, "pruning")
-        noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        state, watch = begin_paths(decoder, verifier, prompts, noise, self.sampling, tokens, keep)
-        path = torch.arange(len(noise), device=state.tokens.device)
+        state, watch = begin_paths(decoder, verifier, prompts, seeds, self.n, 1, self.sampling, tokens, keep)
+        path = torch.arange(len(state.tokens), device=state.tokens.device)
         image = path // self.n  # of each path
         trace: list[Choice] = []
         while not state.done:
@@ -80,18 +78,18 @@ class Pruning(Strategy):
                 trace.append(self._looked(len(prompts), path, state, values, going))
                 path, image, state, watch = path[going], image[going], state.select(going), watch.select(going)
         state.cost.verifier_calls += len(values)
-        finished = Decoded(state.tokens, state.evidence, state.cost, torch.zeros(len(image)))
+        images = finished(state, torch.zeros(len(image)))
         order = values.argsort(descending=True, stable=True)
         first = (image[order] == torch.arange(len(prompts), device=image.device)[:, None]).int().argmax(1)
         winner = order[first]
         trace.append(self._looked(len(prompts), path, state, values, winner))
-        return replace(finished.select(winner), trace=trace)
+        return replace(images.select(winner), trace=trace)
 
     def _looked(
         self,
         batch: int,
         path: Tensor,
-        state: DecodingState,
+        state: Any,
         values: Tensor,
         going: Tensor,
     ) -> Choice:
@@ -111,7 +109,7 @@ class Pruning(Strategy):
         kept[path[going]] = 1
         shape = batch, self.n
         decided = None
-        if not state.done:
+        if not state.done and (before := decided_before(state)) is not None:
             decided = torch.zeros(batch, dtype=torch.int64)
-            decided[path.cpu() // self.n] = state.position
+            decided[path.cpu() // self.n] = before
         return Choice(self.verifier, tokens.unflatten(0, shape), decided, scores.view(shape), kept.view(shape))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder, TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_state import MaskState, Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
@@ -133,25 +134,34 @@ def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
 
 
 def begin_paths(
-    decoder: NextTokenDecoder,
+    decoder: Decoder,
     verifier: Verifier[Any],
     prompts: Sequence[Mapping[str, Any]],
-    noise: Tensor,
-    sampling: Sampling,
+    seeds: Sequence[int],
+    n: int,
+    k: int,
+    sampling: Sampling | MaskSampling,
     tokens: Tensor | None,
     keep: Tensor | None,
-) -> tuple[DecodingState, Any]:
+) -> tuple[Any, Any]:
     """Paths of B images, n of each, neighbours, with a verifier beside them: n paths share one pass over the prompt.
 
     Args:
-        noise: of the paths, [B * n, ...].
-        tokens, keep: see `Strategy.decode`.
+        n: paths of each image; the first has the image's own noise.
+        k: candidates a step of each.
+        prompts, seeds, tokens, keep: see `Strategy.decode`.
     """
-    n = len(noise) // len(prompts)
-    state = decoder.begin([row["prompt"] for row in prompts], noise[::n], sampling, tokens, keep)
+    check_readable(decoder)
+    own, noise = (decoder.noise(each, k, sampling) for each in (seeds, candidate_seeds(seeds, n)))
+    state = decoder.begin([row["prompt"] for row in prompts], own, sampling, tokens, keep)
     paths = torch.arange(len(prompts), device=state.tokens.device).repeat_interleave(n)
     watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
-    return replace(state.select(paths), noise=noise.to(state.noise.device)), watch
+    return replace(state.select(paths), noise=noise.to(paths.device)), watch
+
+
+def decided_before(state: DecodingState | MaskState) -> Tensor | None:
+    """The `decided` of a `Choice` among tokens that come after what a state has decided."""
+    return None if isinstance(state, MaskState) else state.position
 
 
 def check_readable(decoder: Decoder) -> None:

@@ -10,9 +10,16 @@ from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_state import MaskState
 from lightning_modules.backbone.sampling import Sampling, image_seed
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, check_readable, finished, verifier_named
+from lightning_modules.decoding.strategy import (
+    Decoded,
+    Judges,
+    Strategy,
+    check_readable,
+    decided_before,
+    finished,
+    verifier_named,
+)
 from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import Verifier, VerifierState
 
@@ -109,11 +116,11 @@ class Verified(Strategy):
         values = verifier.score(watch, proposal.evidence)
         choice = self._choose(values, proposal.sampling_log_probs, state.choice_noise)
         choice = choice * verify.to(choice.device)
-        decided = _decided(state)
+        before = decided_before(state)
         verifier.commit(watch, choice)
         decoder.commit(state, proposal, choice)
         state.cost.verifier_calls += values.numel()
-        candidates = proposal.tokens if decided is None else proposal.tokens[..., None]
+        candidates, decided = (proposal.tokens, None) if before is None else (proposal.tokens[..., None], before + 1)
         return Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
 
     def _block(
@@ -136,19 +143,14 @@ class Verified(Strategy):
             log_probs = log_probs + proposal.sampling_log_probs[:, 0]
             values = verifier.score(path_watch, proposal.evidence)
             verifier.commit(path_watch, only)
-            decided = _decided(paths)
+            before = decided_before(paths)
             decoder.commit(paths, proposal, only)
         state.cost.verifier_calls += values.numel()
         values = values.view(batch, self.k)
         choice = self._choose(values, log_probs.view(batch, self.k), state.choice_noise)
         candidates = paths.tokens.unflatten(0, values.shape)
-        decided = None if decided is None else decided[:: self.k]
+        decided = None if before is None else before[:: self.k] + 1
         seen = Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
         kept = rows * self.k + choice
         state = replace(paths.select(kept), noise=state.noise)
         return state, path_watch.select(kept), seen
-
-
-def _decided(state: Any) -> Tensor | None:
-    """The `decided` of a `Choice` whose candidates are those of a state's next step."""
-    return None if isinstance(state, MaskState) else state.position + 1
