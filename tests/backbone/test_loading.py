@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone.image_tokenizer import PatchVQ
-from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, own_state, pretrained, resolve
+from lightning_modules.backbone.loading import BUNDLED, Stored, export, fingerprint, own_state, pretrained, resolve
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.text import WordTokenizer
+from lightning_modules.backbone.transformer import TransformerConfig
 from tests.conftest import make_decoder
 
 
@@ -73,3 +77,31 @@ def test_bundled_tokenizer_reconstructs_shapes() -> None:
     verdicts = GenEvalReward(ShapesDetector()).verdicts(rows, images)
     metric.update([row["tag"] for row in rows], torch.tensor([v.correct for v in verdicts]))
     assert metric.compute()["overall"] >= 0.97
+
+
+def started(folder: Path, dim: int = 96) -> MaskTokenDecoder:
+    """A mask-token decoder that begins with the weights in a folder."""
+    tokenizer = PatchVQ(codebook_size=1024, grid=8, image_size=64, width=16, blocks=1)
+    sizes = TransformerConfig(dim=dim, depth=12, heads=4)
+    module = MaskTokenDecoder(tokenizer, WordTokenizer(vocabulary(), 12), 14, sizes, 4, visual=True)
+    return pretrained(module, start=str(folder))
+
+
+def test_a_mask_token_decoder_begins_with_what_a_next_token_decoder_knows() -> None:
+    folder = resolve("bundled:shapes_decoder")
+    stored, decoder = Stored(folder), started(folder)
+    own = dict(decoder.named_parameters())
+    kept = [key for key in own if key.startswith(("transformer.", "norm.", "code_proj.", "rows", "columns"))]
+    assert len(kept) == 12 * 12 + 5
+    for key in kept:
+        assert torch.equal(own[key], stored.read([key]).float()), key
+    first = decoder.vocabulary.first_code
+    for table in (decoder.embed.weight, decoder.head.weight):
+        assert torch.equal(table[first : first + 1024], stored.read(["codes"]).float())
+    words = stored.read(["prompt_encoder.words.weight"]).float()
+    assert torch.equal(decoder.embed.weight[: len(words)], words)
+
+
+def test_a_start_of_other_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"decoder.start=.* has no tensor 'rows' of shape \[8, 1, 64\]"):
+        started(resolve("bundled:shapes_decoder"), dim=64)
