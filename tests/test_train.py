@@ -300,6 +300,8 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         overrides += ["data.num_workers=0"]
     if name == "shapes_masked":
         small = [item for item in SMALL if not item.startswith(("parm", "strategies"))] + ["decoder.start=null"]
+    if name == "shapes_masked_parm_start":
+        overrides.append("parm.start=null")
     if "masked" in name:
         small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
     if "parm" in name:

@@ -104,6 +104,20 @@ class Stored:
         return torch.cat([self._read[name]() for name in names]) if len(names) > 1 else self._read[names[0]]()
 
 
+def copy_from(stored: Stored, begin: Mapping[str, Sequence[Tensor]], where: str) -> None:
+    """Copy tensors into those that begin with them, by their stored names.
+
+    Raises:
+        ValueError: one is missing or of another shape; the sentence names it, and `where` it is missing.
+    """
+    with torch.no_grad():
+        for key, targets in begin.items():
+            if key not in stored.keys or stored.shape([key]) != list(targets[0].shape):
+                raise ValueError(f"{where} has no tensor {key!r} of shape {list(targets[0].shape)}")
+            for target in targets:
+                target.copy_(stored.read([key]))
+
+
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict without the module's frozen parts, which have weights of their own elsewhere."""
     frozen = tuple(f"{part}." for part in getattr(module, "frozen_parts", ()))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.loading import Stored
+from lightning_modules.backbone.loading import Stored, copy_from
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
@@ -98,16 +98,11 @@ class MaskTokenDecoder(TokenDecoder):
         ids = self.vocabulary
         codes, words = slice(ids.first_code, ids.mask), slice(ids.text)
         own = dict(self.named_parameters())
-        begin = {key: own[key] for key in own if not key.startswith(("image_tokenizer.", "embed.", "head."))}
-        tied = {"codes": [self.embed.weight[codes], self.head.weight[codes]]}
-        targets = {key: [value] for key, value in begin.items()} | tied
-        targets["prompt_encoder.words.weight"] = [self.embed.weight[words]]
-        with torch.no_grad():
-            for key, parts in targets.items():
-                if key not in stored.keys or stored.shape([key]) != list(parts[0].shape):
-                    raise ValueError(f"decoder.start={name!r} has no tensor {key!r} of shape {list(parts[0].shape)}")
-                for part in parts:
-                    part.copy_(stored.read([key]))
+        alike = [key for key in own if not key.startswith(("image_tokenizer.", "embed.", "head."))]
+        begin: dict[str, list[Tensor]] = {key: [own[key]] for key in alike}
+        begin["codes"] = [self.embed.weight[codes], self.head.weight[codes]]
+        begin["prompt_encoder.words.weight"] = [self.embed.weight[words]]
+        copy_from(stored, begin, f"decoder.start={name!r}")
 
     @property
     def dim(self) -> int:

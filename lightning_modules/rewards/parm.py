@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.hub import Shared
+from lightning_modules.backbone.loading import Stored, copy_from
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.rewards.geneval import CLAUSES
 from lightning_modules.rewards.verifier import Verifier
@@ -123,6 +124,19 @@ class PARM(Shared, nn.Module, Verifier[PARMState]):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, 1))
         self.clause_head = nn.Linear(dim, len(CLAUSES))
+
+    def warm_start(self, name: str, stored: Stored) -> None:
+        """Begin training with what a PARM of next-token decoders has learnt: all but the mark of undecided tokens.
+
+        Args:
+            name: of the weights, for errors.
+            stored: weights of a causal PARM of the same sizes.
+
+        Raises:
+            ValueError: a tensor is missing or of another shape; the sentence names it.
+        """
+        begin = {key: [weight] for key, weight in self.named_parameters() if key != "undecided"}
+        copy_from(stored, begin, f"parm.start={name!r}")
 
     @property
     def _positions(self) -> Tensor:

@@ -1,10 +1,12 @@
 """PARM: causality, candidates scored together, cached steps against full passes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_modules.backbone.loading import export, pretrained
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, uniform_noise
 from lightning_modules.rewards.parm import PARM, Features
@@ -123,6 +125,18 @@ def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
         (1, 256),
     ]
     assert len(compact.transformer.blocks) == 6
+
+
+def test_parm_of_grids_begins_with_parm_of_prefixes(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+    causal, grids = make_parm(decoder), make_parm(make_masked())
+    for weight in causal.parameters():
+        torch.nn.init.normal_(weight)
+    export(causal, tmp_path, {}, torch.float32)
+    started = dict(pretrained(grids, start=str(tmp_path)).named_parameters())
+    assert set(started) == {*dict(causal.named_parameters()), "undecided"}
+    assert all(torch.equal(started[key], weight) for key, weight in causal.named_parameters())
+    with pytest.raises(ValueError, match=r"parm.start=.* has no tensor 'rows' of shape \[2, 1, 32\]"):
+        pretrained(make_parm(make_decoder(grid=2)), start=str(tmp_path))
 
 
 def test_unknown_features_are_refused(decoder: NextTokenDecoder) -> None:
