@@ -137,11 +137,11 @@ class GenEvalCallback(Callback):
                 self._latest |= {f"val/holdout/{judge}/{name}": value for judge, value in result.holdout.items()}
             self._latest["val/geneval"] = results[self.monitor].overall
             _log_images(trainer, "val", results)
-        pl_module.log_dict(self._latest, prog_bar=False)
+        pl_module.log_dict(self._latest, prog_bar=False, sync_dist=True)  # all ranks have the same, or Lightning warns
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         results = self.test(trainer, pl_module)
-        pl_module.log_dict(_scores("test", results))
+        pl_module.log_dict(_scores("test", results), sync_dist=True)
         if trainer.is_global_zero:
             self.write(self.folder, pl_module, results)
             print_table(results)

@@ -205,8 +205,8 @@ class PARMModule(ResumableModule):
             log[f"{stage}/{name}/chosen"] = result["chosen"][-1]
             log[f"{stage}/{name}/ece"] = result["ece"][-1]
             log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]
-            self.log_dict(log)
-            self.log(f"{stage}/{name}/auc", result["auc"][-1], prog_bar=True)
+            self.log_dict(log, sync_dist=True)
+            self.log(f"{stage}/{name}/auc", result["auc"][-1], prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._rank(batch, "val")
