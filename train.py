@@ -28,6 +28,7 @@ from callbacks.runs import (
     load_checkpoint,
     named_checkpoints,
     newest_checkpoint,
+    refuse_empty_batches,
     refuse_other_config,
 )
 from lightning_modules.backbone.loading import export, write_text
@@ -87,6 +88,7 @@ def run(config: DictConfig) -> None:
         found = newest_checkpoint(folder)
         config.ckpt_path = found and str(found)
     plain = OmegaConf.to_container(config, resolve=True)
+    refuse_empty_batches(plain)
     checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
     for path in checkpoints:
         refuse_other_config(path, plain)

@@ -119,6 +119,15 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
     module.load_state_dict(checkpoint["state_dict"])
 
 
+def refuse_empty_batches(config: Mapping[str, Any], path: str = "") -> None:
+    """Raise ValueError for a size of a batch below 1: some are used only when hours of work are done."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_empty_batches(value, f"{path}{key}.")
+        elif str(key).endswith("batch_size") and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{path}{key} must be a whole number of at least 1, not {value!r}")
+
+
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the key, if a checkpoint was made with another config than this one.
 
