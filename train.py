@@ -28,13 +28,14 @@ from callbacks.runs import (
     load_checkpoint,
     named_checkpoints,
     newest_checkpoint,
-    refuse_empty_batches,
     refuse_other_config,
+    refuse_useless_numbers,
 )
 from lightning_modules.backbone.loading import export, write_text
 from lightning_modules.dpo import DPOModule
 from lightning_modules.parm import PARMModule
 
+launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
 NEED_WHOLE = (PARMModule, DPOModule)  # the decoder, outside of training steps
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 
@@ -53,7 +54,7 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
         except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
             raise ValueError(f"logger: {error}") from error
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
-    atexit.register(end_launched, trainer.strategy.launcher)
+    atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN
         and trainer.world_size > 1
@@ -87,8 +88,10 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
         found = newest_checkpoint(folder)
         config.ckpt_path = found and str(found)
+        if found is None and rank_zero_only.rank == 0:
+            print(f"ckpt_path=auto: there is no checkpoint of a run {config.name!r} yet, so a new one starts")
     plain = OmegaConf.to_container(config, resolve=True)
-    refuse_empty_batches(plain)
+    refuse_useless_numbers(plain)
     checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
     for path in checkpoints:
         refuse_other_config(path, plain)
@@ -147,8 +150,10 @@ def run(config: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
+    global launched_patience
     try:
         run(config)
+        launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
     except (ValueError, FileNotFoundError, InstantiationException) as error:
         # One sentence for what the user can mend; HYDRA_FULL_ERROR=1 shows where it came from.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -72,10 +72,11 @@ class GenEvalCallback(Callback):
         fid: FID | None = None,
     ) -> None:
         self.test_strategies = list(strategies if test_strategies is None else test_strategies)
-        for name in [*validation_strategies, *self.test_strategies, monitor]:
-            if name not in strategies:
+        named = {"validation_strategies": validation_strategies, "test_strategies": self.test_strategies}
+        for key, names in {**named, "monitor": [monitor]}.items():
+            if unknown := [name for name in names if name not in strategies]:
                 known = ", ".join(strategies)
-                raise ValueError(f"callbacks.geneval names the strategy {name!r}; there are: {known}")
+                raise ValueError(f"callbacks.geneval.{key} names the strategy {unknown[0]!r}; there are: {known}")
         if monitor not in validation_strategies:
             raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
         if images_per_prompt < 1:

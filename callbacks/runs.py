@@ -59,8 +59,8 @@ def _modified(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def end_launched(launcher: Any, seconds: float = 10) -> None:
-    """Kill the processes that this one has launched and that do not end with it.
+def end_launched(launcher: Any, seconds: float) -> None:
+    """Kill the processes that this one has launched and that do not end within some seconds of it.
 
     Lightning ends a job when one of these fails, but when this one does they may wait for it in vain.
     """
@@ -107,6 +107,8 @@ def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
         if not found:
             raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}")
         return found
+    if path.is_dir():
+        raise FileNotFoundError(f"ckpt_path: {ckpt_path} is a folder; only task=evaluate takes all checkpoints of one")
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path: there is no file {ckpt_path}")
     return [ckpt_path]
@@ -119,13 +121,15 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
     module.load_state_dict(checkpoint["state_dict"])
 
 
-def refuse_empty_batches(config: Mapping[str, Any], path: str = "") -> None:
-    """Raise ValueError for a size of a batch below 1: some are used only when hours of work are done."""
+def refuse_useless_numbers(config: Mapping[str, Any], path: str = "") -> None:
+    """Raise ValueError for a size of a batch, or a learning rate, that is none: some are used after hours of work."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            refuse_empty_batches(value, f"{path}{key}.")
+            refuse_useless_numbers(value, f"{path}{key}.")
         elif str(key).endswith("batch_size") and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"{path}{key} must be a whole number of at least 1, not {value!r}")
+        elif key == "lr" and not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{path}{key} must be a number of at least 0, not {value!r}")
 
 
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:

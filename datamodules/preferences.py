@@ -150,7 +150,8 @@ class PreferencesDataModule(PairsDataModule):
     def _make(self, name: str, specs: Mapping[str, RolloutSpec], turn: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
         assert self.trainer is not None
-        decoder: Any = self.trainer.lightning_module.decoder
+        trainer = self.trainer
+        decoder: Any = trainer.lightning_module.decoder
         judges = self._judges()
         seed = image_seed(self.seed, turn) if turn else self.seed
         sets, made_with = [], []
@@ -158,11 +159,9 @@ class PreferencesDataModule(PairsDataModule):
             spec = whole.of_round(turn)
             made_with.append(provenance(spec, decoder, judges, self.reward, seed))
             digest = hashlib.sha256(json.dumps(made_with[-1], sort_keys=True).encode()).hexdigest()[:12]
-            ranks = self.trainer.global_rank, self.trainer.world_size
+            run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
             folder = self.folder / f"{set_name}-{digest}"
-            sets.append(
-                collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *ranks)
-            )
+            sets.append(collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *run))
         scored_by = {name: identity(judges[name]) for name in self.scores if name not in _LABELS}
         about: list[Any] = [made_with, asdict(self.rule), dict(self.scores), scored_by]
         if self._start is not None:

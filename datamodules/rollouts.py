@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -146,6 +147,7 @@ def collect(
     keep_evidence: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    asked_to_stop: Callable[[], bool] = bool,
 ) -> Dataset:
     """Collect what is still missing of a set of rollouts, and return all of it.
 
@@ -215,6 +217,8 @@ def collect(
     with tqdm(total=sum(len(chunk) for _, chunk in missing), desc="Rollouts", unit="image",
               disable=rank > 0 or not missing) as bar:  # fmt: skip
         for part, chunk in missing:
+            if asked_to_stop():
+                raise SIGTERMException  # what is stored is kept
             store(part, partial(decoded_rows, chunk))
             bar.update(len(chunk))
     if world_size > 1:
@@ -321,8 +325,9 @@ class RolloutsDataModule(LightningDataModule):
         return self._collected[name]
 
     def _collect_now(self, name: str, spec: RolloutSpec) -> Dataset:
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
+        trainer = self.trainer
+        assert trainer is not None
+        module: Any = trainer.lightning_module
         made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.keep_evidence)
         key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
@@ -335,8 +340,9 @@ class RolloutsDataModule(LightningDataModule):
             self.seed,
             self.collect_batch_size,
             self.keep_evidence,
-            self.trainer.global_rank,
-            self.trainer.world_size,
+            trainer.global_rank,
+            trainer.world_size,
+            lambda: trainer.received_sigterm,
         )
         self._folders[name] = str(folder)
         return rows

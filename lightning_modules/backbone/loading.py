@@ -180,6 +180,7 @@ def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: to
     }
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial)
+    os.chmod(partial, 0o644)  # weights are written to be shared, and this library lets nobody else read them
     os.replace(partial, folder / "model.safetensors")
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 

@@ -22,6 +22,7 @@ def test_export_and_load_give_the_same_weights(tmp_path: Path) -> None:
     assert fingerprint(first) != fingerprint(second)
     assert fingerprint(pretrained(second, str(tmp_path))) == fingerprint(first)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == 0o444  # for others to read
 
 
 def test_frozen_parts_are_not_written() -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance, store
 from datamodules.shapes.detector import ShapesDetector
@@ -57,6 +58,13 @@ def test_interrupted_collection_goes_on_where_it_was(
     assert columns(resumed) == columns(straight)
     assert len(resumed) == 24
     assert json.loads(resumed[0]["metadata"]) == rows[0]
+
+
+def test_a_collection_stops_between_batches_when_asked_to(tmp_path, decoder, reward, rows) -> None:
+    spec, answers = RolloutSpec(rows, 2, Sample(Sampling())), iter([False, False, True])
+    with pytest.raises(SIGTERMException):
+        collect(spec, tmp_path, decoder, {}, reward, 0, 5, asked_to_stop=lambda: next(answers))
+    assert len(list(tmp_path.glob("part-*"))) == 2
 
 
 def test_rollouts_of_another_decoder_are_refused(tmp_path, decoder, reward, rows) -> None:
