@@ -153,6 +153,7 @@ def collect(
 
     Batches are stored one by one, each whole or not at all, so that a killed collection goes on where it was.
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
+    Between batches SIGTERMException is raised once `asked_to_stop` says so.
 
     With `keep_evidence` rows also hold what the decoder knew of each token, so that PARM trains without decoder passes;
     that is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store how the
