@@ -1,7 +1,7 @@
 """Rendered images with their true caption and a minimally altered one: what PARM learns from before any rollout."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -17,22 +17,30 @@ from lightning_modules.rewards.grounding import grounding
 _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
 
-def truth(scene: Scene, anything: int | None = None) -> Detections:
-    """What a perfect detector would find in a rendered scene; object `anything` goes by the name of "shape"."""
+def truth(scene: Scene) -> Detections:
+    """What a perfect detector would find in a rendered scene."""
     objects = scene.objects
     return Detections(
-        classes=[ANYTHING if i == anything else item.name for i, item in enumerate(objects)],
+        classes=[item.name for item in objects],
         scores=np.ones(len(objects), np.float32),
         boxes=np.array([item.box for item in objects], np.float32).reshape(-1, 4),
         colors=lambda indices: [objects[i].color for i in indices],
     )
 
 
-def judge(scene: Scene, row: Metadata) -> Verdict:
-    """GenEval's verdict on a rendered scene; a "shape" in the prompt may be any one of the objects."""
+def judge(found: Detections, row: Metadata) -> Verdict:
+    """GenEval's verdict on what is in an image; a "shape" in the prompt may be any one of the objects."""
     vague = any(clause["class"] == ANYTHING for clause in row["include"])
-    meant = range(len(scene.objects)) if vague else (None,)
-    return max((_RULES.evaluate(row, truth(scene, i)) for i in meant), key=lambda verdict: verdict.correct)
+    meant = range(len(found.classes)) if vague else ()
+    read = [
+        replace(found, classes=[ANYTHING if i == j else name for j, name in enumerate(found.classes)]) for i in meant
+    ]
+    return max((_RULES.evaluate(row, each) for each in read or [found]), key=lambda verdict: verdict.correct)
+
+
+def labels(found: Detections, row: Metadata, max_words: int, grid: int) -> tuple[Verdict, np.ndarray]:
+    """GenEval's verdict on what is in an image, and the grounding of the prompt in it (see `grounding`)."""
+    return judge(found, row), grounding(row, found, CLASSES, _RULES.threshold, max_words, grid, SIZE)
 
 
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
@@ -113,7 +121,5 @@ class CaptionPairs:
         sample = self.stream[index]
         rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
         captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
-        verdicts = (judge(sample.scene, captions[0]), judge(sample.scene, captions[1]))
-        objects = truth(sample.scene)
-        true, other = (grounding(row, objects, CLASSES, 0.0, self.max_words, self.grid, SIZE) for row in captions)
-        return CaptionPair(sample.image, captions, verdicts, (true, other))
+        true, other = (labels(truth(sample.scene), row, self.max_words, self.grid) for row in captions)
+        return CaptionPair(sample.image, captions, (true[0], other[0]), (true[1], other[1]))

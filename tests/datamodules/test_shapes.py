@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.shapes.captions import CaptionPairs, altered, judge
+from datamodules.shapes.captions import CaptionPairs, altered, judge, truth
 from datamodules.shapes.prompts import SPLITS, prompt_pool, shapes_prompts, vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import CLASSES, GAP, PALETTE
@@ -76,7 +76,7 @@ def test_scenes_fulfil_their_prompt_without_touching(split) -> None:
     for index in range(300):
         sample = stream[index]
         assert sample.image.shape == (64, 64, 3)
-        assert judge(sample.scene, sample.metadata).correct, sample.metadata["prompt"]
+        assert judge(truth(sample.scene), sample.metadata).correct, sample.metadata["prompt"]
         for i, a in enumerate(sample.scene.objects):
             assert min(a.box) >= 0 and max(a.box) <= 64
             for b in sample.scene.objects[:i]:
@@ -92,7 +92,7 @@ def test_vague_prompts_say_shape_and_are_fulfilled(split) -> None:
         sample = stream[index]
         vague = [clause["class"] for clause in sample.metadata["include"]].count("shape")
         assert vague == (sample.metadata["tag"] in tasks)
-        assert judge(sample.scene, sample.metadata).correct, sample.metadata["prompt"]
+        assert judge(truth(sample.scene), sample.metadata).correct, sample.metadata["prompt"]
         if sample.metadata["tag"] == "colors":
             colored |= {(item.name, item.color) for item in sample.scene.objects}
     assert len(colored) > 50  # any class, whatever the split may name together with the colour
