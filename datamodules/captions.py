@@ -49,7 +49,8 @@ class Repaint:
         copies = len(batch["prompt"]) // len(tokens)
         seeds = [image_seed(self.seed, index) for index in batch["group"][::copies].tolist()]
         noise = uniform_noise(seeds, 0, 1 + decoder.num_tokens)[:, 0].to(tokens.device)
-        share = torch.lerp(*torch.tensor(self.shares, device=noise.device), noise[:, :1])
+        low, high = self.shares
+        share = low + (high - low) * noise[:, :1]
         keep = noise[:, 1:] >= share
         rows = batch["metadata"]
         tokens = self.strategy.decode(decoder, {}, rows[::copies], seeds, tokens, keep).tokens
