@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import uniform_noise
-from lightning_modules.decoding.strategy import Decoded, Judges, next_token, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, check_readable, next_token, verifier_named
 from lightning_modules.rewards.clip_score import CLIPScore
+from lightning_modules.rewards.verifier import Verifier
 
 
 class Look(ABC):
@@ -111,10 +113,20 @@ class CLIPPatches(Look):
 
 @dataclass(frozen=True)
 class Gain(Look):
-    """What each token added to the verifier's value (a probability): where it falls, hope was lost."""
+    """What tokens added to the verifier's value (a probability): where it falls, hope was lost.
+
+    Of next-token decoders each token, as it came; of mask-token decoders each of M x M patches, compared with the same
+    grid in which that patch is not decided yet, which takes a pass a patch.
+
+    Attributes:
+        verifier: its name.
+        patches: M.
+    """
 
     verifier: str = "parm"
+    patches: int = 4
 
+    @torch.no_grad()
     def __call__(
         self,
         decoder: Decoder,
@@ -124,11 +136,36 @@ class Gain(Look):
         image: Decoded,
     ) -> Tensor:
         judge = verifier_named(judges, self.verifier)
-        decoder = next_token(decoder, "a value after every token")
+        check_readable(decoder)
         assert image.evidence is not None
+        if isinstance(decoder, MaskTokenDecoder):
+            undecided = torch.cat(
+                [self._without_a_patch(decoder, judge, prompts, image, i) for i in range(self.patches**2)], 1
+            )
+            values = judge.values(image.evidence, [decoder.num_tokens]).exp()
+            image.cost.verifier_calls += undecided.numel() + len(prompts)
+            return spread((values - undecided).unflatten(1, (self.patches, self.patches)), decoder.image_tokenizer.grid)
+        decoder = next_token(decoder, "a value after every token")
         values = judge.values(image.evidence, range(1, decoder.num_tokens + 1)).exp()
         image.cost.verifier_calls += values.numel()
         return values.diff(dim=1, prepend=values[:, :1])
+
+    def _without_a_patch(
+        self,
+        decoder: MaskTokenDecoder,
+        judge: Verifier[Any],
+        prompts: Sequence[Mapping[str, Any]],
+        image: Decoded,
+        patch: int,
+    ) -> Tensor:
+        """Values [B, 1] of the images were one of their patches not decided yet."""
+        assert image.evidence is not None
+        here = torch.arange(self.patches**2, device=image.tokens.device) == patch
+        here = spread(here.view(1, self.patches, -1), decoder.image_tokenizer.grid).expand_as(image.tokens)
+        decided = torch.stack([getattr(image.evidence, name) for name in STATISTICS])
+        evidence = decoder.evidence([row["prompt"] for row in prompts], image.tokens, here, here, decided)
+        image.cost.count_pass(2 * len(prompts), decoder.num_tokens)
+        return judge.values(evidence, [decoder.num_tokens]).exp()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Critic, Likelihood, Reward
-from tests.conftest import make_showo
+from tests.conftest import make_masked, make_parm, make_showo
 
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]
@@ -182,8 +182,27 @@ def test_mask_token_decoders_are_least_confident_of_what_does_not_fit() -> None:
     )
     assert torch.equal(replay(decoded), decoded.tokens)
     assert (decoded.trace[0].omega.sum(1) == 4).all()
-    with pytest.raises(ValueError, match="a value after every token needs a next-token decoder"):
+    with pytest.raises(ValueError, match="verification needs evidence"):
         Gain("likelihood")(decoder, {"likelihood": Likelihood()}, prompts, [0, 1], image)
+
+
+def test_of_a_grid_each_patch_gained_what_its_absence_costs(rows: list) -> None:
+    decoder = make_masked()
+    parm, plain = make_parm(decoder), Sample(MaskSampling(steps=3, guidance=0.5))
+    image = plain.decode(decoder, {}, rows, SEEDS)
+    before = image.cost.decoder_passes
+    gain = Gain(patches=2)(decoder, {"parm": parm}, rows, SEEDS, image)
+    assert image.cost.decoder_passes - before == 2 * 4 * len(rows)
+    assert gain.flatten(1).unique(dim=1).shape[1] == 4  # all tokens of a patch share its score
+    for row, corner in ((0, (0, 0)), (5, (2, 0)), (7, (2, 2))):
+        absent = torch.zeros(1, 4, 4, dtype=torch.bool)
+        absent[:, corner[0] : corner[0] + 2, corner[1] : corner[1] + 2] = True
+        absent = absent.flatten(1)
+        own = image.select(torch.tensor([row]))
+        decided = torch.stack([own.evidence.log_probs, own.evidence.unconditional_log_probs, own.evidence.entropy])
+        without = decoder.evidence([rows[row]["prompt"]], own.tokens, absent, absent, decided)
+        lost = parm.values(own.evidence, [16]).exp() - parm.values(without, [16]).exp()
+        torch.testing.assert_close(gain[row][absent[0]], lost[0].expand(4), atol=1e-5, rtol=1e-4)
 
 
 class Complaint(Critic):
