@@ -22,7 +22,7 @@ from lightning_modules.rewards.geneval import TASKS
 
 # Settings of the callback that do not change what it finds, or that are of validation.
 _FREE = ("folder", "batch_size", "sheet_prompts", "validation_prompts", "validation_strategies", "monitor",
-         "every_n_epochs")  # fmt: skip
+         "every_n_epochs", "unfinished")  # fmt: skip
 
 
 class CheckpointCurve(LightningModule):

@@ -66,6 +66,15 @@ class Story:
     scores: dict[str, float]
     scenes: list[Scene]
 
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> "Story":
+        """From its `dataclasses.asdict`."""
+        scenes = []
+        for scene in plain["scenes"]:
+            strips = [Strip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in scene["strips"]]
+            scenes.append(Scene(scene["title"], strips, scene["curve"] and Curve(**scene["curve"])))
+        return Story(plain["scores"], scenes)
+
 
 def stories(
     decoder: Decoder,

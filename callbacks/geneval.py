@@ -1,25 +1,32 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from callbacks.drawing import stories
+from callbacks.media import log_images, log_page
 from callbacks.page import write_page
 from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
-from callbacks.shares import Share, combine
+from callbacks.runs import code
+from callbacks.shares import Share, ShareStore, combine
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
+from datamodules.rollouts import identity
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval import CLASS_NAMES, Verdict
+from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.verifier import Reward, Verifier
@@ -30,7 +37,8 @@ class GenEvalCallback(Callback):
 
     Prompts are split over ranks without padding; no collective runs while decoding. The image of (prompt, sample)
     depends on the seed alone. In validation `val/geneval` is the score of `monitor`, for ModelCheckpoint; in an epoch
-    without evaluation the latest score is logged again, so that the key is always there.
+    without evaluation the latest score is logged again, so that the key is always there. A test that is killed goes on
+    where it was, unless it measures FID, which is of all images together.
 
     Args:
         reward: judges the images.
@@ -44,6 +52,7 @@ class GenEvalCallback(Callback):
         every_n_epochs: how often validation runs it.
         seed: of all images.
         folder: where results go.
+        unfinished: where the batches of a test are kept until its results are written.
         sheet_prompts: prompts on the contact sheets and on the page.
         holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
             are objects per image: what training does not optimise tells whether it has found a way to cheat. A strategy
@@ -66,6 +75,7 @@ class GenEvalCallback(Callback):
         every_n_epochs: int,
         seed: int,
         folder: str,
+        unfinished: str,
         sheet_prompts: int,
         holdout: Sequence[str],
         rewards: Mapping[str, Reward],
@@ -90,12 +100,13 @@ class GenEvalCallback(Callback):
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.seed = seed
-        self.folder = Path(folder)
+        self.folder, self.unfinished = Path(folder), Path(unfinished)
         self.sheet_prompts = sheet_prompts
         self.holdout = list(holdout)
         self.rewards = rewards
         self.fid = fid
         self._latest: dict[str, float] = {}
+        self._store: ShareStore | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": dict(self._latest)}
@@ -137,7 +148,7 @@ class GenEvalCallback(Callback):
                 self._latest[f"val/objects/{name}"] = result.objects
                 self._latest |= {f"val/holdout/{judge}/{name}": value for judge, value in result.holdout.items()}
             self._latest["val/geneval"] = results[self.monitor].overall
-            _log_images(trainer, "val", results)
+            log_images(trainer, "val", results)
         pl_module.log_dict(self._latest, prog_bar=False, sync_dist=True)  # all ranks have the same, or Lightning warns
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,11 +157,17 @@ class GenEvalCallback(Callback):
         if trainer.is_global_zero:
             self.write(self.folder, pl_module, results)
             print_table(results)
-            _log_images(trainer, "test", results)
-            _log_page(trainer, self.folder / "page.html")
+            log_images(trainer, "test", results)
+            log_page(trainer, self.folder / "page.html")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._store is not None:
+            self._store.release()
 
     def test(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, StrategyResult]:
         """What every strategy makes of the evaluation prompts, the same on all ranks."""
+        if self.fid is None:
+            self._store = self._store_of(trainer, pl_module)
         return self._evaluate(trainer, pl_module, self.test_prompts, self.test_strategies)
 
     def write(self, folder: Path, pl_module: LightningModule, results: Mapping[str, StrategyResult]) -> None:
@@ -168,6 +185,22 @@ class GenEvalCallback(Callback):
         write_page(folder / "page.html", about, results)
         for sentence in notes:
             print(sentence)
+        if self._store is not None:
+            self._store.clear()
+
+    def _store_of(self, trainer: Trainer, pl_module: LightningModule) -> ShareStore:
+        """Where the batches of a test are kept: whatever else decides what is in them, code included, has another."""
+        strategies = {name: repr(self.strategies[name]) for name in self.test_strategies}
+        judges = {name: identity(judge) for name, judge in self.rewards.items()}
+        shown = self.sheet_prompts, self.holdout
+        split = self.images_per_prompt, self.batch_size, trainer.world_size, trainer.precision
+        made_with = [code(), fingerprint(pl_module), strategies, judges, self.reward.about, self.seed, *shown, *split]
+        about = json.dumps([*made_with, list(self.test_prompts)], sort_keys=True)
+        name = f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+        store = ShareStore(self.unfinished / name, trainer.global_rank)
+        if trainer.is_global_zero and (count := store.count):
+            print(f"The evaluation goes on: {count} batches were decoded and judged before ({store.folder})")
+        return store
 
     def _incomparable(self) -> list[str]:
         """Why scores are ceilings, or (with COCO's classes) not those of the official benchmark, a sentence each."""
@@ -200,17 +233,22 @@ class GenEvalCallback(Callback):
         results = {}
         for name in names:
             share = Share()
-            metric = GenEvalMetric().to(pl_module.device)
             if self.fid is not None:
                 self.fid.start(pl_module.device, rank, world_size)
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
+                    if trainer.received_sigterm:
+                        raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
-                    strategy = self.strategies[name]
-                    verdicts = self._decode(pl_module, judges, strategy, prompts, batch, share, trainer.testing)
-                    tags = [prompts[i]["tag"] for i, _ in batch]
-                    metric.update(tags, torch.tensor([v.correct for v in verdicts], device=pl_module.device))
+                    judge = partial(
+                        self._decode, pl_module, judges, self.strategies[name], prompts, batch, trainer.testing
+                    )
+                    kept = trainer.testing and self._store
+                    share.add(kept.get(f"{name}-{start}", judge) if kept else judge())
                     bar.update(len(batch))
+            metric = GenEvalMetric().to(pl_module.device)
+            correct = torch.tensor([row["correct"] for row in share.rows], device=pl_module.device)
+            metric.update([row["tag"] for row in share.rows], correct)
             scores = {task: float(score) for task, score in metric.compute().items()}
             results[name] = combine(name, share, scores)
             if self.fid is not None:
@@ -224,40 +262,40 @@ class GenEvalCallback(Callback):
         strategy: Strategy,
         prompts: Sequence[Mapping[str, Any]],
         jobs: Sequence[tuple[int, int]],
-        share: Share,
         tell: bool,
-    ) -> list[Verdict]:
-        """Decode and judge one batch, and add it to the share of this rank; `tell` how images were made as well."""
+    ) -> Share:
+        """Decode and judge one batch; `tell` how images were made as well."""
+        share = Share()
         decoder: Any = pl_module.decoder
         rows = [prompts[i] for i, _ in jobs]
         start = time.perf_counter()
         decoded = strategy.decode(decoder, judges, rows, [image_seed(self.seed, i, j) for i, j in jobs])
         images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
-        share.seconds += time.perf_counter() - start
-        share.cost.add(decoded.cost)
+        share.seconds = time.perf_counter() - start
+        share.cost = decoded.cost
         for name, note in decoded.notes.items():
-            share.notes[name] += float(note.sum())
+            share.notes[name] = float(note.sum())
         verdicts = self.reward.verdicts(rows, images)
         if self.fid is not None:
             self.fid.update(images)
-        share.objects += sum(len(found) for verdict in verdicts for found in verdict.details.values())
+        share.objects = sum(len(found) for verdict in verdicts for found in verdict.details.values())
         for name in self._held_out(strategy):
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
-            share.holdout[name] += float((values.exp() if isinstance(judge, Verifier) else values).sum())
+            share.holdout[name] = float((values.exp() if isinstance(judge, Verifier) else values).sum())
         for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
         on_sheet = spread(len(prompts), self.sheet_prompts)
         shown = [place for place, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet]
-        share.thumbnails |= {jobs[place][0]: images[place] for place in shown}
+        share.thumbnails = {jobs[place][0]: images[place] for place in shown}
         if shown:
             names = self.test_strategies if tell else self.validation_strategies
             choosing = (judge for name in names for judge in judges_of(self.strategies[name]))
             asked = list(dict.fromkeys([*self.holdout, *choosing]))
             chosen = decoded.select(torch.tensor(shown, device=decoded.tokens.device))
             told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen, tell)
-            share.stories |= {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}
-        return verdicts
+            share.stories = {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}
+        return share
 
 
 def _scores(stage: str, results: Mapping[str, StrategyResult]) -> dict[str, float]:
@@ -267,34 +305,3 @@ def _scores(stage: str, results: Mapping[str, StrategyResult]) -> dict[str, floa
         scores[f"{stage}/geneval/{name}"] = result.overall
         scores |= {f"{stage}/geneval/{name}/{task}": score for task, score in result.tasks.items()}
     return scores
-
-
-def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """Those of the process that logs."""
-    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
-
-
-def _log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
-    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
-    import wandb
-
-    for logger in _wandb_loggers(trainer):
-        rows = []
-        for index in next(iter(results.values())).thumbnails:
-            row: dict[str, Any] = {}
-            for name, result in results.items():
-                verdict = result.row_of(index)
-                row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
-                row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
-                row |= {f"{name} {judge}": score for judge, score in result.stories[index].scores.items()}
-            rows.append(row)
-        data = [list(row.values()) for row in rows]
-        logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
-
-
-def _log_page(trainer: Trainer, page: Path) -> None:
-    """Log the page of a test to W&B."""
-    import wandb
-
-    for logger in _wandb_loggers(trainer):
-        logger.log_metrics({"test/page": wandb.Html(str(page), inject=False)}, step=trainer.global_step)  # type: ignore[dict-item]

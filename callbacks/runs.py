@@ -1,5 +1,6 @@
 """Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from lightning import LightningModule
 from omegaconf import OmegaConf
 
+_ROOT = Path(__file__).parents[1]
+_ROOMS = ("callbacks", "datamodules", "lightning_modules")
 # What a checkpoint that is not trained on has to share with the config: the networks.
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 # What a run that goes on may change: where rollouts are kept, and what is only measured.
@@ -84,6 +87,14 @@ def keep_metrics(folder: Path) -> None:
         metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*')))}")
     else:
         shutil.rmtree(metrics, ignore_errors=True)  # of a run that was killed before it wrote any
+
+
+def code() -> str:
+    """A short hash of the project's own code: what other code has made is not taken for what this would make."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in _ROOMS for path in (_ROOT / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -1,22 +1,28 @@
-"""What ranks found of their shares of the prompts, put together."""
+"""What was found of shares of the prompts: batches, kept until a test is complete, and ranks, put together."""
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import shutil
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from callbacks.drawing import Story
 from callbacks.report import StrategyResult
 from lightning_modules.backbone.decoder import Cost
+from lightning_modules.backbone.loading import write_text
 from lightning_modules.ranks import is_distributed
 
 
 @dataclass
 class Share:
-    """What one rank found for one strategy."""
+    """What one rank found for one strategy, in a batch or in all of its own."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
@@ -24,8 +30,92 @@ class Share:
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
-    holdout: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    notes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    holdout: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "Share") -> None:
+        """Take in what was found for other images."""
+        self.rows += other.rows
+        self.thumbnails |= other.thumbnails
+        self.stories |= other.stories
+        self.cost.add(other.cost)
+        self.seconds += other.seconds
+        self.objects += other.objects
+        for own, others in ((self.holdout, other.holdout), (self.notes, other.notes)):
+            for name, total in others.items():
+                own[name] = own.get(name, 0.0) + total
+
+    def to_json(self) -> str:
+        """All of it as text, pictures included."""
+        return json.dumps(asdict(self), default=_packed)
+
+    @staticmethod
+    def from_json(text: str) -> "Share":
+        """What `to_json` wrote."""
+        plain = json.loads(text, object_hook=_unpacked)
+        plain["thumbnails"] = {int(index): pixels for index, pixels in plain["thumbnails"].items()}
+        plain["stories"] = {int(index): Story.of(story) for index, story in plain["stories"].items()}
+        return Share(**plain | {"cost": Cost(**plain["cost"])})
+
+
+def _packed(value: Any) -> dict[str, Any]:
+    """What JSON has no words for."""
+    if isinstance(value, bytes):
+        return {"base64": b64encode(value).decode()}
+    if isinstance(value, np.ndarray):
+        return {"base64": b64encode(value.tobytes()).decode(), "shape": value.shape}
+    raise TypeError(f"{type(value).__name__} cannot be kept")
+
+
+def _unpacked(value: dict[str, Any]) -> Any:
+    if "base64" not in value:
+        return value
+    data = b64decode(value["base64"])
+    return np.frombuffer(data, np.uint8).reshape(value["shape"]) if "shape" in value else data
+
+
+class ShareStore:
+    """Shares of single batches in a folder, each a file that is there as a whole or not at all.
+
+    While one process has a rank's shares of a folder, others with the same keep nothing.
+
+    Args:
+        folder: of one evaluation.
+        rank: whose shares these are.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / f"{rank}.lock")
+        with suppress(Timeout):
+            self._lock.acquire(timeout=0)
+
+    @property
+    def count(self) -> int:
+        """Batches of this rank that are there."""
+        return len(list(self.folder.glob(f"*.{self.rank}.json"))) if self._lock.is_locked else 0
+
+    def get(self, name: str, make: Callable[[], Share]) -> Share:
+        """The share of that name; `make` makes it if it is not there."""
+        path = self.folder / f"{name}.{self.rank}.json"
+        if not self._lock.is_locked:
+            return make()
+        if path.is_file():
+            return Share.from_json(path.read_text(encoding="utf-8"))
+        share = make()
+        write_text(path, share.to_json())
+        return share
+
+    def release(self) -> None:
+        """Leave what is there to another process."""
+        self._lock.release()
+
+    def clear(self) -> None:
+        """Remove what is there, of all ranks: none of them needs it any more."""
+        if self._lock.is_locked:
+            shutil.rmtree(self.folder)
+            self.release()
 
 
 def combine(name: str, share: Share, scores: Mapping[str, float]) -> StrategyResult:
@@ -34,24 +124,22 @@ def combine(name: str, share: Share, scores: Mapping[str, float]) -> StrategyRes
     if is_distributed():
         shares *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(shares, share)
-    rows = sorted((row for share in shares for row in share.rows), key=lambda row: row["filename"])
-    thumbnails: dict[int, np.ndarray] = {}
-    told: dict[int, Story] = {}
-    for share in shares:
-        thumbnails |= share.thumbnails
-        told |= share.stories
+    whole = Share()
+    for each in shares:
+        whole.add(each)
+    images = len(whole.rows)
     return StrategyResult(
         name=name,
         overall=scores["overall"],
         tasks={task: score for task, score in scores.items() if task != "overall"},
-        rows=rows,
-        thumbnails=dict(sorted(thumbnails.items())),
-        decoder_forwards=sum(share.cost.decoder_passes for share in shares) / len(rows),
-        verifier_calls=sum(share.cost.verifier_calls for share in shares) / len(rows),
-        tokens=sum(share.cost.tokens for share in shares) / len(rows),
-        seconds=sum(share.seconds for share in shares) / len(rows),
-        objects=sum(share.objects for share in shares) / len(rows),
-        holdout={judge: sum(share.holdout[judge] for share in shares) / len(rows) for judge in shares[0].holdout},
-        notes={note: sum(share.notes[note] for share in shares) / len(rows) for note in shares[0].notes},
-        stories=told,
+        rows=sorted(whole.rows, key=lambda row: row["filename"]),
+        thumbnails=dict(sorted(whole.thumbnails.items())),
+        decoder_forwards=whole.cost.decoder_passes / images,
+        verifier_calls=whole.cost.verifier_calls / images,
+        tokens=whole.cost.tokens / images,
+        seconds=whole.seconds / images,
+        objects=whole.objects / images,
+        holdout={judge: total / images for judge, total in whole.holdout.items()},
+        notes={note: total / images for note, total in whole.notes.items()},
+        stories=whole.stories,
     )

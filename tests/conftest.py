@@ -145,11 +145,11 @@ def rows() -> list[dict]:
 
 @pytest.fixture
 def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
-    """Compose the project's config with overrides; the run directory is a temporary one."""
+    """Compose the project's config with overrides; what runs leave goes to a temporary folder."""
 
     def compose_(*overrides: str) -> DictConfig:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("train", overrides=list(overrides), return_hydra_config=True)
+            config = compose("train", [f"scores_dir={tmp_path}/scores", *overrides], return_hydra_config=True)
         config.hydra.runtime.output_dir = str(tmp_path)
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
         with open_dict(config):

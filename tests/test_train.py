@@ -4,19 +4,23 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
 
+from callbacks.geneval import GenEvalCallback
 from datamodules.pairs import reference_log_probs
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
@@ -271,6 +275,35 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
         assert second["strategies"][name]["tasks"] == scores["tasks"]
         if name != "reflection_clip":  # in which batches wait for the image with most to decode again
             assert second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*BUNDLED, "task=evaluate", "seed=5", "callbacks.geneval.batch_size=4",
+              "callbacks.geneval.test_strategies=[sample,best_of_8_parm]"]  # fmt: skip
+    left = ("results.jsonl", "sheets/sample.png", "sheets/best_of_8_parm.png")
+    decode, decoded = GenEvalCallback._decode, []
+
+    def counted(*given: Any) -> Any:
+        decoded.append(given)
+        if len(decoded) == 3:  # the first of two batches by the second strategy
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(*given)
+
+    monkeypatch.setattr(GenEvalCallback, "_decode", counted)
+    with pytest.raises(SIGTERMException):
+        run(compose_config(*common))
+    assert len(decoded) == 3 and not (tmp_path / "results.jsonl").exists()
+    run(compose_config(*common))
+    assert len(decoded) == 4 and "3 batches were decoded and judged before" in capsys.readouterr().out
+    went_on = {name: (tmp_path / name).read_bytes() for name in left}
+    stories = (tmp_path / "page.html").read_text()
+    run(compose_config(*common))  # what is complete is not kept
+    assert len(decoded) == 8 and went_on == {name: (tmp_path / name).read_bytes() for name in left}
+    seconds = re.compile(r'"seconds[^,}]*')
+    assert seconds.sub("", stories) == seconds.sub("", (tmp_path / "page.html").read_text())
+    assert not list((tmp_path / "scores").glob("unfinished-*"))
 
 
 PRETRAINED = [

@@ -18,7 +18,7 @@ def make_callback(**settings: Any) -> GenEvalCallback:
         "reward": None, "strategies": {"sample": None}, "validation_strategies": ["sample"], "monitor": "sample",
         "test_strategies": None,
         "validation_prompts": [], "test_prompts": [], "images_per_prompt": 1, "batch_size": 1, "every_n_epochs": 1,
-        "seed": 0, "folder": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
+        "seed": 0, "folder": "", "unfinished": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
     }  # fmt: skip
     return GenEvalCallback(**defaults | settings)
 

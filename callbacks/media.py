@@ -1,0 +1,41 @@
+"""What W&B shows beside numbers: the table of images, and the page of a test."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.report import StrategyResult
+
+
+def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """Those of the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
+
+
+def log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
+    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        rows = []
+        for index in next(iter(results.values())).thumbnails:
+            row: dict[str, Any] = {}
+            for name, result in results.items():
+                verdict = result.row_of(index)
+                row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
+                row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
+                row |= {f"{name} {judge}": score for judge, score in result.stories[index].scores.items()}
+            rows.append(row)
+        data = [list(row.values()) for row in rows]
+        logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
+
+
+def log_page(trainer: Trainer, page: Path) -> None:
+    """Log the page of a test to W&B."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        logger.log_metrics({"test/page": wandb.Html(str(page), inject=False)}, step=trainer.global_step)  # type: ignore[dict-item]
