@@ -128,7 +128,7 @@ def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
         pixels = _pixels(decoder, first.expand(len(counts), -1), shown)
         scenes.append(Scene("On the way", [_strip("tokens decided", pixels, [Frame(str(n)) for n in counts])]))
     elif image.trajectory is not None:
-        previews = image.trajectory.previews[0]
+        previews = torch.cat([image.trajectory.previews[0, :-1], first[None]])  # reflection replaces the last one
         steps = sorted({len(previews) * (i + 1) // _MOMENTS - 1 for i in range(_MOMENTS)} - {-1})
         pixels = _pixels(decoder, previews[steps])
         scenes.append(Scene("On the way", [_strip("previews", pixels, [Frame(f"step {i + 1}") for i in steps])]))

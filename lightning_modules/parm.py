@@ -44,11 +44,14 @@ class PARMObjective:
         evidence_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
             given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
             this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
+        finished: share of the images of mask-token decoders that are read as they are after the last step; the others
+            are read after any step. Of next-token decoders one pass reads all prefixes.
     """
 
     clause_weight: float = 0.5
     grounding_weight: float = 2.0
     evidence_dropout: float = 0.5
+    finished: float = 0.5
 
     def losses(
         self,
@@ -150,9 +153,8 @@ class PARMModule(ResumableModule):
             return self.decoder.recall(batch["prompt"], tokens, **batch["evidence"])
         return self.decoder.evidence(batch["prompt"], tokens)
 
-    @staticmethod
     def _grid_evidence(
-        decoder: MaskTokenDecoder, batch: dict[str, Any], tokens: Tensor, share: float | None
+        self, decoder: MaskTokenDecoder, batch: dict[str, Any], tokens: Tensor, share: float | None
     ) -> Evidence:
         device = tokens.device
         decided = torch.zeros(3, *tokens.shape, device=device)
@@ -165,6 +167,8 @@ class PARMModule(ResumableModule):
         first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
         if share is None:
             step = first + (uniform_rows(len(tokens), device=device) * (steps + 1 - first)).long()
+            # Best-of-n, and reflection, ask of finished images.
+            step = torch.where(uniform_rows(len(tokens), device=device) < self.objective.finished, steps - 1, step)
             # A finished image may come from anywhere, and of one that was decoded again some tokens do.
             known = 2 * uniform_rows(len(tokens), 1, device=device) * (step < steps)[:, None]
             decided = decided * (uniform_rows(*tokens.shape, device=device) < known)

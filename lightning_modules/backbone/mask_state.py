@@ -223,3 +223,11 @@ class Trajectory:
     def select(self, rows: Tensor) -> "Trajectory":
         """Keep some rows."""
         return Trajectory(self.previews[rows], self.fixed_at[rows])
+
+    def put(self, rows: Tensor, other: "Trajectory") -> "Trajectory":
+        """With the end of `other`, the image and which tokens came last, in the place of that of some rows."""
+        last = self.previews.shape[1] - 1
+        previews = self.previews.clone()
+        previews[rows, last] = other.previews[:, -1]
+        fixed_at = last - (other.previews.shape[1] - 1 - other.fixed_at).clamp(max=last)
+        return Trajectory(previews, self.fixed_at.index_put((rows,), fixed_at))

@@ -102,7 +102,7 @@ class Reflection(Strategy):
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 left = left[(now - before).norm(dim=1) >= self.epsilon]
         notes = {**image.notes, "rounds": rounds, "accepted_rounds": accepted_rounds}
-        return replace(image, trace=trace, notes=notes)
+        return replace(image.all_chosen(rounds.nonzero().squeeze(1)), trace=trace, notes=notes)
 
     def _again(
         self,

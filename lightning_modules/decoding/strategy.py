@@ -57,11 +57,20 @@ class Decoded:
         )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
-        """With the images of `other` in the place of those at `rows`; the cost stays this one's."""
+        """With the images of `other` in the place of those at `rows`; the cost stays this one's.
+
+        Of a trajectory it is the end that is replaced.
+        """
         tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
         free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
         evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
-        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=None)
+        trajectory = self.trajectory and other.trajectory and self.trajectory.put(rows, other.trajectory)
+        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=trajectory)
+
+    def all_chosen(self, rows: Tensor) -> "Decoded":
+        """With images of which nothing is left that the decoder drew without a judge's say, but the finished image."""
+        last = self.tokens.shape[1] if self.trajectory is None else self.trajectory.previews.shape[1] - 1
+        return replace(self, free_from=self.free_from.index_fill(0, rows.cpu(), last))
 
 
 def finished(state: DecodingState | MaskState, free_from: Tensor, trace: Sequence[Choice] = ()) -> Decoded:

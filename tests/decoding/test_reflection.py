@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
@@ -213,6 +214,32 @@ class Complaint(Critic):
 
     def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
         return ["black"] * len(pixels)
+
+
+@pytest.mark.parametrize("steps", [3, 6, 8])
+def test_parm_can_learn_from_grids_as_reflection_judged_them(rows: list, steps: int) -> None:
+    decoder = make_masked()
+    judges = {"parm": make_parm(decoder)}
+    where = Region(Confidence(), quantile=0.5)
+    reflection = Reflection(Sample(MaskSampling(6, 0.5)), Sample(MaskSampling(steps, 0.5)), where, rounds=2)
+    image = reflection.decode(decoder, judges, rows, SEEDS)
+    assert image.notes["accepted_rounds"].any() and not image.notes["accepted_rounds"].all()
+    assert image.trajectory is not None and (image.free_from == 5).all()  # all but the finished image was chosen
+    decided = torch.stack([getattr(image.evidence, name) for name in STATISTICS])
+    seen = decoder.evidence([row["prompt"] for row in rows], *image.trajectory.at(image.free_from.long()), decided)
+    values = [judges["parm"].values(evidence, [decoder.num_tokens]) for evidence in (seen, image.evidence)]
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+    assert values[0].std() > 1e-4
+
+
+def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
+    decoder: NextTokenDecoder, rows: list, judges: dict
+) -> None:
+    plain = PLAIN.decode(decoder, judges, rows, SEEDS)
+    satisfied = judges["parm"].values(plain.evidence, [decoder.num_tokens]).median().item()
+    image = Reflection(PLAIN, PLAIN, QUARTER, rounds=1, satisfied=satisfied).decode(decoder, judges, rows, SEEDS)
+    assert 0 < image.notes["rounds"].sum() < len(rows)
+    assert image.free_from.tolist() == [decoder.num_tokens * int(r) for r in image.notes["rounds"]]
 
 
 def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
