@@ -345,10 +345,15 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
 
 def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
     masked = ["decoder.module.rotary_dims=4", "sampling.steps=4"]
-    done = command(tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "trainer.log_every_n_steps=1")
+    once = ["data.train.reflected.from_epoch=1", "trainer.log_every_n_steps=1"]
+    done = command(tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, *once)
     assert "parm_literal" in done.stdout
-    rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob("verified-*/part-*"))))
-    assert np.shape(rows["previews"][0]) == (4, 64) and max(rows["free_from"]) <= 3
+    for name, earliest in (("verified", 0), ("reflected", 3)):
+        rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob(f"{name}-*/part-*"))))
+        assert (
+            np.shape(rows["previews"][0]) == (4, 64)
+            and earliest <= min(rows["free_from"]) <= max(rows["free_from"]) <= 3
+        )
     header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
         assert key in header
