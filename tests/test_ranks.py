@@ -4,7 +4,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from tests.conftest import ROOT, make_decoder, make_masked
-from tests.test_train import ENV, SMALL, SMALL_DPO, SMALL_PARM, arguments, command
+from tests.conftest import make_decoder, make_masked
+from tests.launch import ENV, launch
+from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -131,8 +131,7 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
 
 
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
-    line = [sys.executable, str(ROOT / "train.py"), "--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV)
+    done = launch(["--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"], tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: --multirun does not go with several processes a job")
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from callbacks.runs import newest_checkpoint, read_checkpoint, refuse_other_config, run_folder, wandb_id
 from tests.conftest import TINY
-from tests.test_train import ENV, SMALL_DPO, SMALL_PARM, arguments
+from tests.launch import launch
+from tests.test_train import SMALL_DPO, SMALL_PARM
 
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
 RUNS = {
@@ -33,9 +34,8 @@ STOPS = {
 
 def started(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """train.py in a process of its own, in `folder`, which also chooses its run folder itself."""
-    line = [item for item in arguments(folder.parent, *overrides) if not item.startswith("hydra.run.dir")]
     folder.mkdir(exist_ok=True)
-    return subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=folder, env=ENV)
+    return launch([f"rollouts_dir={folder.parent}/rollouts", *overrides], folder, timeout=600)
 
 
 def only_run(folder: Path, name: str) -> Path:

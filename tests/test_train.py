@@ -25,6 +25,7 @@ from datamodules.pairs import reference_log_probs
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
+from tests.launch import ENV, TRAIN, launch
 from tests.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
 
@@ -102,20 +103,20 @@ SMALL_PARM = [
 # The bundled weights, which draw what the detector finds.
 BUNDLED = [item for item in SMALL_PARM if not item.startswith(("tokenizer", "decoder", "parm"))]
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
 
 def arguments(tmp_path: Path, *overrides: str) -> list[str]:
     """The command line of train.py that leaves everything in a temporary folder."""
-    fixed = [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
-    return [sys.executable, str(ROOT / "train.py"), *fixed, *overrides]
+    return [sys.executable, str(TRAIN), *here(tmp_path), *overrides]
+
+
+def here(tmp_path: Path) -> list[str]:
+    """Overrides that leave everything in a temporary folder."""
+    return [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
 
 
 def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run train.py in a process of its own, from a temporary folder."""
-    done = subprocess.run(
-        arguments(tmp_path, *overrides), capture_output=True, text=True, timeout=300, cwd=tmp_path, env=ENV | env
-    )
+    done = launch([*here(tmp_path), *overrides], tmp_path, env)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

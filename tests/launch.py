@@ -1,0 +1,62 @@
+"""Runs train.py in processes of their own, forked from one that has imported it: imports take longer than small runs.
+
+As a script it is the process that forks.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
+
+
+@cache
+def _forking() -> "subprocess.Popen[str]":
+    line = [sys.executable, __file__]
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+
+
+def launch(
+    overrides: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
+) -> "subprocess.CompletedProcess[str]":
+    """What `python train.py OVERRIDES` does and says in a folder; SIGALRM ends it after `timeout` seconds."""
+    server, line = _forking(), [str(TRAIN), *overrides]
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as said:
+        out, err = (Path(said) / name for name in ("out", "err"))
+        order = [line, str(folder), dict(env or {}), str(out), str(err), timeout]
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
+
+
+def _serve() -> None:
+    import train  # noqa: F401
+
+    for order in sys.stdin:
+        line, folder, env, out, err, timeout = json.loads(order)
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            continue
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        signal.alarm(timeout)
+        os.chdir(folder)
+        os.environ.update(env)
+        sys.argv = line
+        runpy.run_path(line[0], run_name="__main__")
+        sys.exit()
+
+
+if __name__ == "__main__":
+    _serve()
