@@ -40,6 +40,8 @@ def launch(
 
 
 def _serve() -> None:
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
     import train  # noqa: F401
 
     for order in sys.stdin:
@@ -50,6 +52,7 @@ def _serve() -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the process before has removed what came with the import
         signal.alarm(timeout)
         os.chdir(folder)
         os.environ.update(env)
