@@ -229,6 +229,7 @@ class GenEvalCallback(Callback):
         pl_module.eval()
         judges = self._judges(pl_module)
         rank, world_size = trainer.global_rank, trainer.world_size
+        kept = self._store if trainer.testing else None
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}
         for name in names:
@@ -238,12 +239,13 @@ class GenEvalCallback(Callback):
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     if trainer.received_sigterm:
+                        if kept and rank == 0:
+                            bar.write(f"The evaluation stops, and the same command goes on with it ({kept.folder})")
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
                     judge = partial(
                         self._decode, pl_module, judges, self.strategies[name], prompts, batch, trainer.testing
                     )
-                    kept = trainer.testing and self._store
                     share.add(kept.get(f"{name}-{start}", judge) if kept else judge())
                     bar.update(len(batch))
             metric = GenEvalMetric().to(pl_module.device)

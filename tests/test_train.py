@@ -296,6 +296,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     with pytest.raises(SIGTERMException):
         run(compose_config(*common))
     assert len(decoded) == 3 and not (tmp_path / "results.jsonl").exists()
+    assert "the same command goes on with it" in capsys.readouterr().out
     run(compose_config(*common))
     assert len(decoded) == 4 and "3 batches were decoded and judged before" in capsys.readouterr().out
     went_on = {name: (tmp_path / name).read_bytes() for name in left}
