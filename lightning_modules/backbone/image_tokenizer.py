@@ -97,7 +97,8 @@ class PatchVQ(ImageTokenizer):
     def fit_codebook(self, pixels: Tensor, iterations: int, generator: torch.Generator) -> float:
         """Set the codebook by k-means on the distinct patches of some images.
 
-        Every distinct patch counts once: background is three quarters of all patches and would take the codes.
+        Every distinct patch counts once: background is three quarters of all patches and would take the codes. On the
+        CPU, where the images come from, so that the codes do not depend on where training goes on.
 
         Args:
             pixels: [N, 3, H, W] in [0, 1].
@@ -110,21 +111,23 @@ class PatchVQ(ImageTokenizer):
         patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
         if len(patches) < self.codebook_size:
             raise ValueError(f"{len(patches)} distinct patches cannot fill a codebook of {self.codebook_size}")
+        codebook = torch.zeros(self.codebook.shape)
         distance = torch.full((len(patches),), torch.inf)
         for code in range(self.codebook_size):  # k-means++: far patches become codes first
             if code:
                 pick = torch.multinomial(distance, 1, generator=generator)
             else:
                 pick = torch.randint(len(patches), (1,), generator=generator)
-            self.codebook[code] = patches[pick]
+            codebook[code] = patches[pick]
             distance = torch.minimum(distance, (patches - patches[pick]).square().sum(1))
         for _ in range(iterations):
-            nearest_code = nearest(patches, self.codebook)
+            nearest_code = nearest(patches, codebook)
             count = torch.bincount(nearest_code, minlength=self.codebook_size)
-            total = torch.zeros_like(self.codebook).index_add_(0, nearest_code, patches)
+            total = torch.zeros_like(codebook).index_add_(0, nearest_code, patches)
             filled = count > 0
-            self.codebook[filled] = total[filled] / count[filled, None]
-        return float((patches - self.codebook[nearest(patches, self.codebook)]).square().sum(1).mean())
+            codebook[filled] = total[filled] / count[filled, None]
+        self.codebook.copy_(codebook)
+        return float((patches - codebook[nearest(patches, codebook)]).square().sum(1).mean())
 
 
 def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:

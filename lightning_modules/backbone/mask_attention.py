@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_modules.backbone.transformer import attend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile, which asks for a hash too early otherwise (torch 2.11)
 class Rotary:
     """Rotary position embeddings of a part of each head, in halves: dimension i turns with i + half."""
 
@@ -39,12 +39,12 @@ class Prefix:
 
     Attributes:
         rotary: of its positions; the last token of every prompt is at position max_text.
-        real: bool [G, P]; shorter prompts are padded on the left, and padding is never attended to.
+        real: bool [G, P]; shorter prompts are padded on the left, and padding is never attended to; None: no padding.
         keys, values: per layer, [G, heads, P, head_dim].
     """
 
     rotary: Rotary
-    real: Tensor
+    real: Tensor | None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Prefix:
     @cached_property
     def _allowed(self) -> Tensor | None:
         """What prompts of several lengths may attend to, bool [G, 1, P, P]; None: whatever is before."""
-        if self.real.all():
+        if self.real is None:
             return None
         length = self.real.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.real.device).tril()
@@ -68,33 +68,39 @@ class Prefix:
     def select(self, rows: Tensor) -> "Prefix":
         """Prompts `rows` [G'], in that order and as often as they occur."""
         keys, values = ([layer[rows] for layer in store] for store in (self.keys, self.values))
-        return Prefix(self.rotary, self.real[rows], keys, values)
+        return Prefix(self.rotary, None if self.real is None else self.real[rows], keys, values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Grid:
     """How soi, image and eoi attend: to their own prompt and to each other. Rows are divided among the prefixes.
 
     A prefix of one row serves all of its rows.
+
+    Attributes:
+        rotary: of soi, image and eoi.
+        prefixes: of the prompts.
+        allowed: what the rows of each prefix may attend to, bool [G, 1, 1, P + S], the same in every layer; None: all.
     """
 
     rotary: Rotary
     prefixes: Sequence[Prefix]
+    allowed: list[Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        length = self.rotary.cos.shape[0]
+        self.allowed = [
+            None if prefix.real is None else F.pad(prefix.real, (0, length), value=True)[:, None, None]
+            for prefix in self.prefixes
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotary(q), self.rotary(k)
         share = len(q) // len(self.prefixes)
         attended = []
         shares = (x.split(share) for x in (q, k, v))
-        for prefix, allowed, q_own, k_own, v_own in zip(self.prefixes, self._allowed, *shares, strict=True):
+        for prefix, allowed, q_own, k_own, v_own in zip(self.prefixes, self.allowed, *shares, strict=True):
             keys = torch.cat([prefix.keys[layer].expand(share, -1, -1, -1), k_own], dim=2)
             values = torch.cat([prefix.values[layer].expand(share, -1, -1, -1), v_own], dim=2)
             attended.append(attend(q_own, keys, values, allowed=allowed))
         return torch.cat(attended)
-
-    @cached_property
-    def _allowed(self) -> list[Tensor | None]:
-        """What the rows of each prefix may attend to, bool [G, 1, 1, P + S], the same in every layer; None: all."""
-        length = self.rotary.cos.shape[0]
-        padded = [F.pad(prefix.real, (0, length), value=True)[:, None, None] for prefix in self.prefixes]
-        return [None if allowed.all() else allowed for allowed in padded]

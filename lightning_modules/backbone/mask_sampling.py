@@ -100,6 +100,10 @@ class MaskNoise(Protocol):
         """The noise of k paths a row; path j has that of candidate j."""
         ...
 
+    def to(self, device: torch.device) -> "MaskNoise":
+        """The same on another device."""
+        ...
+
 
 @dataclass(frozen=True)
 class SeededNoise:
@@ -118,7 +122,7 @@ class SeededNoise:
         return SeededNoise(uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens)))
 
     def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
-        noise = self.uniform[:, : 2 * k : 2, step].to(probs.device).transpose(1, 2).flatten(0, 1)
+        noise = self.uniform[:, : 2 * k : 2, step].transpose(1, 2).flatten(0, 1)
         return invert(probs, noise[where])
 
     def confidence(self, step: int, k: int) -> Tensor:

@@ -38,6 +38,7 @@ class MaskTokenDecoder(TokenDecoder):
         estimate: of log p of whole images; the default is `MaskEstimate()`.
         visual: codes are embedded (and predicted) by what they look like as well, and tokens by their row and column.
             Show-o has neither; small decoders learn much faster with both.
+        compiled: decoding's passes are compiled, on GPUs with CUDA graphs.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class MaskTokenDecoder(TokenDecoder):
         evidence_depths: Sequence[int] = (),
         estimate: MaskEstimate | None = None,
         visual: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
@@ -75,6 +77,7 @@ class MaskTokenDecoder(TokenDecoder):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.visual = visual
+        self.compiled = compiled
         self.largest_share = 1.0
         if visual:
             self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
@@ -162,7 +165,10 @@ class MaskTokenDecoder(TokenDecoder):
         """What `prompt_pass` runs: embeddings, and how they attend."""
         length = max(map(len, blocks))
         device = self.embed.weight.device
-        real = torch.tensor([[False] * (length - len(block)) + [True] * len(block) for block in blocks], device=device)
+        real = None
+        if min(map(len, blocks)) < length:
+            flags = [[False] * (length - len(block)) + [True] * len(block) for block in blocks]
+            real = torch.tensor(flags, device=device)
         ids = torch.tensor([[self.vocabulary.text] * (length - len(block)) + list(block) for block in blocks])
         prefix = Prefix(self._rotary(self.vocabulary.max_text + 1 - length, length), real)
         return self.embed(ids.to(device)), prefix
@@ -286,7 +292,7 @@ class MaskTokenDecoder(TokenDecoder):
             step=0,
             sampling=sampling,
             temperature=torch.ones(len(prompts), 1, device=device),
-            noise=noise,
+            noise=noise.to(device),
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
             prompt=read,
         )
@@ -299,9 +305,14 @@ class MaskTokenDecoder(TokenDecoder):
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.count_pass(*tokens.shape)
-        run = self._grid(tokens, unknown, state.prefixes)
-        layers = self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
+        run = _compiled_layers if self.compiled else MaskTokenDecoder._layers
+        layers = run(self, tokens, unknown, state.prefixes)
         return layers, list(self._image_hidden(layers[-1]).chunk(branches))
+
+    def _layers(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
+        """What `grid_pass` gives; without verifiers that read it only the last layer's."""
+        run = self._grid(tokens, unknown, prefixes)
+        return self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
 
     def guided_logits(self, branches: Sequence[Tensor], guidance: float, where: Tensor) -> Tensor:
         """Logits [M, C] after guidance, from what a pass was read from, [B, n, dim] with the prompt and without.
@@ -343,7 +354,7 @@ class MaskTokenDecoder(TokenDecoder):
             state.unknown.repeat_interleave(k, 0),
             count.repeat_interleave(k),
             temperature.repeat_interleave(k, 0),
-            state.noise.confidence(state.step, k).to(probs.device).flatten(0, 1),
+            state.noise.confidence(state.step, k).flatten(0, 1),
         ).unflatten(0, (-1, k))
         evidence = None
         if self.evidence_depths:
@@ -432,3 +443,7 @@ class MaskTokenDecoder(TokenDecoder):
         state.evidence = proposal.evidence and proposal.evidence.pick(choice)
         state.unknown = torch.zeros_like(state.unknown) if state.done else proposal.masked[rows, choice]
         state.grids.append((state.tokens, state.unknown))
+
+
+# Of the class, not of an object, whose copies would go on with its weights.
+_compiled_layers = torch.compile(MaskTokenDecoder._layers, mode="reduce-overhead")

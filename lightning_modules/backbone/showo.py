@@ -31,7 +31,7 @@ class ShowO(MaskTokenDecoder):
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
         rotary_share: of each head's dimensions that carry the position.
         checkpointing: see `TransformerConfig`.
-        evidence_depths, estimate: see `MaskTokenDecoder`.
+        evidence_depths, estimate, compiled: see `MaskTokenDecoder`.
     """
 
     def __init__(
@@ -47,12 +47,22 @@ class ShowO(MaskTokenDecoder):
         checkpointing: bool = False,
         evidence_depths: Sequence[int] = (),
         estimate: MaskEstimate | None = None,
+        compiled: bool = False,
     ) -> None:
         transformer = TransformerConfig(
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
         rotary_dims = int(rotary_share * transformer.head_dim)
-        super().__init__(image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, evidence_depths, estimate)
+        super().__init__(
+            image_tokenizer,
+            text_tokenizer,
+            max_text,
+            transformer,
+            rotary_dims,
+            evidence_depths,
+            estimate,
+            compiled=compiled,
+        )
 
     @staticmethod
     def stored_as(key: str) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_modules.backbone import mask_token
 from lightning_modules.backbone.loading import fingerprint, pretrained
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, masked_after
 from lightning_modules.backbone.mask_state import Vocabulary
@@ -25,6 +26,7 @@ from lightning_modules.dpo import dpo
 from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +99,17 @@ class Recorded:
     def select(self, rows: Tensor) -> "Recorded":
         return Recorded(self.exponential[:, rows], self.uniform[:, rows])
 
+    def to(self, device: torch.device) -> "Recorded":
+        return Recorded(self.exponential.to(device), self.uniform.to(device))
+
 
 @pytest.mark.filterwarnings("ignore:prompts of more than")
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("run", [run["run"] for run in RUNS])
-def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary, run: int) -> None:
+def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary, run: int, device: str) -> None:
     prefix = f"run{run}."
-    stored = load_file(SHOWO / "sample.safetensors")
+    decoder = copy.deepcopy(decoder).to(device)
+    stored = load_file(SHOWO / "sample.safetensors", device)
     golden = SimpleNamespace(**{k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
     settings = RUNS[run]
     sampling = MaskSampling(settings["timesteps"], settings["guidance_scale"], settings["temperature0"])
@@ -115,7 +122,7 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(state.unknown, unknown)
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
         with torch.no_grad():
-            everywhere = torch.arange(tokens.numel())
+            everywhere = torch.arange(tokens.numel(), device=device)
             logits = decoder.guided_logits(decoder.look(state)[1], sampling.guidance, everywhere)
             logits = logits.view_as(golden.logits_slice[step])
         torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
@@ -127,7 +134,7 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(proposal.masked[:, 0], golden.masking[step].bool())
         drawn = golden.selected_probs[step]
         torch.testing.assert_close(proposal.probs[:, 0][unknown], drawn[unknown], atol=2e-5, rtol=0)
-        decoder.commit(state, proposal, torch.zeros(len(tokens), dtype=torch.int64))
+        decoder.commit(state, proposal, torch.zeros(len(tokens), dtype=torch.int64, device=device))
         step += 1
     assert step == len(golden.step_input_ids)
     assert torch.equal(state.tokens, golden.final_ids)
@@ -218,6 +225,28 @@ def test_candidates_of_one_pass_are_those_of_separate_states(decoder: MaskTokenD
     assert torch.equal(together.masked.repeat_interleave(2, 0), apart.masked)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_compiled_passes_give_the_same_images(
+    decoder: MaskTokenDecoder, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":  # the same graph, which must be one and whole, without a compiler
+        whole = torch.compile(MaskTokenDecoder._layers, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(mask_token, "_compiled_layers", whole)
+    model, sampling = copy.deepcopy(decoder).to(device), MaskSampling(steps=5)
+
+    def decode(texts: list[str]) -> Tensor:
+        state = model.begin(texts, model.noise(range(len(texts)), 1, sampling), sampling)
+        while not state.done:
+            model.commit(state, model.propose(state, 1), torch.zeros(len(texts), dtype=torch.int64, device=device))
+        return state.tokens
+
+    for texts in (["1 2 3"], ["4 5", "6", ""], ["7 8 9 10", "11 12 13 14"]):
+        model.compiled = False
+        plain = decode(texts)
+        model.compiled = True
+        assert torch.equal(decode(texts), plain)
+
+
 def test_kept_tokens_stay(decoder: MaskTokenDecoder) -> None:
     torch.manual_seed(0)
     sampling = MaskSampling(steps=6)
@@ -245,7 +274,7 @@ def test_long_prompts_lose_their_end_with_one_warning(decoder: MaskTokenDecoder)
         warnings.simplefilter("default")
         for prompts in ([text, text], [text + " 8"]):
             prefix = decoder.encode(prompts)
-            assert prefix.real.shape[1] == decoder.vocabulary.max_text + 1
+            assert prefix.keys[0].shape[2] == decoder.vocabulary.max_text + 1
     assert [str(warning.message)[:20] for warning in caught] == ["prompts of more than"]
 
 

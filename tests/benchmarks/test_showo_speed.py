@@ -39,11 +39,11 @@ class Words:
         return [[1 + sum(map(ord, word)) % (self.size - 1) for word in prompt.split()] for prompt in prompts]
 
 
-def build(text: int, codes: int, dim: int = 256, depth: int = 8) -> ShowO:
+def build(text: int, codes: int, dim: int = 256, depth: int = 8, heads: int = 8) -> ShowO:
     torch.manual_seed(0)
     tokenizer: Any = torch.nn.Module()
     tokenizer.codebook_size, tokenizer.num_tokens = codes, 256
-    decoder = ShowO(tokenizer, Words(text), dim=dim, depth=depth, heads=8, mlp_dim=4 * dim)
+    decoder = ShowO(tokenizer, Words(text), dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim)
     for weight in decoder.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.05)  # far from uniform, so that codes are not decided by rounding
@@ -52,14 +52,22 @@ def build(text: int, codes: int, dim: int = 256, depth: int = 8) -> ShowO:
 
 def ours(decoder: ShowO, prompts: Sequence[str]) -> Tensor:
     state = decoder.begin(prompts, SeededNoise.draw(range(len(prompts)), 1, SAMPLING.steps, 256), SAMPLING)
+    only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
     while not state.done:
-        decoder.commit(state, decoder.propose(state, 1), torch.zeros(len(prompts), dtype=torch.int64))
+        decoder.commit(state, decoder.propose(state, 1), only)
     return state.tokens
 
 
 @torch.no_grad()
 def straightforward(decoder: ShowO, prompt: str, seed: int) -> Tensor:
-    words, noise = decoder.vocabulary, SeededNoise.draw([seed], 1, SAMPLING.steps, 256)
+    device = decoder.embed.weight.device
+    noise = SeededNoise.draw([seed], 1, SAMPLING.steps, 256).to(device)
+    with device:  # all that follows is made there
+        return _straightforward(decoder, prompt, noise)
+
+
+def _straightforward(decoder: ShowO, prompt: str, noise: SeededNoise) -> Tensor:
+    words = decoder.vocabulary
     blocks = [words.block(text) for text in decoder.text_tokenizer.encode([prompt, ""])]
     length = words.max_text + 1
     padded = torch.tensor([[words.text] * (length - len(block)) + block for block in blocks])
