@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from callbacks.runs import (
     newest_checkpoint,
     refuse_other_config,
     refuse_useless_numbers,
+    written_at,
 )
 from lightning_modules.backbone.loading import export, write_text
 from lightning_modules.dpo import DPOModule
@@ -151,6 +153,7 @@ def run(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     global launched_patience
+    written: Any = OmegaConf.to_container(config)  # building parts resolves interpolations in place
     try:
         run(config)
         launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
@@ -158,7 +161,8 @@ def main(config: DictConfig) -> None:
         # One sentence for what the user can mend; HYDRA_FULL_ERROR=1 shows where it came from.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"Error: {error.__cause__ or error}")
+        node = re.search("^full_key: (.+)$", str(error), re.MULTILINE) if error.__cause__ else None
+        sys.exit(f"Error: {error.__cause__ or error}" + (f" (in {written_at(written, node[1])})" if node else ""))
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
         sys.exit(128 + signal.SIGTERM if rank_zero_only.rank == 0 else 0)
     if config.logger.get("wandb"):

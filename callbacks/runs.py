@@ -42,6 +42,17 @@ def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
     return _agreed(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
+def written_at(config: Mapping[str, Any], key: str) -> str:
+    """Where the node of some key is written: what an interpolation, not resolved yet, leads to has a key of its own."""
+    parts: list[str] = key.split(".")
+    node: Any = config
+    for end, part in enumerate(parts, 1):
+        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, str) and node.startswith("${"):
+            return written_at(config, ".".join([node[2:-1], *parts[end:]]))
+    return key
+
+
 def _agreed(value: str) -> str:
     """What the first process of a torchrun said; elsewhere the other processes are told by the command line."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -517,9 +517,8 @@ def test_without_show_os_weights_one_sentence_says_what_to_download(tmp_path: Pa
     done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith("Error: 'showlab/magvitv2' is neither a folder nor") and "hf download showlab/magvitv2" in last
-    )
+    assert last.startswith("Error: 'showlab/magvitv2' is neither a folder nor")
+    assert "hf download showlab/magvitv2" in last and last.endswith("(in tokenizer)")
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
@@ -571,8 +570,9 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
     ("overrides", "sentence"),
     [
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
-        (["strategies.parm_literal.k=0"], "verified decoding needs k of at least 1, not 0"),
-        (["strategies.best_of_8_parm.n=0"], "best-of-n needs n of at least 1, not 0"),
+        (["strategies.parm_literal.k=0"], "k of at least 1, not 0 (in strategies.parm_literal)"),
+        (["strategies.best_of_8_parm.n=0"], "n of at least 1, not 0 (in strategies.best_of_8_parm)"),
+        (["strategies.parm.strategy.k=0"], "k of at least 1, not 0 (in strategies.parm.strategy)"),
         (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),

@@ -25,6 +25,11 @@ def test_k_means_finds_every_distinct_patch_and_codes_round_trip() -> None:
     torch.testing.assert_close(tokenizer.decode(tokens), pixels, atol=0.01, rtol=0)  # an untrained decoder adds 0
 
 
+def test_the_codebook_is_the_same_wherever_the_weights_are() -> None:
+    tokenizer = PatchVQ(codebook_size=8, grid=4, image_size=16, width=8, blocks=1).to("meta")
+    assert tokenizer.fit_codebook(blocks(32), 5, torch.Generator().manual_seed(0)) < 1e-3
+
+
 def test_patches_are_read_row_by_row() -> None:
     tokenizer = PatchVQ(codebook_size=8, grid=4, image_size=16, width=8, blocks=1)
     tokenizer.fit_codebook(blocks(32), 5, torch.Generator().manual_seed(0))
