@@ -54,6 +54,11 @@ class Reflection(Strategy):
         if self.accept not in ("better", "always"):
             raise ValueError(f"accept must be 'better' or 'always', not {self.accept!r}")
 
+    @property
+    def _first(self) -> int:
+        """Number of the first round: on from those of a reflection that is wrapped, whose noise would come again."""
+        return self.strategy._first + self.strategy.rounds if isinstance(self.strategy, Reflection) else 0
+
     @torch.no_grad()
     def decode(
         self,
@@ -74,7 +79,7 @@ class Reflection(Strategy):
         trace: list[Choice | Round] = list(image.trace)
         image = replace(image, trace=())
         rounds, accepted_rounds = (torch.zeros_like(scores) for _ in range(2))
-        for number in range(self.rounds):
+        for number in range(self._first, self._first + self.rounds):
             left = left[scores[left] < self.satisfied]
             if not len(left):
                 break

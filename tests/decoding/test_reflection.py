@@ -263,3 +263,15 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, rows, SEEDS)
     with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, rows, SEEDS)
+
+
+def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
+    decoder: NextTokenDecoder, judges: dict, rows: list
+) -> None:
+    def reflect(strategy, rounds: int) -> Decoded:
+        again = Reflection(strategy, PLAIN, Region(Chance(), threshold=1.0), rounds)
+        return again.decode(decoder, judges, rows, SEEDS)
+
+    twice = reflect(Reflection(PLAIN, PLAIN, Region(Chance(), threshold=1.0), 2), 3)
+    assert torch.equal(twice.tokens, reflect(PLAIN, 5).tokens)
+    assert len({tuple(event.after.flatten().tolist()) for event in twice.trace}) == 5
