@@ -17,7 +17,8 @@ class PreemptionCheckpoint(ModelCheckpoint):
     It saves when training ends, and on SIGTERM to any process of the run, after the step that all are at; but not after
     an error, which may have left a step half done, and not between the last batch of an epoch and the first of the
     next, from where Lightning would go on in the wrong epoch when their lengths differ; validation there saves as part
-    of its epoch. Files are overwritten by name: a resumed run has one last.ckpt.
+    of its epoch. Files are overwritten by name: a resumed run has one last.ckpt. A run that has come to its last step
+    can be given more of them.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -28,6 +29,9 @@ class PreemptionCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         # Lightning's own handler has processes meet wherever the signal finds each, where others meet for other things.
         signal.signal(signal.SIGTERM, self._ask_to_stop)
+        progress = trainer.fit_loop.epoch_progress.current
+        if progress.completed == progress.ready:  # Lightning takes any run with max_steps to go on within an epoch
+            trainer.fit_loop.epoch_loop.restarting = False
 
     def _ask_to_stop(self, *_: Any) -> None:
         self._asked_to_stop = True
@@ -35,14 +39,23 @@ class PreemptionCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, *batch)
-            if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
-                raise SIGTERMException
+            if trainer.global_step == trainer.max_steps:  # afterwards Lightning counts the epoch as completed
+                self._save(trainer)
+            self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+        self._stop_if_asked(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False):
+            raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and not trainer.is_last_batch:
