@@ -131,6 +131,9 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
         }
         lines += [result_line(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
         save_image(contact_sheet(result), folder / "sheets" / f"{name}.png")
+    for sheet in (folder / "sheets").glob("*.png"):
+        if sheet.stem not in results:  # of an earlier test of this run, which other weights took
+            sheet.unlink()
     plot_compute(results, folder / "compute.png")
     report = {"benchmark": "GenEval", **about, "strategies": strategies}
     write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")

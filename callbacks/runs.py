@@ -144,12 +144,17 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
 
 
 def refuse_useless_numbers(config: Mapping[str, Any], path: str = "") -> None:
-    """Raise ValueError for a size of a batch, or a learning rate, that is none: some are used after hours of work."""
+    """Raise ValueError for a size of a batch, a number of steps or a learning rate that is none.
+
+    Some are used after hours of work, others compared before anybody says which they are.
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
             refuse_useless_numbers(value, f"{path}{key}.")
         elif str(key).endswith("batch_size") and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"{path}{key} must be a whole number of at least 1, not {value!r}")
+        elif key in ("max_steps", "max_epochs") and not (value is None or (isinstance(value, int) and value >= -1)):
+            raise ValueError(f"{path}{key} must be a whole number, -1 for no limit, not {value!r}")
         elif key == "lr" and not (isinstance(value, int | float) and value >= 0):
             raise ValueError(f"{path}{key} must be a number of at least 0, not {value!r}")
 

@@ -586,6 +586,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         ),
         (["module.optimizer.lr=abc"], "module.optimizer.lr must be a number of at least 0, not 'abc'"),
         (["task=export", "ckpt_path=."], "ckpt_path: . is a folder; only task=evaluate takes all checkpoints of one"),
+        (["trainer.max_steps=abc"], "trainer.max_steps must be a whole number, -1 for no limit, not 'abc'"),
         (["data.batch_size=0"], "data.batch_size must be a whole number of at least 1, not 0"),
         (["callbacks.geneval.batch_size=many"], "callbacks.geneval.batch_size must be a whole number of at least 1"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),

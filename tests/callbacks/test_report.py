@@ -44,6 +44,8 @@ def test_report_files(tmp_path: Path) -> None:
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert Image.open(tmp_path / "sheets" / "parm.png").size[0] > 300
     assert not list(tmp_path.rglob("*.partial"))
+    write_report(tmp_path, {}, {"parm": results["parm"]})
+    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["parm.png"]
 
 
 def test_interval_resamples_prompts_and_not_images() -> None:
