@@ -2,7 +2,7 @@
 
 import csv
 import random
-import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_jobs_of_a_multirun_have_a_wandb_run_each(tmp_path: Path) -> None:
 def test_the_multirun_in_the_comment_has_the_same_points(path: Path) -> None:
     sweep, fixed = sweep_of(path)
     comment = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    overrides = re.findall(r"\S+=\S+", comment.partition("python train.py --multirun ")[2])
+    overrides = shlex.split(comment.partition("python train.py --multirun ")[2])
     assert overrides[: len(fixed)] == fixed
     grid = dict(item.split("=", 1) for item in overrides[len(fixed) :])
     assert grid.keys() == sweep["parameters"].keys()
