@@ -6,6 +6,7 @@ Images/s of the sampler by itself and compiled, against the straightforward one 
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,7 @@ class Clock(Callback):
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all activations kept"])
 def test_dpo_tokens_per_second(benchmark: BenchmarkFixture, matrix_rate: float, checkpointing: bool) -> None:
     pairs, decoder = 10, full_size()
-    object.__setattr__(decoder.transformer.config, "checkpointing", checkpointing)
+    decoder.transformer.config = replace(decoder.transformer.config, checkpointing=checkpointing)
     optimizer = partial(torch.optim.AdamW, lr=1e-6)
     module = DPOModule(decoder, None, optimizer, 1, partial(dpo, beta=0.1), 0.0, 1e9, None, 0.0)
     images = torch.randint(0, 8192, (2, pairs, 256))
