@@ -16,6 +16,7 @@ from lightning import Callback, Trainer
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch.utils.data import DataLoader
 
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import DPOModule, dpo
 from tests.benchmarks.measuring import seconds
@@ -99,6 +100,7 @@ class Clock(Callback):
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all activations kept"])
 def test_dpo_tokens_per_second(benchmark: BenchmarkFixture, matrix_rate: float, checkpointing: bool) -> None:
     pairs, decoder = 10, full_size()
+    decoder.estimate = MaskEstimate(n_masks=1)  # as conf/decoder/showo.yaml has it
     decoder.transformer.config = replace(decoder.transformer.config, checkpointing=checkpointing)
     optimizer = partial(torch.optim.AdamW, lr=1e-6)
     module = DPOModule(decoder, None, optimizer, 1, partial(dpo, beta=0.1), 0.0, 1e9, None, 0.0)
