@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,10 @@ class StrategyResult:
         return next(row for row in self.rows if int(row["filename"].split("/")[0]) == index)
 
     def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of `overall` over prompts."""
+        """95 % bootstrap interval of `overall` over prompts; 0 to 1 where a task has only one, which says nothing."""
+        prompts = {(row["tag"], row["prompt"]) for row in self.rows}
+        if min(Counter(tag for tag, _ in prompts).values()) == 1:
+            return 0.0, 1.0
         low, high = np.quantile(_resampled([self]), [0.025, 0.975])
         return float(low), float(high)
 

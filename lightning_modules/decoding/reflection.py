@@ -13,7 +13,7 @@ from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.regions import Region
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_named, judged
 from lightning_modules.decoding.trace import Choice, Round
-from lightning_modules.rewards.verifier import Critic
+from lightning_modules.rewards.verifier import Critic, Verifier
 
 T = TypeVar("T")
 _GROUPS = 4  # batches of a round, at most
@@ -72,6 +72,10 @@ class Reflection(Strategy):
         judge = judge_named(judges, self.judge)
         if self.tell is not None and not isinstance(judge, Critic):
             raise ValueError(f"judge {self.judge!r} cannot say what is wrong, which reflection with `tell` asks it")
+        if isinstance(judge, Verifier) and 0 < self.satisfied < math.inf:
+            raise ValueError(
+                f"reflection's satisfied={self.satisfied} is never reached: {self.judge!r} gives log-values (.95: -.05)"
+            )
         image = self.strategy.decode(decoder, judges, prompts, seeds, tokens, keep)
         scores = judged(judge, decoder, prompts, image.tokens, image.evidence)
         image.cost.verifier_calls += len(prompts)

@@ -17,9 +17,9 @@ class RankingMetric(Metric):
     """Ranking quality of log-values against correctness, images compared within their prompt.
 
     Update with values [B, P] (P prefix lengths), correct [B] (0 or 1) and group [B] (which prompt). `compute` gives
-    `auc` [P] (share of correct-wrong pairs of a prompt that are ordered right, ties half), `chosen` [P] (share of
-    prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration error of
-    exp(value), 10 bins).
+    `auc` [P] (share of correct-wrong pairs of a prompt that are ordered right, ties half; nan without any), `chosen`
+    [P] (share of prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration error
+    of exp(value), 10 bins).
     """
 
     full_state_update = False
@@ -51,7 +51,7 @@ class RankingMetric(Metric):
             chosen.append((best * right[:, None]).sum(0) / best.sum(0))
         probability = values.clamp(max=0).exp()
         ece = [binary_calibration_error(p, correct.long(), n_bins=10, norm="l1") for p in probability.unbind(1)]
-        return {"auc": wins / max(pairs, 1), "chosen": torch.stack(chosen).mean(0), "ece": torch.stack(ece)}
+        return {"auc": wins / pairs, "chosen": torch.stack(chosen).mean(0), "ece": torch.stack(ece)}
 
 
 def _joined(state: list[Tensor] | Tensor) -> Tensor:

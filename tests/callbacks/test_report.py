@@ -60,6 +60,11 @@ def test_interval_resamples_prompts_and_not_images() -> None:
     )  # every prompt has one right image: resampling prompts changes nothing
 
 
+def test_one_prompt_of_a_task_says_nothing_of_others() -> None:
+    assert result([True] * 4).interval() == (0.0, 1.0)  # two images of a prompt in each task
+    assert result([True] * 8).interval() == (1.0, 1.0)
+
+
 def test_wrong_images_are_framed_red_with_their_reason() -> None:
     sheet = np.asarray(contact_sheet(result([True] * 6 + [False] * 2)))
     assert (sheet == (255, 0, 0)).all(-1).sum() > 200

@@ -259,6 +259,8 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, QUARTER, 0)
     with pytest.raises(ValueError, match="accept must be 'better' or 'always', not 'never'"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, accept="never")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"satisfied=0\.95 is never reached: 'parm' gives log-values"):
+        Reflection(PLAIN, PLAIN, QUARTER, 1, satisfied=0.95).decode(decoder, judges, rows, SEEDS)
     with pytest.raises(ValueError, match="judge 'clip' does not score patches; there are: none"):
         Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, rows, SEEDS)
     with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):

@@ -25,6 +25,12 @@ def test_ties_count_half_and_columns_are_ranked_apart() -> None:
     assert metric.compute()["chosen"].tolist() == [0.5, 1.0]
 
 
+def test_without_a_pair_to_compare_there_is_no_auc() -> None:
+    metric = RankingMetric()
+    metric.update(-torch.rand(4, 2), torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1]))
+    assert metric.compute()["auc"].isnan().all()
+
+
 def test_calibration_error_of_a_sure_and_wrong_verifier() -> None:
     metric = RankingMetric()
     metric.update(torch.zeros(10, 1), torch.tensor([1.0] * 3 + [0.0] * 7), torch.zeros(10))
