@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches
 from callbacks.curve import CheckpointCurve
+from callbacks.geneval import GenEvalCallback
 from callbacks.runs import (
     end_launched,
     keep_metrics,
@@ -33,12 +34,11 @@ from callbacks.runs import (
     refuse_useless_numbers,
     written_at,
 )
+from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.loading import export, write_text
-from lightning_modules.dpo import DPOModule
 from lightning_modules.parm import PARMModule
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
-NEED_WHOLE = (PARMModule, DPOModule)  # the decoder, outside of training steps
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 
 
@@ -64,6 +64,22 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
     ):
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     return trainer
+
+
+def refuse_decoding(module: LightningModule, data: LightningDataModule, callbacks: dict[str, Callback]) -> None:
+    """Raise ValueError for what decodes while it trains: sharded weights are together only in training steps."""
+    if isinstance(module, PARMModule) or isinstance(data, PreferencesDataModule):
+        raise ValueError(
+            "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
+            "rollouts are for trainer=ddp, and what task=rollout makes of data=preferences can be such files"
+        )
+    scored = " ".join(
+        f"~callbacks.{name}"
+        for name, callback in callbacks.items()
+        if isinstance(callback, GenEvalCallback) or getattr(callback, "monitor", None) == "val/geneval"
+    )
+    if scored:
+        raise ValueError(f"trainer=fsdp cannot decode while it trains: add {scored}, and evaluate by trainer=ddp")
 
 
 def run(config: DictConfig) -> None:
@@ -134,11 +150,8 @@ def run(config: DictConfig) -> None:
     data = build(config.get("data"))
     trainer = trainer_for(config, list(callbacks.values()))
     sharded = isinstance(trainer.strategy, FSDPStrategy)
-    if sharded and ("geneval" in callbacks or isinstance(module, NEED_WHOLE)):
-        raise ValueError(
-            "trainer=fsdp is for training on images, with ~callbacks.geneval and ~callbacks.checkpoint_best: decoding "
-            "and judging need the decoder's weights in one piece, as trainer=ddp has them"
-        )
+    if sharded:
+        refuse_decoding(module, data, callbacks)
     if config.task == "fit":
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         if sharded:  # for good: another loop would shard what training has sharded

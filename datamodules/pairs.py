@@ -131,11 +131,11 @@ def reference_log_probs(decoder: TokenDecoder, pairs: Mapping[str, list[Any]]) -
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Some pairs -> a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
-    batch: dict[str, Any] = {name: [row[name] for row in rows] for name in ("prompt", "seed")}
+    lists = ("prompt", "seed", "ref_chosen", "ref_rejected")
+    batch: dict[str, Any] = {name: [row[name] for row in rows] for name in lists}
     for name in SIDES:
         batch[name] = torch.tensor([row[name] for row in rows])
-    for name in ("ref_chosen", "ref_rejected", "weight"):
-        batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+    batch["weight"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
     for name in LABELS.values():
         if f"chosen_{name}" in rows[0]:
             batch[name] = torch.tensor([row[f"{side}_{name}"] for side in SIDES for row in rows], dtype=torch.float32)
@@ -165,8 +165,9 @@ class PairsDataModule(LightningDataModule):
         """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
         assert self.trainer is not None
         decoder: Any = self.trainer.lightning_module.decoder
+        about = [about, str(self.trainer.precision)]
         if isinstance(decoder, MaskTokenDecoder):  # its log-probabilities depend on how they are estimated
-            about = [about, asdict(decoder.estimate)]
+            about.append(asdict(decoder.estimate))
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{digest}"
         if self.trainer.is_global_zero:
@@ -176,21 +177,32 @@ class PairsDataModule(LightningDataModule):
         return folder
 
     def _with_reference(self, pairs: Dataset, decoder: TokenDecoder) -> Dataset:
-        """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is."""
-        pairs = pairs.add_column("seed", list(range(len(pairs))))
+        """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is.
+
+        They are computed where and in the precision in which the policy will be trained: where that is the reference,
+        they are the same to the last bit.
+        """
+        assert self.trainer is not None
+        pairs = pairs.add_column("seed", list(range(len(pairs)))).add_column(
+            "decoder", [fingerprint(decoder)] * len(pairs)
+        )
+        strategy = self.trainer.strategy
+        strategy.precision_plugin.convert_module(decoder.eval().to(strategy.root_device))
         starts = range(0, len(pairs), self.collect_batch_size)
-        parts = [
-            reference_log_probs(decoder.eval(), pairs[start : start + self.collect_batch_size])
-            for start in tqdm(starts, desc="Reference log-probabilities", unit="batch")
-        ]
+        with strategy.precision_plugin.forward_context():
+            parts = [
+                reference_log_probs(decoder, pairs[start : start + self.collect_batch_size])
+                for start in tqdm(starts, desc="Reference log-probabilities", unit="batch")
+            ]
         for side in SIDES:
             pairs = pairs.add_column(f"ref_{side}", [value for part in parts for value in part[side]])
-        return pairs.add_column("decoder", [fingerprint(decoder)] * len(pairs))
+        return pairs
 
     def predict_dataloader(self) -> list[Any]:
-        """Make the pairs with the models as they are and say how many; no batches are left to predict."""
+        """Make the pairs with the models as they are and say how many, and where; no batches are left to predict."""
         for name in ("train", "validation"):
-            rank_zero_info(f"{name}: {len(self._pairs(name))} pairs")
+            pairs = self._pairs(name)
+            rank_zero_info(f"{name}: {len(pairs)} pairs in {Path(pairs.cache_files[0]['filename']).parent}")
         return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ class PreferenceFile:
     """A JSONL file, a folder written by `datasets`, or a data set on the Hugging Face hub.
 
     Images are paths (relative to the JSONL file) or image columns of `datasets`; where a value is a list of numbers
-    instead, these are image tokens.
+    instead, these are image tokens. A column `weight` says how much each pair counts; without it all count alike.
 
     Attributes:
         path: of the file or folder, or name on the hub.
@@ -103,7 +104,7 @@ class PreferenceFile:
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
             made["prompt"].append(str(prompt))
-            made["weight"].append(1.0)
+            made["weight"].append(self._weight(place, row.get("weight", 1.0)))
             places.append(place)
             pending += [self._side(place, row[self.columns[side]], tokenizer) for side in ("chosen", "rejected")]
             if len(pending) >= batch_size:
@@ -115,6 +116,11 @@ class PreferenceFile:
             if chosen == rejected:
                 raise ValueError(f"{place}: chosen and rejected are the same image, token by token")
         return Dataset.from_dict(made)
+
+    def _weight(self, place: str, value: Any) -> float:
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{place}: the weight {value!r} is not a number of at least 0")
+        return float(value)
 
     def _side(self, place: str, value: Any, tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
         """Tokens as they are, or pixels, uint8 [H, W, 3]."""
@@ -183,6 +189,8 @@ class PreferenceFilesDataModule(PairsDataModule):
             self._made[name] = datasets.load_from_disk(str(pairs))
 
     def _read(self, source: PreferenceFile, decoder: TokenDecoder) -> Dataset:
+        assert self.trainer is not None
+        decoder.to(self.trainer.strategy.root_device)  # where Lightning puts it later anyway
         return self._with_reference(source.encode(decoder, self.collect_batch_size), decoder)
 
     def _pairs(self, name: str) -> Dataset:

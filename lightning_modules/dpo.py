@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -39,9 +40,10 @@ def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
 class DPOModule(ResumableModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
-    Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected` [B], the
-    log-probabilities that the reference gives them, `seed` (B numbers) and `weight` [B] of each pair; to refit PARM
-    also the labels of `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
+    Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected`, the
+    log-probabilities that the reference gives them (B numbers, not a tensor: in bfloat16 Lightning would round hundreds
+    of nats to whole ones), `seed` (B numbers) and `weight` [B] of each pair; to refit PARM also the labels of
+    `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
 
     Args:
         decoder: the shared decoder, which is trained.
@@ -109,7 +111,8 @@ class DPOModule(ResumableModule):
         chosen, rejected = self.decoder.pair_log_probs(
             batch["prompt"], batch["chosen"], batch["rejected"], batch["seed"]
         )
-        ref_chosen, ref_rejected = batch["ref_chosen"], batch["ref_rejected"]
+        reference = (batch["ref_chosen"], batch["ref_rejected"])
+        ref_chosen, ref_rejected = torch.tensor(reference, dtype=torch.float32, device=self.device)
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected)
         loss = (losses * batch["weight"]).mean() - self.sft_weight * chosen.mean() / self.decoder.num_tokens
         gain_chosen, gain_rejected = chosen.detach() - ref_chosen, rejected.detach() - ref_rejected
@@ -164,7 +167,12 @@ class DPOModule(ResumableModule):
         self._step(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.log("train/grad_norm", grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"])
+        norm = torch.as_tensor(grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"], device=self.device)
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # each rank has the gradients of its shards
+            squares = norm.square()
+            torch.distributed.all_reduce(squares)
+            norm = squares.sqrt()
+        self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]

@@ -1,5 +1,6 @@
 """Runs of two processes: the same images, rows and weights as of one, and an end when one of them fails."""
 
+import csv
 import json
 import signal
 import socket
@@ -16,7 +17,7 @@ from hydra.utils import instantiate
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.conftest import make_decoder, make_masked
 from tests.launch import ENV, launch
-from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command
+from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -171,8 +172,50 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
     assert torch.load(last, weights_only=True)["global_step"] == 4
 
 
-def test_what_needs_whole_weights_is_not_sharded(tmp_path: Path) -> None:
-    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.strategy._target_=tests.sharding.FSDPOnCPU"]
-    done = command(tmp_path, *SMALL_PARM, *sharded, "trainer.devices=1", check=False)
+SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+           "trainer.strategy._target_=tests.sharding.FSDPOnCPU"]  # fmt: skip
+DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
+
+
+def test_sharded_show_o_is_aligned_as_by_one_process_and_goes_on(tmp_path: Path) -> None:
+    small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path), *DECODE_NOTHING,
+             "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
+             "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
+             "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip
+    command(tmp_path, *small, "data.batch_size=4")
+    small += [*SHARDED, "data.batch_size=2", f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]
+    command(tmp_path, *small)
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
+    )
+    assert one["global_step"] == two["global_step"] == 3
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    for key in ("train/grad_norm", "val/loss"):
+        one, two = (columns(tmp_path / name / "metrics" / "metrics.csv")[key] for name in ("run", "sharded"))
+        assert one and two == pytest.approx(one, rel=1e-4)
+    command(tmp_path, *small, "trainer.max_steps=4")
+    last = tmp_path / "sharded" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def columns(path: Path) -> dict[str, list[float]]:
+    """The numbers of each column of a CSV file, without empty ones."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (SMALL_PARM, "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
+        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "trainer=fsdp trains on images (module=decoder) or on pairs"),
+        (["experiment=dpo", *(item for item in SMALL_DPO if not item.startswith("data.")), "data=preference_files"],
+         "trainer=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
+    ],
+)  # fmt: skip
+def test_what_needs_whole_weights_is_not_sharded(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    given = pair_files(tmp_path) if "data=preference_files" in overrides else []
+    done = command(tmp_path, *overrides, *given, *SHARDED, "trainer.devices=1", check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: trainer=fsdp is for training on images, with ~call")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"Error: {sentence}")

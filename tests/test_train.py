@@ -114,6 +114,14 @@ def here(tmp_path: Path) -> list[str]:
     return [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
 
 
+def pair_files(folder: Path) -> list[str]:
+    """Overrides that name a file of eight pairs of images, each of 64 tokens of 64 kinds."""
+    made = torch.randint(64, (8, 2, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"prompt": "a photo of a star", "chosen": chosen, "rejected": rejected} for chosen, rejected in made]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"data.{split}.path={folder}/pairs.jsonl" for split in ("train", "validation")]
+
+
 def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run train.py in a process of its own, from a temporary folder."""
     done = launch([*here(tmp_path), *overrides], tmp_path, env)
@@ -460,10 +468,8 @@ def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
 
 
 def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
-    rows = [{"prompt": "a photo of a star", "chosen": [i] * 64, "rejected": [i + 1] * 64} for i in range(6)]
+    given = ["data=preference_files", *pair_files(tmp_path)]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["data=preference_files", f"data.train.path={path}", f"data.validation.path={path}"]
     small = [*(item for item in SMALL_DPO if not item.startswith("data.")), "data.batch_size=2", "trainer.max_steps=2"]
     command(tmp_path, "experiment=dpo", *given, *small, "trainer.val_check_interval=1", "module.max_fall=1e9")
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "rollouts").glob("*-pairs-*"))
@@ -471,9 +477,23 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{}\n")
     refused = command(tmp_path, "experiment=dpo", *given, *small, check=False)
     assert refused.returncode == 1
-    assert "pairs.jsonl:7: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
+    assert "pairs.jsonl:9: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
     nothing = command(tmp_path, "experiment=dpo", "data=preference_files", *small, check=False)
     assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: Path, precision: str) -> None:
+    rows = [{"prompt": "a photo of a star", "chosen": [i] * 64, "rejected": [i + 1] * 64} for i in range(6)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"data.train.path={path}", f"data.validation.path={path}", "~callbacks.geneval"]
+    command(
+        tmp_path, "experiment=showo_dpo", "+debug=tiny_showo", *given, "task=evaluate", f"trainer.precision={precision}"
+    )
+    header, values = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()
+    measured = dict(zip(header.split(","), values.split(","), strict=True))
+    assert float(measured["test/kl"]) == float(measured["test/rewards/margins"]) == 0
 
 
 def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:

@@ -255,8 +255,9 @@ class MaskTokenDecoder(TokenDecoder):
         scales it (`MaskWarmup`).
         """
         batch, length = tokens.shape
-        share = self.largest_share * torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
-        order = torch.rand(batch, length, device=tokens.device).argsort(1).argsort(1)
+        device, dtype = tokens.device, torch.float32  # in bfloat16 many numbers would be equal
+        share = self.largest_share * torch.cos(torch.rand(batch, 1, device=device, dtype=dtype) * math.pi / 2)
+        order = torch.rand(batch, length, device=device, dtype=dtype).argsort(1).argsort(1)
         masked = order < (share * length).round().clamp(min=1)
         return -self.log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
 

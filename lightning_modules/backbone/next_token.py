@@ -231,7 +231,7 @@ class NextTokenDecoder(TokenDecoder):
     def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
         """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
         codes = self._code_embeddings()
-        logits = self._logits(codes, self._run(codes, word_ids, tokens)[1][-1])
+        logits = self._logits(codes, self._run(codes, word_ids, tokens)[1][-1]).float()
         return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

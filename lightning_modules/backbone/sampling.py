@@ -41,12 +41,13 @@ def image_seed(*parts: int) -> int:
 
 
 def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
-    """Uniform noise in [0, 1) for decoding, [B, 1 + candidates, steps], row b from seeds[b] alone.
+    """Uniform noise in [0, 1) for decoding, [B, 1 + candidates, steps], row b from seeds[b] alone, in any precision.
 
     More candidates add rows and leave the first ones as they are.
     """
-    generator = torch.Generator()
-    return torch.stack([torch.rand(1 + candidates, steps, generator=generator.manual_seed(s)) for s in seeds])
+    generator, shape = torch.Generator(), (1 + candidates, steps)
+    rows = [torch.rand(shape, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
+    return torch.stack(rows)
 
 
 def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:

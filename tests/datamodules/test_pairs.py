@@ -74,11 +74,14 @@ def test_impossible_rules_are_refused(settings: dict, sentence: str) -> None:
 
 
 def test_log_probabilities_estimated_otherwise_are_stored_apart(tmp_path: Path) -> None:
-    def folder(estimate: MaskEstimate) -> Path:
+    def folder(estimate: MaskEstimate, precision: str = "32-true") -> Path:
         data = PairsDataModule(str(tmp_path), 1, 1)
         module = SimpleNamespace(decoder=make_masked(estimate))
         strategy = SimpleNamespace(barrier=lambda: None)
-        data.trainer = SimpleNamespace(is_global_zero=True, strategy=strategy, lightning_module=module)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            is_global_zero=True, strategy=strategy, lightning_module=module, precision=precision
+        )
         return data._stored("pairs", {"the": "same"}, lambda: Dataset.from_dict({"x": [1]}))
 
     assert folder(MaskEstimate()) == folder(MaskEstimate()) != folder(MaskEstimate(n_masks=8))
+    assert folder(MaskEstimate()) != folder(MaskEstimate(), "bf16-mixed")

@@ -36,8 +36,9 @@ def images(tmp_path: Path) -> list[np.ndarray]:
 
 
 def test_tokens_come_back_as_they_are(decoder: NextTokenDecoder, tmp_path: Path) -> None:
-    rows = write(tmp_path, {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS}).encode(decoder, 4)
-    assert rows[:] == {"prompt": [PROMPT], "chosen": [ONES], "rejected": [TWOS], "weight": [1.0]}
+    row = {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS}
+    rows = write(tmp_path, row, row | {"weight": 0.5}).encode(decoder, 4)
+    assert rows[:] == {"prompt": [PROMPT] * 2, "chosen": [ONES] * 2, "rejected": [TWOS] * 2, "weight": [1.0, 0.5]}
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
@@ -81,6 +82,10 @@ def test_image_columns_of_datasets_are_read(
         ({"prompt": PROMPT, "chosen": ONES, "rejected": ONES}, r"chosen and rejected are the same image"),
         ({"prompt": "a photo of a dog", "chosen": ONES, "rejected": TWOS}, r"dog"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": TWOS, "decoder": "other"}, r"made for another decoder"),
+        (
+            {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS, "weight": -1},
+            r"weight -1 is not a number",
+        ),
         ('{"prompt": ', r"not valid JSON"),
         ([1, 2], r"not an object but \[1, 2\]"),
         ({"prompt": 7, "chosen": ONES, "rejected": TWOS}, r"'7'"),
