@@ -36,6 +36,7 @@ from callbacks.runs import (
 )
 from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.loading import export, write_text
+from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.parm import PARMModule
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
@@ -131,6 +132,8 @@ def run(config: DictConfig) -> None:
         generating.run(trainer_for(config, [StopBetweenBatches()]))
         return
     module = build(config.module)
+    if isinstance(module, EvaluationModule) and config.get("data") is not None:
+        raise ValueError("module=evaluation has no use for data: add ~data")
     module.save_hyperparameters(plain)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)

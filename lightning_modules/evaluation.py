@@ -1,28 +1,34 @@
-"""EvaluationModule: a decoder that is measured as it is."""
+"""EvaluationModule: a decoder, and a PARM, that are measured as they are."""
 
 from typing import Any
 
 from lightning import LightningModule
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.backbone.decoder import Decoder, TokenDecoder
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
 class EvaluationModule(LightningModule):
-    """For `task=evaluate` of published weights: callbacks decode prompts of their own, so there is no data.
+    """For `task=evaluate` of weights as they are: callbacks decode prompts of their own, so there is no data.
 
     Args:
         decoder: what is measured.
+        parm: a reward model for strategies, if any.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, parm: PARM | None) -> None:
         super().__init__()
         self.decoder = decoder
+        self.parm = parm
 
     @property
     def judges(self) -> dict[str, Verifier[Any]]:
-        """None of its own; see `rewards` of GenEvalCallback."""
-        return {}
+        """The verifiers that strategies can name; decoders of pixels have none."""
+        likelihood: dict[str, Verifier[Any]] = {"likelihood": Likelihood()}
+        return (likelihood if isinstance(self.decoder, TokenDecoder) else {}) | (
+            {"parm": self.parm} if self.parm else {}
+        )
 
     def test_dataloader(self) -> list[int]:
         """One empty batch: without any, the Trainer would not test at all."""

@@ -286,6 +286,16 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
             assert second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
 
 
+def test_weights_are_measured_as_they_are_without_rollouts(tmp_path: Path, compose_config) -> None:
+    common = [*(item for item in BUNDLED if not item.startswith("data")), "task=evaluate",
+              "callbacks.geneval.test_strategies=[best_of_8_likelihood,best_of_8_parm]"]  # fmt: skip
+    run(compose_config(*common, "data.test.samples=1"))
+    rows = (tmp_path / "results.jsonl").read_text()
+    run(compose_config(*common, "module=evaluation", "~data", "rollouts_dir=elsewhere"))
+    assert (tmp_path / "results.jsonl").read_text() == rows
+    assert not Path("elsewhere").exists()
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -610,6 +620,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["data.batch_size=0"], "data.batch_size must be a whole number of at least 1, not 0"),
         (["callbacks.geneval.batch_size=many"], "callbacks.geneval.batch_size must be a whole number of at least 1"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
+        (["task=evaluate", "module=evaluation"], "module=evaluation has no use for data: add ~data"),
     ],
 )
 def test_bad_config_ends_in_one_sentence_before_work_starts(
