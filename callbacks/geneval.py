@@ -199,7 +199,7 @@ class GenEvalCallback(Callback):
         name = f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
         store = ShareStore(self.unfinished / name, trainer.global_rank)
         if trainer.is_global_zero and (count := store.count):
-            print(f"The evaluation goes on: {count} batches were decoded and judged before ({store.folder})")
+            print(f"The evaluation goes on; batches decoded and judged before: {count} ({store.folder})")
         return store
 
     def _incomparable(self) -> list[str]:
