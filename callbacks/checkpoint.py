@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.backbone.sampling import image_seed
@@ -14,11 +15,11 @@ from lightning_modules.backbone.sampling import image_seed
 class PreemptionCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, such that a run goes on exactly from wherever it was stopped.
 
-    It saves when training ends, and on SIGTERM to any process of the run, after the step that all are at; but not after
-    an error, which may have left a step half done, and not between the last batch of an epoch and the first of the
-    next, from where Lightning would go on in the wrong epoch when their lengths differ; validation there saves as part
-    of its epoch. Files are overwritten by name: a resumed run has one last.ckpt. A run that has come to its last step
-    can be given more of them.
+    It saves when training ends, and on SIGTERM or Ctrl-C to any process of the run, after the step that all are at (a
+    second Ctrl-C ends it at once, unsaved); but not after an error, which may have left a step half done, and not
+    between the last batch of an epoch and the first of the next, from where Lightning would go on in the wrong epoch
+    when their lengths differ; validation there saves as part of its epoch. Files are overwritten by name: a resumed run
+    has one last.ckpt. A run that has come to its last step can be given more of them.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -29,11 +30,19 @@ class PreemptionCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         # Lightning's own handler has processes meet wherever the signal finds each, where others meet for other things.
         signal.signal(signal.SIGTERM, self._ask_to_stop)
+        signal.signal(signal.SIGINT, self._interrupt)
         progress = trainer.fit_loop.epoch_progress.current
         if progress.completed == progress.ready:  # Lightning takes any run with max_steps to go on within an epoch
             trainer.fit_loop.epoch_loop.restarting = False
 
     def _ask_to_stop(self, *_: Any) -> None:
+        self._asked_to_stop = True
+
+    def _interrupt(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        rank_zero_info(
+            "\nStopping once the step, or the validation, is done and saved; Ctrl-C again stops at once, unsaved"
+        )
         self._asked_to_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -46,6 +55,7 @@ class PreemptionCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
         self._stop_if_asked(trainer)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
