@@ -26,6 +26,7 @@ from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
 from callbacks.runs import (
     end_launched,
+    forget_refused,
     keep_metrics,
     load_checkpoint,
     named_checkpoints,
@@ -177,6 +178,8 @@ def main(config: DictConfig) -> None:
         # One sentence for what the user can mend; HYDRA_FULL_ERROR=1 shows where it came from.
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        if rank_zero_only.rank == 0:
+            forget_refused(Path(HydraConfig.get().runtime.output_dir))
         node = re.search("^full_key: (.+)$", str(error), re.MULTILINE) if error.__cause__ else None
         sys.exit(f"Error: {error.__cause__ or error}" + (f" (in {written_at(written, node[1])})" if node else ""))
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one

@@ -100,6 +100,12 @@ def keep_metrics(folder: Path) -> None:
         shutil.rmtree(metrics, ignore_errors=True)  # of a run that was killed before it wrote any
 
 
+def forget_refused(folder: Path) -> None:
+    """Remove the folder of a run that was refused before it left anything but its config."""
+    if {path.name for path in folder.iterdir()} <= {".hydra", "config.yaml"}:
+        shutil.rmtree(folder)
+
+
 def code() -> str:
     """A short hash of the project's own code: what other code has made is not taken for what this would make."""
     digest = hashlib.sha256()

@@ -638,6 +638,7 @@ def test_a_prompt_file_must_be_named(tmp_path: Path) -> None:
     done = command(tmp_path, "geneval=file", check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "Error: geneval.test_prompts.path needs a value"
+    assert not (tmp_path / "run").exists()  # or it would be taken for the newest run
 
 
 @pytest.mark.parametrize(
