@@ -41,7 +41,7 @@ class PreemptionCheckpoint(ModelCheckpoint):
     def _interrupt(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         rank_zero_info(
-            "\nStopping once the step, or the validation, is done and saved; Ctrl-C again stops at once, unsaved"
+            "\nStopping when this step or validation is saved (ckpt_path=auto goes on); Ctrl-C again: at once"
         )
         self._asked_to_stop = True
 
