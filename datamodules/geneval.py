@@ -12,11 +12,11 @@ from datasets import Dataset
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from datamodules.coco_prompts import OFFICIAL_FILE, coco_prompts
 from datamodules.loaders import make_loader
-from datamodules.shapes.prompts import Split, shapes_prompts
+from datamodules.prompt_templates import Metadata, Split, pick
+from datamodules.shapes.prompts import shapes_prompts
 from lightning_modules.rewards.geneval import CLASS_NAMES, read_prompts, validate_metadata
-
-Metadata = dict[str, Any]
 
 # The official prompts of each task, 553 in all, and a digest of them, whatever their order.
 OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -29,23 +29,39 @@ def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int] | None) 
     return shapes_prompts(split, per_task)
 
 
-def prompts_from_file(path: str, class_names: Sequence[str] = CLASS_NAMES, official: bool = False) -> list[Metadata]:
+def prompts_from_coco(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
+    """`per_task` prompts of each task, or of those that it names, about COCO's classes; null for all."""
+    return coco_prompts(split, per_task)
+
+
+def prompts_from_file(
+    path: str,
+    class_names: Sequence[str] = CLASS_NAMES,
+    official: bool = False,
+    per_task: int | Mapping[str, int] | None = None,
+) -> list[Metadata]:
     """The prompts of a JSONL file in GenEval's format.
 
     Args:
-        path: of the file.
+        path: of the file, or `bundled:geneval_prompts`, the official prompts.
         class_names: classes that prompts may name.
         official: these must be the official 553 prompts, each once.
+        per_task: how many of each task are taken, or of those that it names; null for all.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or a broken row; the sentence names file and line. With `official`,
             prompts that are missing, altered or repeated.
     """
-    return _checked(read_prompts(path, tuple(class_names)), path, official)
+    file = str(OFFICIAL_FILE) if path == f"bundled:{OFFICIAL_FILE.parent.name}" else path
+    return _checked(read_prompts(file, tuple(class_names)), path, official, per_task)
 
 
 def prompts_from_dataset(
-    path: str, split: str = "test", class_names: Sequence[str] = CLASS_NAMES, official: bool = False
+    path: str,
+    split: str = "test",
+    class_names: Sequence[str] = CLASS_NAMES,
+    official: bool = False,
+    per_task: int | Mapping[str, int] | None = None,
 ) -> list[Metadata]:
     """The prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
 
@@ -56,7 +72,7 @@ def prompts_from_dataset(
     Args:
         path: of the folder, or name on the hub.
         split: of a data set with several.
-        class_names, official: see `prompts_from_file`.
+        class_names, official, per_task: see `prompts_from_file`.
 
     Raises:
         ValueError: there is no such split, or a broken row; the sentence names data set and row.
@@ -77,7 +93,7 @@ def prompts_from_dataset(
                 raise ValueError(f"{where}: metadata is not valid JSON: {error}") from error
         validate_metadata(row, tuple(class_names), where)
         rows.append(row)
-    return _checked(rows, path, official)
+    return _checked(rows, path, official, per_task)
 
 
 def _plain(value: Any) -> Any:
@@ -90,10 +106,16 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _checked(rows: list[Metadata], where: str, official: bool) -> list[Metadata]:
+def _checked(
+    rows: list[Metadata], where: str, official: bool, per_task: int | Mapping[str, int] | None
+) -> list[Metadata]:
     if official and (found := differences(rows)):
         raise ValueError(f"{where}: these are not the official prompts: {'; '.join(found)}")
-    return rows
+    if per_task is None:
+        return rows
+    return pick(
+        {task: [row for row in rows if row["tag"] == task] for task in {row["tag"]: 0 for row in rows}}, per_task
+    )
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -196,7 +196,10 @@ def collect(
             "tokens": decoded.tokens.cpu().numpy().astype("int32"),
             "reward": [float(verdict.correct) for verdict in verdicts],
             "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
-            "grounding": [ground(row, detections) for row, detections in zip(rows, found, strict=True)],
+            "grounding": [
+                ground(row, detections, words=decoder.word_spans(row["prompt"]))
+                for row, detections in zip(rows, found, strict=True)
+            ],
             "free_from": decoded.free_from.long().tolist(),
             "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
             "seed": seeds,

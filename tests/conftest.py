@@ -23,7 +23,7 @@ from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
-from lightning_modules.backbone.text import WordTokenizer
+from lightning_modules.backbone.text import WordTokenizer, word_spans
 from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.rewards.parm import PARM, Features
 
@@ -57,6 +57,9 @@ class Numbers:
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         return [[int(word) for word in prompt.split()] for prompt in prompts]
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        return word_spans(prompt)
 
 
 def make_showo(**sizes: Any) -> ShowO:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.shapes.prompts import ANYTHING, COLORS, NUMBERS, RELATIONS, Metadata, Split, prompt_pool, with_clauses
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, with_clauses
+from datamodules.shapes.prompts import ANYTHING, COLORS, RELATIONS, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import CLASSES, SIZE
+from lightning_modules.backbone.text import word_spans
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.grounding import grounding
 
@@ -40,7 +42,8 @@ def judge(found: Detections, row: Metadata) -> Verdict:
 
 def labels(found: Detections, row: Metadata, max_words: int, grid: int) -> tuple[Verdict, np.ndarray]:
     """GenEval's verdict on what is in an image, and the grounding of the prompt in it (see `grounding`)."""
-    return judge(found, row), grounding(row, found, CLASSES, _RULES.threshold, max_words, grid, SIZE)
+    words = word_spans(row["prompt"])
+    return judge(found, row), grounding(row, found, CLASSES, _RULES.threshold, words, max_words, grid, SIZE)
 
 
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from datamodules.shapes.prompts import ANYTHING, COLORS, Metadata, Split, prompt_pool, with_clauses
+from datamodules.prompt_templates import Metadata, Split, with_clauses
+from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
 
 _DIRECTION = {

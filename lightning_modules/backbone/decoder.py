@@ -109,6 +109,10 @@ class TokenDecoder(Shared, Decoder):
         """Words (text tokens) of the prompt in `Evidence`, L."""
 
     @abstractmethod
+    def word_spans(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters of a prompt that each of these words covers, start and end."""
+
+    @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
 

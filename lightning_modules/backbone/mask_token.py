@@ -116,6 +116,9 @@ class MaskTokenDecoder(TokenDecoder):
         """Text tokens of the longest prompt; see `Decoder`."""
         return self.vocabulary.max_text - 2
 
+    def word_spans(self, prompt: str) -> list[tuple[int, int]]:
+        return self.text_tokenizer.spans(prompt)
+
     def _rotary(self, start: int, length: int) -> Rotary:
         positions = torch.arange(start, start + length, device=self.embed.weight.device)
         return Rotary.at(positions, self.rotary_dims)

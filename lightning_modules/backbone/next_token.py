@@ -192,6 +192,9 @@ class NextTokenDecoder(TokenDecoder):
         """Longest prompt; see `Decoder`."""
         return self.prompt_encoder.tokenizer.max_words
 
+    def word_spans(self, prompt: str) -> list[tuple[int, int]]:
+        return self.prompt_encoder.tokenizer.spans(prompt)
+
     @property
     def _positions(self) -> Tensor:
         """Position embeddings, [T, dim]."""

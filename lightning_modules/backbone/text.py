@@ -1,5 +1,6 @@
 """Prompts: tokenizers, and a small Transformer encoder over words."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,15 @@ class TextTokenizer(Protocol):
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, without special ones."""
         ...
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters of a prompt that each of its ids stands for, start and end."""
+        ...
+
+
+def word_spans(prompt: str) -> list[tuple[int, int]]:
+    """The characters of each word of a prompt, start and end."""
+    return [word.span() for word in re.finditer(r"\S+", prompt)]
 
 
 class PublishedTokenizer:
@@ -59,6 +69,11 @@ class PublishedTokenizer:
         encoded = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
         return [entry.ids for entry in encoded]
 
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Without the space that many tokens begin with."""
+        offsets = self._tokenizer.encode(prompt, add_special_tokens=False).offsets
+        return [(end - len(prompt[start:end].lstrip()), end) for start, end in offsets]
+
 
 class WordTokenizer:
     """Maps the words of a prompt to ids; id 0 is padding, and a prompt of padding alone is the empty prompt."""
@@ -83,6 +98,9 @@ class WordTokenizer:
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Word ids of each prompt, without padding."""
         return [[word for word in row if word] for row in self(prompts).tolist()]
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        return word_spans(prompt)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Word ids, int64 [B, max_words].

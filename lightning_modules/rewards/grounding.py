@@ -1,6 +1,8 @@
 """Which tokens of an image show what which word of the prompt names: what PARM learns to match words and places by."""
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,21 @@ from lightning_modules.rewards.geneval import COLORS, Detections
 ANYTHING = "shape"  # the word for an object of any class
 
 
+@cache
+def _names(class_names: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds colours and classes; "orange" is a colour where a class follows: of "an orange orange" the first one."""
+    longest_first = sorted((*class_names, ANYTHING), key=len, reverse=True)
+    noun = rf"(?:{'|'.join(map(re.escape, longest_first))})(?:e?s)?\b"
+    color = "|".join(COLORS)
+    return re.compile(rf"\b(?:(?P<color>(?:{color})(?=\s+{noun}))|(?P<noun>{noun})|(?P<lone>(?:{color})\b))")
+
+
 def grounding(
     metadata: Mapping[str, Any],
     detections: Detections,
     class_names: Sequence[str],
     threshold: float,
+    words: Sequence[tuple[int, int]],
     max_words: int,
     grid: int,
     image_size: int,
@@ -25,28 +37,33 @@ def grounding(
     Args:
         metadata: the prompt; colours are looked at only if its clauses name any, because that may cost a network.
         detections: the objects in the image.
-        class_names: words that name a class, or the plural of one.
+        class_names: names of classes, of one word or several, which prompts may have in the plural.
         threshold: score that an object has to exceed.
+        words: the characters of the prompt that each word covers, start and end; decoders have words of their own.
         max_words: words of the longest prompt, L.
         grid: tokens along each side, which make T = grid * grid.
         image_size: pixels along each side.
 
     Returns:
-        [T, L] of 0 and 1; NaN for words that name neither class nor colour, and beyond the prompt.
+        [T, L] of 0 and 1; NaN for words that are no part of a class or colour, and beyond the prompt.
     """
     found = [i for i, score in enumerate(detections.scores) if score > threshold]
     colored = any("color" in clause for clause in metadata["include"])
     colors = detections.colors(found) if colored else [""] * len(found)
     middles = (np.arange(grid) + 0.5) * image_size / grid
     result = np.full((grid, grid, max_words), np.nan, np.float32)
-    for place, word in enumerate(metadata["prompt"].split()):
-        noun = next((n for n in (word, word.removesuffix("s"), word.removesuffix("es")) if n in class_names), None)
-        if noun is None and word not in (*COLORS, ANYTHING):
-            continue
-        result[..., place] = 0
-        for i, color in zip(found, colors, strict=True):
-            if word in (color, ANYTHING) or detections.classes[i] == noun:
+    for name in _names(tuple(class_names)).finditer(metadata["prompt"]):
+        places = [
+            place for place, (start, end) in enumerate(words[:max_words]) if start < name.end() and end > name.start()
+        ]
+        result[..., places] = 0
+        color, noun = name["color"] or name["lone"], name["noun"] or ""
+        singular = {noun, noun.removesuffix("s"), noun.removesuffix("es")}
+        for i, seen in zip(found, colors, strict=True):
+            if (seen == color) if color else (ANYTHING in singular or detections.classes[i] in singular):
                 x1, y1, x2, y2 = detections.boxes[i]
                 rows, columns = (middles >= y1) & (middles < y2), (middles >= x1) & (middles < x2)
-                result[rows[:, None] & columns, place] = 1
+                inside = rows[:, None] & columns
+                for place in places:
+                    result[inside, place] = 1
     return result.reshape(-1, max_words)

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from datamodules.prompt_templates import SPLITS
 from datamodules.shapes.detector import REFERENCES, ShapesDetector
-from datamodules.shapes.prompts import SPLITS
 from datamodules.shapes.scenes import CaptionedImage, ShapesStream
 from datamodules.shapes.world import CLASSES, PALETTE, Scene, SceneObject, render
 from lightning_modules.rewards.geneval import COLORS, TASKS, GenEvalRules

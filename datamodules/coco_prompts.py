@@ -1,0 +1,91 @@
+"""Prompts about COCO's 80 classes in GenEval's format: the official 553, and others to train and validate on.
+
+No training or validation prompt is official. The class-colour pairs that official prompts name, their unordered class
+pairs (task `two_object`), class-relation-class triples and counts of a class occur in no other split, and validation
+keeps some of the others to itself. "a photo of a bench" and the like have no other split: the official prompts name all
+80 classes, so `single_object` is for evaluation alone.
+"""
+
+import json
+import random
+from collections.abc import Hashable, Iterable, Mapping
+from functools import cache
+from itertools import combinations, product
+
+from datamodules.prompt_templates import (
+    NUMBERS,
+    Metadata,
+    Split,
+    check_split,
+    color_attr,
+    colors,
+    counting,
+    pick,
+    position,
+    two_object,
+)
+from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, RELATIONS
+
+OFFICIAL_FILE = BUNDLED / "geneval_prompts" / "prompts.jsonl"
+_VALIDATION = {"color": 60, "pair": 300, "triple": 2400, "count": 30}  # combinations that validation keeps to itself
+_PARTNERS = 40  # coloured objects that each one is combined with: of 200,000 combinations 18,000 are enough
+
+
+@cache
+def official_prompts() -> tuple[Metadata, ...]:
+    """The 553 prompts of the benchmark, in their order."""
+    return tuple(json.loads(line) for line in OFFICIAL_FILE.read_bytes().split(b"\n") if line)
+
+
+def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
+    """What a prompt names, by kind: class-colour pairs, a class pair, a triple, a count of a class."""
+    clauses = row["include"]
+    names = [clause["class"] for clause in clauses]
+    yield from (("color", (clause["class"], clause["color"])) for clause in clauses if "color" in clause)
+    match row["tag"]:
+        case "two_object":
+            yield "pair", frozenset(names)
+        case "position":
+            yield "triple", (names[1], clauses[1]["position"][0], names[0])
+        case "counting":
+            yield "count", (names[0], clauses[0]["count"])
+
+
+@cache
+def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
+    """All prompts of a split, by task; but for the official ones in an order that is shuffled once and for all."""
+    check_split(split)
+    if split == "evaluation":
+        tasks = dict.fromkeys(row["tag"] for row in official_prompts())
+        return {task: tuple(row for row in official_prompts() if row["tag"] == task) for task in tasks}
+    held_out = {combination for row in official_prompts() for combination in _combinations(row)}
+
+    def own(kind: str, items: Iterable[tuple]) -> list[tuple]:
+        """The combinations of a kind that belong to the split; the same in every process."""
+        key = frozenset if kind == "pair" else tuple
+        free = [item for item in items if (kind, key(item)) not in held_out]
+        random.Random(f"coco {kind}").shuffle(free)
+        count = _VALIDATION[kind]
+        return free[:count] if split == "validation" else free[count:]
+
+    colored = own("color", product((name for name in CLASS_NAMES if name != "person"), COLORS))
+    triples = ((a, relation, b) for a, relation, b in product(CLASS_NAMES, RELATIONS, CLASS_NAMES) if a != b)
+    partners = ((a, b) for i, a in enumerate(colored) for b in (colored[i + 1 :] + colored[:i])[:_PARTNERS])
+    pool = {
+        "two_object": [
+            two_object(*names) for pair in own("pair", combinations(CLASS_NAMES, 2)) for names in (pair, pair[::-1])
+        ],
+        "counting": [counting(*count) for count in own("count", product(CLASS_NAMES, NUMBERS))],
+        "colors": [colors(*pair) for pair in colored],
+        "position": [position(*triple) for triple in own("triple", triples)],
+        "color_attr": [color_attr(a, b) for a, b in partners if a[0] != b[0] and a[1] != b[1]],
+    }
+    for task, prompts in pool.items():
+        random.Random(f"coco order {task}").shuffle(prompts)
+    return {task: tuple(prompts) for task, prompts in pool.items()}
+
+
+def coco_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
+    """GenEval metadata for prompts of each task that a split has; see `prompt_templates.pick`."""
+    return pick(prompt_pool(split), per_task)
