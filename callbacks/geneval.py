@@ -1,5 +1,6 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
+import copy
 import hashlib
 import json
 import time
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 from tqdm import tqdm
 
 from callbacks.drawing import stories
 from callbacks.media import log_images, log_page
 from callbacks.page import write_page
-from callbacks.report import StrategyResult, print_table, result_row, spread, write_report
+from callbacks.report import BEFORE_TRAINING, StrategyResult, print_table, result_row, spread, write_report
 from callbacks.runs import code
 from callbacks.shares import Share, ShareStore, combine
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
@@ -25,6 +27,7 @@ from datamodules.rollouts import identity
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
+from lightning_modules.optim import trainable
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
@@ -46,6 +49,8 @@ class GenEvalCallback(Callback):
         validation_strategies: the names that validation decodes.
         test_strategies: the names that testing decodes; null: all of them.
         monitor: the strategy whose score is `val/geneval`.
+        before_training: the test that ends training shows strategies that ask a trained verifier a second time, with
+            that verifier as it was before: what training has added.
         validation_prompts, test_prompts: GenEval metadata.
         images_per_prompt: samples of each prompt.
         batch_size: images decoded at a time, candidates included in none of it.
@@ -68,6 +73,7 @@ class GenEvalCallback(Callback):
         validation_strategies: Sequence[str],
         test_strategies: Sequence[str] | None,
         monitor: str,
+        before_training: bool,
         validation_prompts: Sequence[Mapping[str, Any]],
         test_prompts: Sequence[Mapping[str, Any]],
         images_per_prompt: int,
@@ -95,6 +101,7 @@ class GenEvalCallback(Callback):
         self.strategies = dict(strategies)
         self.validation_strategies = list(validation_strategies)
         self.monitor = monitor
+        self.before_training = before_training
         self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
         self.images_per_prompt = images_per_prompt
         self.batch_size = batch_size
@@ -105,6 +112,7 @@ class GenEvalCallback(Callback):
         self.holdout = list(holdout)
         self.rewards = rewards
         self.fid = fid
+        self._untrained: Judges = {}
         self._latest: dict[str, float] = {}
         self._store: ShareStore | None = None
 
@@ -130,6 +138,10 @@ class GenEvalCallback(Callback):
                     raise ValueError(
                         f"callbacks.geneval.holdout: {name!r} decides what is trained on, so it is not held out"
                     )
+        if stage == "fit" and self.before_training:  # a checkpoint is restored after this
+            own: Judges = pl_module.judges  # type: ignore[assignment]
+            learning = {name: judge for name, judge in own.items() if isinstance(judge, nn.Module) and trainable(judge)}
+            self._untrained = copy.deepcopy(learning)
         prompts = self.test_prompts if stage == "test" else self.validation_prompts
         pl_module.decoder.check_prompts([row["prompt"] for row in prompts])  # type: ignore[operator, union-attr]
         self.reward.prepare(trainer.strategy.root_device)
@@ -142,7 +154,9 @@ class GenEvalCallback(Callback):
         if trainer.sanity_checking:
             return
         if not self._latest or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            results = self._evaluate(trainer, pl_module, self.validation_prompts, self.validation_strategies)
+            judges = self._judges(pl_module)
+            runs = {name: (self.strategies[name], judges) for name in self.validation_strategies}
+            results = self._evaluate(trainer, pl_module, self.validation_prompts, runs)
             self._latest = _scores("val", results)
             for name, result in results.items():
                 self._latest[f"val/objects/{name}"] = result.objects
@@ -168,7 +182,23 @@ class GenEvalCallback(Callback):
         """What every strategy makes of the evaluation prompts, the same on all ranks."""
         if self.fid is None:
             self._store = self._store_of(trainer, pl_module)
-        return self._evaluate(trainer, pl_module, self.test_prompts, self.test_strategies)
+        return self._evaluate(trainer, pl_module, self.test_prompts, self._tested(pl_module))
+
+    def _tested(self, pl_module: LightningModule) -> dict[str, tuple[Strategy, Judges]]:
+        """Strategies with their judges; before the first that asks a trained one, all such with the untrained one."""
+        judges = self._judges(pl_module)
+        trained = {name: (self.strategies[name], judges) for name in self.test_strategies}
+        asking = [name for name in trained if self._untrained.keys() & judges_of(self.strategies[name])]
+        if not asking:
+            return trained
+        untrained = {
+            name: judge.to(pl_module.device) if isinstance(judge, nn.Module) else judge
+            for name, judge in self._untrained.items()
+        }
+        first = list(trained).index(asking[0])
+        before = {name + BEFORE_TRAINING: (self.strategies[name], {**judges, **untrained}) for name in asking}
+        ordered = list(trained.items())
+        return dict([*ordered[:first], *before.items(), *ordered[first:]])
 
     def write(self, folder: Path, pl_module: LightningModule, results: Mapping[str, StrategyResult]) -> None:
         """Leave results of a test in a folder, and say what makes them incomparable."""
@@ -194,6 +224,7 @@ class GenEvalCallback(Callback):
         judges = {name: identity(judge) for name, judge in self.rewards.items()}
         shown = self.sheet_prompts, self.holdout
         split = self.images_per_prompt, self.batch_size, trainer.world_size, trainer.precision
+        judges |= {name + BEFORE_TRAINING: identity(judge) for name, judge in self._untrained.items()}
         made_with = [code(), fingerprint(pl_module), strategies, judges, self.reward.about, self.seed, *shown, *split]
         about = json.dumps([*made_with, list(self.test_prompts)], sort_keys=True)
         name = f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
@@ -223,16 +254,15 @@ class GenEvalCallback(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         prompts: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
+        runs: Mapping[str, tuple[Strategy, Judges]],
     ) -> dict[str, StrategyResult]:
-        """Decode and judge this rank's share by each strategy, then put the shares together."""
+        """Decode and judge this rank's share by each strategy and its judges, then put the shares together."""
         pl_module.eval()
-        judges = self._judges(pl_module)
         rank, world_size = trainer.global_rank, trainer.world_size
         kept = self._store if trainer.testing else None
         jobs = [(i, j) for i in range(rank, len(prompts), world_size) for j in range(self.images_per_prompt)]
         results = {}
-        for name in names:
+        for name, (strategy, judges) in runs.items():
             share = Share()
             if self.fid is not None:
                 self.fid.start(pl_module.device, rank, world_size)
@@ -243,9 +273,7 @@ class GenEvalCallback(Callback):
                             bar.write(f"The evaluation stops, and the same command goes on with it ({kept.folder})")
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
-                    judge = partial(
-                        self._decode, pl_module, judges, self.strategies[name], prompts, batch, trainer.testing
-                    )
+                    judge = partial(self._decode, pl_module, judges, strategy, prompts, batch, trainer.testing)
                     share.add(kept.get(f"{name}-{start}", judge) if kept else judge())
                     bar.update(len(batch))
             metric = GenEvalMetric().to(pl_module.device)

@@ -19,6 +19,7 @@ from callbacks.drawing import Story
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.rewards.geneval import TASKS, Verdict
 
+BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
 _HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
 
 
@@ -237,11 +238,16 @@ def print_table(results: Mapping[str, StrategyResult]) -> None:
     judges = list(dict.fromkeys(judge for result in results.values() for judge in result.holdout))
     for heading in ("overall", "95 %", *_HEADINGS, *(("decoder", "verifier", "s/image") if costly else ()), *judges):
         table.add_column(heading, justify="right", no_wrap=True)
+    untrained = False
     for name, result in results.items():
+        if name.endswith(BEFORE_TRAINING) != untrained:
+            untrained = not untrained
+            table.add_section()
+            table.add_row("before training" if untrained else "after training", style="italic")
         low, high = result.interval()
         tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
         costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
         opinions = [f"{result.holdout[judge]:.3f}" if judge in result.holdout else "-" for judge in judges]
         scores = f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks
-        table.add_row(name, *scores, *(costs if costly else ()), *opinions)
+        table.add_row(name.removesuffix(BEFORE_TRAINING), *scores, *(costs if costly else ()), *opinions)
     Console(width=120 + sum(len(judge) + 2 for judge in judges)).print(table)

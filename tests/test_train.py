@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from callbacks.geneval import GenEvalCallback
+from callbacks.report import BEFORE_TRAINING
 from datamodules.pairs import reference_log_probs
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
@@ -49,6 +50,7 @@ COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
     "strategies=decoder": [*TINY, "callbacks=decoder"],
     "strategies=sample": [*TINY, "callbacks=decoder"],
+    "strategies=verified": [*TINY, "callbacks=decoder"],
     "strategies=best_of_n": [*TINY, "callbacks=decoder"],
     "rewards=open_clip": [
         *TINY,
@@ -90,6 +92,8 @@ SMALL_PARM = [
     *SMALL,
     "strategies.best_of_8_parm.n=2",
     "strategies.parm.n=2",
+    "strategies.parm_reflection.rounds=1",
+    "callbacks.geneval.before_training=false",
     "data.train.plain.samples=2",
     "data.train.verified.samples=1",
     "data.train.verified.from_epoch=1",
@@ -159,7 +163,9 @@ def test_every_job_of_the_ladder_composes(compose_config) -> None:
         config = configs[name] = compose_config(*overrides)
         if config.task == "export":  # of the networks that the exported job trained
             assert config.module == configs[Path(config.ckpt_path).parent.parent.name].module
-        needed = {rung.strategy for rung in ladder.rungs.values() if rung.job == name}
+        rungs = {rung.strategy for rung in ladder.rungs.values() if rung.job == name}
+        needed = {strategy.removesuffix(BEFORE_TRAINING) for strategy in rungs}
+        assert needed == rungs or config.callbacks.geneval.before_training
         assert needed <= set(config.callbacks.geneval.test_strategies or config.strategies) <= set(config.strategies)
         assert not any("<" in str(value) for value in (config.parm.checkpoint, config.ckpt_path, config.export_dir))
 
@@ -191,7 +197,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
     """The folder of the main job, made small, its overrides and what it printed; W&B keeps artifacts on the disk."""
     folder = tmp_path_factory.mktemp("main")
     overrides = [*SMALL_PARM, "trainer.log_every_n_steps=1", "geneval.test_prompts.per_task=2",
-                 "callbacks.geneval.every_n_epochs=1", "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
+                 "callbacks.geneval.every_n_epochs=1", "callbacks.checkpoint_last.save_top_k=-1",
+                 "callbacks.geneval.before_training=true"]  # fmt: skip
     logger = ["logger=default", "logger.wandb.offline=false", "logger.wandb.log_model=true"]
     return folder, overrides, command(folder, *overrides, *logger, WANDB_DATA_DIR=str(folder)).stdout
 
@@ -199,12 +206,16 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
 def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
     folder, overrides, printed = main_job
     run = folder / "run"
-    names = ["sample", "best_of_8_likelihood", "best_of_8_parm", "parm_literal", "parm"]
+    alone, verified = ["sample", "best_of_8_likelihood"], ["best_of_8_parm", "parm_literal", "parm", "parm_reflection"]
+    before = [f"{name}_before_training" for name in verified]
+    names = [*alone, *before, *verified]
     report = json.loads((run / "geneval.json").read_text())
-    assert sorted(report["strategies"]) == sorted(names)
+    assert list(report["strategies"]) == names
     assert report["prompts"] == 12
+    first = [line.split()[0] for line in printed[printed.index(" strategy ") :].splitlines() if line.strip()]
+    rows = [word for word in first if word in {*names, "before", "after"}]
+    assert rows == [*alone, "before", *verified, "after", *verified]
     for name in names:
-        assert name in printed
         assert (run / "sheets" / f"{name}.png").is_file()
     assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
     header = (run / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -220,11 +231,16 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     # The checkpoint evaluates to what the end of training printed, and exports.
     seeded = [*overrides, f"ckpt_path={run}/checkpoints/last.ckpt"]
     command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again")
-    assert (folder / "again" / "results.jsonl").read_bytes() == (run / "results.jsonl").read_bytes()
+    rows, trained = ((path / "results.jsonl").read_text().splitlines() for path in (run, folder / "again"))
+    assert trained == [row for row in rows if "_before_training" not in row]
     again = json.loads((folder / "again" / "geneval.json").read_text())["strategies"]
-    assert {name: result["tasks"] for name, result in again.items()} == {
-        name: result["tasks"] for name, result in report["strategies"].items()
-    }
+    assert list(again) == [*alone, *verified]
+    assert all(result["tasks"] == report["strategies"][name]["tasks"] for name, result in again.items())
+    # Before training the verifier was that of its start: here random numbers, the same in any run of this seed.
+    start = [*overrides, "task=evaluate", "callbacks.geneval.test_strategies=[parm]"]
+    command(folder, *start, f"hydra.run.dir={folder}/start")
+    untrained = (folder / "start" / "results.jsonl").read_text().replace('"parm\\/', '"parm_before_training\\/')
+    assert untrained.splitlines() == [row for row in rows if row.startswith('{"filename":"parm_before_training')]
     command(folder, *seeded, "task=export", f"export_dir={folder}/export", f"hydra.run.dir={folder}/exporting")
     exported = PARM.from_pretrained(folder / "export").state_dict()
     for key, value in exported.items():
@@ -242,7 +258,10 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
     steps = {key: [row["trainer/global_step"] for row in logged if key in row] for key in keys}
     validated = steps["val/geneval"]
     assert validated and set(map(tuple, steps.values())) == {tuple(validated)}
-    for stage, prompts, names in (("val", 6, ["sample", "best_of_8_parm"]), ("test", 12, ["sample", "parm_literal"])):
+    for stage, prompts, names in (
+        ("val", 6, ["sample", "parm", "parm_reflection"]),
+        ("test", 12, ["sample", "parm_before_training", "parm"]),
+    ):
         rows = table(path, f"{stage}/images")
         assert len(rows) == prompts and all(row["prompt"].startswith("a photo of") for row in rows)
         for row in rows:
