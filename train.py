@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.checkpoint import StopBetweenBatches
 from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
+from callbacks.preflight import preflight
 from callbacks.runs import (
     end_launched,
     forget_refused,
@@ -110,8 +111,10 @@ def run(config: DictConfig) -> None:
         config.ckpt_path = found and str(found)
         if found is None and rank_zero_only.rank == 0:
             print(f"ckpt_path=auto: there is no checkpoint of a run {config.name!r} yet, so a new one starts")
-    plain = OmegaConf.to_container(config, resolve=True)
+    written: Any = OmegaConf.to_container(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     refuse_useless_numbers(plain)
+    preflight(plain, written)
     checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
     for path in checkpoints:
         refuse_other_config(path, plain)

@@ -562,14 +562,6 @@ def test_parm_learns_from_show_o(tmp_path: Path) -> None:
     assert {"sample", "best_of_8_parm", "parm"} <= set(report["strategies"])
 
 
-def test_without_show_os_weights_one_sentence_says_what_to_download(tmp_path: Path) -> None:
-    done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("Error: 'showlab/magvitv2' is neither a folder nor")
-    assert "hf download showlab/magvitv2" in last and last.endswith("(in tokenizer)")
-
-
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
     done = command(tmp_path, *SMALL_PARM, "task=rollout")
     assert "plain: 24 rollouts, 0." in done.stdout + done.stderr

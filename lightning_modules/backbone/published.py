@@ -1,0 +1,117 @@
+"""Published weights that a config names: which are not on this machine, how large they are, and where they go."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+# Patterns of the files that `checkpoint` names, one of which has to be there, by what loads them.
+_LOADERS = {
+    "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
+    "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
+    "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
+    "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
+    "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
+}
+_CLIP_LOADERS = {  # arguments that name the architecture and the weights
+    "lightning_modules.rewards.color.CLIPColors": ("model", "pretrained"),
+    "open_clip.create_model": ("model_name", "pretrained"),
+}
+# What is downloaded, for those who cannot ask the hub.
+_SIZES = {
+    "showlab/show-o": "5.8 GB",
+    "showlab/magvitv2": "0.4 GB",
+    "microsoft/phi-1_5": "2 MB",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "16 GB",
+    "facebook/mask2former-swin-small-coco-instance": "0.3 GB",
+    "timm/vit_large_patch14_clip_224.openai": "1.7 GB",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "16 GB",
+    "stabilityai/stable-diffusion-xl-base-1.0": "7 GB",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that a config names by OWNER/NAME.
+
+    Attributes:
+        key: of the config, which can name a folder (or for open_clip a file) instead.
+        name: on the Hugging Face hub.
+        files: patterns, one of which has files if the weights are there.
+        only: pattern of the files to download; empty for the whole repository.
+        file: what in the folder the key has to name; empty for the folder.
+    """
+
+    key: str
+    name: str
+    files: tuple[str, ...]
+    only: str = ""
+    file: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the files are in the hub's cache on this machine."""
+        try:
+            folder = Path(snapshot_download(self.name, allow_patterns=list(self.files), local_files_only=True))
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+            return False
+        return any(True for pattern in self.files for _ in folder.glob(pattern))
+
+    def __str__(self) -> str:
+        size = f", {_SIZES[self.name]}" if self.name in _SIZES else ""
+        only = f" --include '{self.only}'" if self.only else ""
+        return (
+            f"{self.key}: {self.name} ({self.only or ' or '.join(self.files)}{size}): "
+            f"`hf download {self.name}{only} --local-dir FOLDER`, then {self.key}=FOLDER{self.file}"
+        )
+
+
+def nodes(config: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The nodes of a resolved config that are built into objects, with their keys; inner ones first."""
+    items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in items:
+        yield from nodes(value, f"{key}.{name}" if key else str(name))
+    if isinstance(config, Mapping) and "_target_" in config:
+        yield key, config
+
+
+def named(config: Mapping[str, Any]) -> Iterator[Published]:
+    """The published weights that a resolved config names and that are no folders or files."""
+    for key, node in nodes(config):
+        target = node["_target_"]
+        if target in _LOADERS:
+            checkpoint, files = node.get("checkpoint"), _LOADERS[target]
+            if isinstance(checkpoint, str) and checkpoint.count("/") == 1 and not Path(checkpoint).exists():
+                only = "tokenizer.json" if "tokenizer.json" in files else ""
+                yield Published(f"{key}.checkpoint", checkpoint, files, only)
+        elif target in _CLIP_LOADERS:
+            model, weights = (node.get(argument) for argument in _CLIP_LOADERS[target])
+            if isinstance(model, str) and isinstance(weights, str) and not Path(weights).exists():
+                on_hub = (open_clip.get_pretrained_cfg(model, weights) or {}).get("hf_hub", "").strip("/")
+                if on_hub:
+                    file = "open_clip_model.safetensors"
+                    yield Published(f"{key}.{_CLIP_LOADERS[target][1]}", on_hub, (file,), "open_clip_*", f"/{file}")
+
+
+def refuse_missing(weights: list[Published]) -> None:
+    """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once."""
+    missing: list[Published] = []
+    reason = ""
+    for each in weights:
+        if each.is_here:
+            continue
+        try:
+            HfApi().model_info(each.name, timeout=10)
+        except (OSError, HfHubHTTPError) as error:
+            missing.append(each)
+            reason = reason or type(error).__name__
+    if missing:
+        listed = "\n".join(f"  {each}" for each in missing)
+        raise FileNotFoundError(
+            f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network:\n"
+            f"{listed}"
+        )
