@@ -44,7 +44,8 @@ def _refuse_mismatched_networks(
     config: Mapping[str, Any], written: Mapping[str, Any], built: Mapping[str, Any]
 ) -> None:
     """Compare the sizes of decoder, PARM, images and detector; nothing is loaded."""
-    parm, decoder, tokenizer = (config.get(name) for name in ("parm", "decoder", "tokenizer"))
+    parm = built.get("module", {}).get("parm")
+    decoder, tokenizer = (config.get(name) for name in ("decoder", "tokenizer"))
     grid, side = None, (config.get("sampling") or {}).get("size")
     if tokenizer:
         with torch.device("meta"):

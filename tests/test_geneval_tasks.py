@@ -20,10 +20,9 @@ from callbacks.checkpoint import StopBetweenBatches
 from datamodules.geneval import sample_path
 from datamodules.shapes.prompts import shapes_prompts
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
+from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
 from tests.backbone.test_diffusion import WITHOUT, tiny_sd3
 from tests.conftest import TINY
-from tests.rewards.test_color import tiny_clip
-from tests.rewards.test_mask2former import tiny_mask2former
 from tests.test_train import command
 
 Compose = Callable[..., DictConfig]
@@ -179,8 +178,8 @@ def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(row.replace(json.loads(row)["include"][0]["class"], "dog"))
     models = [
-        f"geneval.reward.detector.checkpoint={tiny_mask2former(tmp_path / 'mask2former')}",
-        f"geneval.reward.colors.model={tiny_clip(tmp_path)}",
+        f"geneval.reward.detector.checkpoint={save_tiny_mask2former(f'{tmp_path}/mask2former')}",
+        f"geneval.reward.colors.model={save_tiny_clip(str(tmp_path))}",
         "geneval.reward.colors.pretrained=null",
     ]
     prompts = [f"geneval.test_prompts.path={path}", "geneval.test_prompts.official=false"]

@@ -5,44 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from lightning_modules.rewards.color import CLIPColors, crop
 from lightning_modules.rewards.geneval import COLORS, Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.tiny_geneval import save_tiny_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "geneval"
 CASES = json.loads((GOLDEN / "crops.json").read_text())
-TINY_CLIP = {
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-PREPROCESS = {"size": [32, 32], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
-
-
-def tiny_clip(folder: Path) -> str:
-    """Write a random CLIP; gives its name for open_clip."""
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(TINY_CLIP["embed_dim"], TINY_CLIP["vision_cfg"], TINY_CLIP["text_cfg"], quick_gelu=True)
-    with torch.no_grad():
-        for weight in clip.parameters():
-            if weight.ndim > 1:
-                weight.mul_(3)  # so that colours are told apart
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": PREPROCESS}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
-    return CLIPColors(tiny_clip(tmp_path_factory.mktemp("clip")), pretrained=None, batch_size=7)
+    return CLIPColors(save_tiny_clip(str(tmp_path_factory.mktemp("clip"))), pretrained=None, batch_size=7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['note']}")
@@ -99,7 +77,7 @@ def test_there_are_no_colors_without_weights(tmp_path: Path) -> None:
     sentence = r"^geneval.reward.colors: .*; where there is network run `hf download timm/vit_large.*\.pretrained"
     with pytest.raises(FileNotFoundError, match=sentence):
         CLIPColors(pretrained=str(tmp_path / "nowhere.safetensors"))
-    name = tiny_clip(tmp_path)
+    name = save_tiny_clip(str(tmp_path))
     weights = tmp_path / "open_clip_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=sentence):  # open_clip's own is a random network, and a warning

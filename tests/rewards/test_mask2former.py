@@ -7,37 +7,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import Mask2FormerForUniversalSegmentation
 
 from lightning_modules.backbone import loading
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.mask2former import Mask2FormerDetector, _measure
-
-
-def tiny_mask2former(folder: Path, labels: int = 80) -> str:
-    """Write a random Mask2Former of a few thousand weights."""
-    torch.manual_seed(0)
-    swin = SwinConfig(
-        image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=12,
-        num_labels=labels,
-    )  # fmt: skip
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "class_predictor" in name or "mask_embedder" in name or "queries" in name:
-                weight.mul_(8)  # far from uniform, with masks of all shapes
-    model.save_pretrained(folder)
-    return str(folder)
+from lightning_modules.rewards.tiny_geneval import save_tiny_mask2former
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_mask2former(tmp_path_factory.mktemp("mask2former"))
+    return save_tiny_mask2former(str(tmp_path_factory.mktemp("mask2former")))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +110,7 @@ def test_weights_that_cannot_be_had_are_named_with_all_there_is_to_do(monkeypatc
 
 def test_other_models_are_refused(tmp_path: Path, checkpoint: str) -> None:
     with pytest.raises(ValueError, match=r"knows 133 classes instead of the 80 of COCO's instances"):
-        Mask2FormerDetector(tiny_mask2former(tmp_path / "panoptic", labels=133))
+        Mask2FormerDetector(save_tiny_mask2former(str(tmp_path / "panoptic"), labels=133))
     with pytest.raises(FileNotFoundError, match=r"no model.safetensors"):
         Mask2FormerDetector(str(tmp_path))
     model = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint)
