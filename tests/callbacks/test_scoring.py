@@ -222,7 +222,7 @@ def star(**changes: Any) -> str:
     [
         (None, r"00005/metadata.jsonl: there is no such file"),
         (star() + "\n" + star() + "\n", r"00005/metadata.jsonl: must hold one prompt in one line, not 2"),
-        ("{", r"00005/metadata.jsonl: not valid JSON"),
+        ("{", r"00005/metadata.jsonl:1: not valid JSON"),
         (star(**{"class": "dog"}), r"00005/metadata.jsonl: include\[0\]: unknown class 'dog', known are circle, "),
     ],
 )
