@@ -130,7 +130,9 @@ def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> 
 
 
 @pytest.mark.parametrize("choice", ["", "+debug=minutes", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
-def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
+def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path: Path, monkeypatch: Any) -> None:
+    pair_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
