@@ -19,8 +19,8 @@ def load_split(path: str, split: str) -> Dataset:
         wanted = "no folder written by `datasets`" if Path(path).is_dir() else "no folder, nor to be had from the hub"
         cause = (str(error).splitlines() or [repr(error)])[0]
         raise FileNotFoundError(f"{path} is {wanted}: {cause}") from None
-    if isinstance(found, Dataset):
-        return found
-    if split not in found:
-        raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
-    return found[split]
+    if not isinstance(found, Dataset):
+        if split not in found:
+            raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
+        found = found[split]
+    return found.with_format(None)  # rows are to be plain values, whatever they were when they were written

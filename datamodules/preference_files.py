@@ -217,7 +217,7 @@ class PreferenceFile:
             return value
         if isinstance(value, str):
             return _Image(Path(self.path).parent / value, value)
-        if isinstance(value, bytes | Mapping):
+        if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"}):
             return _Image(value, f"the image in {column!r}")
         raise ValueError(f"{place}: {column!r} holds neither an image nor tokens but {short(value)}")
 

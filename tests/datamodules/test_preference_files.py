@@ -84,7 +84,9 @@ def hub(folder: Path, labels: list[float | None]) -> str:
     jpg = [(folder / name).read_bytes() for name in ("0.png", "1.png")]
     row = {"caption": PROMPT, "jpg_0": jpg[0], "jpg_1": {"bytes": jpg[1], "path": None}, "split": "x"}
     made = datasets.Dataset.from_list([row | {"label_0": label} for label in labels], features=HUB)
-    datasets.DatasetDict({"train": made, "test": made.select(range(1))}).save_to_disk(str(folder / "hub"))
+    datasets.DatasetDict({"train": made.with_format("numpy"), "test": made.select(range(1))}).save_to_disk(
+        str(folder / "hub")
+    )
     return str(folder / "hub")
 
 
@@ -147,6 +149,7 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
         (PAIR | {"prompt": " \u3000\n"}, r"the prompt is empty"),
         (PAIR | {"prompt": "a \ud83d star"}, r"the prompt 'a \\ud83d star' is not valid Unicode"),
         (PAIR | {"chosen": 7}, r"'chosen' holds neither an image nor tokens but 7"),
+        (PAIR | {"chosen": {"url": "x"}}, r"'chosen' holds neither an image nor tokens but {'url': 'x'}"),
         (PAIR | {"rejected": [*ONES[:15], True]}, r"token True is not in 0\.\.31"),
         (PAIR | {"rejected": ""}, r" cannot be read: it is no file"),
         (PAIR | {"rejected": "deep.png"}, r"deep.png has the mode I;16, more than 8 bits"),
