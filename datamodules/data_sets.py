@@ -13,10 +13,11 @@ def load_split(path: str, split: str) -> Dataset:
         FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
         ValueError: there is no such split.
     """
+    is_folder = Path(path).is_dir()
     try:
-        found = datasets.load_from_disk(path) if Path(path).is_dir() else datasets.load_dataset(path, split=split)
+        found = datasets.load_from_disk(path) if is_folder else datasets.load_dataset(path, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        wanted = "no folder written by `datasets`" if Path(path).is_dir() else "no folder, nor to be had from the hub"
+        wanted = "no whole folder written by `datasets`" if is_folder else "no folder, nor to be had from the hub"
         cause = (str(error).splitlines() or [repr(error)])[0]
         raise FileNotFoundError(f"{path} is {wanted}: {cause}") from None
     if not isinstance(found, Dataset):

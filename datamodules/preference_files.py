@@ -43,8 +43,8 @@ class _Pair:
 
     place: str
     prompt: str
-    chosen: _Image | list[Any]
-    rejected: _Image | list[Any]
+    chosen: _Image | list[int]
+    rejected: _Image | list[int]
     weight: float
     decoder: str | None
 
@@ -145,7 +145,7 @@ class PreferenceFile:
                 digest.update(json.dumps([pair.prompt, *sides, pair.weight, pair.decoder]).encode())
         return digest.hexdigest()[:16]
 
-    def _key(self, place: str, side: _Image | list[Any]) -> Any:
+    def _key(self, place: str, side: _Image | list[int]) -> str | list[int]:
         if isinstance(side, list):
             return side
         try:
@@ -211,9 +211,12 @@ class PreferenceFile:
             raise ValueError(f"{place}: the label {short(label)} is not 1, 0 or .5")
         return _FIRST_IS_CHOSEN[label]
 
-    def _image(self, place: str, row: Mapping[str, Any], column: str) -> _Image | list[Any]:
+    def _image(self, place: str, row: Mapping[str, Any], column: str) -> _Image | list[int]:
         value = row[column]
         if isinstance(value, list):
+            for token in value:
+                if type(token) is not int:
+                    raise ValueError(f"{place}: token {short(token)} is not a whole number")
             return value
         if isinstance(value, str):
             return _Image(Path(self.path).parent / value, value)
@@ -226,7 +229,7 @@ class PreferenceFile:
             raise ValueError(f"{place}: the weight {value!r} is not a number of at least 0")
         return float(value)
 
-    def _side(self, place: str, side: _Image | list[Any], tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
+    def _side(self, place: str, side: _Image | list[int], tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
         """Tokens as they are, or pixels, uint8 [H, W, 3]."""
         if isinstance(side, _Image):
             try:
@@ -236,8 +239,8 @@ class PreferenceFile:
         if len(side) != tokenizer.num_tokens:
             raise ValueError(f"{place}: {len(side)} tokens, where an image has {tokenizer.num_tokens}")
         for token in side:
-            if type(token) is not int or not 0 <= token < tokenizer.codebook_size:
-                raise ValueError(f"{place}: token {short(token)} is not in 0..{tokenizer.codebook_size - 1}")
+            if not 0 <= token < tokenizer.codebook_size:
+                raise ValueError(f"{place}: token {token} is not in 0..{tokenizer.codebook_size - 1}")
         return side
 
     @torch.no_grad()
