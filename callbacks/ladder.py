@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from callbacks.report import StrategyResult, print_table, save_figure, write_csv
 from lightning_modules.backbone.loading import write_text
+from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import TASKS
 
 
@@ -126,9 +127,8 @@ class Ladder:
                 known = ", ".join(strategies)
                 raise ValueError(f"ladder.rungs: {title!r} names the strategy {rung.strategy!r}; there are: {known}")
             reports.append(strategies[rung.strategy])
-            lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line) for line in lines]
-            rows += [row for row in found if row["filename"].startswith(f"{rung.strategy}/")]
+            found = read_jsonl(folder / "results.jsonl")
+            rows += [row for _, row in found if row["filename"].startswith(f"{rung.strategy}/")]
 
         def mean(key: str) -> float:
             return float(np.mean([report[key] for report in reports]))

@@ -6,7 +6,6 @@ keeps some of the others to itself. "a photo of a bench" and the like have no ot
 80 classes, so `single_object` is for evaluation alone.
 """
 
-import json
 import random
 from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
@@ -25,6 +24,7 @@ from datamodules.prompt_templates import (
     two_object,
 )
 from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, RELATIONS
 
 OFFICIAL_FILE = BUNDLED / "geneval_prompts" / "prompts.jsonl"
@@ -35,7 +35,7 @@ _PARTNERS = 40  # coloured objects that each one is combined with: of 200,000 co
 @cache
 def official_prompts() -> tuple[Metadata, ...]:
     """The 553 prompts of the benchmark, in their order."""
-    return tuple(json.loads(line) for line in OFFICIAL_FILE.read_bytes().split(b"\n") if line)
+    return tuple(row for _, row in read_jsonl(OFFICIAL_FILE))
 
 
 def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:

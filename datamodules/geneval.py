@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.coco_prompts import OFFICIAL_FILE, coco_prompts
+from datamodules.data_sets import load_split
 from datamodules.loaders import make_loader
 from datamodules.prompt_templates import Metadata, Split, pick
 from datamodules.shapes.prompts import shapes_prompts
@@ -75,15 +74,10 @@ def prompts_from_dataset(
         class_names, official, per_task: see `prompts_from_file`.
 
     Raises:
-        ValueError: there is no such split, or a broken row; the sentence names data set and row.
+        FileNotFoundError, ValueError: no such data set or split, or a broken row; the sentence names data set and row.
     """
-    found = datasets.load_from_disk(path) if Path(path).is_dir() else datasets.load_dataset(path)
-    if not isinstance(found, Dataset):
-        if split not in found:
-            raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
-        found = found[split]
     rows = []
-    for number, stored in enumerate(found):
+    for number, stored in enumerate(load_split(path, split)):
         where = f"{path}, row {number}"
         row = _plain(stored)
         if "metadata" in row:

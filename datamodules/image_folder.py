@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule
-from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.backbone.loading import write_text
+from lightning_modules.image_reader import UnreadableImage, read_image
+from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import validate_metadata
 
 _FORMAT = 1  # of stored results; another one when they change, so that older ones are not taken for new ones
@@ -47,9 +48,17 @@ class PromptFolder:
     @property
     def stamp(self) -> str:
         """Changes when the prompt or an image does."""
-        stats = [(file, (self.path / "samples" / file).stat()) for file in self.files]
-        about = [self.metadata, [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], self.others]
+        about = [self.metadata, [(file, *_state(self.path / "samples" / file)) for file in self.files], self.others]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Size and time of change of a file; nothing of a link that leads nowhere."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
@@ -91,13 +100,10 @@ def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
     about, samples = folder / "metadata.jsonl", folder / "samples"
     if not about.is_file():
         raise ValueError(f"{about}: there is no such file, so what the images should show is unknown")
-    lines = [line for line in about.read_bytes().splitlines() if line.strip()]
-    if len(lines) != 1:
-        raise ValueError(f"{about}: must hold one prompt in one line, not {len(lines)}")
-    try:
-        metadata = json.loads(lines[0])
-    except ValueError as error:
-        raise ValueError(f"{about}: not valid JSON: {error}") from error
+    prompts = [prompt for _, prompt in read_jsonl(about)]
+    if len(prompts) != 1:
+        raise ValueError(f"{about}: must hold one prompt in one line, not {len(prompts)}")
+    metadata = prompts[0]
     validate_metadata(metadata, class_names, str(about))
     names = sorted(path.name for path in samples.iterdir() if path.name[0] != ".") if samples.is_dir() else []
     files = [name for name in names if re.fullmatch(_NUMBER + r"\.(png|jpe?g|webp)", name, re.IGNORECASE)]
@@ -136,28 +142,24 @@ def read(folder: PromptFolder, side: int | None) -> Images:
     for file in folder.files:
         name = folder.name(file)
         try:
-            with Image.open(folder.path / "samples" / file) as image:
-                kind, mode, orientation = image.format, image.mode, image.getexif().get(ExifTags.Base.Orientation, 1)
-                image.load()
-                array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            left_out.append(f"{name} cannot be read: {error}")
+            image = read_image(folder.path / "samples" / file, name)
+        except UnreadableImage as error:
+            left_out.append(str(error))
             continue
-        if mode[0] in "IF":  # more than 8 bits, which the conversion would cut off at white
-            left_out.append(f"{name} has the mode {mode}, more than 8 bits a pixel and colour")
-            continue
-        height, width = array.shape[:2]
+        height, width = image.pixels.shape[:2]
         if side is not None and (height, width) != (side, side):
             left_out.append(f"{name} has {width}x{height} pixels, and the detector needs {side}x{side}")
             continue
-        if kind != "PNG":
-            notes.append(f"{name} is a {kind} image; lossy compression changes what is detected")
-        if mode != "RGB":
-            notes.append(f"{name} has the mode {mode} and was converted to RGB")
-        if orientation != 1:
+        if image.format != "PNG":
+            notes.append(f"{name} is a {image.format} image; lossy compression changes what is detected")
+        if image.mode != "RGB":
+            notes.append(f"{name} has the mode {image.mode} and was converted to RGB")
+        if image.transparent:
+            notes.append(f"{name} is transparent in parts, which were laid on white")
+        if image.turned:
             notes.append(f"{name} was turned upright, as its EXIF data say")
         files.append(file)
-        pixels.append(array)
+        pixels.append(image.pixels)
     return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from lightning_modules.image_reader import UnreadableImage, fit_square, read_image
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Photograph:
 class Photographs:
     """The middle squares of the PNG, JPEG and WebP images in a folder and those below it, by their number.
 
+    Hidden files and folders (.name) hold no references.
+
     Args:
         folder: of the images.
         side: pixels along each side.
@@ -27,7 +30,8 @@ class Photographs:
 
     def __init__(self, folder: str, side: int) -> None:
         kinds = (".png", ".jpg", ".jpeg", ".webp")
-        self.files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+        found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)
+        self.files = sorted(p for p in found if not any(part[0] == "." for part in p.relative_to(folder).parts))
         if not self.files:
             raise FileNotFoundError(f"fid.references.folder: there are no images in {folder}")
         self.side = side
@@ -37,8 +41,7 @@ class Photographs:
 
     def __getitem__(self, index: int) -> Photograph:
         try:
-            with Image.open(self.files[index]) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"fid.references.folder: {self.files[index]} cannot be read: {error}") from error
-        return Photograph(np.asarray(ImageOps.fit(upright, (self.side, self.side), Image.Resampling.BICUBIC)))
+            image = read_image(self.files[index], str(self.files[index]))
+        except UnreadableImage as error:
+            raise ValueError(f"fid.references.folder: {error}") from None
+        return Photograph(fit_square(image.pixels, self.side))

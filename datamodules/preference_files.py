@@ -3,147 +3,245 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps, UnidentifiedImageError
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from datamodules.pairs import PairsDataModule
+from datamodules.data_sets import load_split
+from datamodules.pairs import SIDES, PairsDataModule
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.image_reader import ImageSource, UnreadableImage, fit_square, hash_image, read_image
+from lightning_modules.jsonl import read_jsonl
+
+_FIRST_IS_CHOSEN = {1: True, 0: False, 0.5: None}  # by the label
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image that has yet to be read, and what sentences call it."""
+
+    source: ImageSource
+    name: str
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A row whose form is right; what it holds has yet to be looked at. `place` is where it stands."""
+
+    place: str
+    prompt: str
+    chosen: _Image | list[int]
+    rejected: _Image | list[int]
+    weight: float
+    decoder: str | None
 
 
 @dataclass(frozen=True)
 class PreferenceFile:
     """A JSONL file, a folder written by `datasets`, or a data set on the Hugging Face hub.
 
-    Images are paths (relative to the JSONL file) or image columns of `datasets`; where a value is a list of numbers
-    instead, these are image tokens. A column `weight` says how much each pair counts; without it all count alike.
+    Images are paths (relative to the JSONL file), image columns of `datasets`, or columns of encoded images (`binary`);
+    where a value is a list of numbers instead, these are image tokens. A column `weight` says how much each pair
+    counts; without it all count alike.
 
     Attributes:
         path: of the file or folder, or name on the hub.
-        split: of a data set on the hub.
-        columns: names of the columns for `prompt`, `chosen` and `rejected`.
+        split: of a data set with several.
+        columns: names of the columns for `prompt`, `chosen` and `rejected`. One for `label`, if it is named, says which
+            image is chosen: 1 the one of the column `chosen`, 0 that of `rejected`, .5 neither (a tie, left out).
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a column is not named, or the file is not JSONL.
     """
 
     path: str
     split: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str | None]
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "chosen", "rejected"):
-            if name not in self.columns:
+        needed = ("prompt", *SIDES)
+        for name in needed:
+            if not self.columns.get(name):
                 raise ValueError(f"data.columns must name the column for {name!r}")
+        if unknown := set(self.columns) - {*needed, "label"}:
+            raise ValueError(f"data.columns: {min(unknown)!r} is none of {', '.join(needed)}, label")
+        path = Path(self.path)
+        on_hub = not self._is_jsonl and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.path)
+        if not on_hub and not path.exists():
+            raise FileNotFoundError(f"there is no preference file or folder {self.path}")
+        if path.is_file() and not self._is_jsonl:
+            raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
 
-    def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    @property
+    def _is_jsonl(self) -> bool:
+        return self.path.endswith(".jsonl")
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """Columns that rows must have, by what they hold."""
+        return {name: column for name, column in self.columns.items() if column is not None}
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
         """Rows with the place where they stand, for sentences about them."""
-        if self.path.endswith(".jsonl"):
-            for number, line in enumerate(Path(self.path).read_text(encoding="utf-8").splitlines(), 1):
-                if line.strip():
-                    try:
-                        yield f"{self.path}:{number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{self.path}:{number}: not valid JSON ({error})") from None
+        if self._is_jsonl:
+            yield from read_jsonl(self.path)
             return
-        for number, row in enumerate(self._dataset()):
-            yield f"{self.path}, row {number}", row
-
-    def _dataset(self) -> Dataset:
-        if Path(self.path).exists():
-            rows = datasets.load_from_disk(self.path)
-        else:
-            rows = datasets.load_dataset(self.path, split=self.split)
-        if not isinstance(rows, Dataset):
-            raise ValueError(f"{self.path} holds several splits ({', '.join(map(str, rows))}); name one of them")
+        rows = load_split(self.path, self.split)
+        for column in self._named.values():
+            if column not in rows.column_names:
+                raise ValueError(
+                    f"{self.path}: there is no {column!r}; the columns are: {', '.join(rows.column_names)}"
+                )
+        used = {*self._named.values(), "weight", "decoder"}
+        rows = rows.select_columns([name for name in rows.column_names if name in used])
         # Undecoded, so that a broken image is found here, with its row.
         for name, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-        return rows
+        for number, row in enumerate(rows):
+            yield f"{self.path}, row {number}", row
 
-    def digest(self) -> str:
-        """Changes when the file does."""
-        if not self.path.endswith(".jsonl"):
-            return self._dataset()._fingerprint
-        if not Path(self.path).is_file():
-            raise FileNotFoundError(f"there is no preference file {self.path}")
-        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:16]
+    def _pairs(self, doing: str) -> Iterator[_Pair | None]:
+        """Rows of the right form; None for a tie. Says how far it is with what it is `doing`."""
+        for place, row in tqdm(self._rows(), desc=f"{doing} {self.path}", unit="pair", delay=1):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{place}: not an object but {short(row)}")
+            for column in self._named.values():
+                if row.get(column) is None:
+                    raise ValueError(f"{place}: there is no {column!r}; the row has: {', '.join(row)}")
+            first, second = (self._image(place, row, self._named[side]) for side in SIDES)
+            prompt, decoder = self._prompt(place, row[self._named["prompt"]]), row.get("decoder")
+            weight, in_order = self._weight(place, row.get("weight", 1.0)), self._in_order(place, row)
+            if in_order is None:
+                yield None
+            else:
+                chosen, rejected = (first, second) if in_order else (second, first)
+                yield _Pair(place, prompt, chosen, rejected, weight, decoder)
+
+    def cache_key(self) -> str:
+        """A hash of all that pairs are made of: prompts, the bytes of images, tokens, weights, and their order.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        digest = hashlib.sha256()
+        for pair in self._pairs("Looking for changes in"):
+            if pair is not None:
+                sides = [self._key(pair.place, side) for side in (pair.chosen, pair.rejected)]
+                digest.update(json.dumps([pair.prompt, *sides, pair.weight, pair.decoder]).encode())
+        return digest.hexdigest()[:16]
+
+    def _key(self, place: str, side: _Image | list[int]) -> str | list[int]:
+        if isinstance(side, list):
+            return side
+        try:
+            return hash_image(side.source, side.name)
+        except UnreadableImage as error:
+            raise ValueError(f"{place}: {error}") from None
 
     def encode(self, decoder: TokenDecoder, batch_size: int) -> Dataset:
         """Check every row and encode its images: `prompt`, `chosen`, `rejected` (tokens) and `weight`.
 
         Raises:
-            ValueError: no rows, or a row with a missing column, unknown words, an unreadable image, tokens that are out
-                of range or too few or many, twice the same image, or made for another decoder; it names file and row.
+            ValueError: no rows, or a row with a missing column, a prompt that is no text or has unknown words, an
+                unreadable image, tokens that are out of range or too few or many, an unknown label, twice the same
+                image, or made for another decoder; it names file and row.
         """
         tokenizer = decoder.image_tokenizer
         made: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": [], "weight": []}
         policy = fingerprint(decoder)
-        places, pending = [], []
-        for place, row in tqdm(self._rows(), desc=f"Reading {self.path}", unit="pair"):
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{place}: not an object but {row!r}")
-            for column in self.columns.values():
-                if row.get(column) is None:
-                    raise ValueError(f"{place}: there is no {column!r}; the row has: {', '.join(row)}")
-            if row.get("decoder", policy) != policy:
-                raise ValueError(f"{place}: this pair was made for another decoder")
-            prompt = row[self.columns["prompt"]]
+        places: list[str] = []
+        pending: list[list[int] | np.ndarray] = []
+        ties = 0
+        for pair in self._pairs("Reading"):
+            if pair is None:
+                ties += 1
+                continue
+            if pair.decoder not in (None, policy):
+                raise ValueError(f"{pair.place}: this pair was made for another decoder")
             try:
-                decoder.check_prompts([str(prompt)])
+                decoder.check_prompts([pair.prompt])
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
-            made["prompt"].append(str(prompt))
-            made["weight"].append(self._weight(place, row.get("weight", 1.0)))
-            places.append(place)
-            pending += [self._side(place, row[self.columns[side]], tokenizer) for side in ("chosen", "rejected")]
+                raise ValueError(f"{pair.place}: {error}") from None
+            made["prompt"].append(pair.prompt)
+            made["weight"].append(pair.weight)
+            places.append(pair.place)
+            pending += [self._side(pair.place, side, tokenizer) for side in (pair.chosen, pair.rejected)]
             if len(pending) >= batch_size:
                 self._flush(pending, made, tokenizer)
         if not places:
-            raise ValueError(f"{self.path} has no rows")
+            raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
+        if ties:
+            rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(places)} pairs")
         self._flush(pending, made, tokenizer)
         for place, chosen, rejected in zip(places, made["chosen"], made["rejected"], strict=True):
             if chosen == rejected:
                 raise ValueError(f"{place}: chosen and rejected are the same image, token by token")
         return Dataset.from_dict(made)
 
+    def _prompt(self, place: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{place}: the prompt is not a text but {short(value)}")
+        if not value.strip():
+            raise ValueError(f"{place}: the prompt is empty")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # half a character, which JSON can write
+            raise ValueError(f"{place}: the prompt {value!r} is not valid Unicode")
+        return value
+
+    def _in_order(self, place: str, row: Mapping[str, Any]) -> bool | None:
+        """Whether the image of the column `chosen` is the chosen one; None in a tie."""
+        if (column := self.columns.get("label")) is None:
+            return True
+        label = row[column]
+        if not isinstance(label, int | float) or label not in _FIRST_IS_CHOSEN:
+            raise ValueError(f"{place}: the label {short(label)} is not 1, 0 or .5")
+        return _FIRST_IS_CHOSEN[label]
+
+    def _image(self, place: str, row: Mapping[str, Any], column: str) -> _Image | list[int]:
+        value = row[column]
+        if isinstance(value, list):
+            for token in value:
+                if type(token) is not int:
+                    raise ValueError(f"{place}: token {short(token)} is not a whole number")
+            return value
+        if isinstance(value, str):
+            return _Image(Path(self.path).parent / value, value)
+        if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"}):
+            return _Image(value, f"the image in {column!r}")
+        raise ValueError(f"{place}: {column!r} holds neither an image nor tokens but {short(value)}")
+
     def _weight(self, place: str, value: Any) -> float:
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{place}: the weight {value!r} is not a number of at least 0")
         return float(value)
 
-    def _side(self, place: str, value: Any, tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
+    def _side(self, place: str, side: _Image | list[int], tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
         """Tokens as they are, or pixels, uint8 [H, W, 3]."""
-        if isinstance(value, list):
-            if len(value) != tokenizer.num_tokens:
-                raise ValueError(f"{place}: {len(value)} tokens, where an image has {tokenizer.num_tokens}")
-            for token in value:
-                if not isinstance(token, int) or not 0 <= token < tokenizer.codebook_size:
-                    raise ValueError(f"{place}: token {token!r} is not in 0..{tokenizer.codebook_size - 1}")
-            return value
-        source: Any = value
-        if isinstance(value, str):
-            source = Path(self.path).parent / value
-        elif isinstance(value, Mapping):
-            source = BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-        try:
-            with Image.open(source) as image:
-                size = (tokenizer.image_size, tokenizer.image_size)
-                return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
-        except (OSError, UnidentifiedImageError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{place}: cannot read the image {value if isinstance(value, str) else ''}: {error}"
-            ) from None
+        if isinstance(side, _Image):
+            try:
+                return fit_square(read_image(side.source, side.name).pixels, tokenizer.image_size)
+            except UnreadableImage as error:
+                raise ValueError(f"{place}: {error}") from None
+        if len(side) != tokenizer.num_tokens:
+            raise ValueError(f"{place}: {len(side)} tokens, where an image has {tokenizer.num_tokens}")
+        for token in side:
+            if not 0 <= token < tokenizer.codebook_size:
+                raise ValueError(f"{place}: token {token} is not in 0..{tokenizer.codebook_size - 1}")
+        return side
 
     @torch.no_grad()
     def _flush(
@@ -184,7 +282,8 @@ class PreferenceFilesDataModule(PairsDataModule):
         for name, source in self.files.items():
             if name in self._made:
                 continue
-            about = [source.digest(), dict(source.columns), fingerprint(decoder)]
+            key = source.cache_key() if self.trainer.is_global_zero else ""
+            about = [self.trainer.strategy.broadcast(key), fingerprint(decoder)]
             pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
             self._made[name] = datasets.load_from_disk(str(pairs))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,14 @@ from PIL import Image
 from callbacks.checkpoint import StopBetweenBatches
 from datamodules.geneval import sample_path
 from datamodules.shapes.prompts import shapes_prompts
+from datamodules.shapes.scenes import scene_for
+from datamodules.shapes.world import render
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
 from tests.backbone.test_diffusion import WITHOUT, tiny_sd3
+from tests.callbacks.test_scoring import write_folder
 from tests.conftest import TINY
+from tests.test_image_reader import HUGE
 from tests.test_train import command
 
 Compose = Callable[..., DictConfig]
@@ -206,6 +211,35 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
     assert [row["correct"] for row in results(tmp_path / "run")] == [i == 2 for i in range(12)]
     notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["notes"]
     assert "not the official prompt set: 1 of 80 single_object prompts" in notes
+
+
+def test_images_and_references_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    rows, references = shapes_prompts("evaluation", 1), tmp_path / "references"
+    drawn = {(i, j): render(scene_for(row, np.random.default_rng(j))) for i, row in enumerate(rows) for j in (0, 1)}
+    images = write_folder(tmp_path / "images", rows, drawn)
+    shutil.copytree(images, references)
+    (references / "._0.png").write_bytes(b"\x00\x05\x16\x07")
+    lost = images / sample_path(0, 0)
+    lost.unlink()
+    lost.symlink_to("nowhere.png")
+    (images / sample_path(1, 0)).write_bytes(HUGE)
+    (images / "00002" / "metadata.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (images / "00002" / "metadata.jsonl").read_bytes().strip() + b"\r\n"
+    )
+    photographs = f"{{_target_: datamodules.photographs.Photographs, folder: {references}, side: 64}}"
+    score = ["task=score", f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0", "logger=csv",
+             "trainer.accelerator=cpu", "fid=shapes", "~fid.references", f"+fid.references={photographs}"]  # fmt: skip
+    command(tmp_path, *score, "fid.count=12")
+    report = json.loads((tmp_path / "run" / "geneval.json").read_text())
+    assert report["left_out"] == [
+        "00000/samples/0000.png cannot be read: No such file or directory",
+        "00001/samples/0000.png cannot be read: it has more than 89,478,485 pixels; make it smaller",
+    ]
+    assert report["total_images"] == 10 and report["holdout"]["fid"] < 0.2
+    Image.new("I;16", (64, 64)).save(references / "deep.png")
+    refused = command(tmp_path, *score, "fid.count=13", check=False).stderr.strip().splitlines()[-1]
+    sentence = "deep.png has the mode I;16, more than 8 bits a pixel and colour"
+    assert refused == f"Error: fid.references.folder: {references}/{sentence}"
 
 
 @pytest.mark.parametrize(

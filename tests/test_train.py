@@ -23,6 +23,7 @@ from PIL import Image
 from callbacks.geneval import GenEvalCallback
 from callbacks.report import BEFORE_TRAINING
 from datamodules.pairs import reference_log_probs
+from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
@@ -134,7 +135,9 @@ def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> 
 
 
 @pytest.mark.parametrize("choice", ["", "+debug=minutes", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
-def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
+def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path: Path, monkeypatch: Any) -> None:
+    pair_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
     OmegaConf.resolve(config)
     for part in ("module", "data", "callbacks", "logger"):
@@ -503,12 +506,48 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     command(tmp_path, "experiment=dpo", *given, *small, "trainer.val_check_interval=1", "module.max_fall=1e9")
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "rollouts").glob("*-pairs-*"))
     assert made == ["train", "validation"]
-    path.write_text(path.read_text() + "{}\n")
+    Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
+    path.write_text(
+        path.read_text() + json.dumps({"prompt": "a photo of a star", "chosen": "deep.png", "rejected": [0] * 64})
+    )
     refused = command(tmp_path, "experiment=dpo", *given, *small, check=False)
     assert refused.returncode == 1
-    assert "pairs.jsonl:9: there is no 'prompt'" in refused.stderr.strip().splitlines()[-1]
+    sentence = f"Error: {path}:9: deep.png has the mode I;16, more than 8 bits a pixel and colour"
+    assert refused.stderr.strip().splitlines()[-1] == sentence
     nothing = command(tmp_path, "experiment=dpo", "data=preference_files", *small, check=False)
     assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
+
+
+def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    """A hub's set with labels and encoded images, and a file of Windows' with a picture that is replaced."""
+    stream = ShapesStream(split="train", seed=0)
+    for i in range(3):
+        Image.fromarray(stream[i].image).save(tmp_path / f"{i}.png")
+    first, second, third = ((tmp_path / f"{i}.png").read_bytes() for i in range(3))
+    small = ["experiment=dpo", "data=preference_files", "task=rollout", "strategies=sample", "parm.checkpoint=null",
+             "callbacks.geneval.holdout=[]", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
+    star, labels = "a photo of a star", [1.0, 0.5, 0.0]
+    rows = [{"caption": star, "jpg_0": first, "jpg_1": second, "label_0": label} for label in labels]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "hub"))
+    row = {"prompt": star, "chosen": "0.png", "rejected": "1.png", "note": "one\u2028two"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8-sig")
+    given = [f"data.train.path={tmp_path}/hub", f"data.validation.path={tmp_path}/pairs.jsonl", *small]
+    given += ["data.train.columns={prompt: caption, chosen: jpg_0, rejected: jpg_1, label: label_0}"]
+    given += ["data.validation.columns={prompt: prompt, chosen: chosen, rejected: rejected, label: null}"]
+
+    def made() -> dict[str, list[Any]]:
+        folders = sorted((tmp_path / "rollouts").glob("[tv]*-pairs-*"), key=lambda folder: folder.stat().st_mtime)
+        pairs = [datasets.load_from_disk(str(folder))["chosen"][:] for folder in folders]
+        names = [folder.name.split("-")[0] for folder in folders]
+        return {name: [sides for other, sides in zip(names, pairs, strict=True) if other == name] for name in names}
+
+    done = command(tmp_path, *given)
+    assert f"{tmp_path}/hub: 1 ties are left out, which leaves 2 pairs" in done.stdout + done.stderr
+    (train,), (validation,) = made().values()
+    assert train[0] == validation[0] != train[1]
+    (tmp_path / "0.png").write_bytes(third)
+    command(tmp_path, *given)
+    assert made()["train"] == [train] and made()["validation"][0] == validation != made()["validation"][1]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

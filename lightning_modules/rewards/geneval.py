@@ -7,7 +7,6 @@ here: any detector that fills in `Detections` can be judged.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_modules.jsonl import read_jsonl
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -252,14 +253,8 @@ def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of GenEval prompts")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise ValueError(f"{path}:{number}: not valid JSON: {error}") from error
-        validate_metadata(row, class_names, f"{path}:{number}")
+    for place, row in read_jsonl(path):
+        validate_metadata(row, class_names, place)
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file has no prompts")

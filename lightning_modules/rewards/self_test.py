@@ -4,15 +4,15 @@ Wrong weights, a wrong config or a device without the right kernels do not fail:
 every score is low. A picture with a known answer tells.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.image_reader import read_image
+from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import Verdict, validate_metadata
 
 Judge = Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray]], list[Verdict]]
@@ -37,16 +37,16 @@ class SelfTest:
         for path in (picture, prompts):
             if not path.is_file():
                 raise FileNotFoundError(f"geneval.reward.self_test.folder: there is no {path}")
-        self.picture = np.asarray(Image.open(picture).convert("RGB"))
+        self.picture = read_image(picture, str(picture)).pixels
         self.rows: list[dict[str, Any]] = []
         self.expected: list[bool] = []
-        for number, line in enumerate(prompts.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.expected.append(bool(row.pop("correct")))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{prompts}:{number}: not a prompt with the key 'correct': {error!r}") from error
+        self.places: list[str] = []
+        for place, row in read_jsonl(prompts):
+            if not isinstance(row, dict) or not isinstance(row.get("correct"), bool):
+                raise ValueError(f"{place}: not a prompt with the key 'correct', true or false")
+            self.expected.append(row.pop("correct"))
             self.rows.append(row)
+            self.places.append(place)
         if len(set(self.expected)) != 2:
             raise ValueError(f"{prompts}: needs prompts that the picture fulfils, and ones that it does not")
         self.done = False
@@ -60,8 +60,8 @@ class SelfTest:
         if self.done:
             return
         self.done = True  # judging the picture would start the test anew
-        for number, row in enumerate(self.rows, 1):
-            validate_metadata(row, class_names, f"{self.folder / 'prompts.jsonl'}:{number}")
+        for place, row in zip(self.places, self.rows, strict=True):
+            validate_metadata(row, class_names, place)
         verdicts = judge(self.rows, [self.picture] * len(self.rows))
         for row, expected, verdict in zip(self.rows, self.expected, verdicts, strict=True):
             if verdict.correct != expected:

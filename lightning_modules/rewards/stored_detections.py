@@ -1,7 +1,6 @@
 """Detections made elsewhere, by any detector, read from JSON lines."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, Detections
 
 
@@ -41,11 +41,9 @@ class StoredDetections:
         self._found: dict[str, Detections] = {}
         digest = hashlib.sha256()
         for file in files:
-            text = file.read_bytes()
-            digest.update(text)
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    self._read(line, f"{file}:{number}")
+            digest.update(file.read_bytes())
+            for place, row in read_jsonl(file):
+                self._read(row, place)
         self.about = {"name": type(self).__name__, "path": path, "sha256": digest.hexdigest()[:16]}
 
     def to(self, device: torch.device | str) -> Self:
@@ -65,9 +63,8 @@ class StoredDetections:
                 raise ValueError(f"{self.path}: has no detections of {name}")
         return [self._found[_key(name)] for name in files]
 
-    def _read(self, line: bytes, where: str) -> None:
+    def _read(self, row: Any, where: str) -> None:
         try:
-            row = json.loads(line)
             key, objects = _key(row["filename"]), row["detections"]
             boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(len(objects), 4)
             scores = np.array([entry["score"] for entry in objects], np.float32)

@@ -160,6 +160,11 @@ def test_unusual_images_are_judged_and_named(images: Path, score) -> None:
     Image.open(images / sample_path(3, 0)).transpose(Image.Transpose.ROTATE_90).save(
         images / sample_path(3, 0), exif=turned
     )
+    turned[ExifTags.Base.Orientation] = 77
+    for j, note in enumerate((Image.Exif(), turned)):  # absent, and none that there is
+        Image.open(images / sample_path(4, j)).save(images / sample_path(4, j), exif=note)
+    corner = Image.open(images / sample_path(5, 0)).getpixel((0, 0))
+    Image.open(images / sample_path(5, 0)).save(images / sample_path(5, 0), transparency=corner)
     report, rows = score(images)
     assert report["total_images"] == len(rows) == 60
     assert report["notes"] == [
@@ -167,6 +172,7 @@ def test_unusual_images_are_judged_and_named(images: Path, score) -> None:
         "00001/samples/0000.png has the mode RGBA and was converted to RGB",
         "00002/samples/0000.png has the mode L and was converted to RGB",
         "00003/samples/0000.png was turned upright, as its EXIF data say",
+        "00005/samples/0000.png is transparent in parts, which were laid on white",
     ]
     assert rows[0]["correct"] and rows[SAMPLES]["correct"] and rows[3 * SAMPLES]["correct"]
 
@@ -222,7 +228,7 @@ def star(**changes: Any) -> str:
     [
         (None, r"00005/metadata.jsonl: there is no such file"),
         (star() + "\n" + star() + "\n", r"00005/metadata.jsonl: must hold one prompt in one line, not 2"),
-        ("{", r"00005/metadata.jsonl: not valid JSON"),
+        ("{", r"00005/metadata.jsonl:1: not valid JSON"),
         (star(**{"class": "dog"}), r"00005/metadata.jsonl: include\[0\]: unknown class 'dog', known are circle, "),
     ],
 )

@@ -1,13 +1,16 @@
 """Preferences from files: images and tokens, and what is refused with file and row."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from datamodules.preference_files import PreferenceFile
 from datamodules.shapes.scenes import ShapesStream
@@ -16,6 +19,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 PROMPT = "a photo of a star"
 ONES, TWOS = [1] * 16, [2] * 16
+PAIR = {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS}
 
 
 def write(folder: Path, *rows: Any) -> PreferenceFile:
@@ -56,18 +60,60 @@ def test_images_are_encoded_in_order_at_any_batch_size(
     assert rows["chosen"][0] == rows["rejected"][1] == rows["rejected"][2] != rows["chosen"][2]
 
 
-def test_image_columns_of_datasets_are_read(
+def test_images_are_encoded_as_they_are_seen(
     decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray]
 ) -> None:
-    features = datasets.Features(
-        {"caption": datasets.Value("string"), "jpg_0": datasets.Image(), "jpg_1": datasets.Image()}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    lying = Image.fromarray(images[0]).transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "phone.png", exif=exif)
+    rows = [{"prompt": PROMPT, "chosen": name, "rejected": TWOS} for name in ("0.png", "phone.png")]
+    made = write(tmp_path, *rows).encode(decoder, 8)
+    assert made["chosen"][0] == made["chosen"][1]
+
+
+LABELLED = {"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1", "label": "label_0"}
+HUB = datasets.Features(
+    {"caption": datasets.Value("string"), "jpg_0": datasets.Value("binary"), "jpg_1": datasets.Image(),
+     "label_0": datasets.Value("float64"), "split": datasets.Value("string")}
+)  # fmt: skip
+
+
+def hub(folder: Path, labels: list[float | None]) -> str:
+    """A folder as of a data set with several splits; 0.png as encoded bytes, 1.png as an image of `datasets`."""
+    jpg = [(folder / name).read_bytes() for name in ("0.png", "1.png")]
+    row = {"caption": PROMPT, "jpg_0": jpg[0], "jpg_1": {"bytes": jpg[1], "path": None}, "split": "x"}
+    made = datasets.Dataset.from_list([row | {"label_0": label} for label in labels], features=HUB)
+    datasets.DatasetDict({"train": made.with_format("numpy"), "test": made.select(range(1))}).save_to_disk(
+        str(folder / "hub")
     )
-    made = {"caption": [PROMPT], "jpg_0": [Image.fromarray(images[0])], "jpg_1": [Image.fromarray(images[1])]}
-    datasets.Dataset.from_dict(made, features=features).save_to_disk(str(tmp_path / "hub"))
-    columns = {"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"}
-    rows = PreferenceFile(str(tmp_path / "hub"), "train", columns).encode(decoder, 8)
-    jsonl = write(tmp_path, {"prompt": PROMPT, "chosen": "0.png", "rejected": ONES}).encode(decoder, 8)
-    assert rows["chosen"][0] == jsonl["chosen"][0]
+    return str(folder / "hub")
+
+
+def test_a_label_says_which_image_of_a_data_set_is_chosen(
+    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray], capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    by_path = {"prompt": PROMPT, "chosen": "0.png", "rejected": "1.png"}
+    (zero,), (one,) = (write(tmp_path, by_path).encode(decoder, 8)[side] for side in ("chosen", "rejected"))
+    path = hub(tmp_path, [1.0, 0.0, 0.5, 0.0, 0.5])
+    with caplog.at_level("INFO"):
+        rows = PreferenceFile(path, "train", LABELLED).encode(decoder, 2)
+    assert rows["chosen"][:] == [zero, one, one] and rows["rejected"][:] == [one, zero, zero]
+    assert caplog.messages == [f"{path}: 2 ties are left out, which leaves 3 pairs"]
+    unlabelled = {name: column for name, column in LABELLED.items() if name != "label"} | {"label": None}
+    assert PreferenceFile(path, "train", unlabelled).encode(decoder, 2)["chosen"][:] == [zero] * 5
+    assert len(PreferenceFile(path, "test", LABELLED).encode(decoder, 2)) == 1
+    with pytest.raises(ValueError, match=r"hub has no split 'dev'; there are: train, test$"):
+        PreferenceFile(path, "dev", LABELLED).cache_key()
+    with pytest.raises(ValueError, match=r"hub: there is no 'label_2'; the columns are: caption, jpg_0"):
+        PreferenceFile(path, "train", LABELLED | {"label": "label_2"}).cache_key()
+    for label, shown in ((0.7, "0.7"), (float("nan"), "nan")):
+        with pytest.raises(ValueError, match=rf"hub, row 1: the label {shown} is not 1, 0 or .5"):
+            PreferenceFile(hub(tmp_path, [1.0, label]), "train", LABELLED).cache_key()
+    with pytest.raises(ValueError, match=r"hub, row 1: there is no 'label_0'"):
+        PreferenceFile(hub(tmp_path, [1.0, None]), "train", LABELLED).cache_key()
+    with pytest.raises(ValueError, match=r"hub has no rows but 2 ties$"):
+        PreferenceFile(hub(tmp_path, [0.5, 0.5]), "train", LABELLED).encode(decoder, 2)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +123,8 @@ def test_image_columns_of_datasets_are_read(
         ({"prompt": PROMPT, "chosen": ONES, "rejected": [*ONES[:15], 32]}, r"token 32 is not in 0\.\.31"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": [*ONES[:15], -1]}, r"token -1 is not in 0\.\.31"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": ONES[:15]}, r"15 tokens, where an image has 16"),
-        ({"prompt": PROMPT, "chosen": ONES, "rejected": "missing.png"}, r"cannot read the image missing\.png"),
-        ({"prompt": PROMPT, "chosen": ONES, "rejected": "broken.png"}, r"cannot read the image broken\.png"),
+        ({"prompt": PROMPT, "chosen": ONES, "rejected": "missing.png"}, r"missing\.png cannot be read: No such file"),
+        ({"prompt": PROMPT, "chosen": ONES, "rejected": "broken.png"}, r"broken\.png cannot be read: it is no image"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": ONES}, r"chosen and rejected are the same image"),
         ({"prompt": "a photo of a dog", "chosen": ONES, "rejected": TWOS}, r"dog"),
         ({"prompt": PROMPT, "chosen": ONES, "rejected": TWOS, "decoder": "other"}, r"made for another decoder"),
@@ -88,23 +134,112 @@ def test_image_columns_of_datasets_are_read(
         ),
         ('{"prompt": ', r"not valid JSON"),
         ([1, 2], r"not an object but \[1, 2\]"),
-        ({"prompt": 7, "chosen": ONES, "rejected": TWOS}, r"'7'"),
+        *(
+            (PAIR | {"prompt": prompt}, rf"the prompt is not a text but {shown}")
+            for prompt, shown in (
+                (7, "7"),
+                ([], r"\[\]"),
+                ([{"role": "user", "content": PROMPT}], r"\[{'content': "),
+                ({"text": PROMPT}, r"{'text': "),
+                (True, "True"),
+            )
+        ),
+        (PAIR | {"prompt": None}, r"there is no 'prompt'; the row has: prompt, chosen, rejected"),
+        (PAIR | {"prompt": ""}, r"the prompt is empty"),
+        (PAIR | {"prompt": " \u3000\n"}, r"the prompt is empty"),
+        (PAIR | {"prompt": "a \ud83d star"}, r"the prompt 'a \\ud83d star' is not valid Unicode"),
+        (PAIR | {"chosen": 7}, r"'chosen' holds neither an image nor tokens but 7"),
+        (PAIR | {"chosen": {"url": "x"}}, r"'chosen' holds neither an image nor tokens but {'url': 'x'}"),
+        (PAIR | {"rejected": [*ONES[:15], True]}, r"token True is not a whole number"),
+        (PAIR | {"rejected": [{"role": "user"}]}, r"token {'role': 'user'} is not a whole number"),
+        (PAIR | {"rejected": ""}, r" cannot be read: it is no file"),
+        (PAIR | {"rejected": "deep.png"}, r"deep.png has the mode I;16, more than 8 bits"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_line_and_reason(
     decoder: NextTokenDecoder, tmp_path: Path, row: Any, sentence: str
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    source = write(tmp_path, {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS}, row)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: .*" + sentence):
+    Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
+    source = write(tmp_path, PAIR, row)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: .*" + sentence) as refused:
         source.encode(decoder, 8)
+    assert "\n" not in str(refused.value)
 
 
-def test_an_empty_or_missing_file_is_refused(decoder: NextTokenDecoder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pairs\.jsonl has no rows"):
+def test_what_is_no_preference_file_is_refused(
+    decoder: NextTokenDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl has no rows$"):
         write(tmp_path).encode(decoder, 8)
-    with pytest.raises(FileNotFoundError, match=r"there is no preference file .*nowhere\.jsonl"):
-        PreferenceFile("nowhere.jsonl", "train", COLUMNS).digest()
+    for path in ("nowhere.jsonl", "some/nowhere.jsonl", "nowhere", "nowhere.csv", "/no/where", "./no/where"):
+        with pytest.raises(FileNotFoundError, match=rf"there is no preference file or folder {path}$"):
+            PreferenceFile(path, "train", COLUMNS)
+    for name in ("pairs.json", "pairs.csv", "pairs.jsonl.gz", "pairs"):
+        Path(name).write_text("[]")
+        with pytest.raises(ValueError, match=rf"{name} is no \.jsonl file; preferences are one JSON object a line"):
+            PreferenceFile(name, "train", COLUMNS)
+    Path("folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder is no whole folder written by `datasets`: Directory"):
+        PreferenceFile("folder", "train", COLUMNS).cache_key()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"some/where is no folder, nor to be had from the hub: Couldn't reach"):
+        PreferenceFile("some/where", "train", COLUMNS).cache_key()
+    for columns, sentence in (
+        ({"prompt": "prompt", "chosen": "chosen"}, r"data.columns must name the column for 'rejected'"),
+        (COLUMNS | {"weight": "votes"}, r"data.columns: 'weight' is none of prompt, chosen, rejected, label"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            PreferenceFile("pairs.jsonl", "train", columns)
+
+
+def test_the_key_changes_with_all_that_pairs_are_made_of_and_with_nothing_else(
+    tmp_path: Path, images: list[np.ndarray]
+) -> None:
+    first, second = PAIR | {"chosen": "0.png"}, PAIR | {"rejected": "1.png", "weight": 0.5}
+    key = write(tmp_path, first, second).cache_key()
+
+    def replace(name: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes() + b"\0")
+
+    different: list[Callable[[], PreferenceFile]] = [
+        lambda: write(tmp_path, second, first),
+        lambda: write(tmp_path, first),
+        lambda: write(tmp_path, first, second, second),
+        lambda: write(tmp_path, first | {"prompt": "a photo of a heart"}, second),
+        lambda: write(tmp_path, first | {"chosen": "1.png"}, second),
+        lambda: write(tmp_path, first | {"rejected": ONES}, second),
+        lambda: write(tmp_path, first | {"weight": 0.5}, second),
+        lambda: PreferenceFile(
+            write(tmp_path, first, second).path, "train", COLUMNS | {"chosen": "rejected", "rejected": "chosen"}
+        ),
+        lambda: (replace("0.png"), write(tmp_path, first, second))[1],
+        lambda: (replace("1.png"), write(tmp_path, first, second))[1],
+    ]
+    keys = [make().cache_key() for make in different]
+    assert len({key, *keys}) == 1 + len(different)
+    now = write(tmp_path, first, second).cache_key()
+    os.utime(tmp_path / "0.png", (0, 0))
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    same = [
+        write(tmp_path, first, second),
+        write(moved, first | {"weight": 1, "note": "x"}, "", second),
+        PreferenceFile(write(tmp_path, first, second).path, "other", COLUMNS | {"label": None}),
+    ]
+    assert {source.cache_key() for source in same} == {now}
+
+
+def test_the_key_of_a_data_set_is_that_of_its_rows(tmp_path: Path, images: list[np.ndarray]) -> None:
+    def key(split: str, labels: list[float | None], **columns: Any) -> str:
+        return PreferenceFile(hub(tmp_path, labels), split, LABELLED | columns).cache_key()
+
+    keys = [key("train", [1.0, 0.0]), key("train", [1.0, 1.0]), key("train", [1.0]), key("train", [1.0], label=None)]
+    assert keys[2] == keys[3] == key("test", [1.0, 0.0]) and len(set(keys)) == 3
+    assert key("train", [1.0, 0.5]) == keys[2]  # ties are left out
+    Image.fromarray(images[1][::-1]).save(tmp_path / "0.png")
+    assert key("train", [1.0]) != keys[2]
 
 
 def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: NextTokenDecoder, tmp_path: Path) -> None:
@@ -115,5 +250,5 @@ def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: NextTokenDecoder,
     Image.fromarray(ShapesStream(split="train", seed=0)[0].image).save(tmp_path / "0.png")
     made = {"prompt": [PROMPT], "chosen": [good], "rejected": [{"bytes": b"nonsense", "path": None}]}
     datasets.Dataset.from_dict(made, features=features).save_to_disk(str(tmp_path / "set"))
-    with pytest.raises(ValueError, match=r"set, row 0: cannot read the image"):
+    with pytest.raises(ValueError, match=r"set, row 0: the image in 'rejected' cannot be read"):
         PreferenceFile(str(tmp_path / "set"), "train", COLUMNS).encode(decoder, 8)

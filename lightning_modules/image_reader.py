@@ -1,0 +1,143 @@
+"""One reader of images, for all that come from outside: 8-bit RGB and upright, or refused in one sentence."""
+
+import hashlib
+import stat
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader, BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# A path, an encoded image, or what `datasets` stores of one: {"bytes": ..., "path": ...}.
+ImageSource = str | Path | bytes | Mapping[str, Any]
+
+# Other formats that Pillow knows would run programs (EPS), or take almost any bytes for an image (TGA).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+# How an image of some EXIF orientation is turned upright. ImageOps.exif_transpose would also write the other EXIF data
+# anew, and fails where one of these is broken.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(ValueError):
+    """One sentence that names an image and says why it cannot be used."""
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image, and what was done to it.
+
+    Attributes:
+        pixels: uint8 [H, W, 3].
+        format: of the file, as Pillow calls it; MPO is a phone's JPEG with more images behind it.
+        mode: of its pixels before they were converted to RGB.
+        turned: it was turned or mirrored, as its EXIF data say (TIFF images are turned without mention).
+        transparent: parts of it let through what is behind; they were laid on white.
+    """
+
+    pixels: np.ndarray
+    format: str
+    mode: str
+    turned: bool
+    transparent: bool
+
+
+def read_image(source: ImageSource, name: str) -> ReadImage:
+    """Read an image, whose `name` sentences begin with.
+
+    Raises:
+        UnreadableImage: there is no such file, it is broken or none of `FORMATS`, it moves, has more than 8 bits a
+            pixel and colour, or more pixels than Pillow's limit.
+    """
+    with _opened(source, name) as file:
+        if not file.read(1):
+            raise UnreadableImage(f"{name} cannot be read: the file is empty")
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            kind, mode = str(image.format), image.mode
+            if mode[0] in "IF":  # the conversion would cut off at white
+                raise UnreadableImage(f"{name} has the mode {mode}, more than 8 bits a pixel and colour")
+            if kind != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UnreadableImage(f"{name} has {frames} frames, so which image is meant is unknown")
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            colors, transparent = _opaque(image)
+            upright = colors if turn is None else colors.transpose(turn)
+            return ReadImage(np.array(upright), kind, mode, turn is not None, transparent)
+
+
+def hash_image(source: ImageSource, name: str) -> str:
+    """A hash of an image's bytes, wherever they lie; raises `UnreadableImage` if there are none."""
+    with _opened(source, name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fit_square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The middle square of an image, uint8 [H, W, 3] -> [side, side, 3]."""
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC))
+
+
+@contextmanager
+def _opened(source: ImageSource, name: str) -> Iterator[BufferedReader | BytesIO]:
+    """The bytes of an image; whatever happens while it is open becomes an `UnreadableImage`."""
+    try:
+        with _open(source) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # these name no file
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield file
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders of broken files raise whatever they stumble over
+        raise UnreadableImage(f"{name} cannot be read: {_cause(error)}") from error
+
+
+def _open(source: ImageSource) -> BufferedReader | BytesIO:
+    if isinstance(source, Mapping):
+        source = source["path"] or b"" if source["bytes"] is None else source["bytes"]
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe or a device might never end
+        raise OSError("it is no file")
+    return Path(source).open("rb")
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no image of the formats {', '.join(FORMATS)}, or a broken one"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) if isinstance(error, OSError | SyntaxError | ValueError) else repr(error)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation of a loaded image, None where there is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF data that cannot be parsed turn nothing, as in any viewer
+        return None
+
+
+def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
+    """RGB, and whether there was anything behind it to be seen."""
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    colors = image.convert("RGBA")
+    if colors.getchannel("A").getextrema()[0] == 255:
+        return colors.convert("RGB"), False
+    white = Image.new("RGBA", colors.size, "white")
+    return Image.alpha_composite(white, colors).convert("RGB"), True
