@@ -8,7 +8,8 @@ import torch
 from hydra.utils import get_class, instantiate
 
 from callbacks.runs import written_at
-from lightning_modules.backbone.published import Published, named, nodes, refuse_missing
+from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
+from lightning_modules.rewards.open_clip_loader import refuse_other_network
 
 # What a task builds.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
@@ -23,7 +24,7 @@ def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: parts do not go together; the sentence names the keys.
-        FileNotFoundError: weights are missing, all of which are named.
+        FileNotFoundError: weights are missing, all of which are named; or what should be a file of CLIP's is none.
     """
     parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
     built = {name: config[name] for name in parts if config.get(name)}
@@ -33,6 +34,9 @@ def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
         if names := getattr(detector, "class_names", None):
             _refuse_unknown_classes(config, names)
             break
+    for key, node in nodes(built):
+        if clip := clip_named(node):
+            refuse_other_network(written_at(written, key), *clip)
     weights: dict[str, Published] = {}
     for each in named(built):
         key = written_at(written, each.key)

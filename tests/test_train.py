@@ -671,6 +671,10 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["callbacks.geneval.batch_size=many"], "callbacks.geneval.batch_size must be a whole number of at least 1"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
         (["task=evaluate", "module=evaluation"], "module=evaluation has no use for data: add ~data"),
+        (
+            ["rewards=open_clip", "rewards.clip.clip.model_name=ViT-B-32"],
+            "rewards.clip.clip: openai weights need ViT-B-32-quickgelu, not ViT-B-32: they were trained with QuickGELU",
+        ),
     ],
 )
 def test_bad_config_ends_in_one_sentence_before_work_starts(

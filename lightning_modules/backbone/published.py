@@ -1,5 +1,6 @@
 """Published weights that a config names: which are not on this machine, how large they are, and where they go."""
 
+import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ _LOADERS = {
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
     "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
 }
-_CLIP_LOADERS = {  # arguments that name the architecture and the weights
-    "lightning_modules.rewards.color.CLIPColors": ("model", "pretrained"),
-    "open_clip.create_model": ("model_name", "pretrained"),
+_CLIP_LOADERS = {  # the argument that names the architecture
+    "lightning_modules.rewards.color.CLIPColors": "model",
+    "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
+    "open_clip.create_model": "model_name",
 }
 # What is downloaded, for those who cannot ask the hub.
 _SIZES = {
@@ -88,13 +90,26 @@ def named(config: Mapping[str, Any]) -> Iterator[Published]:
             if isinstance(checkpoint, str) and checkpoint.count("/") == 1 and not Path(checkpoint).exists():
                 only = "tokenizer.json" if "tokenizer.json" in files else ""
                 yield Published(f"{key}.checkpoint", checkpoint, files, only)
-        elif target in _CLIP_LOADERS:
-            model, weights = (node.get(argument) for argument in _CLIP_LOADERS[target])
-            if isinstance(model, str) and isinstance(weights, str) and not Path(weights).exists():
-                on_hub = (open_clip.get_pretrained_cfg(model, weights) or {}).get("hf_hub", "").strip("/")
-                if on_hub:
-                    file = "open_clip_model.safetensors"
-                    yield Published(f"{key}.{_CLIP_LOADERS[target][1]}", on_hub, (file,), "open_clip_*", f"/{file}")
+        elif clip := clip_named(node):
+            model, tag = clip
+            if tag and (weights := published_clip(f"{key}.pretrained", model, tag)):
+                yield weights
+
+
+def clip_named(node: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Architecture, and tag or file of weights, of a node that is built by loading an open_clip model."""
+    model, weights = node.get(_CLIP_LOADERS.get(node["_target_"], "")), node.get("pretrained")
+    return (model, weights if isinstance(weights, str) else None) if isinstance(model, str) else None
+
+
+def published_clip(key: str, model: str, tag: str) -> Published | None:
+    """The weights that open_clip has under a tag for an architecture; None if it has none."""
+    on_hub = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag).get("hf_hub")
+    if not on_hub:
+        return None
+    name, file = os.path.split(on_hub)
+    files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return Published(key, name, files, file or "open_clip_*", f"/{files[0]}")
 
 
 def refuse_missing(weights: list[Published]) -> None:

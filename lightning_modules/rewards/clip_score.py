@@ -36,7 +36,7 @@ class CLIPScore(Reward):
     """2.5 max(cos(image, prompt), 0) of whole images, 2.5 cos of patches. Features of each prompt are computed once.
 
     Args:
-        clip: an open_clip model (`open_clip.create_model`, by name and pretrained weights or `local-dir:FOLDER`).
+        clip: an open_clip model (`load_clip`, by name and pretrained weights or `local-dir:FOLDER`).
         tokenizer: of the model (`open_clip.get_tokenizer`).
         batch_size: images or patches in a forward pass.
     """

@@ -10,17 +10,14 @@ import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.rewards.geneval import COLORS, Detections
+from lightning_modules.rewards.open_clip_loader import load_clip
 
-# What to do where OpenAI's weights cannot be had: the architecture stays the configured one, whatever else is there.
-CLIP_DOWNLOAD = (
-    "run `hf download timm/vit_large_patch14_clip_224.openai --include 'open_clip_*' --local-dir CLIP`, then set "
-    "geneval.reward.colors.pretrained to the file of weights in CLIP"
-)
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -54,15 +51,13 @@ class CLIPColors:
     """Names the colours of objects by CLIP: the one of GenEval's ten whose three sentences fit the crop best.
 
     Args:
-        model: an open_clip architecture, or `local-dir:FOLDER` with its config and weights. The official evaluation's
-            is ViT-L/14 with QuickGELU; plain `ViT-L-14` with `openai` weights would be another network.
-        pretrained: open_clip's tag of its weights, or their path; None with `local-dir:`.
+        model, pretrained: see `load_clip`. The official evaluation's is ViT-L/14 with QuickGELU.
         background, to_box: see `crop`.
         batch_size: crops in a forward pass.
 
     Raises:
         FileNotFoundError: the weights are not to be had.
-        ValueError: OpenAI's weights without QuickGELU, with which they were trained.
+        ValueError: there is no such architecture, or the weights are those of another one.
     """
 
     def __init__(
@@ -73,16 +68,9 @@ class CLIPColors:
         to_box: bool = True,
         batch_size: int = 256,
     ) -> None:
-        if pretrained == "openai" and "quickgelu" not in model:
-            raise ValueError(f"geneval.reward.colors: openai weights need {model}-quickgelu, not {model}")
-        try:
-            loaded: Any = open_clip.create_model_from_pretrained(model, pretrained)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"geneval.reward.colors: {str(error).strip().splitlines()[0]}; where there is network {CLIP_DOWNLOAD}"
-            ) from error
-        self.clip, self.transform = loaded
-        self.clip.eval().requires_grad_(False)
+        clip: Any = load_clip(model, pretrained, key="geneval.reward.colors")
+        self.clip = clip.eval().requires_grad_(False)
+        self.transform: Any = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
         self.tokenizer = open_clip.get_tokenizer(model)
         self.background, self.to_box = background, to_box
         self.batch_size = batch_size

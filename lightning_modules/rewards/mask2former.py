@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint, resolve
-from lightning_modules.rewards.color import CLIP_DOWNLOAD
 from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
+from lightning_modules.rewards.open_clip_loader import how_to_download
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, red, green, blue, pixels in 0..255
 GREY, MULTIPLE = 128.0, 32  # images are padded with this to a multiple of that
@@ -59,7 +59,7 @@ class Mask2FormerDetector:
         folder = resolve(
             checkpoint,
             f"run `hf download {checkpoint} --local-dir FOLDER`, then set geneval.reward.detector.checkpoint=FOLDER, "
-            f"and for colors {CLIP_DOWNLOAD}",
+            f"and for colors {how_to_download('geneval.reward.colors', 'ViT-L-14-quickgelu', 'openai')}",
         )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "mask2former":

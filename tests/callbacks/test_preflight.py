@@ -37,6 +37,26 @@ def check(config: DictConfig) -> None:
         (["parm.module.decoder_dim=64"], "parm.module.decoder_dim=64 does not go with the width of the decoder"),
         (["experiment=full_decoder"], "data.train gives images of 64x64 pixels, and the image tokenizer reads 256x256"),
         (["generator=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
+        (
+            ["experiment=showo_evaluate", "geneval.reward.colors.model=ViT-L/14"],
+            "geneval.reward.colors: openai weights need ViT-L-14-quickgelu, not ViT-L/14: they were trained with Quick",
+        ),
+        (
+            ["experiment=showo_evaluate", "geneval.reward.colors.pretrained=laion2b_s32b_b82k"],
+            "geneval.reward.colors: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu: they were ",
+        ),
+        (
+            ["rewards=open_clip", "rewards.clip.clip.pretrained=laion2b_s32b_b82k"],
+            "rewards.clip.clip: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu",
+        ),
+        (
+            [
+                "rewards=open_clip",
+                "rewards.clip.clip._target_=open_clip.create_model",
+                "rewards.clip.clip.model_name=RN50",
+            ],
+            "rewards.clip.clip: openai weights need RN50-quickgelu, not RN50",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
