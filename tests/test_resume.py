@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from callbacks.runs import newest_checkpoint, read_checkpoint, refuse_other_config, run_folder, wandb_id
+from callbacks.run_folder import run_folder
+from callbacks.runs import newest_checkpoint, read_checkpoint, refuse_other_config, wandb_id
 from tests.conftest import TINY
 from tests.launch import launch
 from tests.test_train import SMALL_DPO, SMALL_PARM
@@ -84,12 +85,12 @@ def test_a_run_goes_on_in_the_folder_of_the_newest_checkpoint(tmp_path: Path) ->
         checkpoints = tmp_path / "parm" / name / "checkpoints"
         checkpoints.mkdir(parents=True)
         for step in (5, 10):
-            path = checkpoints / f"step={step}.ckpt"
+            path = checkpoints / f"step-{step}.ckpt"
             path.touch()
             torch.save({"number": number}, path)
-    (tmp_path / "parm" / "c" / "checkpoints" / "step=10.ckpt").rename(tmp_path / "elsewhere.ckpt")
-    (tmp_path / "parm" / "c" / "checkpoints" / "last.ckpt").symlink_to("step=10.ckpt")  # killed before it was linked
-    assert newest_checkpoint(tmp_path / "parm" / "c") == tmp_path / "parm" / "c" / "checkpoints" / "step=5.ckpt"
+    (tmp_path / "parm" / "c" / "checkpoints" / "step-10.ckpt").rename(tmp_path / "elsewhere.ckpt")
+    (tmp_path / "parm" / "c" / "checkpoints" / "last.ckpt").symlink_to("step-10.ckpt")  # killed before it was linked
+    assert newest_checkpoint(tmp_path / "parm" / "c") == tmp_path / "parm" / "c" / "checkpoints" / "step-5.ckpt"
     assert run_folder(parent + "/", "fit", "auto") == f"{parent}/c"
     assert Path(run_folder(parent, "evaluate", "auto")).name not in "abc"
 

@@ -155,7 +155,7 @@ def test_every_job_of_the_ladder_composes(compose_config) -> None:
     ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
     configs = {}
     for name, job in ladder.jobs.items():
-        overrides = [re.sub("<(.*?)>", "outputs/seed=0/\\1", item) for item in job.overrides]
+        overrides = [re.sub("<(.*?)>", "outputs/seed-0/\\1", item) for item in job.overrides]
         config = configs[name] = compose_config(*overrides)
         if config.task == "export":  # of the networks that the exported job trained
             assert config.module == configs[Path(config.ckpt_path).parent.parent.name].module
@@ -418,7 +418,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     validated = {int(row["step"]) + 1: row for row in logged if row["val/geneval"]}
     assert len(validated) == 3 and any(float(row["val/geneval"]) for row in validated.values())
     for step, row in validated.items():
-        evaluated = found[f"step={step}"]
+        evaluated = found[f"step-{step}"]
         assert float(evaluated["overall"]) == float(row["val/geneval/sample"])
         for task in TASKS:
             assert float(evaluated[task]) == float(row[f"val/geneval/sample/{task}"])
