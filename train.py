@@ -169,7 +169,7 @@ def run(config: DictConfig) -> None:
         trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
         starts = [f"{key}.checkpoint={plain[key]['checkpoint']}" for key in ("decoder", "parm") if plain.get(key)]
-        say_what_is_tested(config.ckpt_path, f"weights as they are, {', '.join(starts)}: there is no ckpt_path")
+        say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 
 
