@@ -21,17 +21,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.checkpoint import StopBetweenBatches
+from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
 from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
 from callbacks.preflight import preflight
+from callbacks.run_folder import checkpoint_to_resume
 from callbacks.runs import (
     end_launched,
     forget_refused,
     keep_metrics,
     load_checkpoint,
     named_checkpoints,
-    newest_checkpoint,
     refuse_other_config,
     refuse_useless_numbers,
     written_at,
@@ -104,13 +104,12 @@ def run(config: DictConfig) -> None:
     if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
         raise ValueError(f"{min(missing)} needs a value")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if config.ckpt_path == "auto":
-        if config.task != "fit":
-            raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
-        found = newest_checkpoint(folder)
-        config.ckpt_path = found and str(found)
-        if found is None and rank_zero_only.rank == 0:
-            print(f"ckpt_path=auto: there is no checkpoint of a run {config.name!r} yet, so a new one starts")
+    if config.test_ckpt_path not in (None, "best"):
+        raise ValueError(f"test_ckpt_path must be null (the last weights) or best, not {config.test_ckpt_path!r}")
+    if config.task == "fit":
+        config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
+    elif config.ckpt_path == "auto":
+        raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
     written: Any = OmegaConf.to_container(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     refuse_useless_numbers(plain)
@@ -160,13 +159,20 @@ def run(config: DictConfig) -> None:
     if sharded:
         refuse_decoding(module, data, callbacks)
     if config.task == "fit":
+        best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         if sharded:  # for good: another loop would shard what training has sharded
             return
-        trainer.test(module, data, ckpt_path=config.test_ckpt_path, verbose=False)
+        tested = best and best.best_model_path
+        if tested == "":
+            raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
+        say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
+        trainer.test(module, data, ckpt_path=tested, verbose=False)
     elif config.task == "rollout":
         trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
+        starts = [f"{key}.checkpoint={plain[key]['checkpoint']}" for key in ("decoder", "parm") if plain.get(key)]
+        say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 
 

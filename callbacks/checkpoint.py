@@ -1,18 +1,104 @@
-"""Checkpoints of runs that may be stopped at any time."""
+"""Checkpoints of runs that may be stopped at any time, and moved."""
 
+import os
+import shutil
 import signal
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
+from callbacks import slurm
+from callbacks.runs import read_checkpoint, shown
 from lightning_modules.backbone.sampling import image_seed
 
 
-class PreemptionCheckpoint(ModelCheckpoint):
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which knows its files when the folder of the run has moved.
+
+    A run that goes on in a folder of its own brings the best weights along; what was saved after the checkpoint that it
+    goes on from is not its own. A file counts by the score that is written in it.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        old, new = str(state["dirpath"]), str(self.dirpath)
+        state["dirpath"] = self.dirpath
+        for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            state[key] = _moved(state[key], old, new)
+        if self.monitor is not None:
+            scores = {_moved(path, old, new): score for path, score in state["best_k_models"].items()}
+            if trainer.is_global_zero:
+                places = [new, os.path.dirname(os.path.realpath(str(trainer.ckpt_path))), old]
+                scores = self._bring(scores, places, checkpoint["global_step"])
+            scores = trainer.strategy.broadcast(scores)
+            best, worst = (min, max) if self.mode == "min" else (max, min)
+            state["best_k_models"] = scores
+            state["best_model_path"] = best(scores, key=scores.__getitem__, default="")
+            state["best_model_score"] = scores.get(state["best_model_path"])
+            state["kth_best_model_path"] = worst(scores, key=scores.__getitem__, default="")
+            state["kth_value"] = scores.get(state["kth_best_model_path"], self.kth_value)
+
+    def _bring(self, scores: dict[str, Tensor], places: Sequence[str], step: int) -> dict[str, Tensor]:
+        """Copy into this folder those of the best weights that lie elsewhere; returns the scores of what is there."""
+        found = {}
+        for path, score in scores.items():
+            for source in (_moved(path, places[0], place) for place in places):
+                if not os.path.isfile(source):
+                    continue
+                saved = read_checkpoint(source)
+                if source != path:
+                    if saved["global_step"] > step:
+                        continue
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    shutil.copyfile(source, f"{path}.partial")
+                    os.replace(f"{path}.partial", path)
+                found[path] = saved["callbacks"].get(self.state_key, {}).get("current_score", score)
+                break
+            else:
+                name = os.path.basename(path)
+                print(f"{name} ({self.monitor} {score:.4f}) is no more: the best weights from now on take its place")
+        return found
+
+
+def best_checkpoint(trainer: Trainer) -> MovableCheckpoint:
+    """The callback that keeps the best weights; raises ValueError if there is none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, MovableCheckpoint) and callback.monitor is not None:
+            return callback
+    raise ValueError("test_ckpt_path=best needs callbacks.checkpoint_best, and here is none")
+
+
+@rank_zero_only
+def say_what_is_tested(path: str | None, otherwise: str) -> None:
+    """Say which weights are: those of a checkpoint, or, where there is none, what `otherwise` says."""
+    if path is not None:
+        checkpoint = read_checkpoint(path)
+        about = [f"step {checkpoint['global_step']}"]
+        for state in checkpoint.get("callbacks", {}).values():
+            if state.get("monitor") and os.path.basename(state["best_model_path"]) == os.path.basename(path):
+                about.append(f"{state['monitor']} {float(state['current_score']):.3f}")
+        otherwise = f"{shown(path)} ({', '.join(about)})"
+    print(f"Testing {otherwise}", flush=True)
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """Where a file of folder `old` is in folder `new`."""
+    return str(Path(new) / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
+
+
+class PreemptionCheckpoint(MovableCheckpoint):
     """Lightning's ModelCheckpoint, such that a run goes on exactly from wherever it was stopped.
 
     It saves when training ends, and on SIGTERM or Ctrl-C to any process of the run, after the step that all are at (a
@@ -20,23 +106,40 @@ class PreemptionCheckpoint(ModelCheckpoint):
     between the last batch of an epoch and the first of the next, from where Lightning would go on in the wrong epoch
     when their lengths differ; validation there saves as part of its epoch. Files are overwritten by name: a resumed run
     has one last.ckpt. A run that has come to its last step can be given more of them.
+
+    Where a signal finds it between two steps, at work in another callback, it saves at once.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(save_on_exception=True, save_on_train_epoch_end=False, enable_version_counter=False, **kwargs)
         self._asked_to_stop = False
+        self._in_batch = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["slurm_run"] = slurm.run_id()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # Lightning's own handler has processes meet wherever the signal finds each, where others meet for other things.
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        signal.signal(signal.SIGTERM, partial(self._ask_to_stop, trainer))
         signal.signal(signal.SIGINT, self._interrupt)
         progress = trainer.fit_loop.epoch_progress.current
         if progress.completed == progress.ready:  # Lightning takes any run with max_steps to go on within an epoch
             trainer.fit_loop.epoch_loop.restarting = False
 
-    def _ask_to_stop(self, *_: Any) -> None:
+    def _ask_to_stop(self, trainer: Trainer, *_: Any) -> None:
         self._asked_to_stop = True
+        step_is_done = self._in_batch and trainer.lightning_module._current_fx_name == "on_train_batch_end"
+        if step_is_done and not trainer.is_last_batch and not isinstance(trainer.strategy, FSDPStrategy):
+            if trainer.is_global_zero:
+                self._save_alone(trainer)
+            slurm.requeue.now()
+
+    def _save_alone(self, trainer: Trainer) -> None:
+        """Save without the other processes, which may be anywhere; all of them will do so again if there is time."""
+        names = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.format_checkpoint_name(names))
 
     def _interrupt(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,7 +148,11 @@ class PreemptionCheckpoint(ModelCheckpoint):
         )
         self._asked_to_stop = True
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        self._in_batch = True
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        self._in_batch = False  # from here on it saves itself
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, *batch)
             if trainer.global_step == trainer.max_steps:  # afterwards Lightning counts the epoch as completed

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from callbacks.report import StrategyResult, print_table, save_figure, write_csv
+from callbacks.runs import quoted
 from lightning_modules.backbone.loading import write_text
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import TASKS
@@ -44,7 +45,7 @@ class Ladder:
     A job that was killed goes on from its last checkpoint.
 
     Args:
-        folder: where everything goes, <folder>/seed=<seed>/<job>.
+        folder: where everything goes, <folder>/seed-<seed>/<job>.
         seeds: of whole ladders.
         jobs: by name, each after those that it builds on.
         rungs: by title; the first is what the others are compared with.
@@ -69,19 +70,19 @@ class Ladder:
         self.report()
 
     def _folder_of(self, seed: int, name: str) -> Path:
-        return self.folder / f"seed={seed}" / name
+        return self.folder / f"seed-{seed}" / name
 
     def _is_done(self, seed: int, name: str) -> bool:
         return (self._folder_of(seed, name) / self.jobs[name].makes).is_file()
 
     def _run_job(self, seed: int, name: str) -> None:
         folder = self._folder_of(seed, name)
-        overrides = [f"seed={seed}", f"hydra.run.dir={_quoted(folder)}", *self.jobs[name].overrides]
+        overrides = [f"seed={seed}", f"hydra.run.dir={quoted(folder)}", *self.jobs[name].overrides]
         for other in self.jobs:
             overrides = [item.replace(f"<{other}>", str(self._folder_of(seed, other))) for item in overrides]
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file():
-            overrides.append(f"ckpt_path={_quoted(last)}")
+            overrides.append(f"ckpt_path={quoted(last)}")
         done = subprocess.run([sys.executable, sys.argv[0], *overrides])
         if done.returncode or not self._is_done(seed, name):
             raise ValueError(f"ladder: the job {name!r} of seed {seed} ended with {done.returncode}; see {folder}")
@@ -145,11 +146,6 @@ class Ladder:
             objects=mean("objects_per_image"),
             holdout={},
         )
-
-
-def _quoted(path: Path) -> str:
-    """A path as a value of a Hydra override, which may hold `=` and spaces."""
-    return "'" + str(path).replace("'", r"\'") + "'"
 
 
 def _markdown(table: Sequence[Mapping[str, Any]]) -> str:

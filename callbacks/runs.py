@@ -1,11 +1,10 @@
-"""Where a run lives: one folder and one W&B run, however many processes it has and however often it is started."""
+"""What a run leaves and goes on from: its checkpoints and the config they were made with, its metrics, its W&B run."""
 
 import hashlib
-import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,25 +20,12 @@ _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 # What a run that goes on may change: where rollouts are kept, and what is only measured.
 _FREE = ("folder", "num_workers", "validation", "test")
 
+LOCK = ".lock"  # in the folder of a run, held as long as it runs
+
 
 def run_name(task: str, otherwise: str) -> str:
     """What a run is called that nobody named: by its task where that trains nothing and evaluates no checkpoint."""
     return task if task in ("generate", "score") else otherwise
-
-
-def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
-    """The folder of a run in `parent`, the same on all of its processes.
-
-    It is named after the time, or under srun after the job, which keeps its number when it is requeued. Training with
-    `ckpt_path=auto` goes on in the folder of the newest checkpoint, if there is one.
-    """
-    if ckpt_path == "auto" and task == "fit":
-        found = [path for folder in Path(parent).glob("*") if (path := newest_checkpoint(folder))]
-        if found:
-            return _agreed(str(max(found, key=_modified).parent.parent))
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
-        return f"{parent}/slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
-    return _agreed(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 def written_at(config: Mapping[str, Any], key: str) -> str:
@@ -53,24 +39,37 @@ def written_at(config: Mapping[str, Any], key: str) -> str:
     return key
 
 
-def _agreed(value: str) -> str:
-    """What the first process of a torchrun said; elsewhere the other processes are told by the command line."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return value
-    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.compare_set("image-cot/run_folder", "", value).decode()
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint from which the run in `folder` goes on: last.ckpt, or what it was to point at when killed."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        return last
-    return max((folder / "checkpoints").glob("step=*.ckpt"), key=_modified, default=None)
+    """The checkpoint from which the run in `folder` goes on: the one with most steps, mostly last.ckpt.
+
+    A run that was killed may have left one that last.ckpt does not point at yet; `hpc_ckpt_N.ckpt` is what Lightning
+    leaves in a SLURM job.
+    """
+    checkpoints = folder / "checkpoints"
+    steps = [*checkpoints.glob("step-*.ckpt"), *checkpoints.glob("step=*.ckpt")]  # as they were called before
+    newest = (max(paths, key=_number, default=None) for paths in (steps, folder.glob("hpc_ckpt_*.ckpt")))
+    found = {
+        path.resolve(): path for path in (*newest, checkpoints / "last.ckpt") if path is not None and path.is_file()
+    }
+    if len(found) < 2:
+        return next(iter(found.values()), None)
+    return max(reversed(list(found.values())), key=lambda path: int(read_checkpoint(str(path))["global_step"]))
 
 
-def _modified(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _number(path: Path) -> int:
+    """The first number in a file's name."""
+    return int(next(iter(re.findall(r"\d+", path.stem)), 0))
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a value of a Hydra override, which may hold `=` and spaces."""
+    return "'" + str(path).replace("'", r"\'") + "'"
+
+
+def shown(path: Path | str) -> str:
+    """A path as people read it: from here, if it is below."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def end_launched(launcher: Any, seconds: float) -> None:
@@ -102,7 +101,7 @@ def keep_metrics(folder: Path) -> None:
 
 def forget_refused(folder: Path) -> None:
     """Remove the folder of a run that was refused before it left anything but its config."""
-    if {path.name for path in folder.iterdir()} <= {".hydra", "config.yaml"}:
+    if {path.name for path in folder.iterdir()} <= {".hydra", LOCK, "config.yaml"}:
         shutil.rmtree(folder)
 
 
@@ -198,5 +197,4 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)

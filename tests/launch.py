@@ -39,6 +39,15 @@ def launch(
         return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
 
 
+def scontrol(folder: Path) -> dict[str, str]:
+    """An environment whose `scontrol` only writes down, in folder/scontrol, what it is asked to do."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\necho "$@" >> "{folder}/scontrol"\n')
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def _serve() -> None:
     from wandb.sdk.data_types._private import MEDIA_TMP
 

@@ -9,14 +9,19 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class StopAt(Callback):
-    """Sends rank 0 `signal` (a number) when `step` optimizer steps are done, before that step is saved."""
+    """Sends rank 0 `signal` (a number) when `step` optimizer steps are done, before that step is saved.
 
-    def __init__(self, step: int, signal: int) -> None:
-        self.step, self.signal = step, signal
+    With `killed` it has no time to end its step afterwards.
+    """
+
+    def __init__(self, step: int, signal: int, killed: bool = False) -> None:
+        self.step, self.signal, self.killed = step, signal, killed
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if trainer.is_global_zero and trainer.global_step == self.step:
             os.kill(os.getpid(), self.signal)
+            if self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FailOn(Callback):

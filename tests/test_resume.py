@@ -1,6 +1,7 @@
 """Runs that are stopped at any moment and go on end exactly where straight ones do."""
 
 import json
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from callbacks.runs import newest_checkpoint, read_checkpoint, refuse_other_config, run_folder, wandb_id
+from callbacks.runs import newest_checkpoint, read_checkpoint, refuse_other_config, wandb_id
 from tests.conftest import TINY
-from tests.launch import launch
+from tests.launch import launch, scontrol
 from tests.test_train import SMALL_DPO, SMALL_PARM
 
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
@@ -76,22 +77,38 @@ def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, nam
         assert ends[0]["hyper_parameters"] == OmegaConf.to_container(OmegaConf.load(straight / "config.yaml"))
 
 
-def test_a_run_goes_on_in_the_folder_of_the_newest_checkpoint(tmp_path: Path) -> None:
-    parent = str(tmp_path / "parm")
-    fresh = run_folder(parent, "fit", "auto")
-    assert Path(fresh).parent == Path(parent)
-    for number, name in enumerate(["b", "a", "c"]):
-        checkpoints = tmp_path / "parm" / name / "checkpoints"
-        checkpoints.mkdir(parents=True)
-        for step in (5, 10):
-            path = checkpoints / f"step={step}.ckpt"
-            path.touch()
-            torch.save({"number": number}, path)
-    (tmp_path / "parm" / "c" / "checkpoints" / "step=10.ckpt").rename(tmp_path / "elsewhere.ckpt")
-    (tmp_path / "parm" / "c" / "checkpoints" / "last.ckpt").symlink_to("step=10.ckpt")  # killed before it was linked
-    assert newest_checkpoint(tmp_path / "parm" / "c") == tmp_path / "parm" / "c" / "checkpoints" / "step=5.ckpt"
-    assert run_folder(parent + "/", "fit", "auto") == f"{parent}/c"
-    assert Path(run_folder(parent, "evaluate", "auto")).name not in "abc"
+JOB = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
+       "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1",
+       "SLURM_NODELIST": "localhost"}  # fmt: skip
+
+
+@pytest.mark.parametrize("dirs", [[], ["hydra.run.dir=fixed"]])
+def test_a_requeued_job_goes_on_and_tests_its_last_weights(tmp_path: Path, dirs: list[str]) -> None:
+    small = [*SMALL_PARM, "callbacks.geneval.test_strategies=[sample,parm]", f"rollouts_dir={tmp_path}/rollouts"]
+    stop = f"{{_target_: tests.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}, killed: true}}"
+    job = [*small, f"+callbacks.stop={stop}", *dirs]
+    env = JOB | scontrol(tmp_path)
+    assert launch(job, tmp_path, env).returncode == -signal.SIGKILL
+    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n"
+    run = tmp_path / "fixed" if dirs else only_run(tmp_path, "parm")
+    assert run.name == "fixed" or re.fullmatch(r"slurm-4242-[0-9a-f]{8}", run.name)
+    stopped = newest_checkpoint(run)
+    assert stopped is not None and read_checkpoint(str(stopped))["global_step"] == 2
+    (run / "hpc_ckpt_1.ckpt").write_bytes(stopped.read_bytes())  # as Lightning itself leaves one
+    done = launch(job, tmp_path, env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "Testing the last weights (step 5)" in done.stdout and f"Results in {run.relative_to(tmp_path)}" in done.stdout
+    )
+    assert dirs or only_run(tmp_path, "parm") == run
+    assert newest_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+
+    straight = launch([*small, "hydra.run.dir=straight"], tmp_path)
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    ends = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (tmp_path / "straight", run)]
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
+    assert (run / "results.jsonl").read_bytes() == (tmp_path / "straight" / "results.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

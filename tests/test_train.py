@@ -162,7 +162,7 @@ def test_every_job_of_the_ladder_composes(compose_config) -> None:
     ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
     configs = {}
     for name, job in ladder.jobs.items():
-        overrides = [re.sub("<(.*?)>", "outputs/seed=0/\\1", item) for item in job.overrides]
+        overrides = [re.sub("<(.*?)>", "outputs/seed-0/\\1", item) for item in job.overrides]
         config = configs[name] = compose_config(*overrides)
         if config.task == "export":  # of the networks that the exported job trained
             assert config.module == configs[Path(config.ckpt_path).parent.parent.name].module
@@ -232,8 +232,9 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
     # The checkpoint evaluates to what the end of training printed, and exports.
-    seeded = [*overrides, f"ckpt_path={run}/checkpoints/last.ckpt"]
-    command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again")
+    seeded = [*overrides, f"ckpt_path={run}/checkpoints/step-5.ckpt"]
+    printed = command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again").stdout
+    assert "Testing run/checkpoints/step-5.ckpt (step 5)" in printed and "Results in again" in printed
     rows, trained = ((path / "results.jsonl").read_text().splitlines() for path in (run, folder / "again"))
     assert trained == [row for row in rows if "_before_training" not in row]
     again = json.loads((folder / "again" / "geneval.json").read_text())["strategies"]
@@ -274,16 +275,22 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
     assert sum(artifact.type == "model" for artifact in artifacts(path)) >= 2  # the last ones and the best
 
 
-def test_a_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    command(tmp_path, *SMALL_PARM, "trainer.max_steps=2", "callbacks.checkpoint_last.every_n_train_steps=2")
-    assert torch.load(last, weights_only=True)["global_step"] == 2
-    overrides = ["trainer.max_steps=5", f"ckpt_path={last}", "callbacks.checkpoint_last.every_n_train_steps=1"]
-    command(tmp_path, *SMALL_PARM, *overrides, f"hydra.run.dir={tmp_path}/more", "trainer.log_every_n_steps=1")
-    assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    small = [*SMALL_PARM, "callbacks.geneval.every_n_epochs=1", "callbacks.geneval.test_strategies=[sample]"]
+    command(tmp_path, *small, "trainer.max_steps=3")
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 3
+    overrides = ["trainer.max_steps=5", f"ckpt_path={checkpoints}/last.ckpt", "test_ckpt_path=best",
+                 f"hydra.run.dir={tmp_path}/more", "trainer.log_every_n_steps=1"]  # fmt: skip
+    printed = command(tmp_path, *small, *overrides).stdout
+    more = tmp_path / "more" / "checkpoints"
+    assert torch.load(more / "last.ckpt", weights_only=True)["global_step"] == 5
     rows = (tmp_path / "more" / "metrics" / "metrics.csv").read_text().splitlines()
     step = rows[0].split(",").index("step")
-    assert min(int(row.split(",")[step]) for row in rows[1:]) >= 2  # trains on, not anew
+    assert min(int(row.split(",")[step]) for row in rows[1:]) >= 3  # trains on, not anew
+    # Untrained decoders are never right, so the first weights stay the best.
+    assert "Testing more/checkpoints/best.ckpt (step 3, val/geneval 0.000)" in printed
+    assert (more / "best.ckpt").read_bytes() == (checkpoints / "best.ckpt").read_bytes()
 
 
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
@@ -440,7 +447,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     validated = {int(row["step"]) + 1: row for row in logged if row["val/geneval"]}
     assert len(validated) == 3 and any(float(row["val/geneval"]) for row in validated.values())
     for step, row in validated.items():
-        evaluated = found[f"step={step}"]
+        evaluated = found[f"step-{step}"]
         assert float(evaluated["overall"]) == float(row["val/geneval/sample"])
         for task in TASKS:
             assert float(evaluated[task]) == float(row[f"val/geneval/sample/{task}"])
@@ -656,6 +663,7 @@ def test_help_and_wrong_overrides_tell_what_exists(tmp_path: Path) -> None:
         (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
+        (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
         (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
         (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
         (["decoder.checkpoint=bundled:shapes_decoder"], "was made for another model"),

@@ -1,7 +1,9 @@
-"""Runs that were stopped, or had come to their end, go on with the batch that comes next."""
+"""Runs that go on take the batch that comes next, and know their best weights wherever they are."""
 
 import os
+import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from callbacks.checkpoint import PreemptionCheckpoint
+from callbacks.checkpoint import MovableCheckpoint, PreemptionCheckpoint, best_checkpoint
+from callbacks.runs import read_checkpoint
 
 
 class Diary(BoringModel):
@@ -26,8 +29,15 @@ class Diary(BoringModel):
         return super().training_step(batch, batch_idx)
 
 
-def train(folder: Path, batches: int, *callbacks: Callback, ckpt_path: Path | None = None, **settings: Any) -> Diary:
-    model = Diary()
+def train(
+    folder: Path,
+    batches: int,
+    *callbacks: Callback,
+    model: Diary | None = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> Diary:
+    model = model or Diary()
     checkpoint = PreemptionCheckpoint(
         dirpath=folder, filename="{step}", every_n_train_steps=50, save_last="link", save_top_k=1
     )
@@ -61,3 +71,61 @@ def test_a_run_that_is_asked_to_stop_in_its_last_validation_does_so_when_it_is_s
     with pytest.raises(SIGTERMException):
         train(tmp_path, 2, Preempted(), max_epochs=2)
     assert train(tmp_path, 2, max_epochs=3, ckpt_path=tmp_path / "last.ckpt").seen == [(2, 0, 4), (2, 1, 5)]
+
+
+class Scored(Diary):
+    """Validates to a given score in each epoch."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/score", self.scores[self.current_epoch])
+
+
+def score(folder: Path, scores: Sequence[float], ckpt_path: Path | None = None) -> tuple[float, int]:
+    """Train an epoch a score, in `folder`; returns the score of its best weights and the step they are of."""
+    best = MovableCheckpoint(
+        dirpath=folder, filename="best", monitor="val/score", mode="max", enable_version_counter=False
+    )
+    train(folder, 2, best, model=Scored(scores), max_epochs=len(scores), ckpt_path=ckpt_path)
+    saved = read_checkpoint(str(folder / "best.ckpt"))
+    assert best.best_model_path == str(folder / "best.ckpt")
+    assert best.best_model_score == saved["callbacks"][best.state_key]["current_score"]
+    return float(best.best_model_score), saved["global_step"]
+
+
+def test_the_best_weights_stay_the_best_wherever_a_run_goes_on(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    assert score(old, [0.1, 0.8, 0.3]) == (pytest.approx(0.8), 4)
+    shutil.copytree(old, tmp_path / "moved", symlinks=True)
+    assert score(tmp_path / "moved", [0, 0, 0, 0.5], tmp_path / "moved" / "last.ckpt") == (pytest.approx(0.8), 4)
+    assert [path.name for path in (tmp_path / "moved").glob("step*")] == ["step=8.ckpt"]  # what was newest is removed
+    assert score(tmp_path / "new", [0, 0, 0, 0.5], old / "last.ckpt") == (pytest.approx(0.8), 4)
+    assert score(tmp_path / "new", [0, 0, 0, 0, 0.9], tmp_path / "new" / "last.ckpt") == (pytest.approx(0.9), 10)
+    shutil.copy(old / "last.ckpt", tmp_path / "alone.ckpt")  # the best ones are where they were
+    assert score(tmp_path / "newer", [0, 0, 0], tmp_path / "alone.ckpt") == (pytest.approx(0.8), 4)
+    assert read_checkpoint(str(old / "best.ckpt"))["global_step"] == 4
+
+
+def test_best_weights_that_are_gone_or_of_later_steps_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    score(old, [0.1, 0.7])
+    shutil.copy(old / "last.ckpt", old / "first.ckpt")
+    score(old, [0, 0, 0.9], old / "last.ckpt")
+    assert score(tmp_path / "new", [0, 0, 0.2], old / "first.ckpt") == (pytest.approx(0.2), 6)
+    assert (
+        "best.ckpt (val/score 0.7000) is no more: the best weights from now on take its place"
+        in capsys.readouterr().out
+    )
+    assert score(old, [0, 0, 0.8], old / "first.ckpt") == (pytest.approx(0.9), 6)  # no worse one overwrites it
+    (old / "best.ckpt").unlink()
+    assert score(old, [0, 0, 0, 0.1], old / "last.ckpt") == (pytest.approx(0.1), 8)
+
+
+def test_the_best_weights_need_a_callback_that_keeps_them() -> None:
+    with pytest.raises(ValueError, match=r"test_ckpt_path=best needs callbacks\.checkpoint_best"):
+        best_checkpoint(Trainer(logger=False, enable_progress_bar=False, accelerator="cpu"))

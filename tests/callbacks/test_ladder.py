@@ -57,12 +57,12 @@ def test_jobs_run_in_order_with_the_folders_of_those_they_build_on(ladder: Ladde
     assert [item for run in runs for item in run if item.startswith(("seed", "right"))] == [
         "seed=0", "right=2", "seed=0", "right=5", "seed=1", "right=2", "seed=1", "right=5",
     ]  # fmt: skip
-    assert f"parm.checkpoint='{ladder.folder}/seed=1/base/weights'" in runs[3]
+    assert f"parm.checkpoint='{ladder.folder}/seed-1/base/weights'" in runs[3]
 
 
 def test_what_is_there_is_not_run_again_and_what_was_killed_goes_on(ladder: Ladder) -> None:
     ladder.run()
-    job = ladder.folder / "seed=1" / "better"
+    job = ladder.folder / "seed-1" / "better"
     (job / "geneval.json").unlink()
     (job / "checkpoints").mkdir()
     (job / "checkpoints" / "last.ckpt").write_text("weights")
@@ -89,7 +89,7 @@ def test_the_table_puts_seeds_together(ladder: Ladder) -> None:
 def test_a_failed_job_stops_the_ladder_in_a_sentence(ladder: Ladder) -> None:
     ladder.folder.mkdir()
     (ladder.folder / "fail").touch()
-    with pytest.raises(ValueError, match=r"the job 'base' of seed 0 ended with 3; see .*seed=0/base"):
+    with pytest.raises(ValueError, match=r"the job 'base' of seed 0 ended with 3; see .*seed-0/base"):
         ladder.run()
 
 
