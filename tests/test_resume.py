@@ -123,11 +123,3 @@ def test_a_checkpoint_of_another_config_names_the_key(
     assert sentence in str(refused.value)
 
 
-def test_what_is_no_checkpoint_of_plain_data_is_refused(tmp_path: Path) -> None:
-    for content in (b"garbage", b""):
-        (tmp_path / "x.ckpt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint of plain data"):
-            read_checkpoint(str(tmp_path / "x.ckpt"))
-    torch.save({"path": tmp_path}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint of plain data"):
-        read_checkpoint(str(tmp_path / "x.ckpt"))
