@@ -126,7 +126,7 @@ def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
     key, equals, value = " ".join(items[first:last]).partition("=")
     if equals and last - first > 1:
         whole = f"{key}={value.strip()}"
-        meant = whole if _parsed(whole) else _quoted(key, value)
+        meant = whole if " " not in whole and _parsed(whole) else _quoted(key, value)
         return f"{items[place]!r} is no setting; if it belongs to the one before, write {meant}"
     if not equals:
         word = items[place]

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,16 +101,26 @@ def _of_system(error: OSError, text: str, written: Mapping[str, Any]) -> str:
     elif error.errno is not None and error.strerror is not None and error.filename is not None:
         number, said, path = error.errno, error.strerror, str(error.filename)
     else:
-        key = next((key for key, value in _paths(written) if value in text), None)
+        key = next((key for key, value in _paths(written) if "/" in value and value in text), None)
         return f"{key}: {text}" if key and not _is_ours(error) else text
     what = _SYSTEM.get(number, said)
     if path is None:
-        folders = ", ".join(f"{key}={value}" for key, value in _paths(written) if key in _WRITTEN_TO)
-        return f"{what}; the run writes to {folders}" if folders and number in _SYSTEM else what
+        space = {f"{key}={value}": _free_space(value) for key, value in _paths(written) if key in _WRITTEN_TO}
+        fullest = [setting for setting, free in space.items() if free == min(space.values())]
+        return f"{what}, where {' and '.join(fullest)} is" if space and number in _FULL else what
     full = os.path.abspath(path)
     below = [(key, value) for key, value in _paths(written) if f"{full}/".startswith(f"{os.path.abspath(value)}/")]
     key, _ = max(below, key=lambda item: len(os.path.abspath(item[1])), default=("", ""))
     return f"{key}: {path}: {what}" if key else f"{path}: {what}"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _free_space(path: str) -> int:
+    """Bytes left on the disk that a path is on, or would be."""
+    folder = Path(path).absolute()
+    return shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
 
 
 _WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")

@@ -48,6 +48,7 @@ class SettingsTree:
         elsewhere = [key for key in keys if f".{key}".endswith(f".{name}")]
         if elsewhere:
             return sorted(elsewhere, key=lambda key: (key.count("."), len(key)))[:3]
+        keys = [key for key in keys if not name.startswith(f"{key}.")]
         longer = [key for key in keys if key.startswith(name) and key.rpartition(".")[0] == parent]
         by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
         return (
@@ -63,12 +64,11 @@ class SettingsTree:
         return [f"{group}={other}" for other in others if key in self._composed({**self.choices, group: other})]
 
     def around(self, key: str) -> tuple[str, list[str]]:
-        """The node that the key would be in, or the nearest above it that is there, and the names in it."""
+        """The node that the key would be in, or the nearest above it that is one, and the names in it."""
         parent = key.rpartition(".")[0]
-        while parent and parent not in self.keys:
-            parent = parent.rpartition(".")[0]
         below = [other.rpartition(".") for other in self.keys]
-        return parent, [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
+        names = [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
+        return (parent, names) if names or not parent else self.around(parent)
 
     def _composed(self, choices: Mapping[str, str]) -> list[str]:
         try:
