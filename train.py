@@ -87,7 +87,8 @@ def refuse_decoding(module: LightningModule, data: LightningDataModule, callback
 def run(config: DictConfig) -> None:
     """Do the task of a config."""
     written: Any = OmegaConf.to_container(config)  # building parts resolves interpolations in place
-    refuse_unread(HydraConfig.get().overrides.task, written)
+    hydra_config = HydraConfig.get()
+    refuse_unread(hydra_config.overrides.task, written, hydra_config.runtime.choices)
     if config.task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {config.task!r}")
     if config.task == "export" and config.ckpt_path is None:

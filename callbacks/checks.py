@@ -41,14 +41,15 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
     _refuse_below("", {name: node for name, node in config.items() if name not in unused}, written)
 
 
-def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
     """Raise ValueError for a new key at the top of the config, which no class refuses and nothing reads.
 
     Args:
         overrides: of the command line.
         config: as it is written; an interpolation may read the key.
+        groups: of which a file is chosen, the user's own among them.
     """
-    known = [*GROUPS, *OmegaConf.load(CONF / "train.yaml"), "ladder"]
+    known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "ladder"]
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         top = key.partition(".")[0]

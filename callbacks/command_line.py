@@ -31,11 +31,10 @@ def hydra_told(arguments: Sequence[str]) -> Iterator[None]:
     """
     global _asked
     _asked = os.environ.get(_FULL_ERROR)
-    if complaint := about_options(arguments):
-        sys.exit(f"Error: {complaint}")
-    if {"-m", "--multirun"} & {*arguments} and (
-        complaint := about_settings(arguments)
-    ):  # Hydra has made a folder by then
+    complaint = about_options(arguments)
+    if complaint is None and {"-m", "--multirun"} & {*arguments}:  # Hydra would make a folder before it composes
+        complaint = about_settings(arguments)
+    if complaint is not None:
         sys.exit(f"Error: {complaint}")
     try:
         os.environ[_FULL_ERROR] = "1"

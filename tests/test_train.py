@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
 
+from callbacks.checks import refuse_wrong_values
 from callbacks.geneval import GenEvalCallback
 from datamodules.pairs import reference_log_probs
 from lightning_modules.rewards.geneval import TASKS
@@ -132,7 +133,9 @@ def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> 
 @pytest.mark.parametrize("choice", ["", "+debug=minutes", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
 def test_every_config_composes_and_builds(compose_config, choice: str) -> None:
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
+    written: Any = OmegaConf.to_container(config)
     OmegaConf.resolve(config)
+    refuse_wrong_values(OmegaConf.to_container(config), written)  # type: ignore[arg-type]
     for part in ("module", "data", "callbacks", "logger"):
         if part in config:  # what is only measured needs no data
             assert instantiate(config[part], _convert_="all") is not None
