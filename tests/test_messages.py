@@ -66,7 +66,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        ("expermient=dpo", "did you mean experiment=dpo?"),
+        ("experimen=dpo", "did you mean experiment=dpo?"),
         ("+debug=minute", "did you mean +debug=minutes?"),
         ("+experiment=dpo", "experiment is chosen already: write experiment=dpo"),
         ("experiment=", "there is no experiment=; there are: compute_curve, dpo, "),
@@ -156,8 +156,8 @@ def test_new_keys_that_nothing_reads_are_refused() -> None:
     refuse_unread(["+debug=minutes", "+callbacks.more=1", "+step=3", "~data", "seed=1"], {"a": "${step}"})
     with pytest.raises(ValueError, match=r"nothing reads the key foo\.bar; it has no effect"):
         refuse_unread(["+foo.bar=1"], {"foo": {"bar": 1}})
-    with pytest.raises(ValueError, match=r"nothing reads the key debgu; did you mean \+debug=minutes\?"):
-        refuse_unread(["+debgu=minutes"], {})
+    with pytest.raises(ValueError, match=r"nothing reads the key debugs; did you mean \+debug=minutes\?"):
+        refuse_unread(["+debugs=minutes"], {})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
