@@ -66,7 +66,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        ("experimen=dpo", "did you mean experiment=dpo?"),
+        ("experimemt=dpo", "did you mean experiment=dpo?"),
         ("+debug=minute", "did you mean +debug=minutes?"),
         ("+experiment=dpo", "experiment is chosen already: write experiment=dpo"),
         ("experiment=", "there is no experiment=; there are: compute_curve, dpo, "),
