@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -22,8 +20,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
+from callbacks.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from callbacks.command_line import hydra_told, leave_tracebacks_to_the_user
 from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
+from callbacks.messages import MENDABLE, sentence
 from callbacks.preflight import preflight
 from callbacks.run_folder import checkpoint_to_resume
 from callbacks.runs import (
@@ -33,11 +34,10 @@ from callbacks.runs import (
     load_checkpoint,
     named_checkpoints,
     refuse_other_config,
-    refuse_useless_numbers,
-    written_at,
 )
 from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.loading import export, write_text
+from lightning_modules.broken_files import first_line
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.parm import PARMModule
 
@@ -52,13 +52,13 @@ def build(node: DictConfig | None, **more: Any) -> Any:
 
 def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The Trainer, with loggers that know the config."""
-    loggers = list(build(config.logger).values())
-    for logger in loggers:
+    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=False)
+    trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
+    for logger in trainer.loggers:
         try:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
         except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
-            raise ValueError(f"logger: {error}") from error
-    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
+            raise ValueError(f"logger: {first_line(error)}") from error
     atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN
@@ -87,11 +87,11 @@ def refuse_decoding(module: LightningModule, data: LightningDataModule, callback
 
 def run(config: DictConfig) -> None:
     """Do the task of a config."""
+    written: Any = OmegaConf.to_container(config)  # building parts resolves interpolations in place
+    hydra_config = HydraConfig.get()
+    refuse_unread(hydra_config.overrides.task, written, hydra_config.runtime.choices)
     if config.task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {config.task!r}")
-    if config.task == "ladder":
-        build(config.ladder).run()
-        return
     if config.task == "export" and config.ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if config.task in ("fit", "rollout") and config.get("data") is None:
@@ -110,9 +110,13 @@ def run(config: DictConfig) -> None:
         config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
     elif config.ckpt_path == "auto":
         raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
-    written: Any = OmegaConf.to_container(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    refuse_useless_numbers(plain)
+    refuse_wrong_values(plain, written)
+    if config.task == "ladder":
+        build(config.ladder).run()
+        return
+    if config.task != "export":
+        refuse_missing_gpus(plain["trainer"])
     preflight(plain, written)
     checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
     for path in checkpoints:
@@ -179,18 +183,18 @@ def run(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     global launched_patience
-    written: Any = OmegaConf.to_container(config)  # building parts resolves interpolations in place
+    leave_tracebacks_to_the_user()
+    written: Any = OmegaConf.to_container(config)
     try:
         run(config)
         launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
-    except (ValueError, FileNotFoundError, InstantiationException) as error:
-        # One sentence for what the user can mend; HYDRA_FULL_ERROR=1 shows where it came from.
+    except MENDABLE as error:  # HYDRA_FULL_ERROR=1 shows where it came from
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        folder = HydraConfig.get().runtime.output_dir
         if rank_zero_only.rank == 0:
-            forget_refused(Path(HydraConfig.get().runtime.output_dir))
-        node = re.search("^full_key: (.+)$", str(error), re.MULTILINE) if error.__cause__ else None
-        sys.exit(f"Error: {error.__cause__ or error}" + (f" (in {written_at(written, node[1])})" if node else ""))
+            forget_refused(Path(folder))
+        sys.exit(f"Error: {sentence(error, written | {'hydra': {'run': {'dir': folder}}})}")
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
         sys.exit(128 + signal.SIGTERM if rank_zero_only.rank == 0 else 0)
     if config.logger.get("wandb"):
@@ -200,4 +204,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with hydra_told(sys.argv[1:]):
+        main()

@@ -10,11 +10,10 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from callbacks.geneval import GenEvalCallback
-from callbacks.report import save_figure, write_csv
+from callbacks.report import print_plain, save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
 from datamodules.rollouts import identity
 from lightning_modules.backbone.loading import fingerprint
@@ -137,4 +136,4 @@ def _print(table: list[dict[str, Any]]) -> None:
         rows.setdefault((row["checkpoint"], str(row["step"])), []).append(f"{row['overall']:.3f}")
     for about, scores in rows.items():
         shown.add_row(*about, *scores)
-    Console(width=40 + sum(len(name) + 2 for name in names)).print(shown)
+    print_plain(shown)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 
-from callbacks.runs import written_at
+from callbacks.messages import written_at
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 

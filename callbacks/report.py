@@ -250,4 +250,9 @@ def print_table(results: Mapping[str, StrategyResult]) -> None:
         opinions = [f"{result.holdout[judge]:.3f}" if judge in result.holdout else "-" for judge in judges]
         scores = f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks
         table.add_row(name.removesuffix(BEFORE_TRAINING), *scores, *(costs if costly else ()), *opinions)
-    Console(width=120 + sum(len(judge) + 2 for judge in judges)).print(table)
+    print_plain(table)
+
+
+def print_plain(table: Table) -> None:
+    """Print a table as wide as it is, with names as they are: `[bold]` and `:star:` are no markup."""
+    Console(width=10_000, markup=False, emoji=False, highlight=False).print(table)

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from omegaconf import OmegaConf
+
+from lightning_modules.broken_files import read_torch
 
 _ROOT = Path(__file__).parents[1]
 _ROOMS = ("callbacks", "datamodules", "lightning_modules")
@@ -26,17 +26,6 @@ LOCK = ".lock"  # in the folder of a run, held as long as it runs
 def run_name(task: str, otherwise: str) -> str:
     """What a run is called that nobody named: by its task where that trains nothing and evaluates no checkpoint."""
     return task if task in ("generate", "score") else otherwise
-
-
-def written_at(config: Mapping[str, Any], key: str) -> str:
-    """Where the node of some key is written: what an interpolation, not resolved yet, leads to has a key of its own."""
-    parts: list[str] = key.split(".")
-    node: Any = config
-    for end, part in enumerate(parts, 1):
-        node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, str) and node.startswith("${"):
-            return written_at(config, ".".join([node[2:-1], *parts[end:]]))
-    return key
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -115,10 +104,10 @@ def code() -> str:
 
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content on the CPU; raises ValueError if it is none, or holds objects beside plain data."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"ckpt_path: {path} is no checkpoint of plain data ({str(error).splitlines()[0]})") from error
+    checkpoint = read_torch(Path(path), "ckpt_path")
+    for name in ("state_dict", "global_step"):
+        if not isinstance(checkpoint, dict) or name not in checkpoint:
+            raise ValueError(f"ckpt_path: {path} is no checkpoint of training: it has no {name!r}")
     return checkpoint
 
 
@@ -146,22 +135,6 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
     checkpoint = read_checkpoint(path)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-
-
-def refuse_useless_numbers(config: Mapping[str, Any], path: str = "") -> None:
-    """Raise ValueError for a size of a batch, a number of steps or a learning rate that is none.
-
-    Some are used after hours of work, others compared before anybody says which they are.
-    """
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            refuse_useless_numbers(value, f"{path}{key}.")
-        elif str(key).endswith("batch_size") and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{path}{key} must be a whole number of at least 1, not {value!r}")
-        elif key in ("max_steps", "max_epochs") and not (value is None or (isinstance(value, int) and value >= -1)):
-            raise ValueError(f"{path}{key} must be a whole number, -1 for no limit, not {value!r}")
-        elif key == "lr" and not (isinstance(value, int | float) and value >= 0):
-            raise ValueError(f"{path}{key} must be a number of at least 0, not {value!r}")
 
 
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ class Scoring(LightningModule):
         notes = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
         notes += [sentence for result in results for sentence in result["notes"]]
         result = StrategyResult(
-            name=Path(self.images).name,
+            name=Path(self.images).resolve().name,  # of `.` as well
             overall=summary.overall,
             tasks={task: score.score for task, score in summary.tasks.items()},
             rows=rows,

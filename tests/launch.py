@@ -3,6 +3,7 @@
 As a script it is the process that forks.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -53,6 +54,7 @@ def _serve() -> None:
 
     import train  # noqa: F401
 
+    gc.freeze()  # or each process would go through all that is imported, to end
     for order in sys.stdin:
         line, folder, env, out, err, timeout = json.loads(order)
         if child := os.fork():

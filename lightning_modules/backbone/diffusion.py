@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import from_hub
+from lightning_modules.broken_files import first_line, refuse_broken_folder
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,11 @@ class DiffusionDecoder(Decoder):
         try:
             if not Path(checkpoint).exists():
                 from_hub(checkpoint, ["model_index.json"])  # which, unlike diffusers, says what is the matter
+            else:
+                refuse_broken_folder(Path(checkpoint))
             self.pipeline: Any = load(checkpoint, **options)
         except OSError as error:
-            raise FileNotFoundError(f"decoder.checkpoint: {error}") from error
+            raise FileNotFoundError(f"decoder.checkpoint: {first_line(error)}") from error
         self.pipeline.set_progress_bar_config(disable=True)
         networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(networks)  # moved, and told apart, with this module

@@ -1,6 +1,5 @@
 """Networks that are shared as folders, on the Hugging Face hub or elsewhere."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +9,7 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 
 from lightning_modules.backbone.loading import export, from_hub, pretrained
+from lightning_modules.broken_files import read_settings
 
 _OWN = ("lightning_modules.", "datamodules.")  # what a config of somebody else's may name
 
@@ -46,7 +46,7 @@ class Shared(ModelHubMixin, library_name="image-cot"):
             place |= {"force_download": force_download, "local_files_only": local_files_only}
             folder = from_hub(model_id, ["*.safetensors", "*.json"], **place)
         stored = folder / "config.json"
-        config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        config = read_settings(stored) if stored.is_file() else {}
         if "module" not in config:
             raise ValueError(f"{model_id} has no config.json as task=export writes it")
         _refuse_foreign(config, model_id)

@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lightning_modules.broken_files import first_line, read_settings, read_torch, refuse_broken
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors", "pytorch_model.bin")
@@ -66,27 +67,39 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
 class Stored:
     """The tensors of a folder with weights, in one file or several, read one at a time.
 
-    Pickled weights are read only where there are no safetensors, and only as tensors; raises ValueError for others.
+    Pickled weights are read only where there are no safetensors, and only as tensors.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is broken, or holds more than tensors; the sentence names it.
     """
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            named = read_settings(index).get("weight_map")
+            if not isinstance(named, dict):
+                raise ValueError(f"{index} has no 'weight_map', which says what is in which file")
+            files = sorted(set(named.values()))
         else:
             files = [next(file for file in _WEIGHTS if (folder / file).is_file())]
         self._shapes: dict[str, list[int]] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for file in files:
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder / file} is missing, which {index.name} names")
             if file.endswith(".bin"):
-                try:
-                    pickled = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
-                except UnpicklingError as error:
-                    raise ValueError(f"{folder / file} holds more than tensors and is not loaded") from error
+                pickled = read_torch(folder / file)
+                if not isinstance(pickled, dict):
+                    raise ValueError(f"{folder / file} holds no tensors with names")
                 self._shapes |= {key: list(value.shape) for key, value in pickled.items()}
                 self._read |= {key: partial(pickled.__getitem__, key) for key in pickled}
             else:
-                opened = safe_open(folder / file, framework="pt")
+                refuse_broken(folder / file)
+                try:
+                    opened = safe_open(folder / file, framework="pt")
+                except SafetensorError as error:
+                    raise ValueError(f"{folder / file} is not a safetensors file: {first_line(error)}") from error
                 self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
                 self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
 
@@ -150,7 +163,7 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
     if (folder / "config.json").is_file():
-        check(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        check(read_settings(folder / "config.json"))
     names = {key: stored_as(key) for key in expected}
     for key, value in expected.items():
         if missing := [name for name in names[key] if name not in stored.keys]:

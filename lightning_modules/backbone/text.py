@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.loading import from_hub
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.broken_files import first_line, refuse_broken
 
 
 class TextTokenizer(Protocol):
@@ -49,7 +50,7 @@ class PublishedTokenizer:
 
     Raises:
         FileNotFoundError: there is no `tokenizer.json`.
-        ValueError: it has no such token.
+        ValueError: it is broken, or has no such token.
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
@@ -58,7 +59,11 @@ class PublishedTokenizer:
             if file.parent.exists():
                 raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
             file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
-        self._tokenizer = Tokenizer.from_file(str(file))
+        refuse_broken(file)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
         self.size = self._tokenizer.get_vocab_size()
         found = self._tokenizer.token_to_id(end_of_text)
         if found is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint, resolve
+from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 from lightning_modules.rewards.open_clip_loader import how_to_download
 
@@ -61,6 +62,7 @@ class Mask2FormerDetector:
             f"run `hf download {checkpoint} --local-dir FOLDER`, then set geneval.reward.detector.checkpoint=FOLDER, "
             f"and for colors {how_to_download('geneval.reward.colors', 'ViT-L-14-quickgelu', 'openai')}",
         )
+        refuse_broken_folder(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "mask2former":
             raise ValueError(f"detector {checkpoint!r} must be a mask2former model; it is a {config.model_type} model")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.loading import from_hub
+from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.rewards.verifier import Critic, StepJudge
 
 # The chat format of Qwen2, with its default system prompt; for checkpoints that come without a template.
@@ -102,6 +103,7 @@ class VisionLanguageJudge(StepJudge, Critic):
         folder = Path(checkpoint)
         if not folder.is_dir():
             folder = from_hub(checkpoint, ["*.safetensors", "*.json", "*.jinja", "*.txt"])
+        refuse_broken_folder(folder)
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "llava_onevision":
             raise ValueError(f"judge {checkpoint!r} must be a llava_onevision model; it is a {kind} model")
