@@ -184,7 +184,7 @@ class PreferenceFilesDataModule(PairsDataModule):
         for name, source in self.files.items():
             if name in self._made:
                 continue
-            about = [source.digest(), dict(source.columns), fingerprint(decoder)]
+            about = [source.digest(), dict(source.columns), decoder.cache_key()]
             pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
             self._made[name] = datasets.load_from_disk(str(pairs))
 
