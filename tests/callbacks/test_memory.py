@@ -80,4 +80,5 @@ def test_candidates_within_candidates_multiply() -> None:
     assert Potential(sampling, 20, "judge").images_at_once == 20
     paths = BestOfN(Potential(sampling, 5, "judge"), 4, "judge")
     assert paths.images_at_once == 20
-    assert Reflection(paths, Verified(sampling, 6), Region(Chance(), 1.0), 3).images_at_once == 20  # one after the other
+    reflection = Reflection(paths, Verified(sampling, 6), Region(Chance(), 1.0), 3)
+    assert reflection.images_at_once == 20  # one after the other
