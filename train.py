@@ -1,7 +1,6 @@
 """Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
 
 import atexit
-import json
 import os
 import signal
 import sys
@@ -129,8 +128,7 @@ def run(config: DictConfig) -> None:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         keep_metrics(folder)
     if config.task == "score":
-        rewards = json.dumps(plain["scoring"]["rewards"], sort_keys=True)
-        build(config.scoring, rewards_config=rewards).run(trainer_for(config, [StopBetweenBatches()]))
+        build(config.scoring).run(trainer_for(config, [StopBetweenBatches()]))
         return
     if config.task == "generate":
         generating = build(config.generating)
@@ -153,8 +151,7 @@ def run(config: DictConfig) -> None:
     if checkpoints and Path(config.ckpt_path).is_dir():
         if "geneval" not in callbacks:
             raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
-        settings = plain["callbacks"]["geneval"]
-        curve = CheckpointCurve(module, callbacks["geneval"], settings, checkpoints, config.scores_dir, folder)
+        curve = CheckpointCurve(module, callbacks["geneval"], checkpoints, config.scores_dir, folder)
         curve.run(trainer_for(config))
         return
     data = build(config.get("data"))

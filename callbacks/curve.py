@@ -1,9 +1,8 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,8 @@ from rich.table import Table
 from callbacks.geneval import GenEvalCallback
 from callbacks.report import print_plain, save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
-from datamodules.rollouts import identity
-from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval import TASKS
-
-# Settings of the callback that do not change what it finds, or that are of validation.
-_FREE = ("folder", "batch_size", "sheet_prompts", "validation_prompts", "validation_strategies", "monitor",
-         "every_n_epochs", "unfinished")  # fmt: skip
 
 
 class CheckpointCurve(LightningModule):
@@ -34,7 +28,6 @@ class CheckpointCurve(LightningModule):
     Args:
         module: what the checkpoints are of.
         geneval: evaluates.
-        settings: what made `geneval`, plain.
         checkpoints: their paths.
         results: where evaluations are kept.
         folder: where checkpoints.csv and checkpoints.png go.
@@ -44,7 +37,6 @@ class CheckpointCurve(LightningModule):
         self,
         module: LightningModule,
         geneval: GenEvalCallback,
-        settings: Mapping[str, Any],
         checkpoints: Sequence[str],
         results: str,
         folder: Path,
@@ -55,9 +47,6 @@ class CheckpointCurve(LightningModule):
         self.module = module
         self.geneval = geneval
         self.results, self.folder = Path(results), folder
-        about = {key: value for key, value in settings.items() if key not in _FREE}
-        judges = {name: identity(judge) for name, judge in geneval.rewards.items()}
-        self.about = [about, geneval.reward.about, judges, list(geneval.test_prompts)]
         self.evaluated: dict[str, Path] = {}
 
     def run(self, trainer: Trainer) -> None:
@@ -75,8 +64,7 @@ class CheckpointCurve(LightningModule):
 
     def test_step(self, batch: str, batch_idx: int) -> None:
         load_checkpoint(self.module, batch)
-        about = json.dumps([fingerprint(self.module), *self.about], sort_keys=True)
-        folder = self.results / f"checkpoint-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+        folder = self.results / f"checkpoint-{digest(self.geneval.test_key(self.trainer, self.module))}"
         if not self.trainer.strategy.broadcast(folder.is_dir()):
             partial = folder.with_name(f"{folder.name}.partial")
             results = self.geneval.test(self.trainer, self.module)

@@ -1,8 +1,6 @@
 """GenEvalCallback: decodes the prompts by every strategy, judges the images, logs, and leaves the results on disk."""
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,10 +21,9 @@ from callbacks.runs import code
 from callbacks.shares import Share, ShareStore, combine
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
-from datamodules.rollouts import identity
-from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy, judged, judges_of
+from lightning_modules.decoding.strategy import Judges, Strategy, judged
+from lightning_modules.identity import digest
 from lightning_modules.optim import trainable
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES
@@ -125,12 +122,14 @@ class GenEvalCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
-        named = {"callbacks.geneval.holdout": self.holdout}
-        named |= {f"strategies.{key}": judges_of(strategy) for key, strategy in self.strategies.items()}
+        named: dict[str, Sequence[str]] = {"callbacks.geneval.holdout": self.holdout}
+        named |= {f"strategies.{key}": strategy.judge_names for key, strategy in self.strategies.items()}
         for key, names in named.items():
             for name in names:
                 if name not in judges:
                     raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(judges)}")
+        for strategy in self.strategies.values():
+            strategy.cache_key()  # one that cannot say it is refused now, and not after training
         data = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, PreferencesDataModule):
             for name in self.holdout:
@@ -188,7 +187,7 @@ class GenEvalCallback(Callback):
         """Strategies with their judges; before the first that asks a trained one, all such with the untrained one."""
         judges = self._judges(pl_module)
         trained = {name: (self.strategies[name], judges) for name in self.test_strategies}
-        asking = [name for name in trained if self._untrained.keys() & judges_of(self.strategies[name])]
+        asking = [name for name in trained if self._untrained.keys() & set(self.strategies[name].judge_names)]
         if not asking:
             return trained
         untrained = {
@@ -205,7 +204,7 @@ class GenEvalCallback(Callback):
         notes = self._incomparable()
         about = {
             "decoder": type(pl_module.decoder).__name__,
-            "judged_by": self.reward.about,
+            "judged_by": self.reward.judged_by,
             "seed": self.seed,
             "prompts": len(self.test_prompts),
             "images_per_prompt": self.images_per_prompt,
@@ -218,16 +217,30 @@ class GenEvalCallback(Callback):
         if self._store is not None:
             self._store.clear()
 
+    def test_key(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What decides the results of a test."""
+        strategies = {name: self.strategies[name] for name in self.test_strategies}
+        judges = self._judges(pl_module)
+        asked = {*self.holdout, *(judge for strategy in strategies.values() for judge in strategy.judge_names)}
+        decoder: Any = pl_module.decoder
+        return {
+            "decoder": decoder.cache_key(),
+            "precision": str(trainer.precision),
+            "strategies": {name: strategy.cache_key() for name, strategy in strategies.items()},
+            "judges": {name: judges[name].cache_key() for name in asked},
+            "before_training": {name: judge.cache_key() for name, judge in self._untrained.items()},
+            "verdicts": self.reward.verdict_key(),
+            "holdout": self.holdout,
+            "fid": self.fid and self.fid.cache_key(),
+            "prompts": list(self.test_prompts),
+            "images_per_prompt": self.images_per_prompt,
+            "seed": self.seed,
+        }
+
     def _store_of(self, trainer: Trainer, pl_module: LightningModule) -> ShareStore:
         """Where the batches of a test are kept: whatever else decides what is in them, code included, has another."""
-        strategies = {name: repr(self.strategies[name]) for name in self.test_strategies}
-        judges = {name: identity(judge) for name, judge in self.rewards.items()}
-        shown = self.sheet_prompts, self.holdout
-        split = self.images_per_prompt, self.batch_size, trainer.world_size, trainer.precision
-        judges |= {name + BEFORE_TRAINING: identity(judge) for name, judge in self._untrained.items()}
-        made_with = [code(), fingerprint(pl_module), strategies, judges, self.reward.about, self.seed, *shown, *split]
-        about = json.dumps([*made_with, list(self.test_prompts)], sort_keys=True)
-        name = f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+        batches = self.sheet_prompts, self.batch_size, trainer.world_size
+        name = f"unfinished-{digest([code(), self.test_key(trainer, pl_module), *batches])}"
         store = ShareStore(self.unfinished / name, trainer.global_rank)
         if trainer.is_global_zero and (count := store.count):
             print(f"The evaluation goes on; batches decoded and judged before: {count} ({store.folder})")
@@ -236,7 +249,7 @@ class GenEvalCallback(Callback):
     def _incomparable(self) -> list[str]:
         """Why scores are ceilings, or (with COCO's classes) not those of the official benchmark, a sentence each."""
         truth = set(self.reward.kinds())
-        oracles = [name for name in self.test_strategies if truth.intersection(judges_of(self.strategies[name]))]
+        oracles = [name for name in self.test_strategies if truth.intersection(self.strategies[name].judge_names)]
         notes = [f"{name} chooses by what it is measured by: it is a ceiling" for name in oracles]
         if tuple(self.reward.detector.class_names) != CLASS_NAMES:
             return notes
@@ -246,7 +259,7 @@ class GenEvalCallback(Callback):
 
     def _held_out(self, strategy: Strategy) -> list[str]:
         """The judges of `holdout` that do not choose what the strategy makes."""
-        return [name for name in self.holdout if name not in judges_of(strategy)]
+        return [name for name in self.holdout if name not in strategy.judge_names]
 
     @torch.no_grad()
     def _evaluate(
@@ -320,7 +333,7 @@ class GenEvalCallback(Callback):
         share.thumbnails = {jobs[place][0]: images[place] for place in shown}
         if shown:
             names = self.test_strategies if tell else self.validation_strategies
-            choosing = (judge for name in names for judge in judges_of(self.strategies[name]))
+            choosing = (judge for name in names for judge in self.strategies[name].judge_names)
             asked = list(dict.fromkeys([*self.holdout, *choosing]))
             chosen = decoded.select(torch.tensor(shown, device=decoded.tokens.device))
             told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen, tell)

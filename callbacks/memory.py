@@ -1,7 +1,6 @@
 """MemoryEstimate: what a run will need of each GPU's memory, printed before it starts."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -69,19 +68,6 @@ def decoding_activations(decoder: MaskTokenDecoder, images: int, prompt: int, si
     return int(kept + max(layer, codes, maps))
 
 
-def side_by_side(settings: Any) -> int:
-    """Images that a strategy decodes at a time for each that is asked for: the product of every n and k in it."""
-    if is_dataclass(settings) and not isinstance(settings, type):
-        return side_by_side(asdict(settings))
-    if not isinstance(settings, Mapping):
-        return 1
-    own = [value for name, value in settings.items() if name in ("n", "k")]
-    product = 1
-    for factor in [*own, *map(side_by_side, settings.values())]:
-        product *= factor
-    return product
-
-
 class MemoryEstimate(Callback):
     """For mask-token decoders. Kernels' workspaces and fragmentation come on top, often a tenth.
 
@@ -112,7 +98,7 @@ class MemoryEstimate(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenEvalCallback):
                 names = callback.validation_strategies if stage == "fit" else callback.strategies
-                images = callback.batch_size * max(side_by_side(callback.strategies[name]) for name in names)
+                images = callback.batch_size * max(callback.strategies[name].images_at_once for name in names)
                 models = [model for judge in callback.rewards.values() for model in vars(judge).values()]
                 judges = sum(_bytes(model) for model in models if isinstance(model, nn.Module))
         return Memory(

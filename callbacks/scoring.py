@@ -33,7 +33,6 @@ class Scoring(LightningModule):
         reward: judges the images.
         rewards: further judges, by name; each becomes a column of results.jsonl and a mean in geneval.json.
         fid: distance of all images to reference images, a number in geneval.json.
-        rewards_config: what made `rewards`, as text, to tell older results apart.
         results: where results of single prompts are kept.
         folder: where the report goes.
         batch_size: prompts a batch, per rank.
@@ -50,7 +49,6 @@ class Scoring(LightningModule):
         reward: GenEvalReward,
         rewards: Mapping[str, Reward],
         fid: FID | None,
-        rewards_config: str,
         results: str,
         folder: str,
         batch_size: int,
@@ -60,11 +58,12 @@ class Scoring(LightningModule):
         super().__init__()
         self.images = images.rstrip("/")
         self.reward, self.rewards, self.fid = reward, dict(rewards), fid
-        self.about = {**reward.about, "rewards": rewards_config}
+        further = {name: judge.cache_key() for name, judge in self.rewards.items()}
+        self.judged_by = {**reward.judged_by, "rewards": further}
         self.folders = scan(images, reward.detector.class_names)
         if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
             raise ValueError("fid: a distance needs at least two images")
-        self.store = ScoreStore(results, images, self.about)
+        self.store = ScoreStore(results, images, {**reward.verdict_key(), "rewards": further})
         made_with = Path(images) / "provenance.json"
         self.made_with = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None
         self.folder = Path(folder)
@@ -154,7 +153,7 @@ class Scoring(LightningModule):
         report = {
             "benchmark": "GenEval",
             "images": self.images,
-            "judged_by": self.about,
+            "judged_by": self.judged_by,
             "made_with": self.made_with,
             "overall": result.overall,
             "interval_95": [low, high],

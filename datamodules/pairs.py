@@ -1,11 +1,9 @@
 """Preference pairs: for one prompt an image that was better and one that was worse, with their reference."""
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from datamodules.rollouts import store
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.identity import digest, key_of
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
@@ -167,9 +166,8 @@ class PairsDataModule(LightningDataModule):
         decoder: Any = self.trainer.lightning_module.decoder
         about = [about, str(self.trainer.precision)]
         if isinstance(decoder, MaskTokenDecoder):  # its log-probabilities depend on how they are estimated
-            about.append(asdict(decoder.estimate))
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-        folder = self.folder / f"{name}-{digest}"
+            about.append(key_of(decoder.estimate))
+        folder = self.folder / f"{name}-{digest(about)}"
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             store(folder, make)

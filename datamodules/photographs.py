@@ -1,10 +1,13 @@
 """A folder of images as references, all cut to one size."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lightning_modules.identity import Keyed, class_name
 from lightning_modules.image_reader import UnreadableImage, fit_square, read_image
 
 
@@ -15,7 +18,7 @@ class Photograph:
     image: np.ndarray
 
 
-class Photographs:
+class Photographs(Keyed):
     """The middle squares of the PNG, JPEG and WebP images in a folder and those below it, by their number.
 
     Hidden files and folders (.name) hold no references.
@@ -35,6 +38,13 @@ class Photographs:
         if not self.files:
             raise FileNotFoundError(f"fid.references.folder: there are no images in {folder}")
         self.side = side
+
+    def cache_key(self) -> dict[str, Any]:
+        """The bytes of the files, in their order, and the size they are cut to."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return {"class": class_name(self), "sha256": digest.hexdigest()[:16], "side": self.side}
 
     def __len__(self) -> int:
         return len(self.files)

@@ -283,7 +283,7 @@ class PreferenceFilesDataModule(PairsDataModule):
             if name in self._made:
                 continue
             key = source.cache_key() if self.trainer.is_global_zero else ""
-            about = [self.trainer.strategy.broadcast(key), fingerprint(decoder)]
+            about = [self.trainer.strategy.broadcast(key), decoder.cache_key()]
             pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
             self._made[name] = datasets.load_from_disk(str(pairs))
 

@@ -1,9 +1,8 @@
 """Preference pairs for DPO from the decoder's own rollouts, round after round."""
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
-from datamodules.rollouts import RolloutSpec, collect, identity, provenance
+from datamodules.rollouts import RolloutSpec, collect, find, gone, provenance
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, judged, judges_of
+from lightning_modules.decoding.strategy import Judges, judged
+from lightning_modules.identity import digest, key_of
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward, Verifier
 
@@ -101,14 +101,14 @@ class PreferencesDataModule(PairsDataModule):
         self.reference = reference
         self.epochs_per_round = epochs_per_round
         self.seed = seed
-        self._folders: dict[str, str] = {}
-        self._start: dict[str, Tensor] | None = None  # the reference's weights, where it is the run's
+        self._folders: dict[str, str] = {}  # where pairs are or were; the last part of the path says what made them
+        self._start: dict[str, Tensor] | None = None  # all weights before training, where they are needed again
         self._start_key = ""
 
     @property
     def teachers(self) -> set[str]:
         """Names of the judges that have a say in what is trained on."""
-        proposing = {name for spec in self.train.values() for name in judges_of(spec.strategy)}
+        proposing = {name for spec in self.train.values() for name in spec.strategy.judge_names}
         return {name for name, weight in self.scores.items() if weight} | proposing
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,19 +118,21 @@ class PreferencesDataModule(PairsDataModule):
         self._folders = dict(state_dict["folders"])
 
     def setup(self, stage: str) -> None:
-        """Refuse scores of unknown judges; keep the weights that a reference of the run needs.
+        """Refuse scores of unknown judges; keep the weights before training, if they are a reference.
 
-        Lightning calls this before it restores a checkpoint, so that a resumed run has the same reference.
+        Lightning calls this before it restores a checkpoint, so that a resumed run has the same reference, and a
+        checkpoint can be tested on the validation pairs of its run where these are gone.
         """
         known = self._judges()
         for name in self.scores:
             if name not in known:
                 raise ValueError(f"data.scores names the judge {name!r}; there are: {', '.join(known)}")
-        if self.reference == "run" and stage == "fit":
-            assert self.trainer is not None
-            weights: Mapping[str, Tensor] = self.trainer.lightning_module.decoder.state_dict()  # type: ignore[union-attr]
-            self._start = {key: value.detach().cpu().clone() for key, value in weights.items()}
-            self._start_key = fingerprint(self.trainer.lightning_module.decoder)  # type: ignore[arg-type]
+        assert self.trainer is not None
+        restored = stage == "test" and self.trainer.ckpt_path is not None and not self._folders
+        if restored or (self.reference == "run" and stage == "fit"):
+            module: Any = self.trainer.lightning_module
+            self._start = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+            self._start_key = fingerprint(module.decoder)
 
     def _judges(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -142,10 +144,28 @@ class PreferencesDataModule(PairsDataModule):
         round_length = self.epochs_per_round if name == "train" else None
         turn = self.trainer.current_epoch // round_length if round_length else 0
         key = f"{name}-{turn}"
-        if key not in self._folders:
+        known = self._folders.get(key)
+        folder = find(known, self.folder) if known else None
+        if folder is None:
             specs = self.train if name == "train" else {"plain": self.validation}
-            self._folders[key] = str(self._make(name, specs, turn))
-        return datasets.load_from_disk(self._folders[key])
+            if known and (turn or self._start is None):
+                raise gone(known, self.folder)
+            with self._before_training() if known else nullcontext():
+                folder = self._make(name, specs, turn)
+        self._folders[key] = str(folder.absolute())
+        return datasets.load_from_disk(str(folder))
+
+    @contextmanager
+    def _before_training(self) -> Iterator[None]:
+        """All weights as they were before training, in the place of the present ones: there is one model in memory."""
+        assert self.trainer is not None and self._start is not None
+        module = self.trainer.lightning_module
+        present = {key: value.clone() for key, value in module.state_dict().items()}
+        module.load_state_dict(self._start)
+        try:
+            yield
+        finally:
+            module.load_state_dict(present)
 
     def _make(self, name: str, specs: Mapping[str, RolloutSpec], turn: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
@@ -158,13 +178,12 @@ class PreferencesDataModule(PairsDataModule):
         for set_name, whole in specs.items():
             spec = whole.of_round(turn)
             made_with.append(provenance(spec, decoder, judges, self.reward, seed))
-            digest = hashlib.sha256(json.dumps(made_with[-1], sort_keys=True).encode()).hexdigest()[:12]
             run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
-            folder = self.folder / f"{set_name}-{digest}"
+            folder = self.folder / f"{set_name}-{digest(made_with[-1])}"
             sets.append(collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *run))
-        scored_by = {name: identity(judges[name]) for name in self.scores if name not in _LABELS}
-        about: list[Any] = [made_with, asdict(self.rule), dict(self.scores), scored_by]
-        if self._start is not None:
+        scored_by = {name: judges[name].cache_key() for name in self.scores if name not in _LABELS}
+        about: list[Any] = [made_with, key_of(self.rule), key_of(self.scores), scored_by]
+        if self._refers_to_start:
             about.append(self._start_key)
         return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))
 
@@ -191,12 +210,9 @@ class PreferencesDataModule(PairsDataModule):
                 made[f"{side}_{label}"] = [columns[source][row] for row in rows[side]]
             for source in ("settings", "seed"):
                 made[f"{side}_{source}"] = [columns[source][row] for row in rows[side]]
-        policy = None
-        if self._start is not None:  # the reference borrows the policy's place: there is one model in memory
-            policy = {key: value.clone() for key, value in decoder.state_dict().items()}
-            decoder.load_state_dict(self._start)
-        try:
+        with self._before_training() if self._refers_to_start else nullcontext():
             return self._with_reference(Dataset.from_dict(made), decoder)
-        finally:
-            if policy is not None:
-                decoder.load_state_dict(policy)
+
+    @property
+    def _refers_to_start(self) -> bool:
+        return self.reference == "run" and self._start is not None

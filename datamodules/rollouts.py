@@ -1,11 +1,10 @@
 """Rollouts: images sampled from the decoder with GenEval's verdict, collected once, stored with `datasets`."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ from tqdm import tqdm
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
-from lightning_modules.backbone.loading import fingerprint, write_text
+from lightning_modules.backbone.loading import write_text
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy, judges_of
+from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
-from lightning_modules.rewards.verifier import Reward, Verifier
 
 _FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
@@ -72,13 +71,6 @@ class RolloutSpec:
         return replace(self, prompts=prompts, per_round=None)
 
 
-def identity(judge: Verifier[Any] | Reward) -> Any:
-    """What tells a judge from others of its kind, as plain data."""
-    if isinstance(judge, torch.nn.Module):
-        return fingerprint(judge)
-    return judge.about if isinstance(judge, Reward) else type(judge).__name__
-
-
 def provenance(
     spec: RolloutSpec,
     decoder: TokenDecoder,
@@ -88,15 +80,13 @@ def provenance(
     keep_evidence: bool = False,
 ) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
-    assert is_dataclass(spec.strategy)
-    named = sorted({*judges_of(spec.strategy)} & {*judges})
-    prompts = hashlib.sha256(json.dumps(list(spec.prompts), sort_keys=True).encode()).hexdigest()[:16]
+    named = sorted({*spec.strategy.judge_names} & {*judges})
     return {
-        "decoder": fingerprint(decoder),
-        "judges": {name: identity(judges[name]) for name in named},
-        "labels": labels and labels.about,
-        "strategy": {"name": type(spec.strategy).__name__, **asdict(spec.strategy)},
-        "prompts": prompts,
+        "decoder": decoder.cache_key(),
+        "judges": {name: judges[name].cache_key() for name in named},
+        "labels": labels and labels.verdict_key(),
+        "strategy": spec.strategy.cache_key(),
+        "prompts": digest(list(spec.prompts)),
         "samples": spec.samples,
         "seed": seed,
         "evidence": keep_evidence,
@@ -129,11 +119,28 @@ def _parts(spec: RolloutSpec, folder: Path, batch_size: int) -> dict[Path, list[
 
 
 def load(spec: RolloutSpec, folder: Path, batch_size: int) -> Dataset:
-    """A set of rollouts that was collected before; raises FileNotFoundError if any of it is missing."""
-    parts = _parts(spec, folder, batch_size)
-    if missing := [part for part in parts if not part.is_dir()]:
-        raise FileNotFoundError(f"the rollouts that this run was trained on are not there any more: {missing[0]}")
-    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in parts])
+    """A set of rollouts that was collected before."""
+    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in _parts(spec, folder, batch_size)])
+
+
+def find(known: str, folder: Path, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path | None:
+    """Look for what a checkpoint knows by its name: in a folder, then where it was; None if it is in neither.
+
+    Args:
+        known: where it was; the last part of the path is its name.
+        folder: where such things are kept now.
+        is_whole: says whether all of it is at a path.
+    """
+    return next((path for path in (folder / Path(known).name, Path(known)) if is_whole(path)), None)
+
+
+def gone(known: str, folder: Path) -> FileNotFoundError:
+    """Return the error for what is in neither place, and cannot be made again."""
+    name, before = Path(known).name, Path(known).parent
+    return FileNotFoundError(
+        f"{name}, on which the run of this checkpoint was trained, is neither in {folder} nor in {before}, and the "
+        "models that made it have changed since: set rollouts_dir to the folder where it is now"
+    )
 
 
 def collect(
@@ -309,7 +316,7 @@ class RolloutsDataModule(LightningDataModule):
         self.keep_evidence = keep_evidence
         self.collect_batch_size = collect_batch_size
         self.batch_size = batch_size
-        self._folders: dict[str, str] = {}
+        self._folders: dict[str, str] = {}  # where each set is or was; the last part of the path says what made it
         self._collected: dict[str, Dataset] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,21 +328,34 @@ class RolloutsDataModule(LightningDataModule):
     def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
         """A named set of rollouts, collected with the models as they are when the run first asks for it."""
         if name not in self._collected:
-            if name in self._folders:  # the models have learned since
-                rows = load(spec, Path(self._folders[name]), self.collect_batch_size)
+            known = self._folders.get(name)
+            place = find(known, self.folder, lambda folder: self._is_whole(spec, folder)) if known else None
+            if place:  # the models may have learned since
+                rows = load(spec, place, self.collect_batch_size)
             else:
-                rows = self._collect_now(name, spec)
+                place = self._named(name, spec)
+                if known and place.name != Path(known).name:
+                    raise gone(known, self.folder)
+                rows = self._collect_now(spec, place)
+            self._folders[name] = str(place.absolute())
             self._collected[name] = rows
         return self._collected[name]
 
-    def _collect_now(self, name: str, spec: RolloutSpec) -> Dataset:
+    def _is_whole(self, spec: RolloutSpec, folder: Path) -> bool:
+        return all(part.is_dir() for part in _parts(spec, folder, self.collect_batch_size))
+
+    def _named(self, name: str, spec: RolloutSpec) -> Path:
+        """The folder of a set that the models as they are would make."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.keep_evidence)
+        return self.folder / f"{name}-{digest(made_with)}"
+
+    def _collect_now(self, spec: RolloutSpec, folder: Path) -> Dataset:
         trainer = self.trainer
         assert trainer is not None
         module: Any = trainer.lightning_module
-        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.keep_evidence)
-        key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
-        folder = self.folder / f"{name}-{key}"
-        rows = collect(
+        return collect(
             spec,
             folder,
             module.decoder,
@@ -348,8 +368,6 @@ class RolloutsDataModule(LightningDataModule):
             trainer.world_size,
             lambda: trainer.received_sigterm,
         )
-        self._folders[name] = str(folder)
-        return rows
 
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None

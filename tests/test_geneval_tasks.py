@@ -73,7 +73,7 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
         generate("generating.strategy=magic")
 
     config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")
-    instantiate(config.scoring, _convert_="all", rewards_config="").run(trainer())
+    instantiate(config.scoring, _convert_="all").run(trainer())
     scored = results(tmp_path)
     sample = ["strategies=sample", "callbacks=decoder", "module=evaluation", "~data"]
     config = compose_config(*FEW, *sample)
@@ -99,8 +99,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
     config = compose_config(*few, "generating.batch_size=4", "generating.reward=null", "scoring.batch_size=1")
 
     def run(part: str, *callbacks: Callback) -> list[str]:
-        more = {"rewards_config": ""} if part == "scoring" else {}
-        instantiate(config[part], _convert_="all", **more).run(trainer(callbacks=list(callbacks)))
+        instantiate(config[part], _convert_="all").run(trainer(callbacks=list(callbacks)))
         return json.loads((tmp_path / "geneval.json").read_text())["notes"] if part == "scoring" else []
 
     def files() -> int:
@@ -131,7 +130,7 @@ def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp
     for path in (tmp_path / "alone").rglob("*.png"):
         assert path.read_bytes() == (images / path.relative_to(tmp_path / "alone")).read_bytes()
     config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/others", "scoring.num_workers=0")
-    instantiate(config.scoring, _convert_="all", rewards_config="{}").run(trainer())
+    instantiate(config.scoring, _convert_="all").run(trainer())
     for name in ("results.jsonl", "geneval.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 

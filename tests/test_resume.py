@@ -58,7 +58,8 @@ def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, nam
         assert checkpoint is not None
         saved = read_checkpoint(str(checkpoint))["global_step"]
         assert saved == step if number != signal.SIGKILL else 0 < saved < step  # asked to stop, it saves first
-    done = started(tmp_path / "stopped", *overrides, "ckpt_path=auto")
+    (tmp_path / "rollouts").rename(tmp_path / "moved")  # what cannot be made again is found there by its name
+    done = started(tmp_path / "stopped", *overrides, "ckpt_path=auto", f"rollouts_dir={tmp_path}/moved")
     assert done.returncode == 0, done.stderr[-3000:]
     straight, stopped = (only_run(tmp_path / folder, name) for folder in ("straight", "stopped"))
     ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (straight, stopped)]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,20 @@ def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tm
     # Untrained decoders are never right, so the first weights stay the best.
     assert "Testing more/checkpoints/best.ckpt (step 3, val/geneval 0.000)" in printed
     assert (more / "best.ckpt").read_bytes() == (checkpoints / "best.ckpt").read_bytes()
+    # A set of the frozen decoder alone is made again, what the PARM of a moment made cannot be.
+    made = {path.name for path in (tmp_path / "rollouts").iterdir()}
+    shutil.rmtree(tmp_path / "rollouts")
+    last = tmp_path / "more" / "checkpoints" / "last.ckpt"
+    gone = ["trainer.max_steps=6", f"ckpt_path={last}", f"rollouts_dir={tmp_path}/disk2"]
+    done = command(tmp_path, *small, *gone, check=False)
+    (verified,) = (name for name in made if name.startswith("verified-"))
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"Error: {verified}, on which the run of this checkpoint was trained, is neither in {tmp_path}/disk2 nor in "
+        f"{tmp_path}/rollouts, and the models that made it have changed since: set rollouts_dir to the folder where it "
+        "is now"
+    )
+    (plain,) = (path.name for path in (tmp_path / "disk2").iterdir())
+    assert plain in made and plain.startswith("plain-")
 
 
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
@@ -468,17 +483,24 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     run(compose_config("experiment=dpo", *small, "task=evaluate", f"decoder.checkpoint={exported}", *sample))
     assert json.loads((tmp_path / "geneval.json").read_text())["strategies"].keys() == {"sample"}
 
+    # Validation pairs that are gone are made again, against the policy before training.
+    (tmp_path / "rollouts").rename(tmp_path / "gone")
+    run(compose_config("experiment=dpo", *small, "task=evaluate", f"ckpt_path={last}", *sample))
+    (remade,) = (tmp_path / "rollouts").glob("validation-pairs-*")
+    kept, again = (datasets.load_from_disk(str(tmp_path / name / remade.name)) for name in ("gone", "rollouts"))
+    assert again[:] == kept[:]
+
 
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
     shares = "{two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}"
     small = [*SMALL_DPO, "data.batch_size=32", f"data.train.plain.per_round={shares}"]
     command(tmp_path, "experiment=dpo_iterative", *small, "trainer.max_steps=2")
     made = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")}
-    assert len(made) == 3, made  # validation and two rounds
+    assert len(made) == 3, made  # validation and two rounds; where they were they are found, from any other folder
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    more = [f"ckpt_path={last}", f"hydra.run.dir={tmp_path}/more", "trainer.max_steps=3"]
+    more = [f"ckpt_path={last}", f"hydra.run.dir={tmp_path}/more", "trainer.max_steps=3", "rollouts_dir=elsewhere"]
     command(tmp_path, "experiment=dpo_iterative", *small, *more)
-    added = {path.name for path in (tmp_path / "rollouts").glob("*-pairs-*")} - made
+    added = {path.name for path in (tmp_path / "elsewhere").glob("*-pairs-*")} - made
     assert len(added) == 1 and next(iter(added)).startswith("train-pairs-"), added  # the third round's alone
 
 

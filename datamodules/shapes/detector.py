@@ -10,7 +10,7 @@ are a candidate; the coverage of each candidate is compared with every class dra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise, product
 from typing import Any, ClassVar, Self
@@ -22,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
+from lightning_modules.identity import Keyed, fields_key
 from lightning_modules.rewards.geneval import Detections
 
 Floats = NDArray[np.float32]
@@ -90,7 +91,7 @@ def _templates() -> Floats:
 
 
 @dataclass(frozen=True)
-class ShapesDetector:
+class ShapesDetector(Keyed):
     """`detector(images)` finds the objects of the shapes world, with GenEval-style scores in [0, 1].
 
     A clean, slightly blurred or noisy shape scores above 0.9, half a shape, two fused or a blob far less.
@@ -99,12 +100,12 @@ class ShapesDetector:
 
     class_names: ClassVar[tuple[str, ...]] = tuple(INSIDE)
     image_size: ClassVar[int | None] = SIDE
-    batch_size: int = 128  # images looked at together: bounds the memory, changes no result
+    name: ClassVar[str] = "shapes"
+    batch_size: int = field(default=128, compare=False)  # images looked at together: bounds memory, changes no result
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """Its name: it has no settings that change what it finds, and no weights."""
-        return {"name": type(self).__name__}
+    def cache_key(self) -> dict[str, Any]:
+        """Its class: it has no settings that change what it finds, and no weights."""
+        return fields_key(self)
 
     def to(self, device: object) -> Self:
         """It computes on the CPU, wherever it is moved."""

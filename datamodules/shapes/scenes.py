@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from datamodules.prompt_templates import Metadata, Split, with_clauses
 from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
+from lightning_modules.identity import Keyed, fields_key
 
 _DIRECTION = {
     "left of": (0, -1),
@@ -66,7 +68,7 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
-class ShapesStream:
+class ShapesStream(Keyed):
     """Endless captioned images: `stream[index]` is a function of (seed, split, index) alone.
 
     Attributes:
@@ -90,6 +92,10 @@ class ShapesStream:
         }
     )
     vagueness: Mapping[str, float] = field(default_factory=dict)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its fields; tasks are drawn in the order of their weights."""
+        return {**fields_key(self), "task_weights": [list(each) for each in self.task_weights.items()]}
 
     def __getitem__(self, index: int) -> CaptionedImage:
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))

@@ -1,6 +1,6 @@
 """What every decoder offers: prompts in, image tokens out, one step at a time."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.hub import Shared
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.identity import Keyed
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Cost:
         self.tokens += other.tokens
 
 
-class Decoder(nn.Module, ABC):
+class Decoder(nn.Module, Keyed):
     """A step decides one token (next-token decoders) or a set of them (mask-token decoders).
 
     States have `tokens` [B, T], `step`, `steps` (in all), `done`, `finished` [B], `noise`, `choice_noise` [B], `cost`,

@@ -4,7 +4,7 @@ A pipeline decides a whole image in one step, and its "tokens" are the pixels. W
 with it: plain sampling, best-of-n by any reward, GenEval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, Decoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.loading import from_hub
+from lightning_modules.backbone.loading import fingerprint, from_hub
 from lightning_modules.broken_files import first_line, refuse_broken_folder
+from lightning_modules.identity import class_name, digest, published_key
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,16 @@ class DiffusionDecoder(Decoder):
         self.eval().requires_grad_(False)
         self.image_tokenizer = Pixels()
 
+    def cache_key(self) -> dict[str, Any]:
+        """The networks of the pipeline, its scheduler, its tokenizers, and how it puts them together."""
+        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
+        return {
+            "class": class_name(self),
+            "pipeline": digest([class_name(self.pipeline), published_key(self.pipeline.config)]),
+            "weights": fingerprint(self),
+            "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
+        }
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Any text can be read."""
 
@@ -152,3 +163,13 @@ class DiffusionDecoder(Decoder):
     def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]
         state.done = True
+
+
+def _part_key(part: Any) -> dict[str, Any]:
+    """What decides the work of a part of a pipeline, beside the weights: its config, or a tokenizer's vocabulary."""
+    if isinstance(part, nn.Module) or hasattr(part, "set_timesteps"):
+        config = part.config
+        return published_key(config if isinstance(config, Mapping) else config.to_dict())
+    if hasattr(part, "get_vocab"):
+        return {"vocabulary": digest(part.get_vocab()), "length": part.model_max_length}
+    return {}

@@ -206,9 +206,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of all weights, frozen parts included: equal exactly if the module computes the same."""
+    """A short hash of all weights, frozen parts included, and of the layers that they are in; the device is not in it.
+
+    A layer is what torch prints of it. What that leaves out, such as the heads of most attention layers, is for the
+    `cache_key` of who uses the network.
+    """
     digest = hashlib.sha256()
+    for key, part in module.named_modules():
+        heads = part.num_heads if isinstance(part, nn.MultiheadAttention) else ""  # which torch does not print
+        digest.update(f"{key} {type(part).__name__}({part.extra_repr()}) {heads}\n".encode())
     for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
+        digest.update(f"{key} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy lacks bfloat16
     return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ computed once per prompt; soi, image and eoi see everything.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.loading import Stored, copy_from
+from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
@@ -22,6 +23,7 @@ from lightning_modules.backbone.mask_state import MaskProposal, MaskState, Vocab
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.identity import class_name, key_of
 
 
 class MaskTokenDecoder(TokenDecoder):
@@ -84,6 +86,18 @@ class MaskTokenDecoder(TokenDecoder):
             nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
             self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, transformer.dim) * 0.02)
             self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its weights, its sizes, its text, and the layers that verifiers read; `estimate` changes no image."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self),
+            "transformer": key_of(self.transformer.config),
+            "rotary_dims": self.rotary_dims,
+            "vocabulary": key_of(self.vocabulary),
+            "text": self.text_tokenizer.cache_key(),
+            "evidence_depths": list(self.evidence_depths),
+        }
 
     def warm_start(self, name: str, stored: Stored) -> None:
         """Begin training with what a next-token decoder has learnt; Show-o begins with a language model's weights.

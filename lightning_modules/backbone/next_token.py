@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from lightning_modules.backbone.decoder import Cost, TokenDecoder
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+from lightning_modules.identity import class_name, key_of
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,16 @@ class NextTokenDecoder(TokenDecoder):
         for weight in (self.codes, self.rows, self.columns):
             nn.init.normal_(weight, std=0.02)
         nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its weights, its sizes, its words, and the layers that verifiers read."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self),
+            "transformer": key_of(self.transformer.config),
+            "text": self.prompt_encoder.tokenizer.cache_key(),
+            "evidence_depths": list(self.evidence_depths),
+        }
 
     @property
     def dim(self) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_modules.backbone.loading import from_hub
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.broken_files import first_line, refuse_broken
+from lightning_modules.identity import Keyed, class_name, digest
 
 
 class TextTokenizer(Protocol):
@@ -35,13 +36,17 @@ class TextTokenizer(Protocol):
         """The characters of a prompt that each of its ids stands for, start and end."""
         ...
 
+    def cache_key(self) -> Any:
+        """Return what decides them; see `Keyed`."""
+        ...
+
 
 def word_spans(prompt: str) -> list[tuple[int, int]]:
     """The characters of each word of a prompt, start and end."""
     return [word.span() for word in re.finditer(r"\S+", prompt)]
 
 
-class PublishedTokenizer:
+class PublishedTokenizer(Keyed):
     """A tokenizer as published with a language model.
 
     Args:
@@ -70,6 +75,14 @@ class PublishedTokenizer:
             raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")
         self.end_of_text = found
 
+    def cache_key(self) -> dict[str, Any]:
+        """Its file, and the token that opens and closes a prompt."""
+        return {
+            "class": class_name(self),
+            "tokenizer": digest(self._tokenizer.to_str()),
+            "end_of_text": self.end_of_text,
+        }
+
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
         return [entry.ids for entry in encoded]
@@ -80,13 +93,17 @@ class PublishedTokenizer:
         return [(end - len(prompt[start:end].lstrip()), end) for start, end in offsets]
 
 
-class WordTokenizer:
+class WordTokenizer(Keyed):
     """Maps the words of a prompt to ids; id 0 is padding, and a prompt of padding alone is the empty prompt."""
 
     def __init__(self, vocabulary: Sequence[str], max_words: int) -> None:
         self.vocabulary = list(vocabulary)
         self.max_words = max_words
         self._ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its words, in their order, and how many of them a prompt may have."""
+        return {"class": class_name(self), "vocabulary": digest(self.vocabulary), "max_words": self.max_words}
 
     def __len__(self) -> int:
         return len(self.vocabulary) + 1

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -150,7 +150,7 @@ class TransformerConfig:
     parallel: bool = False
     qk_norm: bool = False
     gelu: Literal["none", "tanh"] = "none"
-    checkpointing: bool = False
+    checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:

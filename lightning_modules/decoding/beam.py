@@ -47,6 +47,14 @@ class Beam(Strategy):
         if self.n < 1 or self.k < 1:
             raise ValueError(f"beam search needs n and k of at least 1, not {self.n} and {self.k}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.verifier]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.n * self.k
+
     @torch.no_grad()
     def decode(
         self,

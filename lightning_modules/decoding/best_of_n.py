@@ -31,6 +31,14 @@ class BestOfN(Strategy):
         if self.n < 1:
             raise ValueError(f"best-of-n needs n of at least 1, not {self.n}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.judge, *self.strategy.judge_names]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.n * self.strategy.images_at_once
+
     def decode(
         self,
         decoder: Decoder,

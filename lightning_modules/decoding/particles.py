@@ -52,6 +52,14 @@ class Particles(Strategy):
             if getattr(self, name) < 1:
                 raise ValueError(f"decoding with particles needs {name} of at least 1, not {getattr(self, name)}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.verifier]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.n
+
     @torch.no_grad()
     def decode(
         self,

@@ -53,6 +53,14 @@ class Potential(Strategy):
         if self.n < 1:
             raise ValueError(f"potential paths need n of at least 1, not {self.n}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.judge]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.n
+
     @torch.no_grad()
     def decode(
         self,

@@ -49,6 +49,14 @@ class Pruning(Strategy):
         if not 0 <= self.share <= 1:
             raise ValueError(f"pruning needs a share from 0 to 1, not {self.share}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.verifier]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.n
+
     @torch.no_grad()
     def decode(
         self,

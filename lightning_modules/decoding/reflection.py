@@ -59,6 +59,14 @@ class Reflection(Strategy):
         """Number of the first round: on from those of a reflection that is wrapped, whose noise would come again."""
         return self.strategy._first + self.strategy.rounds if isinstance(self.strategy, Reflection) else 0
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.judge, *self.strategy.judge_names, *self.again.judge_names, *self.where.judge_names]
+
+    @property
+    def images_at_once(self) -> int:
+        return max(self.strategy.images_at_once, self.again.images_at_once)
+
     @torch.no_grad()
     def decode(
         self,

@@ -1,6 +1,6 @@
 """Where reflection looks: which tokens of a finished image are not satisfactory."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,22 @@ from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import uniform_noise
 from lightning_modules.decoding.strategy import Decoded, Judges, check_readable, next_token, verifier_named
+from lightning_modules.identity import Keyed, fields_key
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.verifier import Verifier
 
 
-class Look(ABC):
+class Look(Keyed):
     """Scores the tokens of finished images; what is low is not satisfactory."""
+
+    def cache_key(self) -> Any:
+        """Its class and all its fields."""
+        return fields_key(self)
+
+    @property
+    @abstractmethod
+    def judge_names(self) -> Sequence[str]:
+        """Names of the judges that it asks."""
 
     @abstractmethod
     def __call__(
@@ -34,7 +44,7 @@ class Look(ABC):
 
 
 @dataclass(frozen=True)
-class Region:
+class Region(Keyed):
     """Ω: the tokens whose score lies below τ.
 
     Attributes:
@@ -56,6 +66,15 @@ class Region:
             raise ValueError("a region needs either a threshold or a quantile")
         if self.quantile is not None and not 0 < self.quantile < 1:
             raise ValueError(f"a region's quantile must lie between 0 and 1, not {self.quantile}")
+
+    def cache_key(self) -> Any:
+        """All its fields."""
+        return fields_key(self)
+
+    @property
+    def judge_names(self) -> Sequence[str]:
+        """Names of the judges that decide what is decoded again."""
+        return self.look.judge_names
 
     def __call__(
         self,
@@ -93,6 +112,10 @@ class CLIPPatches(Look):
     patches: int
     judge: str = "clip"
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.judge]
+
     def __call__(
         self,
         decoder: Decoder,
@@ -125,6 +148,10 @@ class Gain(Look):
 
     verifier: str = "parm"
     patches: int = 4
+
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.verifier]
 
     @torch.no_grad()
     def __call__(
@@ -173,6 +200,10 @@ class Confidence(Look):
     """The decoder's own log-probability of each token: given those before it, or, by mask-token decoders, given those
     three quarters of the image that do not share its place in squares of 2 x 2."""
 
+    @property
+    def judge_names(self) -> list[str]:
+        return []
+
     def __call__(
         self,
         decoder: Decoder,
@@ -195,6 +226,10 @@ class Confidence(Look):
 @dataclass(frozen=True)
 class Chance(Look):
     """Uniform noise, as a control: with a quantile, a random Ω of that size; with `threshold: 1`, everything."""
+
+    @property
+    def judge_names(self) -> list[str]:
+        return []
 
     def __call__(
         self,

@@ -19,6 +19,14 @@ class Sample(Strategy):
 
     sampling: Sampling | MaskSampling
 
+    @property
+    def judge_names(self) -> list[str]:
+        return []
+
+    @property
+    def images_at_once(self) -> int:
+        return 1
+
     def decode(
         self,
         decoder: Decoder,

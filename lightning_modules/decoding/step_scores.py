@@ -35,6 +35,14 @@ class StepScores(Strategy):
         if self.k < 1:
             raise ValueError(f"step scores need k of at least 1, not {self.k}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.judge]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.k
+
     @torch.no_grad()
     def decode(
         self,

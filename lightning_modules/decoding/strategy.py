@@ -1,8 +1,8 @@
 """What every strategy is given and gives back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.trace import Choice, Round
+from lightning_modules.identity import Keyed, fields_key
 from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
 
 Judges = Mapping[str, Verifier[Any] | Reward]
@@ -79,8 +80,22 @@ def finished(state: DecodingState | MaskState, free_from: Tensor, trace: Sequenc
     return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory, trace)
 
 
-class Strategy(ABC):
+class Strategy(Keyed):
     """A way to decode; strategies know judges by name, so that a config can be read before anything is trained."""
+
+    def cache_key(self) -> Any:
+        """Its class and all its fields, of what it wraps as well; strategies that are no dataclasses say their own."""
+        return fields_key(self)
+
+    @property
+    @abstractmethod
+    def judge_names(self) -> Sequence[str]:
+        """Names of all judges by which it, or what it wraps, chooses."""
+
+    @property
+    @abstractmethod
+    def images_at_once(self) -> int:
+        """Images, or candidates for one, that are decoded side by side for each image that is asked for."""
 
     @abstractmethod
     def decode(
@@ -96,16 +111,6 @@ class Strategy(ABC):
 
         With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
         """
-
-
-def judges_of(strategy: Strategy) -> list[str]:
-    """Names of the judges by which a strategy, or one that it wraps, chooses."""
-
-    def named(settings: Mapping[str, Any]) -> list[str]:
-        own = [value for name, value in settings.items() if name in ("judge", "verifier")]
-        return own + [name for value in settings.values() if isinstance(value, Mapping) for name in named(value)]
-
-    return named(asdict(strategy))  # type: ignore[call-overload]
 
 
 def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:

@@ -65,6 +65,14 @@ class Verified(Strategy):
         if self.choose not in ("argmax", "sample"):
             raise ValueError(f"choose must be 'argmax' or 'sample', not {self.choose!r}")
 
+    @property
+    def judge_names(self) -> list[str]:
+        return [self.verifier]
+
+    @property
+    def images_at_once(self) -> int:
+        return self.k
+
     def decode(
         self,
         decoder: Decoder,

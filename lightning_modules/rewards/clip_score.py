@@ -6,24 +6,45 @@ from typing import Any
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import get_model_preprocess_cfg
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.identity import Keyed, class_name, digest
 from lightning_modules.rewards.verifier import Reward
 
 _WEIGHT = 2.5  # CLIPScore's w
 
+# In it are upper case, signs, an accent and spaces, so that cleaning shows, and more words than any model reads.
+_EXAMPLES = ("A photo of TWO  cafés, left of a fire-hydrant &amp; a dog's bowl!", "word " * 200)
+
 TextTokenizer = Callable[[Sequence[str]], Tensor]  # texts -> ids [B, L]
+
+
+def preprocessing(clip: nn.Module) -> dict[str, list[Any]]:
+    """How a model wants its images: `size` (height, width), and the `mean` and `std` of each colour."""
+    config = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **get_model_preprocess_cfg(clip)}
+    size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"], config["size"])
+    return {"size": list(size), "mean": list(config["mean"]), "std": list(config["std"])}
 
 
 def image_features(clip: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> unit features [B, D]: resized and normalised as the model was trained."""
-    config = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **get_model_preprocess_cfg(clip)}
-    size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"], config["size"])
-    if pixels.shape[-2:] != tuple(size):
-        pixels = F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(config[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
+    wanted = preprocessing(clip)
+    if list(pixels.shape[-2:]) != wanted["size"]:
+        pixels = F.interpolate(pixels, wanted["size"], mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(wanted[key], device=pixels.device).view(3, 1, 1) for key in ("mean", "std"))
     return clip.encode_image((pixels - mean) / std, normalize=True)  # type: ignore[operator]
+
+
+def tokenizer_key(tokenizer: Any) -> Any:
+    """What decides the ids of texts: of open_clip's tokenizers the vocabulary, and how it is used."""
+    if isinstance(tokenizer, Keyed):
+        return tokenizer.cache_key()
+    vocabulary = tokenizer.encoder if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.get_vocab()
+    examples = tokenizer(list(_EXAMPLES)).tolist()
+    return {"class": class_name(tokenizer), "vocabulary": digest(vocabulary), "examples": digest(examples)}
 
 
 def cells(pixels: Tensor, patches: int) -> Tensor:
@@ -46,6 +67,15 @@ class CLIPScore(Reward):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._texts: dict[str, Tensor] = {}
+
+    def cache_key(self) -> dict[str, Any]:
+        """The model's weights, how it wants its images, and how it reads texts."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self.clip),
+            "preprocessing": preprocessing(self.clip),
+            "tokenizer": tokenizer_key(self.tokenizer),
+        }
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0].clamp(min=0)

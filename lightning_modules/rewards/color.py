@@ -10,11 +10,14 @@ import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
 from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.identity import Keyed, class_name
+from lightning_modules.rewards.clip_score import tokenizer_key
 from lightning_modules.rewards.geneval import COLORS, Detections
 from lightning_modules.rewards.open_clip_loader import load_clip
 
@@ -47,8 +50,10 @@ def crop(
     return picture.crop((x1, y1, x2, y2))
 
 
-class CLIPColors:
+class CLIPColors(Keyed):
     """Names the colours of objects by CLIP: the one of GenEval's ten whose three sentences fit the crop best.
+
+    `name` is what reports call it.
 
     Args:
         model, pretrained: see `load_clip`. The official evaluation's is ViT-L/14 with QuickGELU.
@@ -76,12 +81,18 @@ class CLIPColors:
         self.batch_size = batch_size
         self.device = torch.device("cpu")
         self._classifiers: dict[str, Tensor] = {}
-        self._settings = {"model": model, "background": background, "to_box": to_box}
+        self.name = model
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """What decides which colours are named."""
-        return {"name": type(self).__name__, **self._settings, "weights": fingerprint(self.clip)}
+    def cache_key(self) -> dict[str, Any]:
+        """The model's weights, how it wants its images, how it reads texts, and what is cut out."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self.clip),
+            "preprocessing": get_model_preprocess_cfg(self.clip),
+            "tokenizer": tokenizer_key(self.tokenizer),
+            "background": self.background,
+            "to_box": self.to_box,
+        }
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import trange
 
-from lightning_modules.rewards.clip_score import image_features
+from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.identity import Keyed, class_name
+from lightning_modules.rewards.clip_score import image_features, preprocessing
 
 
 class References(Protocol):
@@ -19,8 +21,12 @@ class References(Protocol):
         """Something with `image`, uint8 [H, W, 3]."""
         ...
 
+    def cache_key(self) -> Any:
+        """What decides them; see `Keyed`."""
+        ...
 
-class CLIPFeatures(nn.Module):
+
+class CLIPFeatures(nn.Module, Keyed):
     """Unit features of a CLIP's image tower [B, D]: features that need no Inception.
 
     Args:
@@ -32,24 +38,32 @@ class CLIPFeatures(nn.Module):
         self.clip = clip.eval().requires_grad_(False)
         self.num_features: int = clip.visual.output_dim  # type: ignore[assignment, union-attr]
 
+    def cache_key(self) -> dict[str, Any]:
+        """The model's weights, and how it wants its images."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self.clip),
+            "preprocessing": preprocessing(self.clip),
+        }
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> features."""
         return image_features(self.clip, pixels)
 
 
-class FID:
+class FID(Keyed):
     """torchmetrics' Frechet distance to reference images; sums over all processes.
 
     Args:
         references: images by number, `references[i].image` uint8 [H, W, 3], all of one size.
         count: of them.
-        feature: a module that makes features [B, D] of pixels in [0, 1], or the width of a layer of Inception (2048 is
-            the usual one; needs `pip install torch-fidelity` and its weights).
+        feature: what makes features [B, D] of pixels in [0, 1], or the width of a layer of Inception (2048 is the
+            usual one; needs `pip install torch-fidelity` and its weights).
         batch_size: references in a forward pass.
     """
 
     def __init__(
-        self, references: References, count: int, feature: nn.Module | int = 2048, batch_size: int = 64
+        self, references: References, count: int, feature: CLIPFeatures | int = 2048, batch_size: int = 64
     ) -> None:
         if count < 2:
             raise ValueError(f"fid.count must be at least 2 reference images, not {count}")
@@ -57,7 +71,22 @@ class FID:
             raise ValueError(f"fid.count is {count}, and there are only {len(references)} reference images")
         self.references, self.count, self.batch_size = references, count, batch_size
         self.metric = FrechetInceptionDistance(feature, reset_real_features=False, normalize=True)
+        self.feature = feature
         self._known = False
+
+    def cache_key(self) -> dict[str, Any]:
+        """The references, how many of them, and what makes features."""
+        feature: Any = self.feature
+        if isinstance(feature, int):
+            feature = {"inception": feature, "weights": fingerprint(self.metric.inception)}
+        else:
+            feature = feature.cache_key()
+        return {
+            "class": class_name(self),
+            "references": self.references.cache_key(),
+            "count": self.count,
+            "feature": feature,
+        }
 
     @torch.no_grad()
     def start(self, device: torch.device | str, rank: int, world_size: int) -> None:

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules.identity import class_name, fields_key
 from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors, with_colors
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.self_test import SelfTest
@@ -25,14 +26,16 @@ class Detector(Protocol):
     Attributes:
         class_names: the classes it knows, in the order in which results list them.
         image_size: pixels along each side that images must have; None for any.
-        about: what decides what it finds: its name, settings and weights.
+        name: what reports call it.
     """
 
     class_names: tuple[str, ...]
     image_size: int | None
+    name: str
 
-    @property
-    def about(self) -> dict[str, Any]: ...
+    def cache_key(self) -> dict[str, Any]:
+        """What decides what it finds; see `Keyed`."""
+        ...
 
     def to(self, device: torch.device | str) -> Self: ...
 
@@ -83,13 +86,28 @@ class GenEvalReward(Reward):
         self.rules = GenEvalRules(class_names=detector.class_names, **options or {})
         self.kind = kind
 
+    def cache_key(self) -> dict[str, Any]:
+        """What decides verdicts, and which of their numbers is the reward."""
+        return {"class": class_name(self), "kind": self.kind, **self.verdict_key()}
+
+    def verdict_key(self) -> dict[str, Any]:
+        """What decides verdicts: the detector, the colour model, the rules. The self-test only refuses."""
+        return {
+            "detector": self.detector.cache_key(),
+            "colors": self.colors and self.colors.cache_key(),
+            "rules": fields_key(self.rules),
+        }
+
     @property
-    def about(self) -> dict[str, Any]:
-        """What decides verdicts, as far as it can be told: detector, colour model, options that are not official."""
-        official = GenEvalRules(self.detector.class_names)
-        options = {key: value for key, value in asdict(self.rules).items() if value != getattr(official, key)}
-        colors = self.colors.about if self.colors is not None else None
-        return {"detector": self.detector.about, "colors": colors, "options": options}
+    def judged_by(self) -> dict[str, Any]:
+        """The same for reports, with the names of the models and without what goes without saying."""
+        key = self.verdict_key()
+        official = fields_key(GenEvalRules(self.detector.class_names))
+        return {
+            "detector": {"name": self.detector.name, **key["detector"]},
+            "colors": self.colors and {"name": self.colors.name, **key["colors"]},
+            "options": {name: value for name, value in key["rules"].items() if value != official[name]},
+        }
 
     def kinds(self) -> dict[str, "GenEvalReward"]:
         """This reward as `geneval`, and its other kinds by name, all with the same detector."""

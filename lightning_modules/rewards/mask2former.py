@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint, resolve
 from lightning_modules.broken_files import refuse_broken_folder
+from lightning_modules.identity import Keyed, class_name, digest, published_key
 from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 from lightning_modules.rewards.open_clip_loader import how_to_download
 
@@ -24,7 +25,7 @@ GREY, MULTIPLE = 128.0, 32  # images are padded with this to a multiple of that
 CHUNK = 20  # masks that are brought to the size of the image together: bounds the memory, changes no result
 
 
-class Mask2FormerDetector:
+class Mask2FormerDetector(Keyed):
     """Finds the objects of COCO's 80 classes, under GenEval's names.
 
     Args:
@@ -79,13 +80,18 @@ class Mask2FormerDetector:
         self.batch_size = batch_size
         self.shortest, self.longest = shortest, longest
         self.max_objects = max_objects
-        sizes = {"shortest": shortest, "longest": longest, "max_objects": max_objects}
-        self._settings = {"checkpoint": checkpoint, "dtype": dtype, **sizes}
+        self.name = checkpoint
 
-    @property
-    def about(self) -> dict[str, Any]:
-        """What decides which objects are found."""
-        return {"name": type(self).__name__, **self._settings, "weights": fingerprint(self.model)}
+    def cache_key(self) -> dict[str, Any]:
+        """The network, the sizes of its images, and how many objects are kept."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self.model),
+            "config": digest(published_key(self.model.config.to_dict())),
+            "shortest": self.shortest,
+            "longest": self.longest,
+            "max_objects": self.max_objects,
+        }
 
     def to(self, device: torch.device | str) -> Self:
         """Move the network."""

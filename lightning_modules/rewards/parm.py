@@ -6,7 +6,7 @@ reading in token space: 6 layers and a head d -> d/2 -> GELU -> 1 on (prompt, to
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.hub import Shared
-from lightning_modules.backbone.loading import Stored, copy_from
+from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+from lightning_modules.identity import class_name, key_of
 from lightning_modules.rewards.geneval import CLAUSES
 from lightning_modules.rewards.verifier import Verifier
 
@@ -124,6 +125,11 @@ class PARM(Shared, nn.Module, Verifier[PARMState]):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, 1))
         self.clause_head = nn.Linear(dim, len(CLAUSES))
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its weights and sizes; what it reads of the decoder shows in both."""
+        transformer = key_of(self.transformer.config)
+        return {"class": class_name(self), "weights": fingerprint(self), "transformer": transformer}
 
     def warm_start(self, name: str, stored: Stored) -> None:
         """Begin training with what a PARM of next-token decoders has learnt: all but the mark of undecided tokens.

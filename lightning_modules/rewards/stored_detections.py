@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_modules.identity import Keyed, class_name
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, Detections
 
 
-class StoredDetections:
+class StoredDetections(Keyed):
     """Looks up what somebody else's detector found in the images of a folder in GenEval's layout.
 
     One row an image: `{"filename": "00000/samples/0000.png", "detections": [{"class": "dog", "score": 0.9,
@@ -44,7 +45,12 @@ class StoredDetections:
             digest.update(file.read_bytes())
             for place, row in read_jsonl(file):
                 self._read(row, place)
-        self.about = {"name": type(self).__name__, "path": path, "sha256": digest.hexdigest()[:16]}
+        self.name = path
+        self._sha256 = digest.hexdigest()[:16]
+
+    def cache_key(self) -> dict[str, Any]:
+        """The detections, wherever they lie, and the classes that prompts may name."""
+        return {"class": class_name(self), "sha256": self._sha256, "class_names": list(self.class_names)}
 
     def to(self, device: torch.device | str) -> Self:
         """Nothing is computed, so nothing is moved."""

@@ -1,15 +1,15 @@
 """What says how good an image is: verifiers walk beside the decoder, rewards judge finished images."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.identity import Keyed, class_name
 
 
 class VerifierState(Protocol):
@@ -23,7 +23,7 @@ class VerifierState(Protocol):
 S = TypeVar("S", bound=VerifierState)
 
 
-class Verifier(ABC, Generic[S]):
+class Verifier(Keyed, Generic[S]):
     """Values half-made images in token space, as log-values: higher is better, 0 is best for probabilities.
 
     Of a next-token decoder these are prefixes, of a mask-token decoder grids, whose evidence says what is decided.
@@ -56,21 +56,8 @@ class Verifier(ABC, Generic[S]):
         """Candidate `choice` [B] of the last `score` becomes part of the prefix."""
 
 
-class Reward(ABC):
+class Reward(Keyed):
     """Judges finished images."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What decides its judgements: its name, its settings, and its networks' weights."""
-        about: dict[str, Any] = {"name": type(self).__name__}
-        for key, value in vars(self).items():
-            if isinstance(value, nn.Module):
-                about[key] = fingerprint(value)
-            elif is_dataclass(value) and not isinstance(value, type):
-                about[key] = asdict(value)
-            elif isinstance(value, str | int | float) and key != "batch_size":
-                about[key] = value
-        return about
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
@@ -107,6 +94,10 @@ class LikelihoodState:
 
 class Likelihood(Verifier[LikelihoodState]):
     """The decoder's own log p(tokens | prompt): costs nothing, and is what every other verifier has to beat."""
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its class: it has no settings, and the decoder is somebody else's."""
+        return {"class": class_name(self)}
 
     def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
         if evidence.undecided is not None:

@@ -4,6 +4,7 @@ The original samples up to 100 tokens of an answer, one image at a time, and use
 the logits of one forward pass over a batch, and a follow-up question costs only its own tokens.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_modules.backbone.loading import from_hub
+from lightning_modules.backbone.loading import fingerprint, from_hub
 from lightning_modules.broken_files import refuse_broken_folder
+from lightning_modules.identity import class_name, digest, key_of, published_key
 from lightning_modules.rewards.verifier import Critic, StepJudge
 
 # The chat format of Qwen2, with its default system prompt; for checkpoints that come without a template.
@@ -109,10 +111,7 @@ class VisionLanguageJudge(StepJudge, Critic):
             raise ValueError(f"judge {checkpoint!r} must be a llava_onevision model; it is a {kind} model")
         self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.batch_size = batch_size
-        self._clear = (questions.clear,)
-        self._potential = (questions.clear, yes, questions.potential)
-        self._final = (questions.final,)
-        self._critique = (questions.critique,)
+        self.questions, self.yes, self.no = questions, yes, no
         self.critique_tokens = critique_tokens
         self._answers = [self._token(yes), self._token(no)]
         self.processor.chat_template = self.processor.chat_template or CHATML
@@ -124,6 +123,23 @@ class VisionLanguageJudge(StepJudge, Critic):
         self.model.eval().requires_grad_(False)
         self._placed = False
 
+    def cache_key(self) -> dict[str, Any]:
+        """The network, how it is shown images and conversations, and what it is asked."""
+        tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
+        used = {name: value for name, value in tokenizer.items() if name not in ("padding", "truncation")}
+        configs = self.model.config, self.model.generation_config, self.processor.image_processor
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self.model),
+            "configs": digest([published_key(config.to_dict()) for config in configs]),
+            "tokenizer": digest(used),
+            "template": digest(self.processor.chat_template),
+            "image": self._image,
+            "questions": key_of(self.questions),
+            "answers": [self.yes, self.no],
+            "critique_tokens": self.critique_tokens,
+        }
+
     def to(self, device: torch.device | str) -> Self:
         """Move the model; otherwise it goes to where the first pixels are."""
         self.model.to(device)
@@ -132,11 +148,16 @@ class VisionLanguageJudge(StepJudge, Critic):
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """P(yes) [B]: finished images [B, 3, H, W], in [0, 1], show what their prompts (GenEval metadata) say."""
-        return self._judge(pixels, self._conversations([row["prompt"] for row in prompts], self._final))[0]
+        return self._judge(pixels, self._conversations([row["prompt"] for row in prompts], [self.questions.final]))[0]
+
+    @property
+    def _potential(self) -> list[str]:
+        """The turns of the conversation about potential, which begins with a yes."""
+        return [self.questions.clear, self.yes, self.questions.potential]
 
     def clear(self, prompts: Sequence[str], pixels: Tensor) -> Tensor:
         """P(yes) [B]: unfinished images [B, 3, H, W], in [0, 1], are clear enough to be judged."""
-        return self._judge(pixels, self._conversations(prompts, self._clear))[0]
+        return self._judge(pixels, self._conversations(prompts, [self.questions.clear]))[0]
 
     def potential(self, prompts: Sequence[str], pixels: Tensor) -> Tensor:
         """P(yes) [B]: unfinished images [B, 3, H, W], said to be clear, can still come to show what the prompts say."""
@@ -144,7 +165,7 @@ class VisionLanguageJudge(StepJudge, Critic):
 
     def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Both [B], for little more than the cost of `clear`: image and first question are read once."""
-        asked = [self._conversations(prompts, turns) for turns in (self._clear, self._potential)]
+        asked = [self._conversations(prompts, turns) for turns in ([self.questions.clear], self._potential)]
         clear, potential = self._judge(pixels, *asked)
         return clear, potential
 
@@ -154,7 +175,7 @@ class VisionLanguageJudge(StepJudge, Critic):
         if not self._placed:
             self.to(pixels.device)
         texts: list[str] = []
-        rows = self._conversations(prompts, self._critique)
+        rows = self._conversations(prompts, [self.questions.critique])
         for start in range(0, len(rows), self.batch_size):
             images = pixels[start : start + self.batch_size]
             ids = [torch.tensor(row, device=self.model.device) for row in rows[start : start + self.batch_size]]

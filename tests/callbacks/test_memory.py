@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.memory import decoding_activations, saved_activations, side_by_side
+from callbacks.memory import decoding_activations, saved_activations
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise
@@ -15,7 +15,10 @@ from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
+from lightning_modules.decoding.reflection import Reflection
+from lightning_modules.decoding.regions import Chance, Region
 from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.verified import Verified
 from tests.benchmarks.measuring import peak_mebibytes
 
 BATCH, PROMPT, GRID = 4, 20, 258
@@ -73,6 +76,9 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
 
 def test_candidates_within_candidates_multiply() -> None:
     sampling = MaskSampling()
-    assert side_by_side(Sample(sampling)) == 1
-    assert side_by_side(Potential(sampling, 20, "judge")) == 20
-    assert side_by_side(BestOfN(Potential(sampling, 5, "judge"), 4, "judge")) == 20
+    assert Sample(sampling).images_at_once == 1
+    assert Potential(sampling, 20, "judge").images_at_once == 20
+    paths = BestOfN(Potential(sampling, 5, "judge"), 4, "judge")
+    assert paths.images_at_once == 20
+    reflection = Reflection(paths, Verified(sampling, 6), Region(Chance(), 1.0), 3)
+    assert reflection.images_at_once == 20  # one after the other

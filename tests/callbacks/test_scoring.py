@@ -54,6 +54,9 @@ def images(tmp_path: Path, truth: tuple[Any, Any]) -> Path:
 
 
 class Brightness(Reward):
+    def cache_key(self) -> str:
+        return type(self).__name__
+
     def __call__(self, prompts: Any, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.mean((1, 2, 3))
 
@@ -66,7 +69,7 @@ def score(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[dict[str, 
         settings: dict[str, Any] = {"rewards": {}, "fid": None, "batch_size": 4, "results": str(tmp_path / "scores")}
         settings |= changes
         scoring = Scoring(
-            str(images), GenEvalReward(detector or ShapesDetector()), rewards_config="", folder=str(tmp_path / "out"),
+            str(images), GenEvalReward(detector or ShapesDetector()), folder=str(tmp_path / "out"),
             num_workers=0, sheet_prompts=4, **settings,
         )  # fmt: skip
         scoring.run(Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False))
@@ -114,11 +117,15 @@ class Counted(ShapesDetector):
         Counted.seen += len(images)
         return super().__call__(images)
 
-    about = {"name": "ShapesDetector"}  # type: ignore[assignment]  # noqa: RUF012
+    def cache_key(self) -> dict[str, Any]:
+        return ShapesDetector().cache_key()  # it finds the same
 
 
 class Company(Reward):
     """Says how many images it was shown together."""
+
+    def cache_key(self) -> str:
+        return type(self).__name__
 
     def __call__(self, prompts: Any, pixels: torch.Tensor) -> torch.Tensor:
         return torch.full((len(pixels),), float(len(pixels)))

@@ -9,17 +9,13 @@ import torch
 from datasets import Dataset, load_from_disk
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, provenance, store
+from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, store
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.verified import Verified
-from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.parm import PARM
-from tests.conftest import EVIDENCE, make_decoder, make_parm
+from tests.conftest import EVIDENCE, make_decoder
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +71,6 @@ def test_rollouts_of_another_decoder_are_refused(tmp_path, decoder, reward, rows
     with pytest.raises(ValueError, match="was made with another strategy and another seed"):
         other = RolloutSpec(rows[:2], 1, Sample(Sampling(temperature=2.0)))
         collect(other, tmp_path, decoder, {}, reward, 1, 2)
-
-
-def test_verified_rollouts_are_keyed_by_their_verifier(decoder, parm: PARM, rows) -> None:
-    plain = RolloutSpec(rows, 1, Sample(Sampling()))
-    verified = RolloutSpec(rows, 1, Verified(Sampling(), k=2))
-    other = make_parm(decoder, "embeddings")
-    mine, theirs = (provenance(plain, decoder, {"parm": p}, None, 0) for p in (parm, other))
-    assert mine == theirs
-    mine, theirs = (provenance(verified, decoder, {"parm": p}, None, 0) for p in (parm, other))
-    assert mine["judges"] != theirs["judges"]
-
-
-def test_rollouts_are_keyed_by_the_reward_that_chose_and_by_the_one_that_labelled(decoder, rows) -> None:
-    chosen = RolloutSpec(rows, 1, BestOfN(Sample(Sampling()), 2, "clip"))
-
-    def score(seed: int, **settings: int) -> CLIPScore:
-        torch.manual_seed(seed)
-        return CLIPScore(torch.nn.Linear(2, 2), None, **settings)  # type: ignore[arg-type]
-
-    def made_with(clip: CLIPScore, labels: GenEvalReward | None = None) -> dict:
-        return provenance(chosen, decoder, {"clip": clip}, labels, 0)
-
-    assert made_with(score(0)) == made_with(score(0, batch_size=3)) != made_with(score(1))
-    loose = GenEvalReward(ShapesDetector(), options={"threshold": 0.1})
-    assert made_with(score(0), GenEvalReward(ShapesDetector())) != made_with(score(0), loose)
 
 
 def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> None:

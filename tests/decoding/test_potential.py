@@ -37,6 +37,9 @@ def previewing() -> ShowO:
 class Script(StepJudge):
     """Knows every path's preview after every step, and says of each what the script says."""
 
+    def cache_key(self):
+        return type(self).__name__
+
     def __init__(self, decoder: ShowO, plan: Sequence[Mapping[str, Any]], reset_temperature: bool) -> None:
         self.plan = plan
         self.where: dict[tuple[int, ...], tuple[int, int]] = {}

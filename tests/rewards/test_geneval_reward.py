@@ -45,7 +45,10 @@ def test_images_of_any_sizes_keep_their_order() -> None:
     class Sizes:
         class_names = ("star",)
         image_size = None
-        about: dict[str, Any] = {}  # noqa: RUF012
+        name = "sizes"
+
+        def cache_key(self) -> dict[str, Any]:
+            return {}
 
         def to(self, device: object) -> "Sizes":
             return self
@@ -75,10 +78,13 @@ class RedThings:
 
     class_names = CLASS_NAMES
     image_size = None
-    about: dict[str, Any] = {"name": "RedThings"}  # noqa: RUF012
+    name = "red things"
 
     def __init__(self, color: str) -> None:
         self.color = color
+
+    def cache_key(self) -> dict[str, Any]:
+        return {"color": self.color}
 
     def to(self, device: object) -> "RedThings":
         return self
