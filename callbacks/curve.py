@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from callbacks.report import save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
 from datamodules.rollouts import identity
 from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.files import refuse_unwritable, whole
 from lightning_modules.rewards.geneval import TASKS
 
 # Settings of the callback that do not change what it finds, or that are of validation.
@@ -79,12 +79,11 @@ class CheckpointCurve(LightningModule):
         about = json.dumps([fingerprint(self.module), *self.about], sort_keys=True)
         folder = self.results / f"checkpoint-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
         if not self.trainer.strategy.broadcast(folder.is_dir()):
-            partial = folder.with_name(f"{folder.name}.partial")
+            refuse_unwritable(self.results)
             results = self.geneval.test(self.trainer, self.module)
             if self.trainer.is_global_zero:
-                shutil.rmtree(partial, ignore_errors=True)
-                self.geneval.write(partial, self.module, results)
-                partial.replace(folder)
+                with whole(folder) as partial:
+                    self.geneval.write(partial, self.module, results)
         self.evaluated[batch] = folder
 
     def _report(self, trainer: Trainer) -> None:
@@ -104,7 +103,6 @@ class CheckpointCurve(LightningModule):
                 logger.log_metrics(log, self.steps[path])
         for logger in trainer.loggers:
             logger.save()
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(table, self.folder / "checkpoints.csv")
         _plot(table, self.folder / "checkpoints.png")
         _print(table)

@@ -197,9 +197,11 @@ class GenEvalCallback(Callback):
         made_with = [code(), fingerprint(pl_module), strategies, judges, self.reward.about, self.seed, *shown, *split]
         about = json.dumps([*made_with, list(self.test_prompts)], sort_keys=True)
         name = f"unfinished-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-        store = ShareStore(self.unfinished / name, trainer.global_rank)
+        store = ShareStore(self.unfinished / name, trainer)
         if trainer.is_global_zero and (count := store.count):
             print(f"The evaluation goes on; batches decoded and judged before: {count} ({store.folder})")
+        if trainer.is_global_zero and store.access == "read":
+            print(f"scores_dir: nothing can be written to {self.unfinished}, so no batch of this evaluation is kept")
         return store
 
     def _incomparable(self) -> list[str]:
