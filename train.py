@@ -32,6 +32,7 @@ from callbacks.runs import (
     keep_metrics,
     load_checkpoint,
     named_checkpoints,
+    refuse_foreign,
     refuse_other_config,
 )
 from datamodules.preferences import PreferencesDataModule
@@ -125,6 +126,7 @@ def run(config: DictConfig) -> None:
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
     seed_everything(config.seed, workers=True, verbose=False)
     if rank_zero_only.rank == 0:
+        refuse_foreign(folder)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         keep_metrics(folder)
     if config.task == "score":

@@ -1,7 +1,6 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from callbacks.geneval import GenEvalCallback
 from callbacks.report import print_plain, save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
+from lightning_modules.files import refuse_unwritable, whole
 from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval import TASKS
 
@@ -66,12 +66,11 @@ class CheckpointCurve(LightningModule):
         load_checkpoint(self.module, batch)
         folder = self.results / f"checkpoint-{digest(self.geneval.test_key(self.trainer, self.module))}"
         if not self.trainer.strategy.broadcast(folder.is_dir()):
-            partial = folder.with_name(f"{folder.name}.partial")
+            refuse_unwritable(self.results)
             results = self.geneval.test(self.trainer, self.module)
             if self.trainer.is_global_zero:
-                shutil.rmtree(partial, ignore_errors=True)
-                self.geneval.write(partial, self.module, results)
-                partial.replace(folder)
+                with whole(folder) as partial:
+                    self.geneval.write(partial, self.module, results)
         self.evaluated[batch] = folder
 
     def _report(self, trainer: Trainer) -> None:
@@ -91,7 +90,6 @@ class CheckpointCurve(LightningModule):
                 logger.log_metrics(log, self.steps[path])
         for logger in trainer.loggers:
             logger.save()
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_csv(table, self.folder / "checkpoints.csv")
         _plot(table, self.folder / "checkpoints.png")
         _print(table)

@@ -12,9 +12,9 @@ from PIL import Image
 from callbacks.report import save_image
 from datamodules.geneval import PromptsDataModule, sample_path
 from datamodules.rollouts import RolloutSpec, open_folder, provenance
-from lightning_modules.backbone.loading import write_text
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.files import refuse_unwritable, write_text
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.verifier import Reward
 
@@ -33,7 +33,7 @@ class Generating(LightningModule):
         prompts: GenEval metadata.
         images_per_prompt: samples of each.
         seed: of all images.
-        images: the folder. One that was made with other things is refused.
+        images: the folder. One that was made with other things, or by others, is refused.
         batch_size: images decoded at a time, per rank.
     """
 
@@ -82,7 +82,25 @@ class Generating(LightningModule):
             spec = RolloutSpec(self.data.prompts, self.data.images_per_prompt, self.strategy)
             made_with = provenance(spec, self.module.decoder, self.judges, None, self.seed)
             open_folder(self.folder, made_with | {"prompt_count": len(self.data.prompts)})  # scoring looks for as many
+            self._refuse_altered()
+            if self.data.missing():
+                refuse_unwritable(self.folder)
         self.trainer.strategy.barrier("opened")
+
+    def _refuse_altered(self) -> None:
+        """Raise ValueError for a prompt or an image in the folder that is not one of this run's."""
+        own = {self.folder / sample_path(i, j) for i, j, _ in self.data.jobs()}
+        for image in sorted(self.folder.glob("[0-9]*/samples/[0-9]*")):
+            if image not in own:
+                raise ValueError(f"{image} was not made here: remove it, or name another folder")
+        for i, row in enumerate(self.data.prompts):
+            about = self._metadata(i)
+            if about.is_file() and about.read_text(encoding="utf-8", errors="replace") != json.dumps(row) + "\n":
+                raise ValueError(f"{about} is not the prompt {row['prompt']!r} any more: name another folder")
+
+    def _metadata(self, prompt: int) -> Path:
+        """Where a prompt is written beside its images."""
+        return self.folder / Path(sample_path(prompt, 0)).parents[1] / "metadata.jsonl"
 
     @torch.no_grad()
     def predict_step(self, batch: list[tuple[int, int, dict[str, Any]]], batch_idx: int) -> int:
@@ -91,9 +109,7 @@ class Generating(LightningModule):
         seeds = [image_seed(self.seed, i, j) for i, j, _ in batch]
         decoded = self.strategy.decode(decoder, self.judges, rows, seeds)
         for (i, j, row), image in zip(batch, to_uint8(decoder.image_tokenizer.decode(decoded.tokens)), strict=True):
-            path = self.folder / sample_path(i, j)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not (about := path.parent.parent / "metadata.jsonl").is_file():
+            if not (about := self._metadata(i)).is_file():
                 write_text(about, json.dumps(row) + "\n")
-            save_image(Image.fromarray(image), path)
+            save_image(Image.fromarray(image), self.folder / sample_path(i, j))
         return len(batch)

@@ -241,9 +241,11 @@ class GenEvalCallback(Callback):
         """Where the batches of a test are kept: whatever else decides what is in them, code included, has another."""
         batches = self.sheet_prompts, self.batch_size, trainer.world_size
         name = f"unfinished-{digest([code(), self.test_key(trainer, pl_module), *batches])}"
-        store = ShareStore(self.unfinished / name, trainer.global_rank)
+        store = ShareStore(self.unfinished / name, trainer)
         if trainer.is_global_zero and (count := store.count):
             print(f"The evaluation goes on; batches decoded and judged before: {count} ({store.folder})")
+        if trainer.is_global_zero and store.access == "read":
+            print(f"scores_dir: nothing can be written to {self.unfinished}, so no batch of this evaluation is kept")
         return store
 
     def _incomparable(self) -> list[str]:

@@ -1,5 +1,6 @@
 """What W&B shows beside numbers: the table of images, and the page of a test."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,20 @@ from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.report import StrategyResult
+
+_chosen: dict[str, str] = {}  # where this process has W&B write, by the variable that says so
+
+
+def wandb_logger(save_dir: str, **settings: Any) -> WandbLogger:
+    """Lightning's logger of a run in `save_dir`, whose pictures and tables wait there to be sent, and not in HOME.
+
+    What the user has set in the environment stays.
+    """
+    folder = Path(save_dir).absolute() / "wandb"
+    for name, own in (("WANDB_DATA_DIR", folder), ("WANDB_CACHE_DIR", folder / "cache")):
+        if os.environ.get(name) == _chosen.get(name):  # the user's own is neither unset nor that of the run before
+            os.environ[name] = _chosen[name] = str(own)
+    return WandbLogger(save_dir=save_dir, **settings)
 
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

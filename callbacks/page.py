@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from callbacks.drawing import Curve, png, shrunk, written
 from callbacks.report import StrategyResult
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import write_text
 from lightning_modules.rewards.geneval import TASKS
 
 _LARGEST = 256  # pixels along the longer side of an image

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.drawing import Story
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import whole, write_text
 from lightning_modules.rewards.geneval import TASKS, Verdict
 
 BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
@@ -117,7 +117,6 @@ def _resampled(results: Sequence[StrategyResult], resamples: int = 2000) -> np.n
 
 def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, StrategyResult]) -> None:
     """Write geneval.json, results.jsonl, compute.png and sheets/NAME.png into the run's folder."""
-    (folder / "sheets").mkdir(parents=True, exist_ok=True)
     strategies = {}
     lines = []
     for name, result in results.items():
@@ -138,7 +137,7 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
         save_image(contact_sheet(result), folder / "sheets" / f"{name}.png")
     for sheet in (folder / "sheets").glob("*.png"):
         if sheet.stem not in results:  # of an earlier test of this run, which other weights took
-            sheet.unlink()
+            sheet.unlink(missing_ok=True)
     plot_compute(results, folder / "compute.png")
     report = {"benchmark": "GenEval", **about, "strategies": strategies}
     write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")
@@ -146,27 +145,23 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG file through a temporary one, so that it appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    """Write a PNG file, whole or not at all."""
+    with whole(path) as partial:
+        image.save(partial, format="PNG")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """The same of a plot."""
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The same of a table, whose columns are the keys of its first row."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)
 
 
 def spread(total: int, wanted: int) -> set[int]:

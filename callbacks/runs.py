@@ -19,6 +19,9 @@ _ROOMS = ("callbacks", "datamodules", "lightning_modules")
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 # What a run that goes on may change: where rollouts are kept, and what is only measured.
 _FREE = ("folder", "num_workers", "validation", "test")
+# What runs leave in their folders.
+_LEFT = ("config.yaml", "metrics", "checkpoints", "results.jsonl", "geneval.json", "page.html", "sheets", "sheet.png",
+         "compute.png", "checkpoints.csv", "checkpoints.png")  # fmt: skip
 
 LOCK = ".lock"  # in the folder of a run, held as long as it runs
 
@@ -88,9 +91,23 @@ def keep_metrics(folder: Path) -> None:
         shutil.rmtree(metrics, ignore_errors=True)  # of a run that was killed before it wrote any
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise ValueError if a run in this folder would write over files that no run has left there."""
+    found = [name for name in _LEFT if (folder / name).exists()]
+    if found and not _has_config(folder):
+        raise ValueError(f"hydra.run.dir: {folder} holds {', '.join(found)} of something else: name another folder")
+
+
+def _has_config(folder: Path) -> bool:
+    """Whether a run has written its config, the first thing that it writes, into a folder."""
+    config = folder / "config.yaml"
+    return config.is_file() and re.search("^rollouts_dir:", config.read_text(errors="replace"), re.M) is not None
+
+
 def forget_refused(folder: Path) -> None:
     """Remove the folder of a run that was refused before it left anything but its config."""
-    if {path.name for path in folder.iterdir()} <= {".hydra", LOCK, "config.yaml"}:
+    names = {path.name for path in folder.iterdir()}
+    if names <= {".hydra", LOCK, "config.yaml"} and ("config.yaml" not in names or _has_config(folder)):
         shutil.rmtree(folder)
 
 

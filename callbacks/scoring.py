@@ -14,7 +14,7 @@ from tqdm import tqdm
 from callbacks.report import StrategyResult, contact_sheet, print_table, result_line, result_row, save_image, spread
 from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
 from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import write_text
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
 from lightning_modules.rewards.geneval_metric import Summary, summarize
@@ -75,8 +75,11 @@ class Scoring(LightningModule):
         data = ImageFolderDataModule(
             self.folders, self.reward.detector.image_size, self.store, self.batch_size, self.num_workers
         )
-        if trainer.is_global_zero and (kept := sum(self.store.load(folder) is not None for folder in self.folders)):
+        kept = sum(self.store.load(folder) is not None for folder in self.folders)
+        if trainer.is_global_zero and kept:
             print(f"{kept} of {len(self.folders)} prompts were judged before and have not changed: {self.store.folder}")
+        if kept < len(self.folders):
+            self.store.open()
         trainer.predict(self, data, return_predictions=False)
         trainer.strategy.barrier("scored")
         distance = {"fid": self._distance(self.fid, trainer)} if self.fid is not None else {}
@@ -167,7 +170,6 @@ class Scoring(LightningModule):
             "left_out": left_out,
             "notes": notes,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in rows]
         write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
         write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from lightning import Trainer
 
 from callbacks.drawing import Story
 from callbacks.report import StrategyResult
 from lightning_modules.backbone.decoder import Cost
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import is_read_only, refuse_unwritable, write_text
 from lightning_modules.ranks import is_distributed
 
 
@@ -77,44 +78,62 @@ def _unpacked(value: dict[str, Any]) -> Any:
 class ShareStore:
     """Shares of single batches in a folder, each a file that is there as a whole or not at all.
 
-    While one process has a rank's shares of a folder, others with the same keep nothing.
+    While one run has the folder, others with the same evaluation keep nothing. Where nothing can be written, what is
+    there is read.
 
     Args:
         folder: of one evaluation.
-        rank: whose shares these are.
+        trainer: its ranks share the folder.
+
+    Attributes:
+        access: what this run may do there: all, read alone (nobody can write to it), or nothing (another run has it).
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / f"{rank}.lock")
-        with suppress(Timeout):
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.folder, self.rank = folder, trainer.global_rank
+        self._lock_file = folder.with_name(f".{folder.name}.lock")
+        self._lock = FileLock(self._lock_file)
+        access = self._take() if trainer.is_global_zero else "nothing"
+        self.access: Literal["all", "read", "nothing"] = trainer.strategy.broadcast(access)
+
+    def _take(self) -> Literal["all", "read", "nothing"]:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            refuse_unwritable(self.folder)
+        except Timeout:
+            return "nothing"
+        except OSError as error:
+            if not is_read_only(error):
+                raise
+            return "read"
+        return "all"
 
     @property
     def count(self) -> int:
         """Batches of this rank that are there."""
-        return len(list(self.folder.glob(f"*.{self.rank}.json"))) if self._lock.is_locked else 0
+        return len(list(self.folder.glob(f"*.{self.rank}.json"))) if self.access != "nothing" else 0
 
     def get(self, name: str, make: Callable[[], Share]) -> Share:
         """The share of that name; `make` makes it if it is not there."""
         path = self.folder / f"{name}.{self.rank}.json"
-        if not self._lock.is_locked:
-            return make()
-        if path.is_file():
-            return Share.from_json(path.read_text(encoding="utf-8"))
+        if self.access != "nothing":
+            with suppress(FileNotFoundError):
+                return Share.from_json(path.read_text(encoding="utf-8"))
         share = make()
-        write_text(path, share.to_json())
+        if self.access == "all":
+            write_text(path, share.to_json())
         return share
 
     def release(self) -> None:
-        """Leave what is there to another process."""
+        """Leave what is there to another run."""
         self._lock.release()
 
     def clear(self) -> None:
         """Remove what is there, of all ranks: none of them needs it any more."""
-        if self._lock.is_locked:
+        if self.access == "all":
             shutil.rmtree(self.folder)
+            self._lock_file.unlink(missing_ok=True)
             self.release()
 
 

@@ -163,13 +163,21 @@ class PromptsDataModule(LightningDataModule):
         self.folder = folder
         self.batch_size = batch_size
 
+    def jobs(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
+        """All of a rank's images."""
+        own = range(rank, len(self.prompts), world_size)
+        return [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
+        """Those that are not there yet."""
+        jobs = self.jobs(rank, world_size)
+        if self.folder is None:
+            return jobs
+        return [job for job in jobs if not (Path(self.folder) / sample_path(*job[:2])).is_file()]
+
     def predict_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        own = range(rank, len(self.prompts), world_size)
-        jobs = [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
-        if self.folder is not None:
-            jobs = [job for job in jobs if not (Path(self.folder) / sample_path(*job[:2])).is_file()]
+        jobs = self.missing(self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(jobs, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Any]:

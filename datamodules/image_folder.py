@@ -15,7 +15,7 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import refuse_unwritable, write_text
 from lightning_modules.image_reader import UnreadableImage, read_image
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import validate_metadata
@@ -166,6 +166,8 @@ def read(folder: PromptFolder, side: int | None) -> Images:
 class ScoreStore:
     """Results of prompts, a file each, written whole or not at all, so that scoring goes on where it was killed.
 
+    Several processes can use it at once. What is complete can be read where nothing can be written.
+
     Args:
         folder: of all results.
         images: what is judged.
@@ -175,7 +177,10 @@ class ScoreStore:
     def __init__(self, folder: str, images: str, judged_by: Mapping[str, Any]) -> None:
         about = json.dumps([_FORMAT, str(Path(images).resolve()), judged_by], sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(about.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self) -> None:
+        """Create the folder; raises OSError, naming it, if results cannot be kept there."""
+        refuse_unwritable(self.folder)
 
     def load(self, folder: PromptFolder) -> dict[str, Any] | None:
         """The result of a prompt; None if there is none yet, or its images have changed."""

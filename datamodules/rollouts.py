@@ -1,8 +1,6 @@
 """Rollouts: images sampled from the decoder with GenEval's verdict, collected once, stored with `datasets`."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +11,6 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,9 +21,9 @@ from tqdm import tqdm
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
-from lightning_modules.backbone.loading import write_text
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.files import make_once
 from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
@@ -34,6 +31,7 @@ from lightning_modules.rewards.grounding import grounding
 _FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
 _TRAJECTORY = ("previews", "fixed_at")
+_NAMED = 3  # things in a folder that an error names
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,21 @@ def provenance(
 def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
     """Create a folder of rollouts or images, or make sure that an existing one was made with the same things.
 
+    What these were is written there before anything else is, so a folder that does not say so is another's.
+
     Raises:
-        ValueError: it was not; the sentence names what differs.
+        OSError: it cannot be created; the error names it.
+        ValueError: it was made with other things, or by others; the sentence names what differs, or what is there.
     """
     about = folder / "provenance.json"
-    if not about.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(about, json.dumps(made_with, indent=2) + "\n")
-        return
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if found and not about.is_file():  # in this order: another process may be opening it at this moment
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(
+            f"{folder} holds {', '.join(found[:_NAMED])}{more}, and no provenance.json that says it was made here: "
+            "name another folder"
+        )
+    make_once(about, lambda partial: partial.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8"))
     stored = json.loads(about.read_text(encoding="utf-8"))
     if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
         others = " and another ".join(different)
@@ -241,16 +246,17 @@ def store(folder: Path, make: Callable[[], Dataset]) -> None:
     """Write the data set that `make` gives to a folder, whole or not at all, unless it is there.
 
     Of several runs that want the same one at the same moment, one makes it and the others wait.
+
+    Raises:
+        OSError: it cannot be written; the error names the folder.
     """
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
-        if not folder.is_dir():
-            datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-            unfinished = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            make().save_to_disk(str(unfinished))
-            os.replace(unfinished, folder)
-        lock.unlink(missing_ok=True)  # who still waits for it finds the folder
+
+    def write(partial: Path) -> None:
+        rows = make()
+        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
+        rows.save_to_disk(str(partial))
+
+    make_once(folder, write)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_modules.broken_files import first_line, read_settings, read_torch, refuse_broken
+from lightning_modules.files import whole, write_text
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors", "pytorch_model.bin")
@@ -185,24 +185,32 @@ def _name(module: nn.Module) -> str:
 
 
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write a module's own weights and the config that builds it, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a module's own weights and the config that builds it, whole or not at all.
+
+    Raises:
+        ValueError: the folder holds weights of something else.
+    """
+    _refuse_other_weights(folder, config)
     tensors = {
         key: value.detach().to(dtype if value.is_floating_point() else value.dtype).contiguous()
         for key, value in own_state(module).items()
     }
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial)
-    os.chmod(partial, 0o644)  # weights are written to be shared, and this library lets nobody else read them
-    os.replace(partial, folder / "model.safetensors")
+    with whole(folder / "model.safetensors") as partial:
+        partial.write_bytes(save(tensors))
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file through a temporary one, so that it appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
+    there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).is_file()]
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")) if "config.json" in there else {}
+    if there and _network(stored) != _network(json.loads(json.dumps(config))):
+        raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")
+
+
+def _network(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an exported config that does not say where its weights came from."""
+    return {key: value for key, value in config.items() if key not in ("checkpoint", "start")}
 
 
 def fingerprint(module: nn.Module) -> str:

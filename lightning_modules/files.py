@@ -1,0 +1,136 @@
+"""Files and folders that appear whole or not at all, whoever else writes to the same place."""
+
+import errno
+import os
+import platform
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+_PARTIAL = re.compile(r"\.(?P<machine>.+)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
+_ELSEWHERE = 24 * 3600.0  # seconds after which what a process of another machine writes is taken for abandoned
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether an error says that this user may not write to some place."""
+    return error.errno in _REFUSED
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a hidden path beside `path`: what is written there, a file or a folder, becomes `path` at the end.
+
+    Every process has names of its own, so that several can write the same thing at once: files replace one another, and
+    of folders the first stays. After an error nothing is left, and what a process that was killed has left in this
+    folder is removed.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path.parent)
+        partial = path.parent / f".{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+        try:
+            yield partial
+            try:
+                os.replace(partial, path)
+            except OSError:
+                if not (partial.is_dir() and path.is_dir()):
+                    raise
+        finally:
+            _remove(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> None:
+    """Make a file or a folder unless it is there; of several processes that want it, one makes it and the others wait.
+
+    Args:
+        path: where it will be. Nothing is locked or written if it is there.
+        make: writes it to the path that it is given.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    if path.exists():
+        return
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with FileLock(lock):
+            if not path.exists():
+                with whole(path) as partial:
+                    make(partial)
+            # Whoever gets this lock after its file is removed, or another one of the same name, finds `path`.
+            lock.unlink(missing_ok=True)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Create a folder; raises OSError, naming it, if nothing can be written there."""
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors in writing `path` name it: libraries name nothing or a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        below = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(path.parent)
+        if below and error.errno in (*_REFUSED, *_FULL):
+            error.filename = str(path)
+        raise
+
+
+def _machine() -> str:
+    """A name for where numbers of processes mean the same: containers can share a machine's name, but not these."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    """Remove what processes that are no more have left half written in a folder."""
+    for path in folder.glob(".*.partial"):
+        if (found := _PARTIAL.fullmatch(path.name)) and _is_abandoned(path, found["machine"], int(found["process"])):
+            _remove(path)
+
+
+def _is_abandoned(path: Path, machine: str, process: int) -> bool:
+    try:
+        if machine != _machine():
+            return time.time() - path.stat().st_mtime > _ELSEWHERE
+        os.kill(process, 0)
+    except (ProcessLookupError, FileNotFoundError):  # it has ended; or the file has gone meanwhile
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder as far as that is possible: it may be gone already, or another user's."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
