@@ -22,9 +22,10 @@ from datamodules.geneval import sample_path
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import scene_for
 from datamodules.shapes.world import render
+from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
-from tests.backbone.test_diffusion import WITHOUT, tiny_sd3
+from tests.backbone.test_diffusion import WITHOUT
 from tests.callbacks.test_scoring import write_folder
 from tests.conftest import TINY
 from tests.test_image_reader import HUGE
@@ -137,7 +138,8 @@ def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp
 
 def tiny_generator(tmp_path: Path) -> list[str]:
     """Overrides that make generator=sd3 a tiny random one."""
-    return ["generator=sd3", f"decoder.checkpoint={tiny_sd3(tmp_path / 'sd3')}", "decoder.dtype=float32",
+    return ["generator=sd3", "geneval=shapes", "rewards=shapes",
+            f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", "decoder.dtype=float32",
             f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
 
 
@@ -172,7 +174,9 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "diffusion"])
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
-    config = compose_config(f"generator={name}", f"decoder.checkpoint={tiny_sd3(tmp_path)}", without)
+    config = compose_config(
+        f"generator={name}", f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", without, "geneval=tiny_coco"
+    )
     for part in ("module", "callbacks"):
         assert instantiate(config[part], _convert_="all") is not None
 

@@ -4,6 +4,7 @@ A pipeline decides a whole image in one step, and its "tokens" are the pixels. W
 with it: plain sampling, best-of-n by any reward, GenEval.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ class DiffusionSampling:
 
     Attributes:
         steps: of denoising.
-        guidance: scale of classifier-free guidance as diffusers counts it: 1 is none.
+        guidance: scale of guidance as diffusers counts it: 1 is none. Pipelines that are distilled to be guided (FLUX,
+            LCM) read it as a number in one pass; others take a pass with the prompt and one without.
         size: pixels along each side.
         negative_prompt: what guidance leads away from.
     """
@@ -105,6 +107,7 @@ class DiffusionDecoder(Decoder):
         except OSError as error:
             raise FileNotFoundError(f"decoder.checkpoint: {first_line(error)}") from error
         self.pipeline.set_progress_bar_config(disable=True)
+        self._arguments = inspect.signature(self.pipeline.__call__).parameters
         networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         self.networks = nn.ModuleDict(networks)  # moved, and told apart, with this module
         self.eval().requires_grad_(False)
@@ -124,10 +127,43 @@ class DiffusionDecoder(Decoder):
         """Any text can be read."""
 
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
-        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU."""
+        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU.
+
+        Raises:
+            ValueError: `sampling` asks for what the pipeline cannot do.
+        """
         if k != 1:
             raise ValueError(f"pipelines of diffusers decide an image in one step, so k must be 1, not {k}")
+        if sampling is not None:
+            self._guidance(sampling)
         return seeds
+
+    @property
+    def _denoisers(self) -> list[Any]:
+        """The networks that take off noise; each of their calls is a forward pass."""
+        return [self.networks[name] for name in ("transformer", "transformer_2", "unet") if name in self.networks]
+
+    def _guidance(self, sampling: DiffusionSampling) -> dict[str, Any]:
+        """The arguments of the pipeline that guide it.
+
+        Raises:
+            ValueError: it cannot be guided, or has no use for a negative prompt.
+        """
+        name = type(self.pipeline).__name__
+        distilled = any(
+            getattr(network.config, "guidance_embeds", False) or getattr(network.config, "time_cond_proj_dim", None)
+            for network in self._denoisers
+        )
+        scales = ["guidance_scale"] if distilled else ["true_cfg_scale", "guidance_scale"]
+        scale = next((argument for argument in scales if argument in self._arguments), None)
+        if scale is None and sampling.guidance > 1:
+            raise ValueError(f"sampling.guidance={sampling.guidance}: {name} cannot be guided; 1 is none")
+        two_passes = not distilled and sampling.guidance > 1 and "negative_prompt" in self._arguments
+        if sampling.negative_prompt and not two_passes:
+            why = "guidance must be above 1" if sampling.guidance <= 1 else f"{name} makes no pass that would read it"
+            raise ValueError(f"sampling.negative_prompt={sampling.negative_prompt!r} has no effect: {why}")
+        guided = {} if scale is None else {scale: sampling.guidance}
+        return guided | ({"negative_prompt": sampling.negative_prompt} if two_passes else {})
 
     def begin(
         self,
@@ -144,20 +180,28 @@ class DiffusionDecoder(Decoder):
 
     @torch.no_grad()
     def propose(self, state: DiffusionState, k: int, distinct: bool = False) -> DiffusionProposal:
-        sampling, negative = state.sampling, {}
-        if sampling.guidance > 1:
-            negative = {"negative_prompt": [sampling.negative_prompt] * len(state.prompts)}
-        images = self.pipeline(
-            prompt=list(state.prompts),
-            **negative,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.size,
-            width=sampling.size,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.seeds],
-            output_type="pt",
-        ).images
-        state.cost.decoder_passes += len(state.prompts) * sampling.steps * (1 + bool(negative))
+        sampling = state.sampling
+        guided = self._guidance(sampling)
+        if "negative_prompt" in guided:
+            guided["negative_prompt"] = [guided["negative_prompt"]] * len(state.prompts)
+
+        def count(network: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            state.cost.decoder_passes += len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
+
+        hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in self._denoisers]
+        try:
+            images = self.pipeline(
+                prompt=list(state.prompts),
+                **guided,
+                num_inference_steps=sampling.steps,
+                height=sampling.size,
+                width=sampling.size,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.seeds],
+                output_type="pt",
+            ).images
+        finally:
+            for hook in hooks:
+                hook.remove()
         return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None])
 
     def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:

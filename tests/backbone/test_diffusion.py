@@ -4,12 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from lightning_modules.backbone.diffusion import DiffusionDecoder, DiffusionSampling
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3, tiny_autoencoder, tiny_text_parts
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.verifier import Reward
@@ -18,37 +29,9 @@ ROWS = [{"prompt": f"a photo of a {name}"} for name in ("dog", "red cup", "star"
 WITHOUT = ["text_encoder_3", "tokenizer_3"]
 
 
-def tiny_sd3(folder: Path) -> str:
-    """Write a random pipeline of a few thousand weights; it reads letters."""
-    torch.manual_seed(0)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(pieces), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        projection_dim=16, bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-        block_out_channels=(8, 8), latent_channels=4, use_quant_conv=False, use_post_quant_conv=False,
-        shift_factor=0.0, scaling_factor=0.5,
-    )  # fmt: skip
-    transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
-    )  # fmt: skip
-    pipeline = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModelWithProjection(text), tokenizer,
-        CLIPTextModelWithProjection(text), tokenizer, None, None,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_sd3(tmp_path_factory.mktemp("sd3"))
+    return save_tiny_sd3(str(tmp_path_factory.mktemp("pipelines") / "sd3"))
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +87,83 @@ def test_what_a_pipeline_cannot_do_is_refused(
         DiffusionDecoder("no/where")
     with pytest.raises(ValueError, match=r"sampling.steps must be at least 1, not 0"):
         DiffusionSampling(steps=0, guidance=1.0, size=32)
+
+
+def tiny_flux(folder: Path) -> str:
+    """Guidance is a number that the network reads."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    tokenizer_2 = T5Tokenizer(vocab=[*special, *((letter, -1.0) for letter in letters)], extra_ids=0)
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    tokenizer, text = tiny_text_parts()
+    vae = tiny_autoencoder(use_quant_conv=False, use_post_quant_conv=False)
+    parts = (FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(text), tokenizer, t5, tokenizer_2, transformer)
+    FluxPipeline(*parts).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_unet(folder: Path, distilled: bool) -> str:
+    """Stable Diffusion 1.5's make, with guidance in two passes or, distilled to latent consistency, as a number."""
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4, time_cond_proj_dim=8 if distilled else None,
+    )  # fmt: skip
+    tokenizer, text = tiny_text_parts()
+    kind = LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
+    scheduler = LCMScheduler() if distilled else PNDMScheduler(skip_prk_steps=True)
+    kind(
+        vae=tiny_autoencoder(), text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def passes(decoder: DiffusionDecoder, sampling: DiffusionSampling) -> tuple[int, int]:
+    """Rows that its denoising network is given for two images, and those that are counted."""
+    network = next(
+        getattr(decoder.pipeline, name) for name in ("transformer", "unet") if hasattr(decoder.pipeline, name)
+    )
+    forward, made = network.forward, []
+
+    def watched(*given: torch.Tensor, **named: torch.Tensor) -> object:
+        made.append(len(given[0] if given else named["hidden_states"]))
+        return forward(*given, **named)
+
+    network.forward = watched
+    try:
+        decoded = Sample(sampling).decode(decoder, {}, ROWS[:2], [1, 2])
+    finally:
+        network.forward = forward
+    return sum(made), decoded.cost.decoder_passes
+
+
+def test_the_passes_that_are_made_are_counted(decoder: DiffusionDecoder, checkpoint: str, tmp_path: Path) -> None:
+    guided, plain = (DiffusionSampling(4, guidance, 64) for guidance in (3.5, 1.0))
+    assert passes(decoder, guided) == (16, 16) and passes(decoder, plain) == (8, 8)
+    two_calls_a_step = DiffusionDecoder(checkpoint, "float32", WITHOUT)
+    two_calls_a_step.pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    made, counted = passes(two_calls_a_step, guided)
+    assert made == counted > 16
+    for path in (tiny_flux(tmp_path / "flux"), tiny_unet(tmp_path / "lcm", distilled=True)):
+        assert passes(DiffusionDecoder(path, "float32"), guided) == (8, 8)
+    made, counted = passes(DiffusionDecoder(tiny_unet(tmp_path / "sd", distilled=False), "float32"), guided)
+    assert made == counted == 2 * 2 * 5  # this scheduler looks twice at the second step
+
+
+def test_a_negative_prompt_that_nothing_reads_is_refused(decoder: DiffusionDecoder, tmp_path: Path) -> None:
+    negative = DiffusionSampling(2, 3.5, 64, "blurry")
+    for path in (tiny_flux(tmp_path / "flux"), tiny_unet(tmp_path / "lcm", distilled=True)):
+        with pytest.raises(
+            ValueError, match=r"sampling.negative_prompt='blurry' has no effect: \w+Pipeline makes no pass"
+        ):
+            DiffusionDecoder(path, "float32").noise([1], 1, negative)
+    with pytest.raises(ValueError, match=r"has no effect: guidance must be above 1"):
+        decoder.noise([1], 1, DiffusionSampling(2, 1.0, 64, "blurry"))
+    images = [Sample(DiffusionSampling(2, 3.5, 64, text)).decode(decoder, {}, ROWS[:1], [1]).tokens.int()
+              for text in ("", "blurry")]  # fmt: skip
+    assert (images[0] - images[1]).abs().max() > 0
