@@ -118,7 +118,7 @@ def test_several_runs_make_and_score_one_folder_at_once(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr[-3000:]
     rows = [(tmp_path / str(number) / "results.jsonl").read_text() for number in range(3)]
     assert len(rows[0].splitlines()) == 12 and len(set(rows)) == 1
-    assert not [path for path in tmp_path.rglob(".*") if path.name != ".hydra"]
+    assert not [path for name in ("images", "scores") for path in (tmp_path / name).rglob(".*")]
 
 
 class Terminate(Callback):
