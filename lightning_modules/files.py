@@ -18,7 +18,7 @@ from filelock import FileLock
 _PARTIAL = re.compile(r"\.(?P<machine>.+)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _ELSEWHERE = 24 * 3600.0  # seconds after which what a process of another machine writes is taken for abandoned
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_read_only(error: OSError) -> bool:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,14 @@ def parm(decoder: NextTokenDecoder) -> PARM:
 def rows() -> list[dict]:
     """Twelve prompts, two of each task."""
     return shapes_prompts("train", 2)
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """A function that has this process write files of so many bytes at most, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

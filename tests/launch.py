@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
@@ -29,15 +30,47 @@ def launch(
     overrides: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
 ) -> "subprocess.CompletedProcess[str]":
     """What `python train.py OVERRIDES` does and says in a folder; SIGALRM ends it after `timeout` seconds."""
-    server, line = _forking(), [str(TRAIN), *overrides]
+    (done,) = launch_together([overrides], folder, env, timeout)
+    return done
+
+
+def launch_together(
+    runs: Sequence[Sequence[str]], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
+) -> "list[subprocess.CompletedProcess[str]]":
+    """The same of several runs at once."""
+    server = _forking()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as said:
-        out, err = (Path(said) / name for name in ("out", "err"))
-        order = [line, str(folder), dict(env or {}), str(out), str(err), timeout]
-        server.stdin.write(json.dumps(order) + "\n")
+        orders = []
+        for number, overrides in enumerate(runs):
+            out, err = (str(Path(said) / f"{name}-{number}") for name in ("out", "err"))
+            orders.append(([str(TRAIN), *overrides], str(folder), dict(env or {}), out, err, timeout))
+        server.stdin.write(json.dumps(orders) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(line, code, out.read_text(), err.read_text())
+        codes = json.loads(server.stdout.readline())
+        return [
+            subprocess.CompletedProcess(line, code, Path(out).read_text(), Path(err).read_text())
+            for code, (line, _, _, out, err, _) in zip(codes, orders, strict=True)
+        ]
+
+
+def _fork(order: Sequence[Any]) -> int:
+    """Start a run in a process of its own; returns its number."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    line, folder, env, out, err, timeout = order
+    if child := os.fork():
+        return child
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the process before has removed what came with the import
+    signal.alarm(timeout)
+    os.chdir(folder)
+    os.environ.update(env)
+    sys.argv = line
+    runpy.run_path(line[0], run_name="__main__")
+    sys.exit()
 
 
 def scontrol(folder: Path) -> dict[str, str]:
@@ -50,26 +83,12 @@ def scontrol(folder: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
     import train  # noqa: F401
 
     gc.freeze()  # or each process would go through all that is imported, to end
-    for order in sys.stdin:
-        line, folder, env, out, err, timeout = json.loads(order)
-        if child := os.fork():
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-            continue
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-        os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the process before has removed what came with the import
-        signal.alarm(timeout)
-        os.chdir(folder)
-        os.environ.update(env)
-        sys.argv = line
-        runpy.run_path(line[0], run_name="__main__")
-        sys.exit()
+    for orders in sys.stdin:
+        children = [_fork(order) for order in json.loads(orders)]
+        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mas
 from tests.backbone.test_diffusion import WITHOUT
 from tests.callbacks.test_scoring import write_folder
 from tests.conftest import TINY
+from tests.launch import launch_together
 from tests.test_image_reader import HUGE
 from tests.test_train import command
 
@@ -45,13 +46,23 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp_path: Path) -> None:
+def test_generated_images_score_as_in_an_evaluation(
+    compose_config: Compose, tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
     images = tmp_path / "images"
 
     def generate(*overrides: str) -> None:
         config = compose_config(*FEW, f"images={images}", *overrides)
         instantiate(config.generating, _convert_="all").run(trainer())
 
+    def refused(sentence: str, *overrides: str) -> None:
+        with pytest.raises((ValueError, OSError), match=sentence):
+            generate(*overrides)
+
+    small_files(900)  # bytes, too few for an image
+    refused(r"File too large: '.*/00000/samples/0000\.png'")
+    assert {path.name for path in images.rglob("*.*")} == {"provenance.json", "metadata.jsonl"}
+    small_files(-1)
     generate()
     made = {path: path.stat().st_mtime_ns for path in images.rglob("*.png")}
     names = sorted(str(path.relative_to(images)) for path in made)
@@ -68,8 +79,14 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     del made[lost]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(images.rglob("*.partial"))
-    with pytest.raises(ValueError, match=r"was made with another strategy and another seed"):
-        generate("seed=4", "sampling.temperature=1")
+    refused(r"was made with another strategy and another seed", "seed=4", "sampling.temperature=1")
+    about.write_text((images / "00003" / "metadata.jsonl").read_text())
+    refused(rf"00004/metadata\.jsonl is not the prompt '{json.loads(prompt)['prompt']}' any more: name another folder")
+    about.write_text(prompt)
+    surplus = images / sample_path(4, 2)
+    surplus.write_bytes(pixels)
+    refused(r"00004/samples/0002\.png was not made here: remove it, or name another folder")
+    surplus.unlink()
     with pytest.raises(InstantiationException, match=r"generating.strategy is 'magic'; there are: sample, best"):
         generate("generating.strategy=magic")
 
@@ -83,6 +100,30 @@ def test_generated_images_score_as_in_an_evaluation(compose_config: Compose, tmp
     assert [row | {"filename": row["filename"].removeprefix(f"{images}/")} for row in scored] == [
         row | {"filename": row["filename"].removeprefix("sample/")} for row in results(tmp_path)
     ]
+
+
+def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
+    samples = tmp_path / "images" / "00000" / "samples"
+    samples.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(samples / "0000.png")
+    (samples.parent / "metadata.jsonl").write_text('{"prompt": "a photo of a dog"}\n')
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    done = command(tmp_path, *FEW, "task=generate", f"images={tmp_path}/images", check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == (
+        f"Error: {tmp_path}/images holds 00000, and no provenance.json that says it was made here: name another folder"
+    )
+    assert {path: before.get(path) for path in (tmp_path / "images").rglob("*")}.items() <= before.items()
+
+
+def test_several_runs_make_and_score_one_folder_at_once(tmp_path: Path) -> None:
+    few = [*FEW, f"images={tmp_path}/images", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
+    for task in (["task=generate"], ["task=score", "scoring.batch_size=1"]):
+        runs = [[*few, *task, f"hydra.run.dir={tmp_path}/{number}"] for number in range(3)]
+        for done in launch_together(runs, tmp_path):
+            assert done.returncode == 0, done.stderr[-3000:]
+    rows = [(tmp_path / str(number) / "results.jsonl").read_text() for number in range(3)]
+    assert len(rows[0].splitlines()) == 12 and len(set(rows)) == 1
+    assert not [path for name in ("images", "scores") for path in (tmp_path / name).rglob(".*")]
 
 
 class Terminate(Callback):

@@ -30,6 +30,7 @@ from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
 from tests.conftest import ROOT, TINY
 from tests.launch import ENV, TRAIN, launch
+from tests.places import read_only
 from tests.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
 
@@ -235,10 +236,21 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     assert (run / "page.html").read_text().count("<section") == 12 * len(names)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
-    # The checkpoint evaluates to what the end of training printed, and exports.
+    # Where all but its folder is read-only, the checkpoint evaluates to what the end of training printed; it exports.
     seeded = [*overrides, f"ckpt_path={run}/checkpoints/step-5.ckpt"]
-    printed = command(folder, *seeded, "task=evaluate", f"hydra.run.dir={folder}/again").stdout
-    assert "Testing run/checkpoints/step-5.ckpt (step 5)" in printed and "Results in again" in printed
+    places = [folder / name for name in ("home", "scores", "rollouts")]
+    for place in places:
+        place.mkdir(exist_ok=True)
+    line = [*arguments(folder, *seeded), "task=evaluate", "logger=default", f"scores_dir={folder}/scores",
+            f"hydra.run.dir={folder}/again"]  # fmt: skip
+    prefix, env = read_only(*places), ENV | {"HOME": str(folder / "home")}
+    evaluated = subprocess.run([*prefix, *line], cwd=folder, env=env, capture_output=True, text=True)
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    assert not prefix or f"scores_dir: nothing can be written to {folder}/scores" in evaluated.stdout
+    (log,) = (folder / "again").glob("wandb/*run-*/run-*.wandb")
+    staged = [Path(entry.local_path) for artifact in artifacts(log) for entry in artifact.manifest.contents]
+    assert staged and all(path.is_file() and path.is_relative_to(folder / "again" / "wandb") for path in staged)
+    assert "Testing run/checkpoints/step-5.ckpt (step 5)" in evaluated.stdout and "Results in again" in evaluated.stdout
     rows, trained = ((path / "results.jsonl").read_text().splitlines() for path in (run, folder / "again"))
     assert trained == [row for row in rows if "_before_training" not in row]
     again = json.loads((folder / "again" / "geneval.json").read_text())["strategies"]

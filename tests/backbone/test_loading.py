@@ -25,6 +25,18 @@ def test_export_and_load_give_the_same_weights(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o444 == 0o444  # for others to read
 
 
+def test_weights_of_something_else_are_not_written_over(tmp_path: Path) -> None:
+    export(nn.Linear(3, 4), tmp_path, {"what": "linear", "checkpoint": "here"})
+    export(nn.Linear(3, 4), tmp_path, {"what": "linear", "checkpoint": "elsewhere"})
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"export_dir: .* holds model\.safetensors of something else: name another"):
+        export(nn.Linear(3, 4), tmp_path, {"what": "another"})
+    (tmp_path / "config.json").unlink()  # not an export
+    with pytest.raises(ValueError, match=r"holds model\.safetensors of something else"):
+        export(nn.Linear(3, 4), tmp_path, {"what": "linear"})
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
 def test_frozen_parts_are_not_written() -> None:
     decoder = make_decoder()
     assert any(key.startswith("image_tokenizer.") for key in decoder.state_dict())

@@ -134,3 +134,14 @@ def test_a_folder_that_was_opened_stays_what_it_was(tmp_path) -> None:
     open_folder(tmp_path / "x", {"decoder": "a", "seed": 1})
     with pytest.raises(ValueError, match="another seed"):
         open_folder(tmp_path / "x", {"decoder": "a", "seed": 2})
+
+
+def test_a_folder_of_others_stays_what_it_was(tmp_path) -> None:
+    (tmp_path / ".DS_Store").touch()  # what is hidden is nobody's work
+    open_folder(tmp_path, {"seed": 1})
+    (tmp_path / "provenance.json").unlink()
+    for name in "abcd":
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r" holds a, b, c and 1 more, and no provenance\.json .*: name another folder"):
+        open_folder(tmp_path, {"seed": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "a", "b", "c", "d"]
