@@ -27,6 +27,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.text import PublishedTokenizer, WordTokenizer
+from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
@@ -45,15 +46,14 @@ from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
+from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
-from tests.backbone.test_diffusion import WITHOUT, tiny_sd3
+from tests.backbone.test_diffusion import WITHOUT
 from tests.backbone.test_text import write
 from tests.conftest import make_decoder, make_masked, make_parm, make_showo
 from tests.rewards.test_clip_score import TEXT, VISION
-from tests.rewards.test_color import tiny_clip
-from tests.rewards.test_mask2former import tiny_mask2former
 
 NOISE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 ROWS = [{"prompt": "a photo of a star"}, {"prompt": "a photo of a ring"}]
@@ -181,7 +181,7 @@ def _(tmp_path: Path) -> Case:
 
 @case(DiffusionDecoder)
 def _(tmp_path: Path) -> Case:
-    checkpoint, moved, other = tiny_sd3(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
+    checkpoint, moved, other = save_tiny_sd3(f"{tmp_path}/a"), tmp_path / "b", tmp_path / "c"
     shutil.copytree(checkpoint, moved)
     shutil.copytree(checkpoint, other)
     scheduler = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
@@ -253,7 +253,7 @@ def _(tmp_path: Path) -> Case:
         return CLIPScore(clip, tokenizer, **settings)
 
     first = score(make_clip())
-    published = open_clip.get_tokenizer(tiny_clip(tmp_path))
+    published = open_clip.get_tokenizer(save_tiny_clip(str(tmp_path)))
     longer, cleaned = (
         open_clip.SimpleTokenizer(**more) for more in ({"context_length": 50}, {"clean": "canonicalize"})
     )
@@ -313,7 +313,7 @@ def _(tmp_path: Path) -> Case:
 def _(tmp_path: Path) -> Case:
     for name in "abc":
         (tmp_path / name).mkdir()
-    first, moved, other = (tiny_clip(tmp_path / name) for name in "abc")
+    first, moved, other = (save_tiny_clip(f"{tmp_path}/{name}") for name in "abc")
     config = json.loads((tmp_path / "c" / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.1, 0.1, 0.1]
     (tmp_path / "c" / "open_clip_config.json").write_text(json.dumps(config))
@@ -333,7 +333,7 @@ def _(tmp_path: Path) -> Case:
 
 @case(Mask2FormerDetector)
 def _(tmp_path: Path) -> Case:
-    checkpoint = tiny_mask2former(tmp_path / "a")
+    checkpoint = save_tiny_mask2former(f"{tmp_path}/a")
     shutil.copytree(checkpoint, tmp_path / "moved")
     shutil.copytree(checkpoint, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -377,7 +377,7 @@ def _(tmp_path: Path) -> Case:
         "kind": GenEvalReward(ShapesDetector(), kind="strict"),
         "rules": GenEvalReward(ShapesDetector(), options={"threshold": 0.1}),
         "detector": GenEvalReward(StoredDetections(str(detections), ShapesDetector.class_names)),
-        "colors": GenEvalReward(ShapesDetector(), CLIPColors(tiny_clip(tmp_path), None)),
+        "colors": GenEvalReward(ShapesDetector(), CLIPColors(save_tiny_clip(str(tmp_path)), None)),
     }
     same = {
         "official rules": GenEvalReward(ShapesDetector(), options={"threshold": 0.3}),
