@@ -174,7 +174,8 @@ def run(config: DictConfig) -> None:
     elif config.task == "rollout":
         trainer.predict(module, data, ckpt_path=config.ckpt_path)
     else:
-        starts = [f"{key}.checkpoint={plain[key]['checkpoint']}" for key in ("decoder", "parm") if plain.get(key)]
+        named = ("decoder.checkpoint", "parm.checkpoint")
+        starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
         say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
         trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -13,7 +13,9 @@ from callbacks.report import StrategyResult
 _chosen: dict[str, str] = {}  # where this process has W&B write, by the variable that says so
 
 
-def wandb_logger(save_dir: str, **settings: Any) -> WandbLogger:
+def wandb_logger(
+    save_dir: str, offline: bool = False, log_model: Literal["all"] | bool = False, **settings: Any
+) -> WandbLogger:
     """Lightning's logger of a run in `save_dir`, whose pictures and tables wait there to be sent, and not in HOME.
 
     What the user has set in the environment stays.
@@ -22,7 +24,7 @@ def wandb_logger(save_dir: str, **settings: Any) -> WandbLogger:
     for name, own in (("WANDB_DATA_DIR", folder), ("WANDB_CACHE_DIR", folder / "cache")):
         if os.environ.get(name) == _chosen.get(name):  # the user's own is neither unset nor that of the run before
             os.environ[name] = _chosen[name] = str(own)
-    return WandbLogger(save_dir=save_dir, **settings)
+    return WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, **settings)
 
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

@@ -14,9 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from callbacks import slurm
+from callbacks.messages import sentence
 from callbacks.runs import LOCK, newest_checkpoint, quoted, shown
 
 _ENDED = ".ended"  # left by a run under SLURM that has come to its end
@@ -100,7 +101,8 @@ def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[]
         if config.task != "ladder" and _rank() == 0 and not _hold(Path(folder)):
             raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
     except Exception as error:  # Hydra would only warn of it
-        sys.exit(f"Error: {f'hydra.{kind}.dir: ' if isinstance(error, OSError) else ''}{error}")
+        written: Any = OmegaConf.to_container(config)
+        sys.exit(f"Error: {sentence(error, written | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
 
 
 def _rank() -> int:

@@ -192,7 +192,7 @@ DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callback
 
 
 def test_sharded_show_o_is_aligned_as_by_one_process_and_goes_on(tmp_path: Path) -> None:
-    small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path), *DECODE_NOTHING,
+    small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path, 256), *DECODE_NOTHING,
              "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
              "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
              "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip

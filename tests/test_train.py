@@ -65,8 +65,7 @@ COMPANIONS = {
     "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
     "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
     **{f"experiment={name}": ["clip.checkpoint=null"] for name in EXPERIMENTS if name.startswith("shapes_masked")},
-    "tokenizer=magvit": [*MEASURED, "decoder=tiny_showo", "tokenizer.checkpoint=null"],
-    "decoder=tiny_showo": MEASURED,
+    "tokenizer=magvit": ["experiment=showo_evaluate", "+debug=tiny_showo"],
     "decoder=showo": [
         *MEASURED,
         *("decoder.checkpoint=null", "decoder.module.dim=64", "decoder.module.depth=1", "decoder.module.heads=4"),
@@ -122,9 +121,9 @@ def here(tmp_path: Path) -> list[str]:
     return [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
 
 
-def pair_files(folder: Path) -> list[str]:
-    """Overrides that name a file of eight pairs of images, each of 64 tokens of 64 kinds."""
-    made = torch.randint(64, (8, 2, 64), generator=torch.Generator().manual_seed(0)).tolist()
+def pair_files(folder: Path, tokens: int = 64) -> list[str]:
+    """Overrides that name a file of eight pairs of images, each of so many tokens of 64 kinds."""
+    made = torch.randint(64, (8, 2, tokens), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"prompt": "a photo of a star", "chosen": chosen, "rejected": rejected} for chosen, rejected in made]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [f"data.{split}.path={folder}/pairs.jsonl" for split in ("train", "validation")]
@@ -596,7 +595,7 @@ def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: Path, precision: str) -> None:
-    rows = [{"prompt": "a photo of a star", "chosen": [i] * 64, "rejected": [i + 1] * 64} for i in range(6)]
+    rows = [{"prompt": "a photo of a star", "chosen": [i] * 256, "rejected": [i + 1] * 256} for i in range(6)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"data.train.path={path}", f"data.validation.path={path}", "~callbacks.geneval"]
@@ -640,9 +639,19 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
 
 
 def test_parm_learns_from_show_o(tmp_path: Path) -> None:
-    command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo")
+    few = ["callbacks.geneval.test_strategies=[sample,parm_literal]", "callbacks.geneval.validation_strategies=[sample]",
+           "callbacks.geneval.monitor=sample", "data.train.plain.samples=2", "data.validation.samples=2",
+           "data.test.samples=2"]  # fmt: skip
+    command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo", *few)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
-    assert {"sample", "best_of_8_parm", "parm"} <= set(report["strategies"])
+    assert list(report["strategies"]) == ["sample", "parm_literal"] and report["prompts"] == 6
+
+
+def test_show_o_is_aligned_to_its_own_rollouts(tmp_path: Path) -> None:
+    command(tmp_path, "experiment=showo_dpo", "data=preferences", "+debug=tiny_showo", "data.train.plain.samples=3")
+    (pairs,) = (tmp_path / "rollouts").glob("train-pairs-*")
+    rows = datasets.load_from_disk(str(pairs))
+    assert len(rows["chosen"][0]) == 256 and all(margin > 0 for margin in rows["margin"])
 
 
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 # Patterns of the files that `checkpoint` names, one of which has to be there, by what loads them.
 _LOADERS = {
@@ -34,6 +34,9 @@ _SIZES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "16 GB",
     "stabilityai/stable-diffusion-xl-base-1.0": "7 GB",
 }
+
+
+_UNREACHABLE = LocalEntryNotFoundError.__name__
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,12 @@ def refuse_missing(weights: list[Published]) -> None:
         if each.is_here:
             continue
         try:
-            HfApi().model_info(each.name, timeout=10)
-        except (OSError, HfHubHTTPError) as error:
-            missing.append(each)
-            reason = reason or type(error).__name__
+            if reason != _UNREACHABLE:  # it would be asked in vain again and again
+                snapshot_download(each.name, allow_patterns=["config.json"])
+                continue
+        except (OSError, ValueError) as error:
+            reason = type(error).__name__
+        missing.append(each)
     if missing:
         listed = "\n".join(f"  {each}" for each in missing)
         raise FileNotFoundError(

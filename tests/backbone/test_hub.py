@@ -75,8 +75,8 @@ def test_an_export_is_pushed_as_it_is(tmp_path: Path, compose_config: Any, monke
             "config.json names shutil.rmtree",
         ),
         (
-            {"module": {"_target_": "lightning_modules.backbone.loading.os.remove", "path": "x"}},
-            r"config.json names lightning_modules.backbone.loading.os.remove",
+            {"module": {"_target_": "lightning_modules.files.os.remove", "path": "x"}},
+            r"config.json names lightning_modules.files.os.remove",
         ),
         ({"module": {"_target_": "lightning_modules.rewards.parm.PARM", "grid": "${oc.env:HOME}"}}, "is not resolved"),
         ({"module": {"_target_": "lightning_modules.backbone.text.WordTokenizer", "vocabulary": ["a"], "max_words": 1}},

@@ -56,14 +56,14 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
     done: list[int] = []
     logged: list[dict[str, float]] = []
     trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0, loggers=[])
-    callback = make_callback(every_n_epochs=every_n_epochs)
+    callback = make_callback(every_n_epochs=every_n_epochs, reward=SimpleNamespace(kinds=dict))
 
     def evaluate(*_: Any) -> dict[str, Any]:
         done.append(trainer.current_epoch)
         return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, holdout={})}
 
     monkeypatch.setattr(callback, "_evaluate", evaluate)
-    module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.append(dict(values)))
+    module: Any = SimpleNamespace(judges={}, log_dict=lambda values, **_: logged.append(dict(values)))
     for trainer.current_epoch in validated:
         callback.on_validation_epoch_end(trainer, module)
     assert done == evaluated
