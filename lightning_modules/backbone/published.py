@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 # Patterns of the files that `checkpoint` names, one of which has to be there, by what loads them.
 _LOADERS = {
@@ -34,9 +34,6 @@ _SIZES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "16 GB",
     "stabilityai/stable-diffusion-xl-base-1.0": "7 GB",
 }
-
-
-_UNREACHABLE = LocalEntryNotFoundError.__name__
 
 
 @dataclass(frozen=True)
@@ -118,16 +115,18 @@ def published_clip(key: str, model: str, tag: str) -> Published | None:
 def refuse_missing(weights: list[Published]) -> None:
     """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once."""
     missing: list[Published] = []
-    reason = ""
+    reason, reachable = "", True
     for each in weights:
         if each.is_here:
             continue
         try:
-            if reason != _UNREACHABLE:  # it would be asked in vain again and again
-                snapshot_download(each.name, allow_patterns=["config.json"])
+            if reachable:
+                HfApi().model_info(each.name, timeout=10)
                 continue
-        except (OSError, ValueError) as error:
-            reason = type(error).__name__
+        except (
+            Exception
+        ) as error:  # without network the hub's client has errors of its own, which differ by its version
+            reason, reachable = type(error).__name__, isinstance(error, HfHubHTTPError)
         missing.append(each)
     if missing:
         listed = "\n".join(f"  {each}" for each in missing)

@@ -72,7 +72,7 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
     done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     first, *lines = done.stderr[done.stderr.index("Error: ") :].splitlines()
-    assert first.startswith("Error: weights are missing, and the Hugging Face hub does not give them (Offline")
+    assert first.startswith("Error: weights are missing, and the Hugging Face hub does not give them (")
     assert [line.split(":")[0].strip() for line in lines] == [
         "tokenizer.checkpoint",
         "decoder.module.text_tokenizer.checkpoint",
