@@ -20,6 +20,7 @@ from torch import Tensor
 from callbacks import slurm
 from callbacks.runs import read_checkpoint, shown
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.files import whole
 
 
 class MovableCheckpoint(ModelCheckpoint):
@@ -61,9 +62,8 @@ class MovableCheckpoint(ModelCheckpoint):
                 if source != path:
                     if saved["global_step"] > step:
                         continue
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    shutil.copyfile(source, f"{path}.partial")
-                    os.replace(f"{path}.partial", path)
+                    with whole(Path(path)) as partial:
+                        shutil.copyfile(source, partial)
                 found[path] = saved["callbacks"].get(self.state_key, {}).get("current_score", score)
                 break
             else:

@@ -59,7 +59,7 @@ def test_generated_images_score_as_in_an_evaluation(
         with pytest.raises((ValueError, OSError), match=sentence):
             generate(*overrides)
 
-    small_files(900)  # bytes, too few for an image
+    small_files(1600)  # bytes, too few for an image
     refused(r"File too large: '.*/00000/samples/0000\.png'")
     assert {path.name for path in images.rglob("*.*")} == {"provenance.json", "metadata.jsonl"}
     small_files(-1)

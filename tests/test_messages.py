@@ -338,10 +338,6 @@ PLACES = {
         ],
         "tokenizer.json is not a tokenizer: ",
     ),
-    "backbone/loading.py": (
-        ["decoder.checkpoint=no/such"],
-        "decoder.checkpoint: no/such (*.safetensors or *.bin): `hf download no/such",
-    ),
     "train.py": (["logger.wandb.offline=false"], "logger: No API key configured"),
 }
 

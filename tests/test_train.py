@@ -639,9 +639,9 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
 
 
 def test_parm_learns_from_show_o(tmp_path: Path) -> None:
-    few = ["callbacks.geneval.test_strategies=[sample,parm_literal]", "callbacks.geneval.validation_strategies=[sample]",
-           "callbacks.geneval.monitor=sample", "data.train.plain.samples=2", "data.validation.samples=2",
-           "data.test.samples=2"]  # fmt: skip
+    few = ["callbacks.geneval.test_strategies=[sample,parm_literal]", "callbacks.geneval.monitor=sample",
+           "callbacks.geneval.validation_strategies=[sample]", "data.train.plain.samples=2",
+           "data.validation.samples=2", "data.test.samples=2"]  # fmt: skip
     command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo", *few)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert list(report["strategies"]) == ["sample", "parm_literal"] and report["prompts"] == 6
