@@ -128,7 +128,7 @@ class PreferencesDataModule(PairsDataModule):
             if name not in known:
                 raise ValueError(f"data.scores names the judge {name!r}; there are: {', '.join(known)}")
         assert self.trainer is not None
-        restored = stage == "test" and self.trainer.ckpt_path is not None and not self._folders
+        restored = stage == "test" and not self._folders  # a checkpoint may follow
         if restored or (self.reference == "run" and stage == "fit"):
             module: Any = self.trainer.lightning_module
             self._start = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}

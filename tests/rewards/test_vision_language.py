@@ -164,7 +164,7 @@ def test_what_is_refused(
 def test_a_critique_is_what_transformers_generates(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
     processor = transformers.AutoProcessor.from_pretrained(checkpoint)
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    asked = [conversation(judge._critique[0].replace("{prompt}", prompt)) for prompt in PROMPTS]
+    asked = [conversation(judge.questions.critique.replace("{prompt}", prompt)) for prompt in PROMPTS]
     texts = processor.apply_chat_template(asked, add_generation_prompt=True)
     images = [Image.fromarray(image) for image in to_uint8(pixels)]
     inputs = processor(text=texts, images=[images], padding=True, padding_side="left", return_tensors="pt")
