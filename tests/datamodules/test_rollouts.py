@@ -3,13 +3,14 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from datamodules.rollouts import RolloutSpec, collate, collect, open_folder, store
+from datamodules.rollouts import RolloutSpec, collate, collect, find, open_folder, store
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
@@ -127,6 +128,19 @@ def test_of_two_runs_that_want_the_same_rows_one_makes_them(tmp_path) -> None:
     assert len(made) == 1
     assert load_from_disk(str(tmp_path / "rows"))["number"][:] == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+def test_what_a_checkpoint_knows_is_found_by_its_name_wherever_its_folder_has_moved(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, before = tmp_path / "disk2" / "plain-a", tmp_path / "outputs" / "rollouts" / "plain-a"
+    monkeypatch.chdir(tmp_path)
+    known = "outputs/rollouts/plain-a"  # as checkpoints held it before they held whole paths
+    assert find(known, now.parent) is None
+    before.mkdir(parents=True)
+    assert find(known, now.parent) == Path(known)
+    now.mkdir(parents=True)
+    assert find(known, now.parent) == find(str(before), now.parent) == now
 
 
 def test_a_folder_that_was_opened_stays_what_it_was(tmp_path) -> None:
