@@ -36,9 +36,10 @@ from callbacks.runs import (
     refuse_other_config,
 )
 from datamodules.preferences import PreferencesDataModule
-from lightning_modules.backbone.loading import export, write_text
+from lightning_modules.backbone.loading import export
 from lightning_modules.broken_files import first_line
 from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.files import write_text
 from lightning_modules.parm import PARMModule
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`

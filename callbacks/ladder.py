@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from callbacks.report import StrategyResult, print_table, save_figure, write_csv
 from callbacks.runs import quoted
-from lightning_modules.backbone.loading import write_text
+from lightning_modules.files import write_text
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import TASKS
 
