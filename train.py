@@ -36,7 +36,7 @@ from callbacks.runs import (
     refuse_other_config,
 )
 from datamodules.preferences import PreferencesDataModule
-from lightning_modules.backbone.loading import export
+from lightning_modules.backbone.loading import export, refuse_other_weights
 from lightning_modules.broken_files import first_line
 from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.files import write_text
@@ -145,10 +145,13 @@ def run(config: DictConfig) -> None:
     module.save_hyperparameters(plain)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)
-        for node, part in module.exported.items():
-            folder = Path(config.export_dir) / (node if len(module.exported) > 1 else "")
-            export(part, folder, plain[node])
-            print(f"Exported {type(part).__name__} to {folder}")
+        parts = module.exported
+        folders = {node: Path(config.export_dir) / (node if len(parts) > 1 else "") for node in parts}
+        for node in parts:  # before any is written
+            refuse_other_weights(folders[node], plain[node])
+        for node, part in parts.items():
+            export(part, folders[node], plain[node])
+            print(f"Exported {type(part).__name__} to {folders[node]}")
         return
     callbacks = build(config.callbacks)
     if checkpoints and Path(config.ckpt_path).is_dir():

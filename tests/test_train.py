@@ -532,7 +532,16 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     for key in ("train/parm_loss", "val/objects/sample", "val/holdout/clip/sample"):
         assert key in header
     exported = tmp_path / "aligned"
-    command(tmp_path, "experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}")
+    export = ["experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}"]
+    (exported / "parm").mkdir(parents=True)
+    (exported / "parm" / "model.safetensors").touch()
+    refused = command(tmp_path, *export, check=False)
+    assert refused.stderr.strip().splitlines()[-1] == (
+        f"Error: export_dir: {exported}/parm holds model.safetensors of something else: name another folder"
+    )
+    assert not (exported / "decoder").exists()
+    (exported / "parm" / "model.safetensors").unlink()
+    command(tmp_path, *export)
     assert {path.parent.name for path in exported.rglob("model.safetensors")} == {"decoder", "parm"}
 
 

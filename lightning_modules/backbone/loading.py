@@ -190,22 +190,30 @@ def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: to
     Raises:
         ValueError: the folder holds weights of something else.
     """
-    _refuse_other_weights(folder, config)
+    refuse_other_weights(folder, config)
     tensors = {
         key: value.detach().to(dtype if value.is_floating_point() else value.dtype).contiguous()
         for key, value in own_state(module).items()
     }
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")  # first: it says whose the weights are
     with whole(folder / "model.safetensors") as partial:
         partial.write_bytes(save(tensors))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
+def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
     there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).is_file()]
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")) if "config.json" in there else {}
-    if there and _network(stored) != _network(json.loads(json.dumps(config))):
+    stored = read_json(folder / "config.json") if "config.json" in there else None
+    if there and not (isinstance(stored, dict) and _network(stored) == _network(json.loads(json.dumps(config)))):
         raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds as JSON; None if that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Weights on disk: strict, named errors, bundled weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from datamodules.shapes.prompts import vocabulary
+from lightning_modules.backbone import loading
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.loading import BUNDLED, Stored, export, fingerprint, own_state, pretrained, resolve
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
@@ -35,6 +37,24 @@ def test_weights_of_something_else_are_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds model\.safetensors of something else"):
         export(nn.Linear(3, 4), tmp_path, {"what": "linear"})
     assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_config_of_something_else_is_not_written_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"export_dir: .* holds config\.json of something else"):
+        export(nn.Linear(3, 4), tmp_path, {"what": "linear"})
+
+
+def test_an_export_says_whose_weights_it_has_before_it_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "save", lambda _: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        export(nn.Linear(3, 4), tmp_path, {"what": "linear"})
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+    monkeypatch.undo()
+    export(nn.Linear(3, 4), tmp_path, {"what": "linear"})
 
 
 def test_frozen_parts_are_not_written() -> None:
