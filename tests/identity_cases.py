@@ -253,7 +253,7 @@ def _(tmp_path: Path) -> Case:
         return CLIPScore(clip, tokenizer, **settings)
 
     first = score(make_clip())
-    published = open_clip.get_tokenizer(save_tiny_clip(str(tmp_path)))
+    published = open_clip.get_tokenizer(save_tiny_clip(f"{tmp_path}/clip"))
     longer, cleaned = (
         open_clip.SimpleTokenizer(**more) for more in ({"context_length": 50}, {"clean": "canonicalize"})
     )
@@ -311,8 +311,6 @@ def _(tmp_path: Path) -> Case:
 
 @case(CLIPColors)
 def _(tmp_path: Path) -> Case:
-    for name in "abc":
-        (tmp_path / name).mkdir()
     first, moved, other = (save_tiny_clip(f"{tmp_path}/{name}") for name in "abc")
     config = json.loads((tmp_path / "c" / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.1, 0.1, 0.1]
@@ -377,7 +375,7 @@ def _(tmp_path: Path) -> Case:
         "kind": GenEvalReward(ShapesDetector(), kind="strict"),
         "rules": GenEvalReward(ShapesDetector(), options={"threshold": 0.1}),
         "detector": GenEvalReward(StoredDetections(str(detections), ShapesDetector.class_names)),
-        "colors": GenEvalReward(ShapesDetector(), CLIPColors(save_tiny_clip(str(tmp_path)), None)),
+        "colors": GenEvalReward(ShapesDetector(), CLIPColors(save_tiny_clip(f"{tmp_path}/clip"), None)),
     }
     same = {
         "official rules": GenEvalReward(ShapesDetector(), options={"threshold": 0.3}),

@@ -4,6 +4,7 @@ The weights are the same each time.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
+from lightning_modules.files import make_once
 from lightning_modules.rewards.geneval import CLASS_NAMES
 
 _CLIP: Any = {
@@ -24,6 +26,11 @@ _PREPROCESS = {"size": [32, 32], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26,
 
 def save_tiny_mask2former(folder: str, labels: int = len(CLASS_NAMES)) -> str:
     """Write a random Mask2Former of a few thousand weights that finds something, and return its folder."""
+    make_once(Path(folder), partial(_write_mask2former, labels=labels))
+    return folder
+
+
+def _write_mask2former(folder: Path, labels: int) -> None:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     swin: Any = {"image_size": 64, "embed_dim": 16, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 4}
@@ -48,11 +55,15 @@ def save_tiny_mask2former(folder: str, labels: int = len(CLASS_NAMES)) -> str:
             elif "mask_embedder" in name or "queries" in name:
                 weight.mul_(8)  # masks of all shapes
     model.save_pretrained(folder)
-    return folder
 
 
 def save_tiny_clip(folder: str) -> str:
     """Write a random CLIP, and return its name for open_clip."""
+    make_once(Path(folder), _write_clip)
+    return f"local-dir:{folder}"
+
+
+def _write_clip(folder: Path) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         clip = open_clip.CLIP(_CLIP["embed_dim"], _CLIP["vision_cfg"], _CLIP["text_cfg"], quick_gelu=True)
@@ -60,9 +71,7 @@ def save_tiny_clip(folder: str) -> str:
         for weight in clip.parameters():
             if weight.ndim > 1:
                 weight.mul_(3)  # so that colours are told apart
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(clip.state_dict(), path / "open_clip_model.safetensors")
+    folder.mkdir()
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": _CLIP, "preprocess_cfg": _PREPROCESS}
-    (path / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return f"local-dir:{folder}"
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")

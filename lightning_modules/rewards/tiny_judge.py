@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lightning_modules.files import make_once
 from lightning_modules.rewards.vision_language import Questions
 
 # Like the published one, it opens an answer otherwise in the past than in the present (a space before the newline).
@@ -37,6 +38,11 @@ def save_tiny_judge(folder: str) -> str:
 
     The weights are the same each time, and large enough for answers to differ between images.
     """
+    make_once(Path(folder), _write_judge)
+    return folder
+
+
+def _write_judge(folder: Path) -> None:
     import transformers
 
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -70,5 +76,4 @@ def save_tiny_judge(folder: str) -> str:
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=0.3, generator=generator)
-    model.save_pretrained(Path(folder))
-    return folder
+    model.save_pretrained(folder)

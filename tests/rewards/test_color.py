@@ -20,7 +20,7 @@ CASES = json.loads((GOLDEN / "crops.json").read_text())
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> CLIPColors:
-    return CLIPColors(save_tiny_clip(str(tmp_path_factory.mktemp("clip"))), pretrained=None, batch_size=7)
+    return CLIPColors(save_tiny_clip(str(tmp_path_factory.mktemp("clip") / "clip")), pretrained=None, batch_size=7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['id']}-{case['note']}")
@@ -75,8 +75,8 @@ def test_there_are_no_colors_without_weights(tmp_path: Path) -> None:
     sentence = r"^geneval.reward.colors: .*; where there is network run `hf download timm/vit_large.*\.pretrained"
     with pytest.raises(FileNotFoundError, match=sentence):
         CLIPColors(pretrained=str(tmp_path / "nowhere.safetensors"))
-    name = save_tiny_clip(str(tmp_path))
-    weights = tmp_path / "open_clip_model.safetensors"
+    name = save_tiny_clip(f"{tmp_path}/clip")
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=sentence):  # open_clip's own is a random network, and a warning
         CLIPColors(name, pretrained=None)

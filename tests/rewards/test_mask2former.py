@@ -17,7 +17,7 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_mask2former
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_mask2former(str(tmp_path_factory.mktemp("mask2former")))
+    return save_tiny_mask2former(str(tmp_path_factory.mktemp("mask2former") / "tiny"))
 
 
 @pytest.fixture(scope="module")

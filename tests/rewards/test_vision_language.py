@@ -25,7 +25,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_judge(str(tmp_path_factory.mktemp("judge")))
+    return save_tiny_judge(str(tmp_path_factory.mktemp("judge") / "tiny"))
 
 
 @pytest.fixture(scope="module")
