@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
 
 from callbacks.messages import written_at
+from datamodules.rollouts import refuse_unmarked
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 
@@ -23,9 +25,14 @@ def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
         written: the same as it is written, with its interpolations: errors name the keys that users set.
 
     Raises:
-        ValueError: parts do not go together; the sentence names the keys.
+        ValueError: parts do not go together, or the folder for images holds others; the sentence names the keys.
         FileNotFoundError: weights are missing, all of which are named; or what should be a file of CLIP's is none.
     """
+    if config["task"] == "generate":
+        try:
+            refuse_unmarked(Path(config["images"]))
+        except ValueError as error:
+            raise ValueError(f"{error}; task=score judges what is there") from None
     parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
     built = {name: config[name] for name in parts if config.get(name)}
     if config["task"] != "score":

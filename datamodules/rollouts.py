@@ -21,6 +21,7 @@ from tqdm import tqdm
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
+from lightning_modules.backbone.loading import read_json
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.files import make_once
@@ -92,6 +93,18 @@ def provenance(
     }
 
 
+def refuse_unmarked(folder: Path) -> None:
+    """Raise ValueError if a folder holds more than hidden files, and no provenance.json that says what made them."""
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    # In this order: another process may be opening it at this moment.
+    if found and not (folder / "provenance.json").is_file():
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(
+            f"{folder} holds {', '.join(found[:_NAMED])}{more}, and no provenance.json that says it was made here: "
+            "name another folder"
+        )
+
+
 def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
     """Create a folder of rollouts or images, or make sure that an existing one was made with the same things.
 
@@ -101,17 +114,12 @@ def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
         OSError: it cannot be created; the error names it.
         ValueError: it was made with other things, or by others; the sentence names what differs, or what is there.
     """
+    refuse_unmarked(folder)
     about = folder / "provenance.json"
-    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    if found and not about.is_file():  # in this order: another process may be opening it at this moment
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise ValueError(
-            f"{folder} holds {', '.join(found[:_NAMED])}{more}, and no provenance.json that says it was made here: "
-            "name another folder"
-        )
     make_once(about, lambda partial: partial.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8"))
-    stored = json.loads(about.read_text(encoding="utf-8"))
-    if different := [key for key in made_with if stored.get(key) != json.loads(json.dumps(made_with[key]))]:
+    if not isinstance(stored := read_json(about), dict) or not made_with.keys() <= stored.keys():
+        raise ValueError(f"{about} is not of this project, or of another version: name another folder")
+    if different := [key for key in made_with if stored[key] != json.loads(json.dumps(made_with[key]))]:
         others = " and another ".join(different)
         raise ValueError(f"what is in {folder} was made with another {others}: name another folder")
 

@@ -111,6 +111,7 @@ def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
     done = command(tmp_path, *FEW, "task=generate", f"images={tmp_path}/images", check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == (
         f"Error: {tmp_path}/images holds 00000, and no provenance.json that says it was made here: name another folder"
+        "; task=score judges what is there"
     )
     assert {path: before.get(path) for path in (tmp_path / "images").rglob("*")}.items() <= before.items()
 
@@ -228,7 +229,7 @@ def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
     path.write_text(row.replace(json.loads(row)["include"][0]["class"], "dog"))
     models = [
         f"geneval.reward.detector.checkpoint={save_tiny_mask2former(f'{tmp_path}/mask2former')}",
-        f"geneval.reward.colors.model={save_tiny_clip(str(tmp_path))}",
+        f"geneval.reward.colors.model={save_tiny_clip(f'{tmp_path}/clip')}",
         "geneval.reward.colors.pretrained=null",
     ]
     prompts = [f"geneval.test_prompts.path={path}", "geneval.test_prompts.official=false"]

@@ -159,3 +159,11 @@ def test_a_folder_of_others_stays_what_it_was(tmp_path) -> None:
     with pytest.raises(ValueError, match=r" holds a, b, c and 1 more, and no provenance\.json .*: name another folder"):
         open_folder(tmp_path, {"seed": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == [".DS_Store", "a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"source": "a camera"}'])
+def test_a_folder_that_others_marked_stays_what_it_was(tmp_path, text: str) -> None:
+    (tmp_path / "provenance.json").write_text(text)
+    with pytest.raises(ValueError, match=r"provenance\.json is not of this project, or of another version"):
+        open_folder(tmp_path, {"seed": 1})
+    assert (tmp_path / "provenance.json").read_text() == text
