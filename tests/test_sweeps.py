@@ -13,7 +13,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch
 
 from tests.conftest import ROOT
 from tests.test_train import SMALL_DPO, SMALL_PARM, command
-from tests.wandb_runs import history, settings_of
+from tests.wandb_runs import artifacts, history, settings_of
 from train import run
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
@@ -67,6 +67,8 @@ def test_jobs_of_a_multirun_have_a_wandb_run_each(tmp_path: Path) -> None:
         (path,) = (tmp_path / "jobs" / str(job)).glob("wandb/*run-*/run-*.wandb")
         assert settings_of(path)["strategies"]["parm_literal"]["k"] == k
         assert any("test/geneval/parm_literal" in row for row in history(path))
+        kept = [Path(entry.local_path) for artifact in artifacts(path) for entry in artifact.manifest.contents]
+        assert kept and all(file.is_relative_to(tmp_path / "jobs" / str(job)) for file in kept)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
