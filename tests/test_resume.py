@@ -24,6 +24,7 @@ RUNS = {
     "dpo_iterative": [
         "experiment=dpo_iterative", *(item for item in SMALL_DPO if not item.startswith("strategies.")),
         "strategies=sample", "data.batch_size=2", "data.train.plain.samples=3", "trainer.max_epochs=2",
+        "data.train.plain.per_round={two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}",
         "module.warmup_steps=2", *EVERY_STEP,
     ],
 }  # fmt: skip
