@@ -30,21 +30,21 @@ def launch(
     overrides: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
 ) -> "subprocess.CompletedProcess[str]":
     """What `python train.py OVERRIDES` does and says in a folder; SIGALRM ends it after `timeout` seconds."""
-    (done,) = launch_together([overrides], folder, env, timeout)
+    (done,) = launch_together([(overrides, env or {})], folder, timeout)
     return done
 
 
 def launch_together(
-    runs: Sequence[Sequence[str]], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
+    runs: Sequence[tuple[Sequence[str], Mapping[str, str]]], folder: Path, timeout: int = 300
 ) -> "list[subprocess.CompletedProcess[str]]":
-    """The same of several runs at once."""
+    """The same of several runs at once, each with its overrides and its environment."""
     server = _forking()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as said:
         orders = []
-        for number, overrides in enumerate(runs):
+        for number, (overrides, env) in enumerate(runs):
             out, err = (str(Path(said) / f"{name}-{number}") for name in ("out", "err"))
-            orders.append(([str(TRAIN), *overrides], str(folder), dict(env or {}), out, err, timeout))
+            orders.append(([str(TRAIN), *overrides], str(folder), dict(env), out, err, timeout))
         server.stdin.write(json.dumps(orders) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
@@ -56,6 +56,7 @@ def launch_together(
 
 def _fork(order: Sequence[Any]) -> int:
     """Start a run in a process of its own; returns its number."""
+    from lightning.pytorch.utilities import rank_zero_only
     from wandb.sdk.data_types._private import MEDIA_TMP
 
     line, folder, env, out, err, timeout = order
@@ -68,6 +69,7 @@ def _fork(order: Sequence[Any]) -> int:
     signal.alarm(timeout)
     os.chdir(folder)
     os.environ.update(env)
+    rank_zero_only.rank = int(os.environ.get("SLURM_PROCID", 0))  # type: ignore[attr-defined]  # set at its import
     sys.argv = line
     runpy.run_path(line[0], run_name="__main__")
     sys.exit()

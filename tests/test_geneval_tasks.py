@@ -119,7 +119,7 @@ def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
 def test_several_runs_make_and_score_one_folder_at_once(tmp_path: Path) -> None:
     few = [*FEW, f"images={tmp_path}/images", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
     for task in (["task=generate"], ["task=score", "scoring.batch_size=1"]):
-        runs = [[*few, *task, f"hydra.run.dir={tmp_path}/{number}"] for number in range(3)]
+        runs = [([*few, *task, f"hydra.run.dir={tmp_path}/{number}"], {}) for number in range(3)]
         for done in launch_together(runs, tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
     rows = [(tmp_path / str(number) / "results.jsonl").read_text() for number in range(3)]

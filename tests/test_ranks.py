@@ -17,8 +17,8 @@ from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.conftest import make_decoder, make_masked
-from tests.launch import ENV, launch, scontrol
-from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command, pair_files
+from tests.launch import ENV, launch, launch_together, scontrol
+from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command, here, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -95,20 +95,16 @@ def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: P
     command(tmp_path, *small)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
     stop = f"+callbacks.stop={{_target_: tests.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}}}"
-    line = [item for item in arguments(tmp_path, *small, stop) if not item.startswith("hydra.run.dir")]
+    line = [item for item in here(tmp_path) if not item.startswith("hydra.run.dir")]
+    line += [*small, stop, "trainer.num_nodes=2", "trainer.devices=1"]
     for start, step, codes in ((0, 2, [128 + signal.SIGTERM, 0]), (1, 4, [0, 0])):
-        env, port = ENV | scontrol(tmp_path) | {"SLURM_RESTART_COUNT": str(start)}, free_port()
-        started = [
-            subprocess.Popen([*line, "trainer.num_nodes=2", "trainer.devices=1"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env | slurm(node, port))
-            for node in (0, 1)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=300) for process in started]
-        assert [process.returncode for process in started] == codes, said
+        env, port = scontrol(tmp_path) | {"SLURM_RESTART_COUNT": str(start)}, free_port()
+        done = launch_together([(line, env | slurm(node, port)) for node in (0, 1)], tmp_path)
+        assert [process.returncode for process in done] == codes, done
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
         (run,) = (tmp_path / "outputs" / "parm").iterdir()
         assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
-    assert "Testing the last weights (step 4)" in said[0][0] and "Testing" not in said[1][0]
+    assert "Testing the last weights (step 4)" in done[0].stdout and "Testing" not in done[1].stdout
     ends = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (tmp_path / "run", run)]
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
