@@ -19,14 +19,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
-from callbacks.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
-from callbacks.command_line import hydra_told, leave_tracebacks_to_the_user
-from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
-from callbacks.messages import MENDABLE, sentence
-from callbacks.preflight import preflight
-from callbacks.run_folder import checkpoint_to_resume
-from callbacks.runs import (
+from datamodules.preferences import PreferencesDataModule
+from lightning_modules.backbone.loading import export, refuse_other_weights
+from lightning_modules.broken_files import first_line
+from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.files import write_text
+from lightning_modules.parm import PARMModule
+from lightning_modules.runs.checkpoints import (
     end_launched,
     forget_refused,
     keep_metrics,
@@ -35,12 +35,12 @@ from callbacks.runs import (
     refuse_foreign,
     refuse_other_config,
 )
-from datamodules.preferences import PreferencesDataModule
-from lightning_modules.backbone.loading import export, refuse_other_weights
-from lightning_modules.broken_files import first_line
-from lightning_modules.evaluation import EvaluationModule
-from lightning_modules.files import write_text
-from lightning_modules.parm import PARMModule
+from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from lightning_modules.runs.command_line import hydra_told, leave_tracebacks_to_the_user
+from lightning_modules.runs.messages import MENDABLE, sentence
+from lightning_modules.runs.preflight import preflight
+from lightning_modules.runs.run_folder import checkpoint_to_resume
+from lightning_modules.tasks.curve import CheckpointCurve
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")

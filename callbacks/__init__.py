@@ -1,1 +1,1 @@
-"""Callbacks: GenEval during and after training, and what it reports."""
+"""Callbacks of the Trainer: GenEval, checkpoints, memory."""

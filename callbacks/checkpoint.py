@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from callbacks import slurm
-from callbacks.runs import read_checkpoint, shown
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.files import whole
+from lightning_modules.runs import slurm
+from lightning_modules.runs.checkpoints import read_checkpoint, shown
 
 
 class MovableCheckpoint(ModelCheckpoint):

@@ -13,23 +13,30 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from tqdm import tqdm
 
-from callbacks.drawing import stories
-from callbacks.media import log_images, log_page
-from callbacks.page import write_page
-from callbacks.report import BEFORE_TRAINING, StrategyResult, print_table, result_row, spread, write_report
-from callbacks.runs import code
-from callbacks.shares import Share, ShareStore, combine
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.identity import digest
 from lightning_modules.optim import trainable
+from lightning_modules.report.drawing import stories
+from lightning_modules.report.media import log_images, log_page
+from lightning_modules.report.page import write_page
+from lightning_modules.report.tables import (
+    BEFORE_TRAINING,
+    StrategyResult,
+    print_table,
+    result_row,
+    spread,
+    write_report,
+)
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.runs.checkpoints import code
+from lightning_modules.shares import Share, ShareStore, combine
 
 
 class GenEvalCallback(Callback):

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-import callbacks.runs  # noqa: F401  (registers resolvers of the config)
+import lightning_modules.runs.checkpoints  # noqa: F401  (registers resolvers of the config)
 from datamodules.shapes.prompts import shapes_prompts, vocabulary
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import PatchVQ

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.checkpoint_io import WholeCheckpointIO
 from lightning_modules.files import make_once, whole, write_text
+from lightning_modules.runs.checkpoint_io import WholeCheckpointIO
 
 FORK = multiprocessing.get_context("fork")
 

@@ -35,7 +35,7 @@ from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
 from tests.callbacks.test_geneval_callback import make_callback
 from tests.conftest import make_parm
-from tests.identity_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
+from tests.helpers.identity_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
 
 
 def classes(base: type) -> Iterator[type]:

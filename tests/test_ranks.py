@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.conftest import make_decoder, make_masked
-from tests.launch import ENV, launch, launch_together, scontrol
+from tests.helpers.launch import ENV, launch, launch_together, scontrol
 from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command, here, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
@@ -65,7 +65,7 @@ def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rank", "killed", "busy"), [(0, False, True), (1, False, False), (1, True, True)])
 def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool, busy: bool) -> None:
     """Whether the other one waits for it or does not notice."""
-    fail = f"+callbacks.fail={{_target_: tests.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
+    fail = f"+callbacks.fail={{_target_: tests.helpers.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
     done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
     assert done.returncode != 0
     assert killed or f"rank {rank} has run out of paint" in done.stderr
@@ -94,7 +94,7 @@ def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: P
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, *small)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
-    stop = f"+callbacks.stop={{_target_: tests.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}}}"
+    stop = f"+callbacks.stop={{_target_: tests.helpers.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}}}"
     line = [item for item in here(tmp_path) if not item.startswith("hydra.run.dir")]
     line += [*small, stop, "trainer.num_nodes=2", "trainer.devices=1"]
     for start, step, codes in ((0, 2, [128 + signal.SIGTERM, 0]), (1, 4, [0, 0])):
@@ -168,7 +168,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
              "trainer.gradient_clip_val=null", "module.warmup_steps=2"]  # fmt: skip
     command(tmp_path, *small, "data.batch_size=8", "trainer.precision=32-true")
     small += ["data.batch_size=4", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
-              "trainer.strategy._target_=tests.sharding.FSDPOnCPU", "trainer.precision=32-true",
+              "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU", "trainer.precision=32-true",
               f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]  # fmt: skip
     command(tmp_path, *small)
     one, two = (
@@ -183,7 +183,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
 
 
 SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
-           "trainer.strategy._target_=tests.sharding.FSDPOnCPU"]  # fmt: skip
+           "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip
 DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
 
 

@@ -21,17 +21,17 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from callbacks.checks import refuse_wrong_values
 from callbacks.geneval import GenEvalCallback
-from callbacks.report import BEFORE_TRAINING
 from datamodules.pairs import reference_log_probs
 from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.report.tables import BEFORE_TRAINING
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
+from lightning_modules.runs.checks import refuse_wrong_values
 from tests.conftest import ROOT, TINY
-from tests.launch import ENV, TRAIN, launch
-from tests.places import read_only
-from tests.wandb_runs import artifacts, history, records, settings_of, table
+from tests.helpers.launch import ENV, TRAIN, launch
+from tests.helpers.places import read_only
+from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -26,7 +26,7 @@ def test_two_processes_take_little_more_than_half_the_time_of_one(
 ) -> None:
     def seconds(*overrides: str) -> float:
         shutil.rmtree(tmp_path / "rollouts", ignore_errors=True)
-        clock = f"+callbacks.clock={{_target_: tests.benchmarks.measuring.Clock, path: {tmp_path}/seconds}}"
+        clock = f"+callbacks.clock={{_target_: tests.helpers.measuring.Clock, path: {tmp_path}/seconds}}"
         command(tmp_path, *JOBS[name], "logger=csv", "trainer.accelerator=cpu", clock, *overrides)
         return float((tmp_path / "seconds").read_text())
 

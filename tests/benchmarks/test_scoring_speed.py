@@ -10,7 +10,7 @@ from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
-from tests.benchmarks.measuring import seconds
+from tests.helpers.measuring import seconds
 
 
 def compare(

@@ -21,7 +21,7 @@ from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import attend
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.rewards.verifier import StepJudge
-from tests.benchmarks.measuring import peak_mebibytes, seconds
+from tests.helpers.measuring import peak_mebibytes, seconds
 
 SAMPLING = MaskSampling(steps=18, guidance=1.75)
 PROMPTS = ["a photo of a bench", "a photo of two clocks", "a photo of a red dog and a blue cat", "a photo of a cow"]

@@ -19,7 +19,7 @@ from lightning_modules.backbone.sampling import uniform_noise
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.dpo import dpo
-from tests.benchmarks.measuring import peak_mebibytes, seconds
+from tests.helpers.measuring import peak_mebibytes, seconds
 
 BATCH = 64
 

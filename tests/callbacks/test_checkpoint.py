@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from callbacks.checkpoint import MovableCheckpoint, PreemptionCheckpoint, best_checkpoint
-from callbacks.runs import read_checkpoint
+from lightning_modules.runs.checkpoints import read_checkpoint
 
 
 class Diary(BoringModel):

@@ -17,7 +17,7 @@ from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
-from tests.rewards.stop_sign import stop_sign
+from tests.helpers.stop_sign import stop_sign
 
 TWO_STARS = {
     "tag": "two_object",

@@ -1,0 +1,58 @@
+"""What W&B shows beside numbers: the table of images, and the page of a test."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_modules.report.tables import StrategyResult
+
+_chosen: dict[str, str] = {}  # where this process has W&B write, by the variable that says so
+
+
+def wandb_logger(
+    save_dir: str, offline: bool = False, log_model: Literal["all"] | bool = False, **settings: Any
+) -> WandbLogger:
+    """Lightning's logger of a run in `save_dir`, whose pictures and tables wait there to be sent, and not in HOME.
+
+    What the user has set in the environment stays.
+    """
+    folder = Path(save_dir).absolute() / "wandb"
+    for name, own in (("WANDB_DATA_DIR", folder), ("WANDB_CACHE_DIR", folder / "cache")):
+        if os.environ.get(name) == _chosen.get(name):  # the user's own is neither unset nor that of the run before
+            os.environ[name] = _chosen[name] = str(own)
+    return WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, **settings)
+
+
+def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """Those of the process that logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
+
+
+def log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
+    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        rows = []
+        for index in next(iter(results.values())).thumbnails:
+            row: dict[str, Any] = {}
+            for name, result in results.items():
+                verdict = result.row_of(index)
+                row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
+                row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
+                row |= {f"{name} {judge}": score for judge, score in result.stories[index].scores.items()}
+            rows.append(row)
+        data = [list(row.values()) for row in rows]
+        logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
+
+
+def log_page(trainer: Trainer, page: Path) -> None:
+    """Log the page of a test to W&B."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        logger.log_metrics({"test/page": wandb.Html(str(page), inject=False)}, step=trainer.global_step)  # type: ignore[dict-item]

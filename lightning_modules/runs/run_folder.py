@@ -1,0 +1,183 @@
+"""The folder of a run: chosen once for all of its processes, and its own as long as it runs."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from lightning_modules.runs import slurm
+from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, shown
+from lightning_modules.runs.messages import sentence
+
+_ENDED = ".ended"  # left by a run under SLURM that has come to its end
+# Tasks that leave their results in the run folder.
+_REPORTING = ("fit", "evaluate", "score", "ladder")
+
+
+class RunFolder(Callback):
+    """Chooses the folder when a run starts, unless `hydra.run.dir` (or `hydra.sweep.dir`) names it. Hydra calls it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)  # names may refer to it
+        _open(config, "run", lambda: run_folder(f"outputs/{config.name}", config.task, config.ckpt_path))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)
+        _open(config, "sweep", lambda: run_folder("multirun", config.task, None))
+        with read_write(config.hydra):  # jobs are composed anew, from overrides
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(config.hydra.sweep.dir)}")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        slurm.requeue.listen()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if _has_ended(job_return):
+            slurm.requeue.forget()
+            if config.task in _REPORTING:
+                print(f"Results in {shown(config.hydra.runtime.output_dir)}")
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if _has_ended(kwargs["job_return"]):
+            _leave(config.hydra.run.dir)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        _leave(config.hydra.sweep.dir)
+
+
+def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
+    """A folder in `parent` for this run.
+
+    It is named after the time, or under SLURM after the job and the command: a job that is requeued finds it again. The
+    same command once more in the same job gets another one. Training with `ckpt_path=auto` goes on in the folder of the
+    newest checkpoint, if there is one where no other run is at work.
+    """
+    resuming = ckpt_path == "auto" and task == "fit"
+    if run := slurm.run_id():
+        for folder in _numbered(f"{parent}/slurm-{run}"):
+            if resuming and not folder.exists() and (found := _newest_run(parent)):
+                return found
+            if not _is_over(folder) and (_has_several_tasks() or _hold(folder)):
+                return str(folder)
+    if resuming and (found := _newest_run(parent)):
+        return found
+    return str(next(filter(_make, _numbered(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))))
+
+
+def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str | None:
+    """Where the training of a run in `folder` starts: what `ckpt_path` names, or how far this very run has come.
+
+    With `auto` that is the newest checkpoint in the folder; under SLURM it is as well, whatever `ckpt_path` says, if it
+    was saved by the same command of the same job before that was requeued.
+    """
+    found = newest_checkpoint(folder)
+    if found and (ckpt_path == "auto" or (slurm.is_own_checkpoint(found) and not _is_over(folder))):
+        _say(f"The run goes on from {shown(found)}")
+        return str(found)
+    if ckpt_path == "auto":
+        _say(f"ckpt_path=auto: there is no checkpoint of a run {name!r} yet, so a new one starts")
+        return None
+    return ckpt_path
+
+
+def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
+    """Settle on the folder of a run or of a sweep; the user's own is theirs, but one run's at a time."""
+    try:
+        if not config.hydra[kind].dir:
+            with read_write(config.hydra):
+                config.hydra[kind].dir = _agreed(choose)
+        folder = config.hydra[kind].dir
+        # Several processes may climb a ladder, each of whose jobs is a run.
+        if config.task != "ladder" and _rank() == 0 and not _hold(Path(folder)):
+            raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
+    except Exception as error:  # Hydra would only warn of it
+        written: Any = OmegaConf.to_container(config)
+        sys.exit(f"Error: {sentence(error, written | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
+
+
+def _rank() -> int:
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank
+
+
+def _agreed(choose: Callable[[], str]) -> str:
+    """What the first process of a torchrun has chosen; elsewhere the other processes are told by the command line."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return choose()
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = "image-cot/run_folder"
+    if _rank() == 0 and not store.check([key]):  # it is there when torchrun has started them again
+        store.set(key, choose())
+    return store.get(key).decode()
+
+
+def _hold(folder: Path) -> bool:
+    """Make the folder this process's own until it ends, however it does; False if it is another one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, it is not inherited by forked workers
+    except (BlockingIOError, PermissionError):
+        os.close(lock)
+        return False
+    except OSError:  # a disk without locks: there one has to take care
+        pass
+    return True
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder; False if it is there: of several runs that start together, one makes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _numbered(path: str) -> Iterator[Path]:
+    """`path`, `path`-1, `path`-2, ..."""
+    yield Path(path)
+    yield from (Path(f"{path}-{number}") for number in count(1))
+
+
+def _newest_run(parent: str) -> str | None:
+    """The folder in `parent` with the newest checkpoint, of those where no run is at work."""
+    found = {folder: path for folder in Path(parent).glob("*") if (path := newest_checkpoint(folder))}
+    newest = sorted(found, key=lambda folder: found[folder].stat().st_mtime_ns, reverse=True)
+    return next((str(folder) for folder in newest if _has_several_tasks() or _hold(folder)), None)
+
+
+def _has_several_tasks() -> bool:
+    """Whether other tasks have to come to the same folder, each on its own: they do not look who is in it."""
+    return slurm.job_id() is not None and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def _is_over(folder: Path) -> bool:
+    """Whether the run in `folder` has come to its end, in this start of its SLURM job."""
+    return (folder / _ENDED).exists() and not slurm.was_requeued()
+
+
+@rank_zero_only
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
+
+
+def _has_ended(job: JobReturn) -> bool:
+    return job.status == JobStatus.COMPLETED and _rank() == 0
+
+
+def _leave(folder: str) -> None:
+    """Note that the run in `folder` has come to its end."""
+    if slurm.job_id() is not None and _rank() == 0:
+        (Path(folder) / _ENDED).touch()

@@ -1,0 +1,91 @@
+"""SLURM: a run that is requeued stays the same run."""
+
+import atexit
+import hashlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_modules.runs.checkpoints import read_checkpoint
+
+
+def job_id() -> str | None:
+    """The SLURM job of this process, which keeps its number when it is requeued; None elsewhere.
+
+    None for interactive jobs as well: there, commands are typed one after another.
+    """
+    if SLURMEnvironment.job_id() is None:
+        return None
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def run_id() -> str | None:
+    """Which run this is: a command of a SLURM job; None elsewhere.
+
+    A job may have several commands, in turn or side by side, and the numbers of their steps depend on which is first.
+    """
+    if (job := job_id()) is None:
+        return None
+    command = "\n".join(sorted(HydraConfig.get().overrides.task))
+    return f"{job}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
+
+
+def was_requeued() -> bool:
+    """Whether SLURM says that the job had been started before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def is_own_checkpoint(path: Path) -> bool:
+    """Whether this very run has saved that checkpoint, before it was requeued."""
+    if (run := run_id()) is None:
+        return False
+    # Lightning's own checkpoints of requeued jobs do not say whose they are: those in a run's folder are its.
+    return path.name.startswith("hpc_ckpt_") or read_checkpoint(str(path)).get("slurm_run") == run
+
+
+class Requeue:
+    """Has SLURM start the job again when this run stops because of SIGUSR1, as `sbatch --signal=USR1@90` sends it.
+
+    It stands in for Lightning's own way, which saves wherever the signal finds each process, in the middle of a step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def listen(self) -> None:
+        """Take SIGUSR1 from now on, if this is a SLURM job."""
+        if job_id() is not None:
+            signal.signal(signal.SIGUSR1, self._stop)
+            atexit.register(self.now)
+
+    def _stop(self, *_: Any) -> None:
+        self._asked = True
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # nobody would save: the process just ends
+            self.now()
+        signal.raise_signal(signal.SIGTERM)
+
+    def forget(self) -> None:
+        """Leave the job to end, as the run has."""
+        self._asked = False
+
+    def now(self) -> None:
+        """Requeue the job, if that was asked for and has not been done."""
+        if self._asked and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._asked = False
+            job = job_id()
+            try:
+                subprocess.run(["scontrol", "requeue", str(job)], check=True)
+                print(f"SLURM job {job} is requeued, and goes on where it stopped", flush=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                print(f"SLURM job {job} could not be requeued ({error}); ckpt_path=auto goes on", flush=True)
+
+
+requeue = Requeue()

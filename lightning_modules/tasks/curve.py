@@ -1,0 +1,125 @@
+"""CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from callbacks.geneval import GenEvalCallback
+from lightning_modules.files import refuse_unwritable, whole
+from lightning_modules.identity import digest
+from lightning_modules.report.tables import print_plain, save_figure, write_csv
+from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
+
+
+class CheckpointCurve(LightningModule):
+    """Evaluates every checkpoint of a folder as the end of training would.
+
+    It is a LightningModule so that the Trainer brings device, ranks and progress. What an evaluation leaves is a folder
+    in `results` that appears when it is complete, named by the weights and the settings that decide it: what is there
+    is not evaluated again.
+
+    Args:
+        module: what the checkpoints are of.
+        geneval: evaluates.
+        checkpoints: their paths.
+        results: where evaluations are kept.
+        folder: where checkpoints.csv and checkpoints.png go.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        geneval: GenEvalCallback,
+        checkpoints: Sequence[str],
+        results: str,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        steps = {path: int(read_checkpoint(path)["global_step"]) for path in checkpoints}
+        self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
+        self.module = module
+        self.geneval = geneval
+        self.results, self.folder = Path(results), folder
+        self.evaluated: dict[str, Path] = {}
+
+    def run(self, trainer: Trainer) -> None:
+        """Evaluate what has not been evaluated yet, then write the table and the plot."""
+        trainer.test(self, verbose=False)
+        if trainer.is_global_zero:
+            self._report(trainer)
+
+    def test_dataloader(self) -> list[str]:
+        """The checkpoints, all of them on every rank, which share the prompts."""
+        return list(self.steps)
+
+    def setup(self, stage: str) -> None:
+        self.geneval.setup(self.trainer, self.module, stage)
+
+    def test_step(self, batch: str, batch_idx: int) -> None:
+        load_checkpoint(self.module, batch)
+        folder = self.results / f"checkpoint-{digest(self.geneval.test_key(self.trainer, self.module))}"
+        if not self.trainer.strategy.broadcast(folder.is_dir()):
+            refuse_unwritable(self.results)
+            results = self.geneval.test(self.trainer, self.module)
+            if self.trainer.is_global_zero:
+                with whole(folder) as partial:
+                    self.geneval.write(partial, self.module, results)
+        self.evaluated[batch] = folder
+
+    def _report(self, trainer: Trainer) -> None:
+        table = []
+        for path, folder in self.evaluated.items():
+            strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
+            log = {}
+            for name, result in strategies.items():
+                tasks = {task: result["tasks"].get(task) for task in TASKS}
+                low, high = result["interval_95"]
+                scores = {"overall": result["overall"], "low_95": low, "high_95": high, **tasks}
+                about = {"checkpoint": Path(path).stem, "step": self.steps[path], "strategy": name}
+                table.append({**about, **scores, "results": str(folder)})
+                log[f"test/geneval/{name}"] = result["overall"]
+                log |= {f"test/geneval/{name}/{task}": score for task, score in result["tasks"].items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(log, self.steps[path])
+        for logger in trainer.loggers:
+            logger.save()
+        write_csv(table, self.folder / "checkpoints.csv")
+        _plot(table, self.folder / "checkpoints.png")
+        _print(table)
+
+
+def _plot(table: list[dict[str, Any]], path: Path) -> None:
+    """A line a strategy, with its interval."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row["strategy"] for row in table):
+        rows = [row for row in table if row["strategy"] == name]
+        steps = [row["step"] for row in rows]
+        axes.plot(steps, [row["overall"] for row in rows], marker="o", label=name)
+        axes.fill_between(steps, [row["low_95"] for row in rows], [row["high_95"] for row in rows], alpha=0.15)
+    axes.set(xlabel="optimizer steps", ylabel="GenEval, 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    save_figure(figure, path)
+
+
+def _print(table: list[dict[str, Any]]) -> None:
+    """Checkpoints x strategies, overall scores."""
+    names = list(dict.fromkeys(row["strategy"] for row in table))
+    shown = Table(title="GenEval of checkpoints", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("checkpoint", no_wrap=True)
+    for heading in ("step", *names):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in table:
+        rows.setdefault((row["checkpoint"], str(row["step"])), []).append(f"{row['overall']:.3f}")
+    for about, scores in rows.items():
+        shown.add_row(*about, *scores)
+    print_plain(shown)

@@ -1,0 +1,168 @@
+"""The ladder: jobs that build on one another, run for several seeds, and one table of what each rung scores."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_modules.files import write_text
+from lightning_modules.jsonl import read_jsonl
+from lightning_modules.report.tables import StrategyResult, print_table, save_figure, write_csv
+from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.runs.checkpoints import quoted
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of train.py.
+
+    Attributes:
+        overrides: of the config; `<NAME>` stands for the folder of the job NAME of the same seed.
+        makes: a file in its folder that is there when it is done.
+    """
+
+    overrides: Sequence[str]
+    makes: str = "geneval.json"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A line of the table: what the decoder of a job scores by a strategy."""
+
+    job: str
+    strategy: str
+
+
+class Ladder:
+    """Runs what is not there yet, in order, and writes ladder.csv, .json, .md and .png.
+
+    A job that was killed goes on from its last checkpoint.
+
+    Args:
+        folder: where everything goes, <folder>/seed-<seed>/<job>.
+        seeds: of whole ladders.
+        jobs: by name, each after those that it builds on.
+        rungs: by title; the first is what the others are compared with.
+    """
+
+    def __init__(self, folder: str, seeds: Sequence[int], jobs: Mapping[str, Job], rungs: Mapping[str, Rung]) -> None:
+        for title, rung in rungs.items():
+            if rung.job not in jobs:
+                raise ValueError(f"ladder.rungs: {title!r} names the job {rung.job!r}; there are: {', '.join(jobs)}")
+        if not seeds:
+            raise ValueError("ladder.seeds is empty")
+        self.folder, self.seeds, self.jobs, self.rungs = Path(folder), seeds, jobs, rungs
+
+    def run(self) -> None:
+        """Run the jobs; the table is written anew after each seed."""
+        todo = [(seed, name) for seed in self.seeds for name in self.jobs if not self._is_done(seed, name)]
+        for number, (seed, name) in enumerate(todo, 1):
+            print(f"Ladder: job {number} of {len(todo)}, {name}, seed {seed}", flush=True)
+            self._run_job(seed, name)
+            if name == list(self.jobs)[-1]:
+                self.report()
+        self.report()
+
+    def _folder_of(self, seed: int, name: str) -> Path:
+        return self.folder / f"seed-{seed}" / name
+
+    def _is_done(self, seed: int, name: str) -> bool:
+        return (self._folder_of(seed, name) / self.jobs[name].makes).is_file()
+
+    def _run_job(self, seed: int, name: str) -> None:
+        folder = self._folder_of(seed, name)
+        overrides = [f"seed={seed}", f"hydra.run.dir={quoted(folder)}", *self.jobs[name].overrides]
+        for other in self.jobs:
+            overrides = [item.replace(f"<{other}>", str(self._folder_of(seed, other))) for item in overrides]
+        last = folder / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            overrides.append(f"ckpt_path={quoted(last)}")
+        done = subprocess.run([sys.executable, sys.argv[0], *overrides])
+        if done.returncode or not self._is_done(seed, name):
+            raise ValueError(f"ladder: the job {name!r} of seed {seed} ended with {done.returncode}; see {folder}")
+
+    def report(self) -> None:
+        """Write and print the table of the seeds whose jobs are all done."""
+        seeds = [seed for seed in self.seeds if all(self._is_done(seed, name) for name in self.jobs)]
+        if not seeds:
+            return
+        results = {title: self._result(title, rung, seeds) for title, rung in self.rungs.items()}
+        base = next(iter(results.values()))
+        table = []
+        for title, result in results.items():
+            gain, low, high = result.gain_over(base)
+            table.append(
+                {
+                    "rung": title,
+                    **{task: round(result.tasks[task], 4) for task in TASKS},
+                    "overall": round(result.overall, 4),
+                    **dict(zip(("low_95", "high_95"), (round(x, 4) for x in result.interval()), strict=True)),
+                    **{"gain": round(gain, 4), "gain_low_95": round(low, 4), "gain_high_95": round(high, 4)},
+                    "decoder_forwards_per_image": round(result.decoder_forwards, 1),
+                    "verifier_calls_per_image": round(result.verifier_calls, 1),
+                    "images_per_second": round(1 / result.seconds, 2),
+                    "objects_per_image": round(result.objects, 3),
+                }
+            )
+        about = {"benchmark": "GenEval", "seeds": seeds, "images_per_rung": len(base.rows), "rungs": table}
+        write_text(self.folder / "ladder.json", json.dumps(about, indent=2) + "\n")
+        write_text(self.folder / "ladder.md", _markdown(table))
+        write_csv(table, self.folder / "ladder.csv")
+        _plot(table, self.folder / "ladder.png")
+        print_table(results)
+
+    def _result(self, title: str, rung: Rung, seeds: Sequence[int]) -> StrategyResult:
+        """All seeds' images of a rung as one result."""
+        rows: list[dict[str, Any]] = []
+        reports = []
+        for seed in seeds:
+            folder = self._folder_of(seed, rung.job)
+            strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
+            if rung.strategy not in strategies:
+                known = ", ".join(strategies)
+                raise ValueError(f"ladder.rungs: {title!r} names the strategy {rung.strategy!r}; there are: {known}")
+            reports.append(strategies[rung.strategy])
+            found = read_jsonl(folder / "results.jsonl")
+            rows += [row for _, row in found if row["filename"].startswith(f"{rung.strategy}/")]
+
+        def mean(key: str) -> float:
+            return float(np.mean([report[key] for report in reports]))
+
+        return StrategyResult(
+            name=title,
+            overall=mean("overall"),
+            tasks={task: float(np.mean([report["tasks"][task] for report in reports])) for task in TASKS},
+            rows=rows,
+            thumbnails={},
+            decoder_forwards=mean("decoder_forwards_per_image"),
+            verifier_calls=mean("verifier_calls_per_image"),
+            seconds=mean("seconds_per_image"),
+            objects=mean("objects_per_image"),
+            holdout={},
+        )
+
+
+def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    columns = [key for key in table[0] if key != "rung"]
+    lines = ["| rung | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {row['rung']} | " + " | ".join(str(row[key]) for key in columns) + " |" for row in table]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A bar for each rung with its interval."""
+    figure = Figure(figsize=(9, 0.5 * len(table) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    overall = np.array([row["overall"] for row in table])
+    below, above = (np.array([row[key] for row in table]) for key in ("low_95", "high_95"))
+    axes.barh([row["rung"] for row in table], overall, xerr=[overall - below, above - overall], color="tab:blue")
+    axes.axvline(overall[0], color="gray", linestyle=":")
+    axes.invert_yaxis()
+    axes.set(xlabel="GenEval, 95 % interval over prompts", xlim=(0, 1))
+    save_figure(figure, path)

@@ -1,0 +1,245 @@
+"""Scoring: GenEval of a folder of images, whoever made them."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from tqdm import tqdm
+
+from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
+from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
+from lightning_modules.files import write_text
+from lightning_modules.report.tables import (
+    StrategyResult,
+    contact_sheet,
+    print_table,
+    result_line,
+    result_row,
+    save_image,
+    spread,
+)
+from lightning_modules.rewards.fid import FID
+from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
+from lightning_modules.rewards.geneval_metric import Summary, summarize
+from lightning_modules.rewards.geneval_reward import GenEvalReward, by_size
+from lightning_modules.rewards.verifier import Reward
+
+
+class Scoring(LightningModule):
+    """Judges the images of a folder in GenEval's layout, and writes results.jsonl, geneval.json and a contact sheet.
+
+    It is a LightningModule so that the Trainer brings device, ranks and progress. Prompts are split over ranks, the
+    result of each is kept in a file of its own, and what has one is not judged again.
+
+    Args:
+        images: the folder.
+        reward: judges the images.
+        rewards: further judges, by name; each becomes a column of results.jsonl and a mean in geneval.json.
+        fid: distance of all images to reference images, a number in geneval.json.
+        results: where results of single prompts are kept.
+        folder: where the report goes.
+        batch_size: prompts a batch, per rank.
+        num_workers: processes that read images.
+        sheet_prompts: prompts on the contact sheet.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder cannot be scored; the sentence names the file.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        reward: GenEvalReward,
+        rewards: Mapping[str, Reward],
+        fid: FID | None,
+        results: str,
+        folder: str,
+        batch_size: int,
+        num_workers: int,
+        sheet_prompts: int,
+    ) -> None:
+        super().__init__()
+        self.images = images.rstrip("/")
+        self.reward, self.rewards, self.fid = reward, dict(rewards), fid
+        further = {name: judge.cache_key() for name, judge in self.rewards.items()}
+        self.judged_by = {**reward.judged_by, "rewards": further}
+        self.folders = scan(images, reward.detector.class_names)
+        if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
+            raise ValueError("fid: a distance needs at least two images")
+        self.store = ScoreStore(results, images, {**reward.verdict_key(), "rewards": further})
+        made_with = Path(images) / "provenance.json"
+        self.made_with = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None
+        self.folder = Path(folder)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.sheet_prompts = sheet_prompts
+
+    def run(self, trainer: Trainer) -> None:
+        """Judge what has no result yet, then write the report."""
+        data = ImageFolderDataModule(
+            self.folders, self.reward.detector.image_size, self.store, self.batch_size, self.num_workers
+        )
+        kept = sum(self.store.load(folder) is not None for folder in self.folders)
+        if trainer.is_global_zero and kept:
+            print(f"{kept} of {len(self.folders)} prompts were judged before and have not changed: {self.store.folder}")
+        if kept < len(self.folders):
+            self.store.open()
+        trainer.predict(self, data, return_predictions=False)
+        trainer.strategy.barrier("scored")
+        distance = {"fid": self._distance(self.fid, trainer)} if self.fid is not None else {}
+        if trainer.is_global_zero:
+            self._report(trainer, distance)
+
+    def setup(self, stage: str) -> None:
+        self.reward.prepare(self.trainer.strategy.root_device)
+
+    @torch.no_grad()
+    def predict_step(self, batch: list[Images], batch_idx: int) -> int:
+        """Judge the images of some prompts and keep the results; returns how many images there were."""
+        rows = [images.folder.metadata for images in batch for _ in images.files]
+        names = [images.folder.name(file) for images in batch for file in images.files]
+        pixels = [image for images in batch for image in images.pixels]
+        verdicts = self.reward.verdicts(rows, pixels, names) if pixels else []
+        opinions = {name: self._opinions(judge, rows, pixels) for name, judge in self.rewards.items()}
+        judged = [
+            {
+                "row": result_row(name, row, verdict) | {judge: values[k] for judge, values in opinions.items()},
+                "size": list(image.shape[1::-1]),
+            }
+            for k, (name, row, image, verdict) in enumerate(zip(names, rows, pixels, verdicts, strict=True))
+        ]
+        for images in batch:
+            own, judged = judged[: len(images.files)], judged[len(images.files) :]
+            self.store.save(images.folder, {"judged": own, "notes": images.notes, "left_out": images.left_out})
+        return len(names)
+
+    def _opinions(self, judge: Reward, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
+        """What a further judge says of images, uint8 [H, W, 3]; those of one size are judged together."""
+        opinions = [0.0] * len(pixels)
+        for indices in by_size(pixels):
+            images = torch.from_numpy(np.stack([pixels[k] for k in indices])).to(self.device).permute(0, 3, 1, 2)
+            values = judge([rows[k] for k in indices], images.float() / 255)
+            for k, value in zip(indices, values.tolist(), strict=True):
+                opinions[k] = value
+        return opinions
+
+    def _distance(self, fid: FID, trainer: Trainer) -> float:
+        """FID of all images. It is of the whole set, so it is not kept prompt by prompt; it takes one pass."""
+        rank, world_size = trainer.global_rank, trainer.world_size
+        fid.start(trainer.strategy.root_device, rank, world_size)
+        for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
+            pixels = read(folder, self.reward.detector.image_size).pixels
+            for indices in by_size(pixels):
+                fid.update(np.stack([pixels[k] for k in indices]))
+        return fid.compute()
+
+    def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
+        results = [self._result(folder) for folder in self.folders]
+        judged = [image for result in results for image in result["judged"]]
+        left_out = [f"{name} has no name like 00000" for name in unnumbered(self.images)]
+        left_out += [sentence for result in results for sentence in result["left_out"]]
+        if not judged:
+            raise ValueError(f"images: none of the images of {self.images} can be judged; {left_out[0]}")
+        rows = [image["row"] for image in judged]
+        summary = summarize(rows)
+        notes = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
+        notes += [sentence for result in results for sentence in result["notes"]]
+        result = StrategyResult(
+            name=Path(self.images).resolve().name,  # of `.` as well
+            overall=summary.overall,
+            tasks={task: score.score for task, score in summary.tasks.items()},
+            rows=rows,
+            thumbnails=self._thumbnails(),
+            decoder_forwards=0,
+            verifier_calls=0,
+            seconds=0,
+            objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
+            holdout={**{name: float(np.mean([row[name] for row in rows])) for name in self.rewards}, **distance},
+        )
+        low, high = result.interval()
+        report = {
+            "benchmark": "GenEval",
+            "images": self.images,
+            "judged_by": self.judged_by,
+            "made_with": self.made_with,
+            "overall": result.overall,
+            "interval_95": [low, high],
+            "tasks": {task: vars(score) | {"score": score.score} for task, score in summary.tasks.items()},
+            "total_images": summary.total_images,
+            "total_prompts": summary.total_prompts,
+            "correct_images": summary.correct_images,
+            "correct_prompts": summary.correct_prompts,
+            "objects_per_image": result.objects,
+            "holdout": result.holdout,
+            "left_out": left_out,
+            "notes": notes,
+        }
+        lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in rows]
+        write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
+        write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")
+        if result.thumbnails:
+            save_image(contact_sheet(result), self.folder / "sheet.png")
+        for sentence in [*(f"Left out: {sentence}" for sentence in left_out), *notes]:
+            print(sentence)
+        print(summary)
+        print_table({result.name: result})
+        scores = {f"score/{name}": value for name, value in result.tasks.items()} | {"score/overall": result.overall}
+        for logger in trainer.loggers:
+            logger.log_metrics(scores | {f"score/{name}": value for name, value in result.holdout.items()})
+
+    def _result(self, folder: PromptFolder) -> dict[str, Any]:
+        result = self.store.load(folder)
+        if result is None:
+            raise ValueError(f"images: {folder.path} has changed while it was scored")
+        return result
+
+    def _incomplete(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What keeps the score from being comparable: prompts or images that are missing or repeated, a phrase each."""
+        prompts = [folder.metadata for folder in self.folders]
+        found = repeated(prompts)
+        if tuple(self.reward.detector.class_names) == CLASS_NAMES:
+            found = unofficial(prompts)
+            wanted = OFFICIAL_IMAGES
+        else:
+            wanted = Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
+        promised = (self.made_with or {}).get("prompt_count", 0)
+        if len(prompts) < promised:
+            found.append(f"{len(prompts)} of {promised} prompts have images: they were not made to the end")
+        names = [folder.path.name for folder in self.folders]
+        numbers = range(int(names[0]), int(names[-1]))
+        if gaps := sorted(set(numbers) - set(map(int, names))):
+            found.append(
+                f"from {names[0]} to {names[-1]} the folders of {len(gaps)} numbers are missing, {gaps[0]:05d} first"
+            )
+        return found + [
+            f"{folder.path.name} has {len(result['judged'])} images instead of {wanted}"
+            for folder, result in zip(self.folders, results, strict=True)
+            if len(result["judged"]) != wanted
+        ]
+
+    def _thumbnails(self) -> dict[int, np.ndarray]:
+        """The first images of some prompts, no larger than a contact sheet has use for."""
+        shown = {}
+        for index in sorted(spread(len(self.folders), self.sheet_prompts)):
+            images = read(self.folders[index], self.reward.detector.image_size)
+            if images.pixels:
+                shown[int(self.folders[index].path.name)] = images.pixels[0]
+        return shown
+
+
+def _absent(summary: Summary) -> list[str]:
+    """A sentence if the overall score is not that of all tasks."""
+    absent = [task for task in TASKS if task not in summary.tasks]
+    return [f"no image of {', '.join(absent)} was judged: the overall score leaves that out"] if absent else []
+
+
+def _sizes(judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each image whose size is not that of most."""
+    common = Counter(tuple(image["size"]) for image in judged).most_common(1)[0][0]
+    others = [image for image in judged if tuple(image["size"]) != common]
+    names = [(image["row"]["filename"], image["size"]) for image in others]
+    return [f"{name} has {w}x{h} pixels, where most have {common[0]}x{common[1]}" for name, (w, h) in names]

@@ -1,0 +1,469 @@
+"""What the user is told: one sentence that names the key, the file or what was meant, and nothing left behind."""
+
+import ast
+import builtins
+import errno
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datamodules.photographs import Photographs
+from lightning_modules.backbone.loading import BUNDLED, pretrained
+from lightning_modules.backbone.text import PublishedTokenizer
+from lightning_modules.image_reader import UnreadableImage
+from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from lightning_modules.runs.command_line import about_options, about_settings
+from lightning_modules.runs.messages import _OURS, MENDABLE, sentence
+from tests.conftest import ROOT, TINY
+from tests.helpers.launch import launch
+from tests.test_train import command
+
+EVALUATE = ["task=evaluate", "module=evaluation", "~data", "logger=csv"]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 333\n"
+
+
+def told(tmp_path: Path, *overrides: str, **env: str) -> str:
+    """The one line that a refused command line ends in, without `Error: `; it leaves no run behind."""
+    done = command(tmp_path, *overrides, check=False, **env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("Error: ") and not (tmp_path / "run").exists() and not (tmp_path / "rollouts").exists()
+    return line.removeprefix("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["sampling.temp=1"], "there is no key sampling.temp; did you mean sampling.temperature?"),
+        (["experiment=shapes_prm"], "there is no experiment=shapes_prm; did you mean experiment=shapes_"),
+        (["--max_steps", "5"], "there is no option --max_steps; did you mean trainer.max_steps=5?"),
+        (["ckpt_path=a=b.ckpt"], "ckpt_path=a=b.ckpt cannot be read: write 'ckpt_path=\"a=b.ckpt\"'"),
+        (["-cn", "nothing"], "--config-name: there is no config nothing; there is train"),
+        (["--multirun", "seed=0,1", "experiment=dpo,dpo_guide"], "there is no experiment=dpo_guide; did you mean"),
+        (["name=${nothing}"], "name refers to the key nothing, and there is none"),
+        (["hydra.run.dir=/proc/nothing"], "hydra.run.dir: /proc/nothing: there is no such file or folder"),
+    ],
+)
+def test_a_command_line_that_hydra_refuses_is_answered(tmp_path: Path, overrides: list[str], answer: str) -> None:
+    done = launch(overrides, tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"Error: {answer}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) -> None:
+    asked = command(tmp_path, "sampling.temp=1", check=False, HYDRA_FULL_ERROR="1")
+    assert "Traceback" in asked.stderr and "Could not override 'sampling.temp'" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("experimemt=dpo", "did you mean experiment=dpo?"),
+        ("+debug=minute", "did you mean +debug=minutes?"),
+        ("+experiment=dpo", "experiment is chosen already: write experiment=dpo"),
+        ("experiment=", "there is no experiment=; there are: compute_curve, dpo, "),
+        ("callbacks=null", "callbacks=null chooses nothing; there are: decoder, "),
+        ("experiment=dpo,dpo_guided", "experiment has several values: add --multirun for a run of each"),
+        ("seed=1,2", "a list is written 'seed=[1,2]', a text 'seed=\"1,2\"'"),
+        ("~callbacks.genval", "did you mean ~callbacks.geneval?"),
+        ("~data=rollouts", "~data is written without a value"),
+        ("+seed=1", "seed is there already: write seed=1"),
+        ("strategies.parm.strategy.kk=3", "did you mean strategies.parm.strategy.k?"),
+        ("strategies.prm.n=3", "did you mean strategies.parm.n=3?"),
+        ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
+        ("max_steps=5", "did you mean trainer.max_steps=5?"),
+        ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
+        ("sampling.xyz=1", "there is no key sampling.xyz; sampling has temperature, top_k, top_p, guidance"),
+        ("hydra.run.dri=x", "hydra.run has dir"),
+        ("--trainer.max_steps=5", "did you mean trainer.max_steps=5?"),
+        ("--seed 3 max_steps=5", "did you mean seed=3?"),
+        ("-max-steps 5", "did you mean trainer.max_steps=5?"),
+        ("--gpus 2", "there is no option --gpus; a setting is written KEY=VALUE, without dashes"),
+        ("seed=1 -m task=fit", "write options such as -m first"),
+        ("minutes", "'minutes' is no setting; did you mean debug=minutes?"),
+        ("trainer.max_steps 5", "trainer.max_steps has no value: write trainer.max_steps=VALUE, without spaces"),
+        ("trainer.max_steps= 5", "'5' is no setting; if it belongs to the one before, write trainer.max_steps=5"),
+        ("name=a, b", "write 'name=\"a, b\"'"),
+        ("images=cfg 7.5 [best]", "write 'images=\"cfg 7.5 [best]\"'"),
+        ("callbacks.geneval.holdout=[clip", "a list is written 'callbacks.geneval.holdout=[a,b]'"),
+        ('name="abc', "write 'name=\"abc\"'"),
+        ("ckpt_path=~/last.ckpt", "write ckpt_path=$HOME/last.ckpt"),
+    ],
+)
+def test_what_was_meant_is_found_in_the_tree_of_settings(arguments: str, answer: str) -> None:
+    given = arguments.split(" ")
+    assert answer in str(about_options(given) or about_settings(given))
+
+
+def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
+    for given in (
+        ["experiment=dpo", "+debug=minutes", "~fid", "data.batch_size=3", "callbacks.geneval.test_strategies=[sample]"],
+        ["--multirun", "seed=0,1", "experiment=dpo,dpo_guided", "strategies.parm.n=range(1,3)"],
+        ["--cfg", "job", "--resolve", "-p", "trainer", "decoder=shapes_masked", "decoder.module.rotary_dims=4"],
+        ["hydra.run.dir='a=b'", "+callbacks.more._target_=x", "++strategies.parm.n=3", "sampling={temperature: 1}"],
+    ):
+        assert about_options(given) is None and about_settings(given) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("callbacks.geneval.test_strategies=sample", "must be a list, [sample], not 'sample'"),
+        ("callbacks.geneval.holdout=clip", "must be a list, [clip], not 'clip'"),
+        ("decoder.module.evidence_depths=4", "must be a list, [4], not 4"),
+        ("module.optimizer.lr=-1", "must be a number of at least 0, not -1"),
+        ("module.optimizer.lr=abc", "must be a number of at least 0, not 'abc'"),
+        ("module.optimizer.weight_decay=-0.1", "must be a number of at least 0, not -0.1"),
+        ("module.optimizer.betas=[2,1]", "must be two numbers from 0 to below 1, not [2, 1]"),
+        ("module.warmup_steps=-1", "must be a whole number of at least 0, not -1"),
+        ("seed=abc", "must be a whole number from 0 to 4294967295, not 'abc'"),
+        ("trainer.max_steps=1.5", "must be a whole number, -1 for no limit, not 1.5"),
+        ("trainer.max_steps=abc", "must be a whole number, -1 for no limit, not 'abc'"),
+        ("trainer.precision=foo", "must be one of 64, 32, 16, transformer-engine"),
+        ("trainer.check_val_every_n_epoch=0", "must be a whole number of at least 1, not 0"),
+        ("data.batch_size=0", "must be a whole number of at least 1, not 0"),
+        ("callbacks.geneval.batch_size=many", "must be a whole number of at least 1, not 'many'"),
+        ("logger.wandb.offline=maybe", "must be true or false, not 'maybe'"),
+        ("geneval.test_prompts.per_task=many", "must be a whole number or named values, {a: 1}, not 'many'"),
+        ("geneval.test_prompts.per_task=-1", "must be a whole number of at least 0, not -1"),
+        ("sampling.temperature=null", "must be a number, not null"),
+        ("strategies.parm.n=2.5", "must be a whole number, not 2.5"),
+        (
+            "+sampling.temp=1",
+            ": Sampling, which sampling is, takes no temp; it takes temperature, top_k, top_p, guidance",
+        ),
+        ("+strategies.parm.judg=parm", "did you mean judge? It takes strategy, n, judge"),
+    ],
+)
+def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, override: str, said: str) -> None:
+    config = compose_config(override)
+    written: Any = OmegaConf.to_container(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        refuse_wrong_values(plain, written)
+    assert str(refused.value).startswith(f"{override.lstrip('+').partition('=')[0]}") and said in str(refused.value)
+
+
+def test_new_keys_that_nothing_reads_are_refused() -> None:
+    refuse_unread(["+debug=minutes", "+callbacks.more=1", "+step=3", "~data", "seed=1"], {"a": "${step}"})
+    with pytest.raises(ValueError, match=r"nothing reads the key foo\.bar; it has no effect"):
+        refuse_unread(["+foo.bar=1"], {"foo": {"bar": 1}})
+    with pytest.raises(ValueError, match=r"nothing reads the key debugs; did you mean \+debug=minutes\?"):
+        refuse_unread(["+debugs=minutes"], {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
+    refuse_missing_gpus({"accelerator": "auto"})
+    for trainer in ("ddp", "fsdp"):
+        said = told(tmp_path, *EVALUATE, f"trainer={trainer}")
+        assert "trainer=ddp_cpu" in said and "trainer.accelerator=cpu" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
+        (["strategies.parm_literal.k=0"], "k of at least 1, not 0 (in strategies.parm_literal)"),
+        (["strategies.parm.strategy.k=0"], "k of at least 1, not 0 (in strategies.parm.strategy)"),
+        (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
+        (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["task=export"], "task=export needs ckpt_path"),
+        (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
+        (["decoder.checkpoint=nowhere"], "checkpoint 'nowhere': no model.safetensors"),
+        (["decoder.checkpoint=bundled:shapes_decoder", *TINY[3:4]], "was made for another model"),
+        (["task=export", "ckpt_path=."], "ckpt_path: . is a folder; only task=evaluate takes all checkpoints of one"),
+        (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
+        (["task=evaluate", "module=evaluation"], "module=evaluation has no use for data: add ~data"),
+        (["trainer.devices=0"], "`Trainer(devices=0)` value is not a valid input"),
+        (["module.optimizer.lr=-1"], "module.optimizer.lr must be a number of at least 0, not -1"),
+        (["geneval=file"], "geneval.test_prompts.path needs a value"),
+        (["+foo.bar=1"], "nothing reads the key foo.bar"),
+        (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
+        (
+            ["rewards=open_clip", "rewards.clip.clip.model_name=ViT-B-32"],
+            "rewards.clip.clip: openai weights need ViT-B-32-quickgelu, not ViT-B-32: they were trained with QuickGELU",
+        ),
+    ],
+)
+def test_bad_config_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, overrides: list[str], said: str) -> None:
+    assert said in told(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("callbacks.geneval.holdout=[magic]", "callbacks.geneval.holdout names the judge 'magic'; there are: parm,"),
+        (
+            "strategies.parm.judge=magic",
+            "strategies.parm names the judge 'magic'; there are: parm, likelihood, geneval",
+        ),
+    ],
+)
+def test_judges_that_are_not_there_are_refused_before_rollouts(tmp_path: Path, override: str, said: str) -> None:
+    done = command(tmp_path, override, "logger=csv", check=False)
+    assert done.returncode == 1 and f"Error: {said}" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "rollouts").exists()
+
+
+def checkpoints(folder: Path) -> dict[str, bytes]:
+    """Files that are no checkpoints, by what is said of each."""
+    whole = folder / "whole"
+    torch.save({"state_dict": {"a": torch.zeros(1000)}, "global_step": 1}, whole)
+    torch.save({"a": torch.zeros(3)}, folder / "old", _use_new_zipfile_serialization=False)
+    torch.save([1], folder / "list")
+    torch.save({"state_dict": {}, "global_step": 1, "path": folder}, folder / "objects")
+    with zipfile.ZipFile(folder / "zip", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    content = whole.read_bytes()
+    return {
+        "is a git-lfs pointer: run `git lfs pull`": LFS,
+        "is an HTML page": b"<!DOCTYPE html>\n<html>Sign in</html>",
+        "is cut off": content[: len(content) // 2],
+        "is empty": b"",
+        "holds nothing but zeros": bytes(1000),
+        "is a text that begins with 'Entry not found'": b"Entry not found",
+        "is a zip archive that torch has not written": (folder / "zip").read_bytes(),
+        "is of torch's old format": (folder / "old").read_bytes(),
+        "is no checkpoint of training: it has no 'state_dict'": (folder / "list").read_bytes(),
+        "holds more than tensors and is not loaded": (folder / "objects").read_bytes(),
+        "holds weights alone, as safetensors": (BUNDLED / "shapes_decoder" / "model.safetensors").read_bytes(),
+    }
+
+
+def test_a_file_that_is_no_checkpoint_is_named_with_what_it_is(tmp_path: Path) -> None:
+    for said, content in checkpoints(tmp_path).items():
+        path = tmp_path / "my.ckpt"
+        path.write_bytes(content)
+        assert told(tmp_path, *EVALUATE, f"ckpt_path={path}").startswith(f"ckpt_path: {path} {said}")
+
+
+def _weights(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def _pickled(value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(value, folder / "pytorch_model.bin")
+
+    return change
+
+
+WEIGHTS = (BUNDLED / "shapes_decoder" / "model.safetensors").read_bytes()
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_weights("model.safetensors", LFS), "model.safetensors is a git-lfs pointer"),
+        (_weights("model.safetensors", b""), "model.safetensors is empty"),
+        (_weights("model.safetensors", WEIGHTS[:-5]), f"is cut off: it has {len(WEIGHTS) - 5} of {len(WEIGHTS)} bytes"),
+        (_weights("model.safetensors", WEIGHTS[:99]), "model.safetensors is cut off: it has 99 of "),
+        (_weights("model.safetensors", b"\x93" * 99), "model.safetensors is not a safetensors file"),
+        (_weights("model.safetensors", b"\x02" + bytes(7) + b"{}"), "has no tensor"),
+        (
+            _weights(
+                "model.safetensors",
+                b"\x43" + bytes(7) + b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}      ' + bytes(4),
+            ),
+            "model.safetensors is not a safetensors file: ",
+        ),
+        (_weights("config.json", '{"a": '), "config.json is not valid JSON: "),
+        (_weights("config.json", "[]"), "config.json holds a list instead of settings"),
+        (_weights(INDEX, "{"), f"{INDEX} is not valid JSON: "),
+        (_weights(INDEX, "{}"), f"{INDEX} has no 'weight_map'"),
+        (_weights(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), f"b.safetensors is missing, which {INDEX} names"),
+        (_pickled({"a": ROOT}), "pytorch_model.bin holds more than tensors and is not loaded"),
+        (_pickled([1]), "pytorch_model.bin holds no tensors with names"),
+    ],
+)
+def test_broken_weights_are_named_with_what_is_wrong(
+    tmp_path: Path, compose_config: Any, change: Callable[[Path], None], said: str
+) -> None:
+    shutil.copytree(BUNDLED / "shapes_decoder", tmp_path / "weights")
+    change(tmp_path / "weights")
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        pretrained(module, str(tmp_path / "weights"))
+    assert said in str(refused.value)
+
+
+def test_a_text_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
+    for content, said in (
+        ("<html>", "is an HTML page"),
+        ('{"model": 1', "is not valid JSON"),
+        ("{}", "is not a tokenizer"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            PublishedTokenizer(str(tmp_path))
+
+
+PROMPT = '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
+PLACES = {
+    "rewards/stored_detections.py": (
+        ["task=score", "images={folder}", "geneval=detections", "geneval.reward.detector.path={folder}/x.jsonl"],
+        "x.jsonl:1: not valid JSON: Expecting value at column 1",
+    ),
+    "rewards/self_test.py": (
+        ["geneval.reward.self_test.folder={folder}"],
+        "prompts.jsonl:1: not valid JSON: Expecting value at column 1",
+    ),
+    "rewards/geneval.py": (
+        ["geneval=file", "geneval.test_prompts.path={folder}/x.jsonl"],
+        "x.jsonl:1: not valid JSON: Expecting value at column 1",
+    ),
+    "datamodules/image_folder.py": (["task=score", "images={folder}"], "metadata.jsonl:1: not valid JSON: "),
+    "backbone/text.py": (
+        [
+            "experiment=showo_evaluate",
+            "+debug=tiny_showo",
+            "~decoder.module.text_tokenizer",
+            "+decoder.module.text_tokenizer._target_=lightning_modules.backbone.text.PublishedTokenizer",
+            "+decoder.module.text_tokenizer.checkpoint={folder}",
+        ],
+        "tokenizer.json is not a tokenizer: ",
+    ),
+    "train.py": (["logger.wandb.offline=false"], "logger: No API key configured"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_sentence_that_was_raised_from_another_error_is_what_is_printed(tmp_path: Path, place: str) -> None:
+    overrides, said = PLACES[place]
+    for name in ("x.jsonl", "prompts.jsonl", "00000/metadata.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("nothing\n")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    given = [item.format(folder=tmp_path) for item in overrides]
+    done = command(
+        tmp_path, "task=evaluate", *given, check=False, WANDB_MODE="online", WANDB_API_KEY="", HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and said in last
+
+
+def test_everything_that_is_raised_from_another_error_is_told_in_its_own_words() -> None:
+    raised = []
+    for path in [ROOT / "train.py", *(path for room in _OURS[:3] for path in (ROOT / room).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.cause is not None:
+                assert isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name), path
+                raised.append(getattr(builtins, node.exc.func.id, None) or UnreadableImage)
+    assert len(raised) > 10 and all(issubclass(kind, MENDABLE) for kind in raised)
+
+
+@pytest.mark.parametrize("name", ["cfg 7.5 [best]", "[red]a :star: " + 20 * "long "])
+def test_names_reach_the_console_as_they_are(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name.strip()
+    for place in ("00000/samples", "00000"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / "00000" / "metadata.jsonl").write_text(PROMPT)
+    Image.new("RGB", (64, 64), "white").save(folder / "00000" / "samples" / "0000.png")
+    given = ["task=score", "images=.", "logger=csv", f"hydra.run.dir={tmp_path}/run", f"scores_dir={tmp_path}/scores"]
+    done = launch(given, folder)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if " 0.000 " in line]
+    assert len(rows) == 1 and rows[0].startswith(f" {folder.name} ") and "…" not in done.stdout
+
+
+def raised(make: Callable[[], Any]) -> BaseException:
+    """What a call raises."""
+    with pytest.raises(Exception) as found:
+        make()
+    return found.value
+
+
+def test_our_messages_stay_whole_and_those_of_others_are_cut_to_a_line(tmp_path: Path) -> None:
+    def lines() -> None:
+        raise ValueError("one\n  two")
+
+    ours = {"__file__": str(ROOT / "callbacks" / "x.py"), "lines": None}
+    exec(compile("def lines():\n    raise ValueError('one\\n  two')", ours["__file__"], "exec"), ours)
+    assert sentence(raised(lines), {}) == "one"
+    assert sentence(raised(ours["lines"]), {}) == "one\n  two"
+    # A constructor's error, one level down: what that was raised from is not looked at.
+    node = {"_target_": "lightning_modules.backbone.text.PublishedTokenizer", "checkpoint": str(tmp_path)}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    error = raised(lambda: instantiate({"text": node}))
+    assert sentence(error, {}) == f"text tokenizer: {tmp_path}/tokenizer.json is not a tokenizer: " + (
+        f"{error.__cause__.__cause__} (in text)"
+    )
+    missing = raised(lambda: instantiate({"a": {"_target_": "builtins.dict", "_args_": [[1]]}}))
+    assert sentence(missing, {"a": "${b}"}).startswith("TypeError: ") and sentence(missing, {"a": "${b}"}).endswith(
+        "(in b)"
+    )
+
+
+def test_what_a_data_loaders_process_raised_is_told_as_if_raised_here(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    images = Photographs(str(tmp_path), 8)
+    here = sentence(raised(lambda: images[0]), {})
+    there = raised(lambda: list(DataLoader(images, num_workers=1)))  # type: ignore[arg-type]
+    assert "DataLoader worker" in str(there) and sentence(there, {}) == here
+    assert here.startswith(f"fid.references.folder: {tmp_path}/a.png cannot be read: ")
+    lost = raised(lambda: list(DataLoader([tmp_path / "nothing"], num_workers=1, collate_fn=lambda row: row[0].open())))  # type: ignore[arg-type]
+    assert sentence(lost, {"data": {"path": str(tmp_path)}}) == (
+        f"data.path: {tmp_path}/nothing: there is no such file or folder"
+    )
+
+
+def test_what_the_system_refuses_is_told_with_key_and_path(tmp_path: Path) -> None:
+    written = {
+        "name": "a",
+        "rollouts_dir": str(tmp_path),
+        "data": {"folder": "${rollouts_dir}"},
+        "hydra": {"run": {"dir": "/"}},
+    }
+    (tmp_path / "file").write_text("")
+    for make, said in (
+        (lambda: (tmp_path / "file" / "x").mkdir(), f"{tmp_path}/file/x: it is below a file, not a folder"),
+        (lambda: tmp_path.read_text(), f"{tmp_path}: it is a folder, not a file"),
+        (
+            lambda: _raise(OSError(errno.EACCES, "Permission denied", f"{tmp_path}/x")),
+            f"{tmp_path}/x: there is no permission",
+        ),
+        (
+            lambda: _raise(OSError(errno.EROFS, "Read-only", f"{tmp_path}/x")),
+            f"{tmp_path}/x: the file system is read-only",
+        ),
+    ):
+        assert sentence(raised(make), written) == f"rollouts_dir: {said}"
+    assert sentence(OSError(errno.EMFILE, "Too many open files", "/x"), {}).startswith(
+        "/x: too many files are open; raise"
+    )
+    full = sentence(OSError(errno.ENOSPC, "No space left on device"), {"rollouts_dir": str(tmp_path)})
+    assert full == f"there is no space left on the disk, where rollouts_dir={tmp_path} is"
+    assert sentence(ConnectionError(f"Couldn't reach '{tmp_path}'\nmore"), written) == (
+        f"rollouts_dir: Couldn't reach '{tmp_path}'"
+    )
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_a_run_whose_folders_cannot_be_written_says_which(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = command(tmp_path, *TINY, "task=rollout", f"rollouts_dir={tmp_path}/file/x", "logger=csv", check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith(f"Error: rollouts_dir: {tmp_path}/file/x") and last.endswith(
+        "it is below a file, not a folder"
+    )

@@ -1,0 +1,109 @@
+"""What is refused before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_modules.backbone.published import Published
+from lightning_modules.runs.preflight import preflight
+from tests.test_train import command
+
+Compose = Callable[..., DictConfig]
+
+
+def check(config: DictConfig) -> None:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    preflight(plain, OmegaConf.to_container(config))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["experiment=showo_evaluate", "geneval=shapes"],
+            "geneval.reward.detector: ShapesDetector looks at images of 64x64 pixels, and the decoder makes 256x256; ",
+        ),
+        (["experiment=showo_dpo", "data=preferences", "geneval=shapes"], "geneval.reward.detector: ShapesDetector"),
+        (
+            ["geneval.test_prompts={_target_: datamodules.geneval.prompts_from_coco, split: evaluation, per_task: 1}"],
+            "geneval.test_prompts: 'a photo of a bench' asks for 'bench', which geneval.reward.detector does not know; "
+            "it knows: circle, square,",
+        ),
+        (["parm.module.evidence_depths=[4,8]"], "parm.module.evidence_depths=[4, 8] does not go with decoder.module"),
+        (["parm.module.grid=16"], "parm.module.grid=16 does not go with the grid of the image tokenizer, which is 8"),
+        (["parm.module.decoder_dim=64"], "parm.module.decoder_dim=64 does not go with the width of the decoder"),
+        (["experiment=full_decoder"], "data.train gives images of 64x64 pixels, and the image tokenizer reads 256x256"),
+        (["generator=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
+        (
+            ["experiment=showo_evaluate", "geneval.reward.colors.model=ViT-L/14"],
+            "geneval.reward.colors: openai weights need ViT-L-14-quickgelu, not ViT-L/14: they were trained with Quick",
+        ),
+        (
+            ["experiment=showo_evaluate", "geneval.reward.colors.pretrained=laion2b_s32b_b82k"],
+            "geneval.reward.colors: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu: they were ",
+        ),
+        (
+            ["rewards=open_clip", "rewards.clip.clip.pretrained=laion2b_s32b_b82k"],
+            "rewards.clip.clip: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu",
+        ),
+        (
+            [
+                "rewards=open_clip",
+                "rewards.clip.clip._target_=open_clip.create_model",
+                "rewards.clip.clip.model_name=RN50",
+            ],
+            "rewards.clip.clip: openai weights need RN50-quickgelu, not RN50",
+        ),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
+    compose_config: Compose, monkeypatch: pytest.MonkeyPatch, overrides: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr(Published, "is_here", property(lambda weights: pytest.fail(f"{weights} was looked for")))
+    with pytest.raises(ValueError) as refused:
+        check(compose_config(*overrides))
+    assert sentence in str(refused.value)
+
+
+def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go(tmp_path: Path) -> None:
+    done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    first, *lines = done.stderr[done.stderr.index("Error: ") :].splitlines()
+    assert first.startswith("Error: weights are missing, and the Hugging Face hub does not give them (")
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "tokenizer.checkpoint",
+        "decoder.module.text_tokenizer.checkpoint",
+        "decoder.checkpoint",
+        "geneval.reward.detector.checkpoint",
+        "geneval.reward.colors.pretrained",
+        "rewards.vision_language.checkpoint",
+    ]
+    assert lines[2].endswith(
+        "showlab/show-o (*.safetensors or *.bin, 5.8 GB): `hf download showlab/show-o --local-dir FOLDER`, then "
+        "decoder.checkpoint=FOLDER"
+    )
+    assert "then geneval.reward.colors.pretrained=FOLDER/open_clip_model.safetensors" in lines[4]
+
+
+def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, file in {"showlab/show-o": "model.safetensors", "microsoft/phi-1_5": "config.json"}.items():
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        for path, text in {"refs/main": "abc", f"snapshots/abc/{file}": ""}.items():
+            (repository / path).parent.mkdir(parents=True, exist_ok=True)
+            (repository / path).write_text(text)
+    tokenizer = tmp_path / "magvit" / "here"
+    tokenizer.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as missing:
+        check(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}",
+                             "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
+    named = [line.split(":")[0].strip() for line in str(missing.value).splitlines()[1:]]
+    assert named == [
+        "decoder.module.text_tokenizer.checkpoint",  # of which only another file is there
+        "geneval.reward.detector.checkpoint",
+        "geneval.reward.colors.pretrained",
+    ]

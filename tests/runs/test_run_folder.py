@@ -1,0 +1,158 @@
+"""Each run has a folder of its own, and finds it again when its SLURM job is requeued."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from lightning_modules.runs.checkpoints import newest_checkpoint
+from lightning_modules.runs.run_folder import checkpoint_to_resume, run_folder
+from lightning_modules.runs.slurm import run_id
+from tests.helpers.launch import launch
+from tests.test_train import SMALL_PARM
+
+# Another process that is at work in a folder, until its input ends.
+AT_WORK = """
+import sys
+from pathlib import Path
+from lightning_modules.runs.run_folder import _hold
+print(_hold(Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def at_work(folder: Path) -> "subprocess.Popen[str]":
+    """A process that works in `folder` until it is killed."""
+    line = [sys.executable, "-c", AT_WORK, str(folder)]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "True\n"
+    return process
+
+
+def save(folder: Path, name: str, step: int, run: str | None = None) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": step, "slurm_run": run}, path)
+    return path
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch, compose_config: Callable[..., Any]) -> Callable[..., None]:
+    """Puts this process into a SLURM job, with a command line."""
+
+    def set_(job: str | None, *overrides: str, **variables: str) -> None:
+        compose_config(*overrides)
+        known = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", **variables}
+        for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", *known):
+            monkeypatch.delenv(key, raising=False)
+        if job is not None:
+            for key, value in {"SLURM_JOB_ID": job, **known}.items():
+                monkeypatch.setenv(key, value)
+        assert list(HydraConfig.get().overrides.task)[1:] == list(overrides)
+
+    return set_
+
+
+def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    folders = [run_folder(f"{tmp_path}/parm", "fit", None) for _ in range(3)]
+    assert len(set(folders)) == 3 and all(Path(folder).is_dir() for folder in folders)
+
+
+def test_two_runs_are_never_at_work_in_one_folder(tmp_path: Path) -> None:
+    other = at_work(tmp_path / "run")
+    kept = save(tmp_path / "run", "checkpoints/last.ckpt", 3)
+    for overrides in ([f"hydra.run.dir={tmp_path}/run"], ["--multirun", f"hydra.sweep.dir={tmp_path}/run"]):
+        done = launch([*overrides, *SMALL_PARM], tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(f"Error: another run is at work in {tmp_path}/run; give")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints"]
+    assert run_folder(str(tmp_path), "fit", "auto") != f"{tmp_path}/run"  # nor does it go on there
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert run_folder(str(tmp_path), "fit", "auto") == f"{tmp_path}/run" and kept.is_file()
+
+
+def test_what_does_not_run_leaves_no_folder(tmp_path: Path) -> None:
+    for look in (["--help"], ["--cfg", "job"], ["--cfg", "all", "--resolve"]):
+        assert launch(look, tmp_path).returncode == 0
+    assert launch(["task=nothing"], tmp_path).returncode == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_a_run_goes_on_in_the_folder_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    parent = str(tmp_path / "parm")
+    assert Path(run_folder(parent, "fit", "auto")).parent == Path(parent)
+    for name in "bac":
+        for step in (5, 10):
+            save(tmp_path / "parm" / name, f"checkpoints/step-{step}.ckpt", step)
+    folder = tmp_path / "parm" / "c"
+    (folder / "checkpoints" / "step-10.ckpt").rename(tmp_path / "elsewhere.ckpt")
+    (folder / "checkpoints" / "last.ckpt").symlink_to("step-10.ckpt")  # killed before it was linked
+    assert newest_checkpoint(folder) == folder / "checkpoints" / "step-5.ckpt"
+    assert run_folder(parent + "/", "fit", "auto") == str(folder)
+    assert Path(run_folder(parent, "evaluate", "auto")).name not in "abc"
+
+
+def test_the_newest_checkpoint_has_most_steps_whatever_it_is_called(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    steps = [("checkpoints/step=9.ckpt", 9), ("checkpoints/step=10.ckpt", 10), ("checkpoints/step-11.ckpt", 11),
+             ("hpc_ckpt_9.ckpt", 12), ("hpc_ckpt_10.ckpt", 13), ("checkpoints/last.ckpt", 13),
+             ("checkpoints/step-14.ckpt", 14)]  # fmt: skip
+    for name, step in steps:
+        save(tmp_path, name, step)
+        assert newest_checkpoint(tmp_path) == tmp_path / name
+    os.utime(tmp_path / "checkpoints" / "step=9.ckpt")  # as a copy may have it
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-14.ckpt"
+
+
+def test_a_command_of_a_slurm_job_is_a_run(tmp_path: Path, slurm: Callable[..., None]) -> None:
+    parent = str(tmp_path)
+    slurm("7", "seed=1")
+    first = Path(run_folder(parent, "fit", None))
+    assert first.name.startswith("slurm-7-") and run_folder(parent, "fit", "auto") == str(first)  # killed, requeued
+    slurm("7", "seed=2")  # another command of the job
+    assert run_folder(parent, "fit", None) not in (str(first), f"{first}-1")
+    slurm("8", "seed=1")
+    assert Path(run_folder(parent, "fit", None)).name == first.name.replace("-7-", "-8-")
+    slurm("9", "seed=1", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    assert Path(run_folder(parent, "fit", None)).name == first.name.replace("-7-", "-7_3-")
+    slurm("7", "seed=1", SLURM_JOB_NAME="interactive")
+    assert not Path(run_folder(parent, "fit", None)).name.startswith("slurm")
+
+    (first / ".ended").touch()  # the same command once more
+    slurm("7", "seed=1")
+    second = run_folder(parent, "fit", None)
+    assert second == f"{first}-1"
+    slurm("7", "seed=1", SLURM_RESTART_COUNT="1")  # the script begins again, with what had ended
+    assert run_folder(parent, "fit", None) == str(first)
+
+    slurm("7", "seed=3")
+    third = tmp_path / f"slurm-{run_id()}"
+    other = at_work(third)  # side by side
+    assert run_folder(parent, "fit", None) == f"{third}-1"
+    slurm("7", "seed=3", SLURM_NTASKS="2")  # here it may be the first of the tasks
+    assert run_folder(parent, "fit", None) == str(third)
+    other.kill()
+
+
+def test_a_slurm_job_goes_on_from_its_own_checkpoint_alone(tmp_path: Path, slurm: Callable[..., None]) -> None:
+    slurm("7", "seed=1")
+    save(tmp_path, "checkpoints/last.ckpt", 3, run_id())
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint_to_resume(tmp_path, None, "parm") == last
+    assert checkpoint_to_resume(tmp_path, "start.ckpt", "parm") == last  # it has been there
+    for job, seed in (("8", 1), ("7", 2), (None, 1)):
+        slurm(job, f"seed={seed}")
+        assert checkpoint_to_resume(tmp_path, None, "parm") is None
+        assert checkpoint_to_resume(tmp_path, "start.ckpt", "parm") == "start.ckpt"
+        assert checkpoint_to_resume(tmp_path, "auto", "parm") == last
+    slurm("8", "seed=1")
+    save(tmp_path, "hpc_ckpt_1.ckpt", 4)
+    assert checkpoint_to_resume(tmp_path, None, "parm") == str(tmp_path / "hpc_ckpt_1.ckpt")
