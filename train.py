@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
 from callbacks.geneval import GenEvalCallback
+from callbacks.runs import checkpoint_to_resume
 from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.loading import export, refuse_other_weights
 from lightning_modules.broken_files import first_line
@@ -39,7 +40,6 @@ from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, re
 from lightning_modules.runs.command_line import hydra_told, leave_tracebacks_to_the_user
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.preflight import preflight
-from lightning_modules.runs.run_folder import checkpoint_to_resume
 from lightning_modules.tasks.curve import CheckpointCurve
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`

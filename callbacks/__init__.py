@@ -1,1 +1,1 @@
-"""Callbacks of the Trainer: GenEval, checkpoints, memory."""
+"""Callbacks: GenEval, checkpoints and memory of the Trainer; the folders of runs of Hydra."""

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
+from callbacks.runs import checkpoint_to_resume, run_folder
 from lightning_modules.runs.checkpoints import newest_checkpoint
-from lightning_modules.runs.run_folder import checkpoint_to_resume, run_folder
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
 from tests.test_train import SMALL_PARM
@@ -22,7 +22,7 @@ from tests.test_train import SMALL_PARM
 AT_WORK = """
 import sys
 from pathlib import Path
-from lightning_modules.runs.run_folder import _hold
+from callbacks.runs import _hold
 print(_hold(Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
