@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
 from lightning_modules.identity import digest
@@ -34,7 +35,7 @@ from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.rewards.verifier import Reward
 from lightning_modules.runs.checkpoints import code
 from lightning_modules.shares import Share, ShareStore, combine
 
@@ -321,7 +322,7 @@ class GenEvalCallback(Callback):
         decoder: Any = pl_module.decoder
         rows = [prompts[i] for i, _ in jobs]
         start = time.perf_counter()
-        decoded = strategy.decode(decoder, judges, rows, [image_seed(self.seed, i, j) for i, j in jobs])
+        decoded = strategy.decode(decoder, judges, Request(rows, [image_seed(self.seed, i, j) for i, j in jobs]))
         images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
         share.seconds = time.perf_counter() - start
         share.cost = decoded.cost
@@ -334,7 +335,7 @@ class GenEvalCallback(Callback):
         for name in self._held_out(strategy):
             judge = judges[name]
             values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
-            share.holdout[name] = float((values.exp() if isinstance(judge, Verifier) else values).sum())
+            share.holdout[name] = float(judge.as_probability(values).sum())
         for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
         on_sheet = spread(len(prompts), self.sheet_prompts)

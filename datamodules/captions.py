@@ -11,7 +11,7 @@ from torch import Tensor
 from datamodules.images import as_pixels
 from datamodules.shapes.captions import CaptionPair, labels
 from datamodules.streams import Stream, StreamDataModule
-from lightning_modules.backbone.decoder import TokenDecoder
+from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.sampling import image_seed, uniform_noise
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.rewards.geneval import Verdict
@@ -51,9 +51,9 @@ class Repaint:
         noise = uniform_noise(seeds, 0, 1 + decoder.num_tokens)[:, 0].to(tokens.device)
         low, high = self.shares
         share = low + (high - low) * noise[:, :1]
-        keep = noise[:, 1:] >= share
+        fixed = noise[:, 1:] >= share
         rows = batch["metadata"]
-        tokens = self.strategy.decode(decoder, {}, rows[::copies], seeds, tokens, keep).tokens
+        tokens = self.strategy.decode(decoder, {}, Request(rows[::copies], seeds, tokens, fixed)).tokens
         found = self.reward.detect(to_uint8(tokenizer.decode(tokens)))
         read = [labels(found[i // copies], row, decoder.max_words, tokenizer.grid) for i, row in enumerate(rows)]
         seen = _columns([verdict for verdict, _ in read], [grounding for _, grounding in read])

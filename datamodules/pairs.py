@@ -19,8 +19,7 @@ from datamodules.loaders import make_loader
 from datamodules.rollouts import store
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.identity import digest, key_of
+from lightning_modules.identity import digest
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
@@ -164,9 +163,7 @@ class PairsDataModule(LightningDataModule):
         """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
         assert self.trainer is not None
         decoder: Any = self.trainer.lightning_module.decoder
-        about = [about, str(self.trainer.precision)]
-        if isinstance(decoder, MaskTokenDecoder):  # its log-probabilities depend on how they are estimated
-            about.append(key_of(decoder.estimate))
+        about = [about, str(self.trainer.precision), decoder.likelihood_key]
         folder = self.folder / f"{name}-{digest(about)}"
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)

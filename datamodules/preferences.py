@@ -21,7 +21,7 @@ from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.identity import digest, key_of
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.verifier import Reward, Verifier
+from lightning_modules.rewards.verifier import Reward
 
 # What rollouts are labelled with anyway: whether all is right, and the share of what the prompt asks that is.
 _LABELS = {"geneval": "reward", "clauses": "clauses"}
@@ -47,7 +47,7 @@ def ensemble(
             part = slice(start, start + batch_size)
             evidence = decoder.evidence(columns["prompt"][part], tokens[part])
             values = judged(judge, decoder, metadata[part], tokens[part], evidence)
-            scores[part] += weight * (values.exp() if isinstance(judge, Verifier) else values).cpu().numpy()
+            scores[part] += weight * judge.as_probability(values).cpu().numpy()
     return scores
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.loaders import make_loader
-from lightning_modules.backbone.decoder import TokenDecoder
+from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
 from lightning_modules.backbone.loading import read_json
 from lightning_modules.backbone.sampling import image_seed
@@ -206,7 +206,7 @@ def collect(
     def decoded_rows(chunk: Sequence[tuple[int, int]]) -> Dataset:
         rows = [spec.prompts[i] for i, _ in chunk]
         seeds = [image_seed(seed, i, j) for i, j in chunk]
-        decoded = spec.strategy.decode(decoder, judges, rows, seeds)
+        decoded = spec.strategy.decode(decoder, judges, Request(rows, seeds))
         images = to_uint8(tokenizer.decode(decoded.tokens))
         found = reward.detect(images)
         verdicts = reward.judge(rows, found)

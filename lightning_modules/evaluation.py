@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import LightningModule
 
-from lightning_modules.backbone.decoder import Decoder, TokenDecoder
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
@@ -26,9 +26,7 @@ class EvaluationModule(LightningModule):
     def judges(self) -> dict[str, Verifier[Any]]:
         """The verifiers that strategies can name; decoders of pixels have none."""
         likelihood: dict[str, Verifier[Any]] = {"likelihood": Likelihood()}
-        return (likelihood if isinstance(self.decoder, TokenDecoder) else {}) | (
-            {"parm": self.parm} if self.parm else {}
-        )
+        return (likelihood if self.decoder.has_likelihood else {}) | ({"parm": self.parm} if self.parm else {})
 
     def test_dataloader(self) -> list[int]:
         """One empty batch: without any, the Trainer would not test at all."""

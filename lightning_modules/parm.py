@@ -10,17 +10,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.backbone.evidence import STATISTICS, Evidence
-from lightning_modules.backbone.mask_state import Trajectory
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.decoder import TokenDecoder
+from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 from lightning_modules.ranks import mean_over_ranks, uniform_rows
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
-from lightning_modules.rewards.verifier import Likelihood, Verifier
-
-_RANDOM_STEPS = 16  # of images that were not decoded
+from lightning_modules.rewards.verifier import Likelihood, TokenVerifier
 
 
 def masked_bce(logits: Tensor, targets: Tensor, mask: Tensor, over_ranks: bool = False) -> Tensor:
@@ -116,15 +112,15 @@ class PARMModule(ResumableModule):
 
     def __init__(
         self,
-        decoder: NextTokenDecoder | MaskTokenDecoder,
+        decoder: TokenDecoder,
         parm: PARM,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         objective: PARMObjective,
     ) -> None:
         super().__init__()
-        if parm.causal == isinstance(decoder, MaskTokenDecoder):
-            wanted = str(not parm.causal).lower()
+        if parm.causal != decoder.causal:
+            wanted = str(decoder.causal).lower()
             raise ValueError(f"parm.module.causal must be {wanted} for a {type(decoder).__name__}")
         self.decoder = decoder.eval().requires_grad_(False)
         self.parm = parm
@@ -134,7 +130,7 @@ class PARMModule(ResumableModule):
         self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.judges})
 
     @property
-    def judges(self) -> dict[str, Verifier[Any]]:
+    def judges(self) -> dict[str, TokenVerifier[Any]]:
         """The verifiers that strategies can name."""
         return {"parm": self.parm, "likelihood": Likelihood()}
 
@@ -143,38 +139,12 @@ class PARMModule(ResumableModule):
         """What `task=export` writes, by the config node that builds it."""
         return {"parm": self.parm}
 
-    def _evidence(self, batch: dict[str, Any], share: float | None = None) -> Evidence:
-        """What the decoder knows of a batch; of grids at this share of the way, by default another one in each."""
+    def _evidence(self, batch: dict[str, Any], fraction: float | None = None) -> Evidence:
+        """What the decoder knows of a batch; of grids at this fraction of the way, by default another one in each."""
         self.decoder.eval()
-        tokens = batch["tokens"] if "tokens" in batch else self.decoder.image_tokenizer.encode(batch["image"])
-        if isinstance(self.decoder, MaskTokenDecoder):
-            return self._grid_evidence(self.decoder, batch, tokens, share)
-        if "evidence" in batch:
-            return self.decoder.recall(batch["prompt"], tokens, **batch["evidence"])
-        return self.decoder.evidence(batch["prompt"], tokens)
-
-    def _grid_evidence(
-        self, decoder: MaskTokenDecoder, batch: dict[str, Any], tokens: Tensor, share: float | None
-    ) -> Evidence:
-        device = tokens.device
-        decided = torch.zeros(3, *tokens.shape, device=device)
-        if "trajectory" in batch:
-            trajectory = Trajectory(**batch["trajectory"])
-            decided = torch.stack([batch["evidence"][name] for name in STATISTICS])
-        else:
-            trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS, uniform_rows(*tokens.shape, device=device))
-        steps = trajectory.previews.shape[1]
-        first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
-        if share is None:
-            step = first + (uniform_rows(len(tokens), device=device) * (steps + 1 - first)).long()
-            # Best-of-n, and reflection, ask of finished images.
-            step = torch.where(uniform_rows(len(tokens), device=device) < self.objective.finished, steps - 1, step)
-            # A finished image may come from anywhere, and of one that was decoded again some tokens do.
-            known = 2 * uniform_rows(len(tokens), 1, device=device) * (step < steps)[:, None]
-            decided = decided * (uniform_rows(*tokens.shape, device=device) < known)
-        else:
-            step = torch.full_like(first, max(0, round(share * steps) - 1))
-        return decoder.evidence(batch["prompt"], *trajectory.at(step), decided)
+        if "tokens" not in batch:
+            batch = batch | {"tokens": self.decoder.image_tokenizer.encode(batch["image"])}
+        return self.decoder.training_evidence(batch, self.objective.finished, fraction)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.objective.training_losses(self.parm, self._evidence(batch), batch)

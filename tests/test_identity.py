@@ -23,10 +23,10 @@ from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
+from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import Chance, Confidence, Region
-from lightning_modules.decoding.step_scores import StepScores
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.identity import Keyed, key_of
@@ -78,7 +78,7 @@ def test_classes_of_the_same_fields_are_told_apart_however_deep() -> None:
     class Cooler(Sampling):
         pass
 
-    strategies = [Verified(SAMPLING, 4), StepScores(SAMPLING, 4, "parm"), Verified(Cooler(0.5), 4)]  # type: ignore[arg-type]
+    strategies = [Verified(SAMPLING, 4), Beam(SAMPLING, 4, 2), Verified(Cooler(0.5), 4)]  # type: ignore[arg-type]
     wrapped = [Reflection(BestOfN(each, 2, "a"), PLAIN, Region(look, 0.5), 2) for each in strategies
                for look in (Chance(), Confidence())]  # fmt: skip
     assert len({plain(each) for each in wrapped}) == 6

@@ -13,11 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.decoder import Cost, Decoder
+from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint, from_hub
 from lightning_modules.broken_files import first_line, refuse_broken_folder
 from lightning_modules.identity import class_name, digest, published_key
+
+_ONE_STEP = "pipelines of diffusers decide an image in one step: use plain sampling, or best-of-n by a reward"
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,59 @@ class Pixels(ImageTokenizer):
 
 
 @dataclass
-class DiffusionState:
-    """B images, none or all of them made: prompts, the seed of each, `tokens` [B, 0] or uint8 [B, 3, H, W]."""
+class DiffusionState(DecodingState):
+    """B images, none or all of them made: `tokens` [B, 0] or uint8 [B, 3, H, W]; the noise is the seed of each."""
 
     prompts: Sequence[str]
-    seeds: Sequence[int]
     sampling: DiffusionSampling
-    tokens: Tensor
-    cost: Cost
-    done: bool = False
-    evidence: None = None
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    @property
+    def is_complete(self) -> Tensor:
+        return torch.full((len(self.prompts),), self.is_done)
+
+    @property
+    def position(self) -> Tensor:
+        return torch.full((len(self.prompts),), self.step)
+
+    @property
+    def decided(self) -> None:
+        return None
+
+    @property
+    def choice_noise(self) -> NoReturn:
+        raise ValueError(_ONE_STEP)
+
+    def select(self, rows: Tensor) -> NoReturn:
+        raise ValueError(_ONE_STEP)
+
+    def fork(self, k: int) -> NoReturn:
+        raise ValueError(_ONE_STEP)
 
 
 @dataclass(frozen=True)
-class DiffusionProposal:
-    """Whole images as candidates, uint8 [B, 1, 3, H, W]."""
+class DiffusionProposal(Proposal):
+    """Whole images as candidates, uint8 [B, 1, 3, H, W], of which no probability is known."""
 
     tokens: Tensor
+    evidence: None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.tokens.new_full(self.tokens.shape[:2], torch.nan, dtype=torch.float32)
+
+    @property
+    def repeats(self) -> Tensor:
+        return self.tokens.new_zeros(self.tokens.shape[:2], dtype=torch.bool)
+
+    def select(self, rows: Tensor) -> "DiffusionProposal":
+        return DiffusionProposal(self.tokens[rows])
+
+    def unfold(self) -> "DiffusionProposal":
+        return self
 
 
 class DiffusionDecoder(Decoder):
@@ -165,18 +203,21 @@ class DiffusionDecoder(Decoder):
         guided = {} if scale is None else {scale: sampling.guidance}
         return guided | ({"negative_prompt": sampling.negative_prompt} if two_passes else {})
 
-    def begin(
-        self,
-        prompts: Sequence[str],
-        noise: Sequence[int],
-        sampling: DiffusionSampling,
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> DiffusionState:
-        if keep is not None:
+    def begin(self, request: Request, sampling: DiffusionSampling, k: int = 1) -> DiffusionState:
+        if request.fixed_mask is not None:
             raise ValueError("pipelines of diffusers decide whole images: none of their tokens can be kept")
-        nothing = torch.empty(len(prompts), 0, dtype=torch.uint8, device=self.pipeline.device)
-        return DiffusionState(prompts, noise, sampling, nothing, Cost())
+        nothing = torch.empty(len(request.rows), 0, dtype=torch.uint8, device=self.pipeline.device)
+        return DiffusionState(
+            tokens=nothing,
+            step=0,
+            noise=self.noise(request.seeds, k, sampling),
+            prompt=nothing,
+            evidence=None,
+            log_probs=nothing.float(),
+            cost=Cost(),
+            prompts=request.prompts,
+            sampling=sampling,
+        )
 
     @torch.no_grad()
     def propose(self, state: DiffusionState, k: int, distinct: bool = False) -> DiffusionProposal:
@@ -196,7 +237,7 @@ class DiffusionDecoder(Decoder):
                 num_inference_steps=sampling.steps,
                 height=sampling.size,
                 width=sampling.size,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.seeds],
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.noise],
                 output_type="pt",
             ).images
         finally:
@@ -206,7 +247,7 @@ class DiffusionDecoder(Decoder):
 
     def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]
-        state.done = True
+        state.step = 1
 
 
 def _part_key(part: Any) -> dict[str, Any]:

@@ -135,3 +135,16 @@ def nearest(vectors: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
     norms = codebook.square().sum(1)
     with torch.autocast(vectors.device.type, enabled=False):  # look-alikes differ by less than bfloat16 resolves
         return torch.cat([(norms - 2 * part @ codebook.T).argmin(1) for part in vectors.split(chunk)])
+
+
+def upsample_patches(scores: Tensor, grid: int) -> Tensor:
+    """Scores of M x M patches [B, M, M] -> of the tokens in them, [B, T]."""
+    side = patch_side(grid, scores.shape[1])
+    return scores.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1)
+
+
+def patch_side(grid: int, patches: int) -> int:
+    """Tokens along each side of a patch; raises ValueError if the grid cannot be cut into so many."""
+    if grid % patches:
+        raise ValueError(f"{grid}x{grid} tokens cannot be cut into {patches}x{patches} patches")
+    return grid // patches

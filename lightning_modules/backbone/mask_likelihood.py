@@ -18,12 +18,10 @@ class MaskEstimate:
 
     Attributes:
         n_masks: masks an image, each from its own n-th of the counts; more of them make less noise.
-        shared: both images of a pair are masked alike, which takes the noise of the masks out of their difference.
         as_trained: Show-o's own sum instead: c from its cosine schedule, no n / c, among all ids, and with soi and eoi.
     """
 
     n_masks: int = 4
-    shared: bool = True
     as_trained: bool = False
 
     def __post_init__(self) -> None:

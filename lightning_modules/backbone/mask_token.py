@@ -5,25 +5,28 @@ computed once per prompt; soi, image and eoi see everything.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.decoder import Cost, Frames, Request, TokenDecoder, Values
+from lightning_modules.backbone.evidence import STATISTICS, Evidence
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer, upsample_patches
 from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
-from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.mask_state import MaskProposal, MaskState, Vocabulary
-from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.identity import class_name, key_of
+from lightning_modules.ranks import uniform_rows
+
+_RANDOM_STEPS = 16  # of images that were not decoded
 
 
 class MaskTokenDecoder(TokenDecoder):
@@ -42,6 +45,8 @@ class MaskTokenDecoder(TokenDecoder):
             Show-o has neither; small decoders learn much faster with both.
         compiled: decoding's passes are compiled, on GPUs with CUDA graphs.
     """
+
+    causal = False
 
     def __init__(
         self,
@@ -228,7 +233,7 @@ class MaskTokenDecoder(TokenDecoder):
         weight = self.head.weight[codes] + self._looks() if self.visual else self.head.weight[codes]
         return F.linear(hidden, weight, self.head.bias[codes]).float()
 
-    def log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
+    def token_log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
         """log p(token | prompt, tokens that are not masked) where `masked`, else 0, [B, n]. Differentiable.
 
         Args:
@@ -245,21 +250,39 @@ class MaskTokenDecoder(TokenDecoder):
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
 
-    def pair_log_probs(
-        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Estimates of log p of both images of B pairs, by `estimate`; see `Decoder`."""
-        estimate, length = self.estimate, chosen.shape[1]
-        other = seeds if estimate.shared else [image_seed(seed, 1) for seed in seeds]
-        masked = torch.cat([estimate.masks(own, length) for own in (seeds, other)], 1).to(chosen.device)
-        rows = torch.arange(len(seeds), device=chosen.device).repeat(2 * estimate.n_masks)
-        tokens = torch.cat([chosen, rejected]).repeat(estimate.n_masks, 1)
-        log_p = self.log_probs(self.encode(prompts).select(rows), tokens, masked.flatten(0, 1), estimate.as_trained)
-        total = log_p.sum(1).view(masked.shape[:2])
+    def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Estimates by `estimate`, each image masked by its seed; see `TokenDecoder`."""
+        estimate, length = self.estimate, tokens.shape[1]
+        masked = estimate.masks(seeds, length).to(tokens.device)
+        texts = list(dict.fromkeys(prompts))  # each is encoded once
+        rows = torch.tensor([texts.index(text) for text in prompts], device=tokens.device).repeat(estimate.n_masks)
+        prefix, repeated = self.encode(texts).select(rows), tokens.repeat(estimate.n_masks, 1)
+        total = self.token_log_probs(prefix, repeated, masked.flatten(0, 1), estimate.as_trained).sum(1)
+        total = total.view(masked.shape[:2])
         if not estimate.as_trained:
             total = total * length / masked.sum(2)
-        first, second = total.mean(0).chunk(2)
-        return first, second
+        return total.mean(0)
+
+    @property
+    def likelihood_key(self) -> Any:
+        return key_of(self.estimate)
+
+    def policy_log_probs(
+        self, prompts: Sequence[str], tokens: Tensor, sampling: MaskSampling, trajectory: Trajectory | None = None
+    ) -> Tensor:
+        """Of the codes that were fixed at each step, given those before; which ones is taken as given."""
+        assert trajectory is not None
+        prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
+        branches, steps = len(prefixes), []
+        for step in range(sampling.steps):
+            unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
+            hidden = self.transformer.last(*self._grid(tokens.repeat(branches, 1), unknown, prefixes))
+            rows, columns = where = (trajectory.fixed_at == step).nonzero(as_tuple=True)
+            flat = rows * tokens.shape[1] + columns
+            logits = self.guided_logits(self._image_hidden(hidden).chunk(branches), sampling.guidance, flat)
+            drawn = logits.log_softmax(-1).gather(1, tokens[where][:, None]).squeeze(1)
+            steps.append(torch.zeros(len(tokens), device=tokens.device).index_add(0, rows, drawn))
+        return torch.stack(steps, 1)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if the text tokenizer cannot read a prompt; see `Decoder`."""
@@ -276,43 +299,35 @@ class MaskTokenDecoder(TokenDecoder):
         share = self.largest_share * torch.cos(torch.rand(batch, 1, device=device, dtype=dtype) * math.pi / 2)
         order = torch.rand(batch, length, device=device, dtype=dtype).argsort(1).argsort(1)
         masked = order < (share * length).round().clamp(min=1)
-        return -self.log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
+        return -self.token_log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
 
     def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
         """Noise of images with these seeds; see `Decoder`."""
         return SeededNoise.draw(seeds, k, sampling.steps, self.num_tokens)
 
     @torch.no_grad()
-    def begin(
-        self,
-        prompts: Sequence[str],
-        noise: MaskNoise,
-        sampling: MaskSampling,
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> MaskState:
-        """Start decoding one image per prompt.
-
-        Args:
-            prompts: B prompts.
-            noise: of the images.
-            sampling: how the grid is filled.
-            tokens, keep: codes [B, n] and which of them stay as they are, bool [B, n]; default: none.
-        """
+    def begin(self, request: Request, sampling: MaskSampling, k: int = 1) -> MaskState:
+        prompts = request.prompts
         shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
         prefix, read = self._open(prompts)
         unconditional = bool(sampling.guidance or self.evidence_depths)
-        known = torch.zeros(shape, dtype=torch.bool) if keep is None else keep
+        tokens, fixed = request.tokens, request.fixed_mask
+        if tokens is None or fixed is None:
+            tokens = torch.zeros(shape, dtype=torch.int64)
+            fixed = torch.zeros(shape, dtype=torch.bool)
         return MaskState(
-            tokens=torch.zeros(shape, dtype=torch.int64, device=device) if tokens is None else tokens.to(device),
-            unknown=~known.to(device),
+            tokens=tokens.to(device),
+            unknown=~fixed.to(device),
             step=0,
             sampling=sampling,
             temperature=torch.ones(len(prompts), 1, device=device),
-            noise=noise.to(device),
+            noise=self.noise(request.seeds, k, sampling).to(device),
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
             prompt=read,
+            evidence=None,
+            log_probs=torch.zeros(len(prompts), sampling.steps, device=device),
+            cost=Cost(),
         )
 
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
@@ -374,11 +389,12 @@ class MaskTokenDecoder(TokenDecoder):
             temperature.repeat_interleave(k, 0),
             state.noise.confidence(state.step, k).flatten(0, 1),
         ).unflatten(0, (-1, k))
-        evidence = None
+        is_last, evidence = state.step + 1 == state.steps, None
         if self.evidence_depths:
-            undecided = masked & (state.step + 1 < state.steps)
-            evidence = self._evidence(state.prompt, layers, branches, tokens, state.unknown, undecided, state.decided)
-        return MaskProposal(tokens, probs, masked, evidence)
+            undecided = masked & (not is_last)
+            seen = layers, branches, tokens, state.unknown, undecided, state.statistics
+            evidence = self._evidence(state.prompt, *seen)
+        return MaskProposal(tokens, probs, masked, evidence, is_last)
 
     def _evidence(
         self,
@@ -390,7 +406,7 @@ class MaskTokenDecoder(TokenDecoder):
         undecided: Tensor,
         decided: Tensor,
     ) -> Evidence:
-        """Evidence about k grids [B, k, n] that came from a pass (see `look`); `decided` as in `MaskState`."""
+        """Evidence about k grids [B, k, n] that came from a pass (see `look`); `decided` are `MaskState.statistics`."""
         shape = tokens.transpose(1, 2).shape  # [B, n, k]
         where = unknown.flatten().nonzero().squeeze(1)
         log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)
@@ -431,7 +447,7 @@ class MaskTokenDecoder(TokenDecoder):
             tokens: codes [B, n], previews included; each grid stands for c prompts, which are neighbours.
             unknown: what was masked in the pass that the previews come from, bool [B, n].
             undecided: what is still a preview after it, bool [B, n].
-            decided: as in `MaskState`, [3, B, n], of what was known before the pass.
+            decided: `statistics` of `MaskState`, [3, B, n], of what was known before the pass.
         """
         copies = len(prompts) // len(tokens)
         nothing = torch.zeros_like(tokens, dtype=torch.bool)
@@ -453,13 +469,73 @@ class MaskTokenDecoder(TokenDecoder):
             decided.repeat_interleave(copies, 1),
         )
 
+    def training_evidence(
+        self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
+    ) -> Evidence:
+        """Evidence about grids at one step each; what was seen on the way takes a pass with what was unknown then."""
+        tokens, device = batch["tokens"], batch["tokens"].device
+        decided = torch.zeros(3, *tokens.shape, device=device)
+        if "trajectory" in batch:
+            trajectory = Trajectory(**batch["trajectory"])
+            decided = torch.stack([batch["evidence"][name] for name in STATISTICS])
+        else:
+            trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS, uniform_rows(*tokens.shape, device=device))
+        steps = trajectory.previews.shape[1]
+        first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
+        if fraction is None:
+            step = first + (uniform_rows(len(tokens), device=device) * (steps + 1 - first)).long()
+            # Best-of-n, and reflection, ask of finished images.
+            step = torch.where(uniform_rows(len(tokens), device=device) < finished, steps - 1, step)
+            # A finished image may come from anywhere, and of one that was decoded again some tokens do.
+            known = 2 * uniform_rows(len(tokens), 1, device=device) * (step < steps)[:, None]
+            decided = decided * (uniform_rows(*tokens.shape, device=device) < known)
+        else:
+            step = torch.full_like(first, max(0, round(fraction * steps) - 1))
+        return self.evidence(batch["prompt"], *trajectory.at(step), decided)
+
+    def preview(self, state: MaskState, proposal: MaskProposal | None = None) -> Tensor:
+        return self.image_tokenizer.decode(state.tokens if proposal is None else proposal.tokens.flatten(0, 1))
+
+    def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
+        if trajectory is None:
+            return None
+        grids = torch.cat([trajectory.previews[0, :-1], tokens[None]])  # reflection replaces the last one
+        steps = sorted({len(grids) * (i + 1) // most - 1 for i in range(most)} - {-1})
+        return Frames("previews", grids[steps], None, [f"step {i + 1}" for i in steps])
+
+    @torch.no_grad()
+    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+        """Log-probability given the three quarters of the image that do not share its place in squares of 2 x 2."""
+        prefix, index = self.encode(prompts), torch.arange(self.image_tokenizer.grid)
+        place = (2 * (index[:, None] % 2) + index % 2).flatten().to(tokens.device)
+        cost.count_pass(4 * len(prompts), self.num_tokens)
+        masks = [(place == i).expand_as(tokens) for i in range(4)]
+        return torch.stack([self.token_log_probs(prefix, tokens, masked) for masked in masks]).sum(0)
+
+    def value_gains(
+        self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence, values: Values, patches: int, cost: Cost
+    ) -> Tensor:
+        """What each patch adds to the same grid in which it is not decided yet, which takes a pass a patch."""
+        decided = torch.stack([getattr(evidence, name) for name in STATISTICS])
+        grid = self.image_tokenizer.grid
+        without = []
+        for patch in torch.eye(patches**2, dtype=torch.bool, device=tokens.device):
+            here = upsample_patches(patch.view(1, patches, -1), grid).expand_as(tokens)
+            seen = self.evidence(prompts, tokens, here, here, decided)
+            cost.count_pass(2 * len(prompts), self.num_tokens)
+            without.append(values(seen, [self.num_tokens]).exp())
+        gains = values(evidence, [self.num_tokens]).exp() - torch.cat(without, 1)
+        cost.verifier_calls += gains.numel() + len(prompts)
+        return upsample_patches(gains.unflatten(1, (patches, patches)), grid)
+
     def commit(self, state: MaskState, proposal: MaskProposal, choice: Tensor) -> None:
-        """Go on with candidate `choice` [B] of each row; after the last step nothing is masked."""
+        """Take candidate `choice` [B] of each row; after the last step nothing is masked."""
         rows = torch.arange(len(choice), device=choice.device)
         state.tokens = proposal.tokens[rows, choice]
+        state.log_probs[:, state.step] = proposal.log_probs[rows, choice]
         state.step += 1
         state.evidence = proposal.evidence and proposal.evidence.pick(choice)
-        state.unknown = torch.zeros_like(state.unknown) if state.done else proposal.masked[rows, choice]
+        state.unknown = proposal.masked[rows, choice] & (not proposal.is_last)
         state.grids.append((state.tokens, state.unknown))
 
 

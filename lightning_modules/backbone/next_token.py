@@ -1,120 +1,104 @@
 """The shared decoder: a Transformer that predicts an image's tokens one after the other, given a prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.decoder import Cost, TokenDecoder
+from lightning_modules.backbone.decoder import Cost, DecodingState, Frames, Proposal, Request, TokenDecoder, Values
 from lightning_modules.backbone.evidence import Evidence
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.sampling import Sampling, draw, uniform_noise
+from lightning_modules.backbone.sampling import Sampling, draw, sampling_log_probs, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.identity import class_name, key_of
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """k candidates for the next token.
+class NextTokenProposal(Proposal):
+    """k candidates for the next token; see `Proposal`.
 
     Attributes:
-        tokens: [B, k].
-        sampling_log_probs: log-probability of each under the sampling distribution (temperature, top-k, top-p,
-            guidance), [B, k].
-        evidence: what the decoder knows about each, for a verifier.
+        sampled: log-probability of each under the sampling distribution (temperature, top-k, top-p, guidance), [B, k].
     """
 
     tokens: Tensor
-    sampling_log_probs: Tensor
+    sampled: Tensor
     evidence: Evidence
 
     @property
+    def log_probs(self) -> Tensor:
+        return self.sampled
+
+    @property
     def repeats(self) -> Tensor:
-        """Candidates that equal an earlier one of their row, bool [B, k]."""
-        return (self.tokens[:, :, None] == self.tokens[:, None]).tril(-1).any(2)
+        tokens = self.tokens.squeeze(2)
+        return (tokens[:, :, None] == tokens[:, None]).tril(-1).any(2)
 
-    def select(self, rows: Tensor) -> "Proposal":
-        """A proposal of some rows."""
-        return Proposal(self.tokens[rows], self.sampling_log_probs[rows], self.evidence.select(rows))
+    def select(self, rows: Tensor) -> "NextTokenProposal":
+        return NextTokenProposal(self.tokens[rows], self.sampled[rows], self.evidence.select(rows))
 
-    def unfold(self) -> "Proposal":
-        """k candidates of B rows as one candidate each of B * k rows."""
-        return Proposal(
-            self.tokens.flatten()[:, None], self.sampling_log_probs.flatten()[:, None], self.evidence.unfold()
-        )
+    def unfold(self) -> "NextTokenProposal":
+        tokens, sampled = self.tokens.flatten(0, 1)[:, None], self.sampled.flatten()[:, None]
+        return NextTokenProposal(tokens, sampled, self.evidence.unfold())
 
 
 @dataclass
-class DecodingState:
-    """B half-decoded images. Every step decides one token of each, not necessarily at the same position.
+class NextTokenState(DecodingState):
+    """Every step decides one token of each image, not necessarily at the same position; see `DecodingState`.
 
     Attributes:
-        tokens: [B, T]; those that are kept are there from the start.
-        keep: tokens that stay as they are, bool [B, T]; decided ones are among them.
+        fixed: tokens that stay as they are, bool [B, T]; decided ones are among them.
         order: positions to decide, ascending, [B, steps], on the CPU; see `decision_order`.
-        step: steps done.
         sampling: how candidates are drawn.
-        noise: uniform noise, [B, 1 + K, T], by step; row 0 is for choosing, row 1 + j for candidate j.
         codes: embeddings of all codes, [V, dim].
-        evidence: about the tokens before `position`, in room for all T.
         cache: keys and values, conditional rows first, then the unconditional ones.
         hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
         logits: of the next token, [2B, V].
-        cost: shared by all states that come from one `begin`.
     """
 
-    tokens: Tensor
-    keep: Tensor
+    noise: Tensor  # uniform, [B, 1 + K, T], by step; row 0 is for choosing, row 1 + j for candidate j
+    evidence: Evidence  # about the tokens before `position`, in room for all T
+    fixed: Tensor
     order: Tensor
-    step: int
     sampling: Sampling
-    noise: Tensor
     codes: Tensor
-    evidence: Evidence
     cache: KVCache
     hidden: Tensor
     logits: Tensor
-    cost: Cost = field(default_factory=Cost)
 
     @property
     def steps(self) -> int:
         return self.order.shape[1]
 
     @property
-    def done(self) -> bool:
-        return self.step == self.steps
-
-    @property
     def position(self) -> Tensor:
-        """Of the token that each row decides next, [B], on the CPU."""
         return self.order[:, self.step]
 
     @property
+    def decided(self) -> Tensor:
+        return self.position
+
+    @property
     def choice_noise(self) -> Tensor:
-        """Uniform noise [B] for choosing among the candidates of this step."""
         return self.noise[:, 0, self.step]
 
     @property
-    def finished(self) -> Tensor:
-        """Rows that wait for others, bool [B]."""
-        return self.keep.all(1)
+    def is_complete(self) -> Tensor:
+        return self.fixed.all(1)
 
-    @property
-    def prompt(self) -> Tensor:
-        """What verifiers read of the prompt, [B, L, 2 dim]."""
-        return self.evidence.prompt
-
-    def select(self, rows: Tensor) -> "DecodingState":
-        """A state of rows `rows` [B'], in that order and as often as they occur."""
+    def select(self, rows: Tensor) -> "NextTokenState":
         both = torch.cat([rows, rows + len(self.tokens)])
         return replace(
             self,
             tokens=self.tokens[rows],
-            keep=self.keep[rows],
+            prompt=self.prompt[rows],
+            log_probs=self.log_probs[rows],
+            fixed=self.fixed[rows],
             order=self.order[rows.cpu()],
             noise=self.noise[rows],
             evidence=self.evidence.select(rows),
@@ -123,8 +107,7 @@ class DecodingState:
             logits=self.logits[both],
         )
 
-    def fork(self, k: int) -> "DecodingState":
-        """k paths per row, neighbours in the batch; path j draws with the noise of candidate j."""
+    def fork(self, k: int) -> "NextTokenState":
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(k)
         paths = self.select(rows)
         lane = 1 + torch.arange(k, device=rows.device).repeat(len(self.tokens))
@@ -132,15 +115,15 @@ class DecodingState:
         return replace(paths, noise=torch.stack([paths.noise[:, 0], own], dim=1))
 
 
-def decision_order(keep: Tensor) -> Tensor:
-    """Positions to decide, [B, steps], ascending, for tokens to keep, bool [B, T].
+def decision_order(fixed: Tensor) -> Tensor:
+    """Positions to decide, [B, steps], ascending, for tokens that stay, bool [B, T].
 
     A row decides what it does not keep, and at the end its last token, whether kept or not: then all others have been
     read. A row that has fewer open tokens than others decides its last token again and again; a token that is kept has
     only itself as a candidate.
     """
-    length = keep.shape[1]
-    due = torch.where(keep, length, torch.arange(length))
+    length = fixed.shape[1]
+    due = torch.where(fixed, length, torch.arange(length))
     due[:, -1] = length - 1
     steps = int((due < length).sum(1).max())
     return due.sort(1).values[:, :steps].clamp(max=length - 1)
@@ -157,6 +140,8 @@ class NextTokenDecoder(TokenDecoder):
         text_depth: layers of the prompt encoder, which has the decoder's width and heads.
         evidence_depths: after which layers (1 = first) hidden states are read by verifiers.
     """
+
+    causal = True
 
     def __init__(
         self,
@@ -244,10 +229,14 @@ class NextTokenDecoder(TokenDecoder):
         """Hidden states of every layer [..., dim] -> those that verifiers read, side by side, [..., F]."""
         return torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
 
-    def log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
-        """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
+    def _token_logits(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of each token of images [B, T] given the prompt and the tokens before it."""
         codes = self._code_embeddings()
-        logits = self._logits(codes, self._run(codes, word_ids, tokens)[1][-1]).float()
+        return self._logits(codes, self._run(codes, word_ids, tokens)[1][-1])
+
+    def token_log_probs(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
+        """log p(token t | prompt, tokens < t) for word ids [B, L] and tokens [B, T] -> [B, T]. Differentiable."""
+        logits = self._token_logits(word_ids, tokens).float()
         return -nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -255,16 +244,19 @@ class NextTokenDecoder(TokenDecoder):
         self.word_ids(prompts)
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood of images [B, T], nats a token; see `Decoder`."""
-        return -self.log_probs(self.word_ids(prompts), tokens).mean()
+        return -self.token_log_probs(self.word_ids(prompts), tokens).mean()
 
-    def pair_log_probs(
-        self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """log p of both images of B pairs, exact; see `Decoder`."""
-        word_ids = self.word_ids(prompts).repeat(2, 1)
-        first, second = self.log_probs(word_ids, torch.cat([chosen, rejected])).sum(1).chunk(2)
-        return first, second
+    def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        return self.token_log_probs(self.word_ids(prompts), tokens).sum(1)  # exact: seeds are for estimates
+
+    def policy_log_probs(
+        self, prompts: Sequence[str], tokens: Tensor, sampling: Sampling, trajectory: Trajectory | None = None
+    ) -> Tensor:
+        ids = self.word_ids(prompts)
+        both = self._token_logits(torch.cat([ids, torch.zeros_like(ids)]), tokens.repeat(2, 1)).flatten(0, 1)
+        conditional, unconditional = both.chunk(2)
+        log_p = sampling_log_probs(conditional, unconditional, sampling)
+        return log_p.gather(-1, tokens.flatten()[:, None]).view_as(tokens)
 
     @torch.no_grad()
     def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
@@ -295,7 +287,7 @@ class NextTokenDecoder(TokenDecoder):
 
     @torch.no_grad()
     def recall(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> Evidence:
-        """Evidence that was stored while decoding, without what follows from prompts and tokens cheaply.
+        """Evidence that was stored while decoding B images [B, T], with what follows cheaply from prompts and tokens.
 
         Args:
             prompts: B of them.
@@ -307,36 +299,63 @@ class NextTokenDecoder(TokenDecoder):
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
         return Evidence(prompt=prompt, embeddings=embeddings, **stored)
 
+    def training_evidence(
+        self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
+    ) -> Evidence:
+        if "evidence" in batch:
+            return self.recall(batch["prompt"], batch["tokens"], **batch["evidence"])
+        return self.evidence(batch["prompt"], batch["tokens"])
+
+    def preview(self, state: NextTokenState, proposal: NextTokenProposal | None = None) -> Tensor:
+        """The tokens so far as pixels; what is not decided yet is grey. See `Decoder`."""
+        tokens, known = state.tokens, state.fixed
+        if proposal is not None:
+            k, position = proposal.tokens.shape[1], state.position.to(tokens.device)[:, None]
+            newest = proposal.tokens.flatten(0, 1)
+            position = position.repeat_interleave(k, 0)
+            tokens = tokens.repeat_interleave(k, 0).scatter(1, position, newest)
+            known = known.repeat_interleave(k, 0).scatter(1, position, True)
+        pixels = self.image_tokenizer.decode(tokens)
+        side = pixels.shape[-1] // self.image_tokenizer.grid
+        cells = known.view(-1, 1, self.image_tokenizer.grid, self.image_tokenizer.grid)
+        return torch.where(cells.repeat_interleave(side, 2).repeat_interleave(side, 3), pixels, 0.5)
+
+    def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames:
+        counts = [self.num_tokens * (i + 1) // most for i in range(most)]
+        shown = torch.arange(self.num_tokens) < torch.tensor(counts)[:, None]
+        return Frames("tokens decided", tokens.expand(len(counts), -1), shown, [str(n) for n in counts])
+
+    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+        """Log-probability given the tokens before it, from when it was drawn; see `Decoder`."""
+        assert evidence is not None
+        return evidence.log_probs
+
+    def value_gains(
+        self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence, values: Values, patches: int, cost: Cost
+    ) -> Tensor:
+        """What each token added when it came; see `Decoder`."""
+        after = values(evidence, range(1, self.num_tokens + 1)).exp()
+        cost.verifier_calls += after.numel()
+        return after.diff(dim=1, prepend=after[:, :1])
+
     def noise(self, seeds: Sequence[int], k: int, sampling: Sampling) -> Tensor:
         """Uniform noise [B, 1 + k, T]; see `Decoder`."""
         return uniform_noise(seeds, k, self.num_tokens)
 
     @torch.no_grad()
-    def begin(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        sampling: Sampling,
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> DecodingState:
-        """Start decoding one image per prompt; the prompt is encoded once, with its unconditional twin.
+    def begin(self, request: Request, sampling: Sampling, k: int = 1) -> NextTokenState:
+        """Encode the prompts, with their unconditional twin, and read what is fixed; see `Decoder`.
 
-        Tokens to keep are read, not decided: those before the first open one in the same pass as the prompt, later ones
-        in the pass of the decided token before them. So there are as many passes as the row with most has open tokens,
-        and at most one more.
-
-        Args:
-            prompts: B prompts.
-            noise: of the images, [B, 1 + K, T], for up to K candidates a step.
-            sampling: how candidates are drawn.
-            tokens, keep: see `Decoder`.
+        Tokens that stay are read, not decided: those before the first open one in the same pass as the prompt, later
+        ones in the pass of the decided token before them. So there are as many passes as the row with most has open
+        tokens, and at most one more.
         """
-        ids = self.word_ids(prompts)
-        if tokens is None or keep is None:
+        ids = self.word_ids(request.prompts)
+        tokens, fixed = request.tokens, request.fixed_mask
+        if tokens is None or fixed is None:
             tokens = ids.new_zeros(len(ids), self.num_tokens)
-            keep = torch.zeros_like(tokens, dtype=torch.bool)
-        order = decision_order(keep.cpu())
+            fixed = torch.zeros_like(tokens, dtype=torch.bool)
+        order = decision_order(fixed.cpu())
         prompt = self.prompt_encoder(torch.cat([ids, torch.zeros_like(ids)]))
         cache = KVCache(prompt.shape[1] + self.num_tokens)
         codes = self._code_embeddings()
@@ -348,14 +367,17 @@ class NextTokenDecoder(TokenDecoder):
         hidden = [h[:, prompt.shape[1] - 1 :] for h in hidden]
         read = self.prompt_encoder.read(ids, prompt[: len(ids)])
         width = self.dim * len(self.evidence_depths)
-        state = DecodingState(
+        state = NextTokenState(
             tokens=tokens,
-            keep=keep.to(ids.device, copy=True),
+            fixed=fixed.to(ids.device, copy=True),
             order=order,
             step=0,
             sampling=sampling,
-            noise=noise.to(prompt.device),
+            noise=self.noise(request.seeds, k, sampling).to(prompt.device),
             codes=codes,
+            prompt=read,
+            log_probs=torch.zeros(order.shape, device=prompt.device),
+            cost=Cost(),
             evidence=Evidence.empty(read, self.num_tokens, self.dim, width),
             cache=cache,
             hidden=prompt.new_empty(len(prompt), width),
@@ -384,7 +406,7 @@ class NextTokenDecoder(TokenDecoder):
             entropy=-(log_p.exp() * log_p).sum(-1),
         )
 
-    def _arrive(self, state: DecodingState, hidden: Sequence[Tensor], last: Tensor) -> None:
+    def _arrive(self, state: NextTokenState, hidden: Sequence[Tensor], last: Tensor) -> None:
         """Note what a pass says of the tokens it read, and go on to the next one to decide.
 
         Args:
@@ -410,7 +432,7 @@ class NextTokenDecoder(TokenDecoder):
         state.evidence.write(rows, last[rows] + 1 + columns, passed, columns)
 
     @torch.no_grad()
-    def propose(self, state: DecodingState, k: int, distinct: bool = False) -> Proposal:
+    def propose(self, state: NextTokenState, k: int, distinct: bool = False) -> NextTokenProposal:
         """k candidates for the next token, all from the one forward pass that led to this state.
 
         Candidates are independent draws, or `distinct` ones (drawn without replacement); a token that is kept is its
@@ -418,25 +440,26 @@ class NextTokenDecoder(TokenDecoder):
         """
         conditional, unconditional = state.logits.chunk(2)
         noise = state.noise[:, 1 : k + 1, state.step]
-        tokens, sampling_log_probs = draw(conditional, unconditional, state.sampling, noise, distinct)
+        tokens, log_probs = draw(conditional, unconditional, state.sampling, noise, distinct)
         position = state.position.to(tokens.device)[:, None]
-        kept = state.keep.gather(1, position)
-        tokens = torch.where(kept, state.tokens.gather(1, position), tokens)
-        sampling_log_probs = sampling_log_probs.masked_fill(kept, 0.0)
+        fixed = state.fixed.gather(1, position)
+        tokens = torch.where(fixed, state.tokens.gather(1, position), tokens)
+        log_probs = log_probs.masked_fill(fixed, 0.0)
         evidence = self._evidence(
             state.prompt, state.codes, tokens, position, state.hidden[:, None], state.logits[:, None]
         )
-        return Proposal(tokens, sampling_log_probs, evidence)
+        return NextTokenProposal(tokens[..., None], log_probs, evidence)
 
     @torch.no_grad()
-    def commit(self, state: DecodingState, proposal: Proposal, choice: Tensor) -> None:
+    def commit(self, state: NextTokenState, proposal: NextTokenProposal, choice: Tensor) -> None:
         """Candidate `choice` [B] is the next token; unless it is the last one, run the next forward pass."""
         rows, last = torch.arange(len(choice), device=choice.device), state.position
         here = rows, last.to(choice.device)
-        state.tokens[here], state.keep[here] = proposal.tokens[rows, choice], True
+        state.tokens[here], state.fixed[here] = proposal.tokens[rows, choice, 0], True
+        state.log_probs[:, state.step] = proposal.log_probs[rows, choice]
         state.evidence.write(*here, proposal.evidence.pick(choice), torch.zeros_like(choice))
         state.step += 1
-        if state.done:
+        if state.is_done:
             return
         counts = state.position - last  # the decided token and the kept ones after it; none of finished rows
         positions = (last[:, None] + torch.arange(int(counts.max()))).clamp(max=self.num_tokens - 1).to(choice.device)

@@ -1,25 +1,15 @@
 """Beam search over a verifier's values: the best prefixes of an image go on, wherever they come from."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import (
-    Decoded,
-    Judges,
-    Strategy,
-    begin_paths,
-    decided_before,
-    finished,
-    verifier_named,
-)
-from lightning_modules.decoding.trace import Choice
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.decoding.paths import Paths
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class Beam(Strategy):
         prior_weight: score = log V + prior_weight log p, p being the sampling distribution's of the whole prefix.
     """
 
-    sampling: Sampling | MaskSampling
+    sampling: Any
     n: int
     k: int
     verifier: str = "parm"
@@ -56,60 +46,57 @@ class Beam(Strategy):
         return self.n * self.k
 
     @torch.no_grad()
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        verifier = verifier_named(judges, self.verifier)
-        state, watch = begin_paths(decoder, verifier, prompts, seeds, self.n, self.k, self.sampling, tokens, keep)
-        noise, device = state.noise, state.tokens.device
-        image = torch.arange(len(prompts), device=device)
-        log_probs = torch.zeros(len(state.tokens), 1, device=device)
-        alive = (torch.arange(len(state.tokens), device=device) % self.n == 0)[:, None]  # at first all are the same
-        steps: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]] = []
-        while not state.done:
-            verifier.follow(watch, state.evidence, state.position)
-            proposal = decoder.propose(state, self.k)
-            values = verifier.score(watch, proposal.evidence)
-            state.cost.verifier_calls += int(alive.sum()) * self.k
-            log_probs = log_probs + proposal.sampling_log_probs
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        paths = Paths(decoder, request, self.sampling, self.k, self.n, judges, self.verifier)
+        batch, device = len(request.rows), paths.image.device
+        first = torch.arange(batch, device=device) * self.n
+        log_probs = torch.zeros(len(paths), 1, device=device)
+        alive = (torch.arange(len(paths), device=device) % self.n == 0)[:, None]  # at first all are the same
+        steps: list[_Step] = []
+        while not paths.is_done:
+            proposal = paths.propose(self.k)
+            values, decided = paths.value(proposal), paths.state.decided
+            paths.count(int(alive.sum()) * self.k)
+            log_probs = log_probs + proposal.log_probs
             score = values + self.prior_weight * log_probs
             score = score.masked_fill(proposal.repeats | ~alive, -torch.inf)
-            best, index = score.view(len(prompts), -1).topk(self.n, dim=1)
-            parent = (image[:, None] * self.n + index // self.k).flatten()
-            choice = (index % self.k).flatten()
-            went_on = index.new_zeros(len(prompts), self.n * self.k).scatter(1, index, (best > -torch.inf).long())
-            steps.append((proposal.tokens, values, went_on, decided_before(state), index))
+            best, index = score.view(batch, -1).topk(self.n, dim=1)
+            parent, choice = (first[:, None] + index // self.k).flatten(), (index % self.k).flatten()
+            taken = index.new_zeros(batch, self.n * self.k).scatter(1, index, (best > -torch.inf).long())
+            steps.append(_Step(proposal.tokens, values, taken, decided, index))
             alive = best.view(-1, 1) > -torch.inf
             log_probs = log_probs[parent, choice, None]
-            state, watch = replace(state.select(parent), noise=noise), watch.select(parent)
-            verifier.commit(watch, choice)
-            decoder.commit(state, proposal.select(parent), choice)
-        made = finished(state, torch.zeros(len(state.tokens)))
-        return replace(made.select(image * self.n), trace=self._line(steps))
+            paths.reassign(parent)
+            paths.commit(proposal.select(parent), choice)
+        self._record(paths, steps)
+        return paths.finish(first)
 
-    def _line(self, steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]]) -> list[Choice]:
-        """The choices among the candidates of those prefixes that the images began with.
-
-        Args:
-            steps: of n prefixes and k candidates each: tokens [B * n, k, ...] and values [B * n, k], how often each
-                went on [B, n * k], tokens decided before them [B * n] (None if not in order), and the candidates that
-                went on, [B, n], of n * k.
-        """
-        trace: list[Choice] = []
-        prefix = torch.zeros_like(steps[-1][-1][:, 0])
+    def _record(self, paths: Paths, steps: Sequence["_Step"]) -> None:
+        """Record the choices among the candidates of those prefixes that the images began with."""
+        prefix = torch.zeros_like(steps[-1].index[:, 0])
         rows = torch.arange(len(prefix), device=prefix.device)
-        for tokens, values, went_on, before, index in reversed(steps):
-            prefix = index[rows, prefix] // self.k
-            own = rows * self.n + prefix
-            kept = went_on.view(-1, self.k)[own]
-            if before is None:
-                trace.append(Choice(self.verifier, tokens[own], None, values[own], kept))
-            else:
-                trace.append(Choice(self.verifier, tokens[own, :, None], before[:: self.n] + 1, values[own], kept))
-        return trace[::-1]
+        line = []
+        for step in reversed(steps):
+            prefix = step.index[rows, prefix] // self.k
+            line.append(rows * self.n + prefix)
+        for step, own in zip(steps, reversed(line), strict=True):
+            decided = None if step.decided is None else step.decided[:: self.n] + 1
+            paths.record(step.tokens[own], decided, step.values[own], step.taken.view(-1, self.k)[own])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What n prefixes of B images had to choose from at a step.
+
+    Attributes:
+        tokens, values: of their k candidates, [B n, k, ...] and [B n, k].
+        taken: how often each was, [B, n k].
+        decided: tokens that were decided before, [B n]; None where they are not decided in order.
+        index: the n candidates that were taken, of n k, [B, n].
+    """
+
+    tokens: Tensor
+    values: Tensor
+    taken: Tensor
+    decided: Tensor | None
+    index: Tensor

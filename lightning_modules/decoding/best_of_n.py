@@ -1,15 +1,12 @@
 """Best-of-n: decode n images of each prompt and keep the one that a judge likes best (the paper's ORM baseline)."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, candidate_seeds, judge_named, judged
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_named, judged
 from lightning_modules.decoding.trace import Choice
 
 
@@ -39,24 +36,14 @@ class BestOfN(Strategy):
     def images_at_once(self) -> int:
         return self.n * self.strategy.images_at_once
 
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = judge_named(judges, self.judge)
-        repeated = [row for row in prompts for _ in range(self.n)]
-        kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))
-        all_images = self.strategy.decode(decoder, judges, repeated, candidate_seeds(seeds, self.n), *kept)
-        scores = judged(judge, decoder, repeated, all_images.tokens, all_images.evidence)
-        all_images.cost.verifier_calls += len(repeated)
-        scores = scores.view(-1, self.n)
+        repeated = request.repeat(self.n)
+        all_images = self.strategy.decode(decoder, judges, repeated)
+        scores = judged(judge, decoder, repeated.rows, all_images.tokens, all_images.evidence).view(-1, self.n)
+        all_images.cost.verifier_calls += scores.numel()
         winner = scores.argmax(1)
         tokens = all_images.tokens.unflatten(0, scores.shape)
         choice = Choice(self.judge, tokens, None, scores, one_hot(winner, self.n))
-        image = all_images.select(torch.arange(0, len(repeated), self.n, device=winner.device) + winner)
+        image = all_images.select(torch.arange(0, scores.numel(), self.n, device=winner.device) + winner)
         return replace(image, trace=[*image.trace, choice])

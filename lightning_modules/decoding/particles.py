@@ -1,6 +1,5 @@
 """Verified decoding with many paths: unpromising ones are dropped on the way, promising ones are continued twice."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,19 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import (
-    Decoded,
-    Judges,
-    Strategy,
-    begin_paths,
-    decided_before,
-    finished,
-    verifier_named,
-)
-from lightning_modules.decoding.trace import Choice
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.decoding.paths import Paths
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class Particles(Strategy):
         value_weight: paths are redrawn in proportion to (value / value at the last redraw) ** value_weight.
     """
 
-    sampling: Sampling | MaskSampling
+    sampling: Any
     n: int
     stride: int = 8
     verifier: str = "parm"
@@ -61,50 +50,36 @@ class Particles(Strategy):
         return self.n
 
     @torch.no_grad()
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        verifier = verifier_named(judges, self.verifier)
-        state, watch = begin_paths(decoder, verifier, prompts, seeds, self.n, 1, self.sampling, tokens, keep)
-        noise = state.noise
-        first = torch.arange(len(prompts), device=state.tokens.device)
-        paths = first.repeat_interleave(self.n)
-        last = torch.zeros(len(prompts), self.n, device=state.tokens.device)
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        paths = Paths(decoder, request, self.sampling, 1, self.n, judges, self.verifier)
+        shape = len(request.rows), self.n
+        first = torch.arange(shape[0], device=paths.image.device) * self.n
+        last = torch.zeros(shape, device=first.device)
         sizes: list[Tensor] = []
-        trace: list[Choice] = []
-        while not state.done:
-            verifier.follow(watch, state.evidence, state.position)
-            proposal, chance = decoder.propose(state, 1), state.choice_noise[:: self.n]
-            values = verifier.score(watch, proposal.evidence).view(-1, self.n)
-            verifier.commit(watch, torch.zeros_like(paths))
-            decoder.commit(state, proposal, torch.zeros_like(paths))
-            if state.step % self.stride == 0 and not state.done:
-                state.cost.verifier_calls += values.numel()
+        while not paths.is_done:
+            proposal, chance = paths.propose(), paths.state.choice_noise[:: self.n]
+            values = paths.value(proposal).view(shape)
+            paths.commit(proposal)
+            if paths.state.step % self.stride == 0 and not paths.is_done:
                 # Systematic resampling: one uniform number places n evenly spaced points.
-                gained = (values - last).masked_fill(state.finished.view_as(values), 0.0)
+                gained = (values - last).masked_fill(paths.state.is_complete.view(shape), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, chance.to(values.device))
-                paths_of = state.tokens.unflatten(0, values.shape)
-                went_on = one_hot(kept, self.n).sum(1)
-                decided = decided_before(state)
-                decided = None if decided is None else decided[:: self.n]
-                trace.append(Choice(self.verifier, paths_of, decided, values, went_on))
-                rows = (first[:, None] * self.n + kept).flatten()
+                self._record(paths, values, one_hot(kept, self.n).sum(1))
+                paths.reassign((first[:, None] + kept).flatten())
                 last = values.gather(1, kept)
-                state, watch = replace(state.select(rows), noise=noise), watch.select(rows)
-        state.cost.verifier_calls += values.numel()
-        winner = values.argmax(1)
-        images = state.tokens.unflatten(0, values.shape)
-        trace.append(Choice(self.verifier, images, None, values, one_hot(winner, self.n)))
-        made = finished(state, torch.zeros(len(paths)))
+        # Of equally good ones one is drawn as in a redraw, or many perfect paths would not sample the posterior.
+        gained = (self.value_weight * (values - last)).masked_fill(values < values.amax(1, keepdim=True), -torch.inf)
+        weights = gained.softmax(1).cumsum(1)
+        winner = (weights > chance.to(values.device)[:, None] * weights[:, -1:]).int().argmax(1)
+        self._record(paths, values, one_hot(winner, self.n))
         notes = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
-        return replace(made.select(first * self.n + winner), trace=trace, notes=notes)
+        return replace(paths.finish(first + winner), notes=notes)
+
+    def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
+        paths.count(values.numel())
+        decided = None if paths.is_done or paths.state.decided is None else paths.state.decided[:: self.n]
+        paths.record(paths.state.tokens.unflatten(0, values.shape), decided, values, kept)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The paper's PARM (arXiv 2501.13926, section 3.3): paths are judged once they are clear, and stopped if hopeless."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_state import MaskState
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.decoding.strategy import (
-    Decoded,
-    Judges,
-    Strategy,
-    candidate_seeds,
-    previewing,
-    step_judge_named,
-)
+from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Request
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, step_judge_named
 from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import StepJudge
 
@@ -43,7 +32,7 @@ class Potential(Strategy):
             image's first path, as the released scripts do.
     """
 
-    sampling: MaskSampling
+    sampling: Any
     n: int
     judge: str
     prune: bool = True
@@ -62,85 +51,67 @@ class Potential(Strategy):
         return self.n
 
     @torch.no_grad()
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = step_judge_named(judges, self.judge)
-        decoder = previewing(decoder, "potential paths")
-        rows = [row for row in prompts for _ in range(self.n)]
-        noise = decoder.noise(candidate_seeds(seeds, self.n), 1, self.sampling)
-        kept = (part if part is None else part.repeat_interleave(self.n, 0) for part in (tokens, keep))
-        state = decoder.begin([row["prompt"] for row in rows], noise, self.sampling, *kept)
-        paths = torch.arange(len(rows), device=state.tokens.device)
+        repeated = request.repeat(self.n)
+        state = decoder.begin(repeated, self.sampling)
+        everyone = paths = torch.arange(len(repeated.rows), device=state.tokens.device)
         if not self.reset_temperature:
-            state.temperature = (paths % self.n == 0)[:, None].float()
-        doubt = torch.full((len(rows),), _NEVER_CLEAR, device=paths.device)  # P(no) of each path's verdict
+            state = state.without_order_noise(paths % self.n > 0)
+        doubt = torch.full((len(paths),), _NEVER_CLEAR, device=paths.device)  # P(no) of each path's verdict
         clear = torch.zeros_like(paths, dtype=torch.bool)
-        finished = state.tokens.clone()
-        stopped: dict[int, MaskState] = {}
+        tokens = state.tokens.clone()
+        stopped: dict[int, DecodingState] = {}
         trace: list[Choice] = []
-        shape = len(prompts), self.n
-        while len(paths) and not state.done:
+        shape = len(request.rows), self.n
+        while len(paths) and not state.is_done:
             _step(decoder, state)
             unclear = (~clear[paths]).nonzero().squeeze(1)
             if len(unclear):
                 judged = paths[unclear]
-                pixels = decoder.image_tokenizer.decode(state.tokens[unclear])
-                is_clear, potential = judge.clear_and_potential([rows[i]["prompt"] for i in judged.tolist()], pixels)
+                pixels = decoder.preview(state.select(unclear))
+                is_clear, potential = judge.clear_and_potential(repeated.select(judged).prompts, pixels)
                 state.cost.verifier_calls += 2 * len(judged)
                 now = (is_clear >= 0.5).to(paths.device)
                 clear[judged] = now
                 doubt[judged] = torch.where(now, 1 - potential.to(doubt), doubt[judged])
-            finished[paths] = state.tokens
-            if self.prune and not state.done:
-                hopeless = clear[paths] & (doubt[paths] > 0.5)
-                for i in hopeless.nonzero().squeeze(1).tolist():
+            tokens[paths] = state.tokens
+            if self.prune and not state.is_done:
+                stop = clear[paths] & (doubt[paths] > 0.5)
+                for i in stop.nonzero().squeeze(1).tolist():
                     stopped[int(paths[i])] = state.select(torch.tensor([i], device=paths.device))
-                paths, state = paths[~hopeless], state.select((~hopeless).nonzero().squeeze(1))
+                paths, state = paths[~stop], state.select((~stop).nonzero().squeeze(1))
             if len(unclear):
                 verdicts = (1 - doubt).masked_fill(~clear, torch.nan).view(shape)
-                going = torch.zeros_like(clear, dtype=torch.int64).index_fill(0, paths, 1).view(shape)
-                trace.append(Choice(self.judge, finished.view(*shape, -1).clone(), None, verdicts, going))
-        winners, opinions = self._winners(decoder, judge, rows, finished, clear & (doubt <= 0.5), doubt, state)
+                left = torch.isin(everyone, paths).long().view(shape)
+                trace.append(Choice(self.judge, tokens.view(*shape, -1).clone(), None, verdicts, left))
+        scores = self._final_scores(decoder, judge, repeated, tokens, clear & (doubt <= 0.5), state.cost)
+        won = torch.where(
+            scores.isnan().all(1, keepdim=True), -doubt.view(shape), scores.nan_to_num(-torch.inf)
+        ).argmax(1)
+        winners = everyone[:: self.n] + won
         for path in winners.tolist():
             if path in stopped:
-                while not stopped[path].done:
+                while not stopped[path].is_done:
                     _step(decoder, stopped[path])
-                finished[path] = stopped[path].tokens[0]
-        won = one_hot(winners % self.n, self.n)
-        trace.append(Choice(self.judge, finished.view(*shape, -1), None, opinions.view(shape), won))
-        return Decoded(finished[winners], None, state.cost, torch.zeros(len(prompts)), trace=trace)
+                tokens[path] = stopped[path].tokens[0]
+        trace.append(Choice(self.judge, tokens.view(*shape, -1), None, scores, one_hot(won, self.n)))
+        return Decoded(tokens[winners], None, state.cost, torch.zeros(shape[0]), trace=trace)
 
-    def _winners(
-        self,
-        decoder: MaskTokenDecoder,
-        judge: StepJudge,
-        rows: Sequence[Mapping[str, Any]],
-        finished: Tensor,
-        hopeful: Tensor,
-        doubt: Tensor,
-        state: MaskState,
-    ) -> tuple[Tensor, Tensor]:
-        """The path [B] of each image that wins, and what the judge says of the finalists, [B * n], NaN of others."""
-        opinions = torch.full_like(doubt, torch.nan)
-        finalists = hopeful.nonzero().squeeze(1)
-        if len(finalists):
-            pixels = decoder.image_tokenizer.decode(finished[finalists])
-            opinions[finalists] = judge([rows[i] for i in finalists.tolist()], pixels).to(opinions)
-            state.cost.verifier_calls += len(finalists)
-        final, doubt = opinions.nan_to_num(-torch.inf).view(-1, self.n), doubt.view(-1, self.n)
-        any_hope = hopeful.view(-1, self.n).any(1, keepdim=True)
-        first = torch.arange(0, len(rows), self.n, device=final.device)
-        return first + torch.where(any_hope, final, -doubt).argmax(1), opinions
+    def _final_scores(
+        self, decoder: Decoder, judge: StepJudge, repeated: Request, tokens: Tensor, finalists: Tensor, cost: Cost
+    ) -> Tensor:
+        """What the judge says of finished images, [B, n], NaN of those that are no finalists."""
+        scores = torch.full(finalists.shape, torch.nan, device=tokens.device)
+        chosen = finalists.nonzero().squeeze(1)
+        if len(chosen):
+            pixels = decoder.image_tokenizer.decode(tokens[chosen])
+            scores[chosen] = judge(repeated.select(chosen).rows, pixels).to(scores)
+            cost.verifier_calls += len(chosen)
+        return scores.view(-1, self.n)
 
 
-def _step(decoder: MaskTokenDecoder, state: MaskState) -> None:
-    """Go on by one step, with the only candidate."""
+def _step(decoder: Decoder, state: DecodingState) -> None:
+    """Continue by one step, with the only candidate."""
     only = torch.zeros(len(state.tokens), dtype=torch.int64, device=state.tokens.device)
     decoder.commit(state, decoder.propose(state, 1), only)

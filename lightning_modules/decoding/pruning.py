@@ -1,25 +1,14 @@
 """Best-of-n that stops paths which cannot win: the paper's potential assessment, by a verifier in token space."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.sampling import Sampling
-from lightning_modules.decoding.strategy import (
-    Decoded,
-    Judges,
-    Strategy,
-    begin_paths,
-    decided_before,
-    finished,
-    verifier_named,
-)
-from lightning_modules.decoding.trace import Choice
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.decoding.paths import Paths
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class Pruning(Strategy):
         verifier: its name.
     """
 
-    sampling: Sampling | MaskSampling
+    sampling: Any
     n: int
     share: float
     stride: int = 8
@@ -58,66 +47,37 @@ class Pruning(Strategy):
         return self.n
 
     @torch.no_grad()
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        verifier = verifier_named(judges, self.verifier)
-        state, watch = begin_paths(decoder, verifier, prompts, seeds, self.n, 1, self.sampling, tokens, keep)
-        path = torch.arange(len(state.tokens), device=state.tokens.device)
-        image = path // self.n  # of each path
-        trace: list[Choice] = []
-        while not state.done:
-            verifier.follow(watch, state.evidence, state.position)
-            proposal = decoder.propose(state, 1)
-            values = verifier.score(watch, proposal.evidence)[:, 0]
-            only = torch.zeros_like(image)
-            verifier.commit(watch, only)
-            decoder.commit(state, proposal, only)
-            if state.step % self.stride == 0 and not state.done:
-                state.cost.verifier_calls += len(values)
-                best = values.new_full((len(prompts),), -torch.inf).scatter_reduce(0, image, values, "amax")
-                going = (values.exp() >= self.share * best[image].exp()).nonzero().squeeze(1)
-                trace.append(self._looked(len(prompts), path, state, values, going))
-                path, image, state, watch = path[going], image[going], state.select(going), watch.select(going)
-        state.cost.verifier_calls += len(values)
-        images = finished(state, torch.zeros(len(image)))
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        paths = Paths(decoder, request, self.sampling, 1, self.n, judges, self.verifier)
+        batch = len(request.rows)
+        number = torch.arange(len(paths), device=paths.image.device)  # of each path that is left, of batch * n
+        while not paths.is_done:
+            proposal = paths.propose()
+            values = paths.value(proposal)[:, 0]
+            paths.commit(proposal)
+            if paths.state.step % self.stride == 0 and not paths.is_done:
+                best = values.new_full((batch,), -torch.inf).scatter_reduce(0, paths.image, values, "amax")
+                left = (values.exp() >= self.share * best[paths.image].exp()).nonzero().squeeze(1)
+                self._record(paths, number, values, left)
+                paths.select(left)
+                number = number[left]
         order = values.argsort(descending=True, stable=True)
-        first = (image[order] == torch.arange(len(prompts), device=image.device)[:, None]).int().argmax(1)
-        winner = order[first]
-        trace.append(self._looked(len(prompts), path, state, values, winner))
-        return replace(images.select(winner), trace=trace)
+        first = (paths.image[order] == torch.arange(batch, device=order.device)[:, None]).int().argmax(1)
+        self._record(paths, number, values, order[first])
+        return paths.finish(order[first])
 
-    def _looked(
-        self,
-        batch: int,
-        path: Tensor,
-        state: Any,
-        values: Tensor,
-        going: Tensor,
-    ) -> Choice:
-        """What a look shows; paths that stopped before have no value.
-
-        Args:
-            batch: images.
-            path: the number of each that is left, of batch * n.
-            state, values: of these.
-            going: which of them go on.
-        """
-        tokens = state.tokens.new_zeros(batch * self.n, state.tokens.shape[1])
-        tokens[path] = state.tokens
-        scores = values.new_full((batch * self.n,), torch.nan)
-        scores[path] = values
+    def _record(self, paths: Paths, number: Tensor, values: Tensor, left: Tensor) -> None:
+        """Record which of the paths are left; those that stopped before have no value."""
+        paths.count(len(values))
+        shape = len(paths.rows), self.n
+        tokens = paths.state.tokens.new_zeros(shape[0] * self.n, paths.state.tokens.shape[1])
+        tokens[number] = paths.state.tokens
+        scores = values.new_full((len(tokens),), torch.nan)
+        scores[number] = values
         kept = torch.zeros_like(tokens[:, 0])
-        kept[path[going]] = 1
-        shape = batch, self.n
+        kept[number[left]] = 1
         decided = None
-        if not state.done and (before := decided_before(state)) is not None:
-            decided = torch.zeros(batch, dtype=torch.int64)
-            decided[path.cpu() // self.n] = before
-        return Choice(self.verifier, tokens.unflatten(0, shape), decided, scores.view(shape), kept.view(shape))
+        if not paths.is_done and (before := paths.state.decided) is not None:
+            decided = torch.zeros(shape[0], dtype=torch.int64)
+            decided[paths.image.cpu()] = before
+        paths.record(tokens.unflatten(0, shape), decided, scores.view(shape), kept.view(shape))

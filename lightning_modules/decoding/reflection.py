@@ -1,21 +1,19 @@
 """Reflection (PARM++): look at the finished image, find what is not satisfactory, decode only that again."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Decoder
+from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.regions import Region
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_named, judged
 from lightning_modules.decoding.trace import Choice, Round
-from lightning_modules.rewards.verifier import Critic, Verifier
+from lightning_modules.rewards.verifier import Critic, Judge, TokenVerifier
 
-T = TypeVar("T")
 _GROUPS = 4  # batches of a round, at most
 
 
@@ -68,26 +66,18 @@ class Reflection(Strategy):
         return max(self.strategy.images_at_once, self.again.images_at_once)
 
     @torch.no_grad()
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = judge_named(judges, self.judge)
         if self.tell is not None and not isinstance(judge, Critic):
             raise ValueError(f"judge {self.judge!r} cannot say what is wrong, which reflection with `tell` asks it")
-        if isinstance(judge, Verifier) and 0 < self.satisfied < math.inf:
+        if isinstance(judge, TokenVerifier) and 0 < self.satisfied < math.inf:
             raise ValueError(
                 f"reflection's satisfied={self.satisfied} is never reached: {self.judge!r} gives log-values (.95: -.05)"
             )
-        image = self.strategy.decode(decoder, judges, prompts, seeds, tokens, keep)
-        scores = judged(judge, decoder, prompts, image.tokens, image.evidence)
-        image.cost.verifier_calls += len(prompts)
-        left = torch.arange(len(prompts), device=image.tokens.device)  # images that are not finished
+        image = self.strategy.decode(decoder, judges, request)
+        scores = judged(judge, decoder, request.rows, image.tokens, image.evidence)
+        image.cost.verifier_calls += len(scores)
+        left = torch.arange(len(scores), device=image.tokens.device)  # images that are not finished
         trace: list[Choice | Round] = list(image.trace)
         image = replace(image, trace=())
         rounds, accepted_rounds = (torch.zeros_like(scores) for _ in range(2))
@@ -95,17 +85,18 @@ class Reflection(Strategy):
             left = left[scores[left] < self.satisfied]
             if not len(left):
                 break
-            drawn = [image_seed(seed, 0, number) for seed in _pick(seeds, left)]
-            omega = self.where(decoder, judges, _pick(prompts, left), drawn, image.select(left))
-            if keep is not None:
-                omega &= ~keep[left]
+            asked = request.select(left)
+            asked = replace(asked, seeds=[image_seed(seed, 0, number) for seed in asked.seeds])
+            omega = self.where(decoder, judges, asked, image.select(left))
+            if asked.fixed_mask is not None:
+                omega &= ~asked.fixed_mask
             lacking = omega.any(1).nonzero().squeeze(1)
             if not len(lacking):
                 break
-            left, omega, drawn = left[lacking], omega[lacking], _pick(drawn, lacking)
-            asked, old = _pick(prompts, left), image.select(left)
-            new = self._again(decoder, judges, self._told(decoder, judge, asked, old), drawn, old, omega)
-            after = judged(judge, decoder, asked, new.tokens, new.evidence)
+            left, omega, asked = left[lacking], omega[lacking], asked.select(lacking)
+            old = image.select(left)
+            new = self._again(decoder, judges, self._told(decoder, judge, asked, old), old, omega)
+            after = judged(judge, decoder, asked.rows, new.tokens, new.evidence)
             image.cost.verifier_calls += len(left)
             accepted = (after >= scores[left]) | (self.accept == "always")
             both = torch.stack([scores[left], after], 1)
@@ -121,36 +112,26 @@ class Reflection(Strategy):
         notes = {**image.notes, "rounds": rounds, "accepted_rounds": accepted_rounds}
         return replace(image.all_chosen(rounds.nonzero().squeeze(1)), trace=trace, notes=notes)
 
-    def _again(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-        omega: Tensor,
-    ) -> Decoded:
+    def _again(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded, omega: Tensor) -> Decoded:
         """The images with Ω decoded again; those with Ω of like size go together, for a batch waits for its last."""
         sizes = omega.sum(1)
         groups = min(_GROUPS, len(sizes.unique()))
+        request = replace(request, tokens=image.tokens, fixed_mask=~omega)
         for group in sizes.argsort(stable=True).chunk(groups):
-            kept = image.tokens[group], ~omega[group]
-            new = self.again.decode(decoder, judges, _pick(prompts, group), _pick(seeds, group), *kept)
+            new = self.again.decode(decoder, judges, request.select(group))
             image.cost.add(new.cost)
             image = image.put(group, new)
         # About another prompt the decoder knows something else.
         return image if self.tell is None else replace(image, evidence=None)
 
-    def _told(
-        self, decoder: Decoder, judge: Any, prompts: Sequence[Mapping[str, Any]], image: Decoded
-    ) -> Sequence[Mapping[str, Any]]:
+    def _told(self, decoder: Decoder, judge: Judge, request: Request, image: Decoded) -> Request:
         """The prompts of a round, with what the judge finds wrong."""
         if self.tell is None:
-            return prompts
-        critiques = judge.critique([row["prompt"] for row in prompts], decoder.image_tokenizer.decode(image.tokens))
-        pairs = zip(prompts, critiques, strict=True)
-        return [{**row, "prompt": self.tell.format(prompt=row["prompt"], critique=text)} for row, text in pairs]
-
-
-def _pick(given: Sequence[T], rows: Tensor) -> list[T]:
-    return [given[i] for i in rows.tolist()]
+            return request
+        assert isinstance(judge, Critic)
+        critiques = judge.critique(request.prompts, decoder.image_tokenizer.decode(image.tokens))
+        rows = [
+            {**row, "prompt": self.tell.format(prompt=row["prompt"], critique=text)}
+            for row, text in zip(request.rows, critiques, strict=True)
+        ]
+        return replace(request, rows=rows)

@@ -1,7 +1,7 @@
 """Where reflection looks: which tokens of a finished image are not satisfactory."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.evidence import STATISTICS
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.backbone.image_tokenizer import patch_side, upsample_patches
 from lightning_modules.backbone.sampling import uniform_noise
-from lightning_modules.decoding.strategy import Decoded, Judges, check_readable, next_token, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, verifier_named
 from lightning_modules.identity import Keyed, fields_key
 from lightning_modules.rewards.clip_score import CLIPScore
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.rewards.verifier import TokenVerifier
 
 
 class Look(Keyed):
@@ -32,14 +31,7 @@ class Look(Keyed):
         """Names of the judges that it asks."""
 
     @abstractmethod
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Scores [B, T]; the values asked of judges are added to the image's cost."""
 
 
@@ -76,20 +68,13 @@ class Region(Keyed):
         """Names of the judges that decide what is decoded again."""
         return self.look.judge_names
 
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
-        scores = self.look(decoder, judges, prompts, seeds, image).float()
+        scores = self.look(decoder, judges, request, image).float()
         grid = decoder.image_tokenizer.grid
         if self.patches is not None:
-            pooled = F.avg_pool2d(scores.view(-1, 1, grid, grid), _side(grid, self.patches))
-            scores = spread(pooled.squeeze(1), grid)
+            pooled = F.avg_pool2d(scores.view(-1, 1, grid, grid), patch_side(grid, self.patches))
+            scores = upsample_patches(pooled.squeeze(1), grid)
         limit: float | Tensor
         if self.quantile is None:
             assert self.threshold is not None
@@ -116,22 +101,15 @@ class CLIPPatches(Look):
     def judge_names(self) -> list[str]:
         return [self.judge]
 
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         judge = judges.get(self.judge)
         if not isinstance(judge, CLIPScore):
             known = ", ".join(name for name, value in judges.items() if isinstance(value, CLIPScore))
             raise ValueError(f"judge {self.judge!r} does not score patches; there are: {known or 'none'}")
         pixels = decoder.image_tokenizer.decode(image.tokens)
-        scores = judge.patches([row["prompt"] for row in prompts], pixels, self.patches)
+        scores = judge.patches(request.prompts, pixels, self.patches)
         image.cost.verifier_calls += scores.numel()
-        return spread(scores, decoder.image_tokenizer.grid)
+        return upsample_patches(scores, decoder.image_tokenizer.grid)
 
 
 @dataclass(frozen=True)
@@ -154,73 +132,25 @@ class Gain(Look):
         return [self.verifier]
 
     @torch.no_grad()
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
-        judge = verifier_named(judges, self.verifier)
-        check_readable(decoder)
-        assert image.evidence is not None
-        if isinstance(decoder, MaskTokenDecoder):
-            undecided = torch.cat(
-                [self._without_a_patch(decoder, judge, prompts, image, i) for i in range(self.patches**2)], 1
-            )
-            values = judge.values(image.evidence, [decoder.num_tokens]).exp()
-            image.cost.verifier_calls += undecided.numel() + len(prompts)
-            return spread((values - undecided).unflatten(1, (self.patches, self.patches)), decoder.image_tokenizer.grid)
-        decoder = next_token(decoder, "a value after every token")
-        values = judge.values(image.evidence, range(1, decoder.num_tokens + 1)).exp()
-        image.cost.verifier_calls += values.numel()
-        return values.diff(dim=1, prepend=values[:, :1])
-
-    def _without_a_patch(
-        self,
-        decoder: MaskTokenDecoder,
-        judge: Verifier[Any],
-        prompts: Sequence[Mapping[str, Any]],
-        image: Decoded,
-        patch: int,
-    ) -> Tensor:
-        """Values [B, 1] of the images were one of their patches not decided yet."""
-        assert image.evidence is not None
-        here = torch.arange(self.patches**2, device=image.tokens.device) == patch
-        here = spread(here.view(1, self.patches, -1), decoder.image_tokenizer.grid).expand_as(image.tokens)
-        decided = torch.stack([getattr(image.evidence, name) for name in STATISTICS])
-        evidence = decoder.evidence([row["prompt"] for row in prompts], image.tokens, here, here, decided)
-        image.cost.count_pass(2 * len(prompts), decoder.num_tokens)
-        return judge.values(evidence, [decoder.num_tokens]).exp()
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
+        judge = verifier_named(judges, self.verifier, decoder)
+        if not isinstance(judge, TokenVerifier) or image.evidence is None:
+            raise ValueError(f"{self.verifier!r} values no prefixes, whose gain in value a region asks for")
+        return decoder.value_gains(
+            request.prompts, image.tokens, image.evidence, judge.values, self.patches, image.cost
+        )
 
 
 @dataclass(frozen=True)
 class Confidence(Look):
-    """The decoder's own log-probability of each token: given those before it, or, by mask-token decoders, given those
-    three quarters of the image that do not share its place in squares of 2 x 2."""
+    """The decoder's own log-probability of each token; see `Decoder.confidence`."""
 
     @property
     def judge_names(self) -> list[str]:
         return []
 
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
-        if not isinstance(decoder, MaskTokenDecoder):
-            assert image.evidence is not None
-            return image.evidence.log_probs
-        prefix, index = decoder.encode([row["prompt"] for row in prompts]), torch.arange(decoder.image_tokenizer.grid)
-        place = (2 * (index[:, None] % 2) + index % 2).flatten().to(image.tokens.device)
-        image.cost.count_pass(4 * len(prompts), decoder.num_tokens)
-        masks = [(place == i).expand_as(image.tokens) for i in range(4)]
-        with torch.no_grad():
-            return torch.stack([decoder.log_probs(prefix, image.tokens, masked) for masked in masks]).sum(0)
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
+        return decoder.confidence(request.prompts, image.tokens, image.evidence, image.cost)
 
 
 @dataclass(frozen=True)
@@ -231,25 +161,5 @@ class Chance(Look):
     def judge_names(self) -> list[str]:
         return []
 
-    def __call__(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        image: Decoded,
-    ) -> Tensor:
-        return uniform_noise(seeds, 0, decoder.num_tokens)[:, 0].to(image.tokens.device)
-
-
-def spread(scores: Tensor, grid: int) -> Tensor:
-    """Scores of M x M patches [B, M, M] -> of the tokens in them, [B, T]."""
-    side = _side(grid, scores.shape[1])
-    return scores.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1)
-
-
-def _side(grid: int, patches: int) -> int:
-    """Tokens along each side of a patch."""
-    if grid % patches:
-        raise ValueError(f"{grid}x{grid} tokens cannot be cut into {patches}x{patches} patches")
-    return grid // patches
+    def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
+        return uniform_noise(request.seeds, 0, decoder.num_tokens)[:, 0].to(image.tokens.device)

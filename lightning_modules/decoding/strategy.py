@@ -5,21 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import Cost, Decoder, TokenDecoder
+from lightning_modules.backbone.decoder import Cost, Decoder, Request
 from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_state import MaskState, Trajectory
-from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import DecodingState, NextTokenDecoder
-from lightning_modules.backbone.sampling import Sampling, image_seed
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.identity import Keyed, fields_key
-from lightning_modules.rewards.verifier import Reward, StepJudge, Verifier
+from lightning_modules.rewards.verifier import Judge, PreviewVerifier, Reward, StepJudge, TokenVerifier, Verifier
 
-Judges = Mapping[str, Verifier[Any] | Reward]
+Judges = Mapping[str, Judge]
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,8 @@ class Decoded:
         trajectory: of mask-token decoders: how each grid was filled.
         trace: what was chosen on the way, and what reflection did.
         notes: numbers about how each image was made, to be logged, [B] each.
+        log_probs: of what was taken at each step, under the distribution that it was drawn from, [B, steps]; None of
+            images that were decoded again in part.
     """
 
     tokens: Tensor
@@ -44,6 +41,7 @@ class Decoded:
     trajectory: Trajectory | None = None
     trace: Sequence[Choice | Round] = ()
     notes: Mapping[str, Tensor] = field(default_factory=dict)
+    log_probs: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images; the cost stays that of all."""
@@ -55,6 +53,7 @@ class Decoded:
             self.trajectory and self.trajectory.select(rows),
             [event.select(rows) for event in self.trace],
             {name: note[rows] for name, note in self.notes.items()},
+            None if self.log_probs is None else self.log_probs[rows],
         )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
@@ -66,18 +65,14 @@ class Decoded:
         free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
         evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
         trajectory = self.trajectory and other.trajectory and self.trajectory.put(rows, other.trajectory)
-        return replace(self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=trajectory)
+        return replace(
+            self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=trajectory, log_probs=None
+        )
 
     def all_chosen(self, rows: Tensor) -> "Decoded":
         """With images of which nothing is left that the decoder drew without a judge's say, but the finished image."""
         last = self.tokens.shape[1] if self.trajectory is None else self.trajectory.previews.shape[1] - 1
         return replace(self, free_from=self.free_from.index_fill(0, rows.cpu(), last))
-
-
-def finished(state: DecodingState | MaskState, free_from: Tensor, trace: Sequence[Choice] = ()) -> Decoded:
-    """What a state that is done has come to."""
-    trajectory = state.trajectory if isinstance(state, MaskState) else None
-    return Decoded(state.tokens, state.evidence, state.cost, free_from, trajectory, trace)
 
 
 class Strategy(Keyed):
@@ -98,97 +93,22 @@ class Strategy(Keyed):
         """Images, or candidates for one, that are decoded side by side for each image that is asked for."""
 
     @abstractmethod
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        """Decode one image for each prompt (GenEval metadata), each with the noise of its own seed.
-
-        With `tokens` [B, T] and `keep`, bool [B, T], the kept tokens stay as they are and the others are decoded anew.
-        """
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        """Decode the images of a request, each with the noise of its own seed."""
 
 
-def judge_named(judges: Judges, name: str) -> Verifier[Any] | Reward:
-    """Look up a judge of finished images; raises ValueError with the names there are."""
+def judge_named(judges: Judges, name: str) -> Judge:
+    """Look up a judge; raises ValueError with the names there are."""
     if name not in judges:
         raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
     return judges[name]
 
 
 def judged(
-    judge: Verifier[Any] | Reward,
-    decoder: Decoder,
-    prompts: Sequence[Mapping[str, Any]],
-    tokens: Tensor,
-    evidence: Evidence | None,
+    judge: Judge, decoder: Decoder, rows: Sequence[Mapping[str, Any]], tokens: Tensor, evidence: Evidence | None
 ) -> Tensor:
     """What a judge says of finished images [B, T]: a verifier's log-value, or a reward, [B]."""
-    if isinstance(judge, Verifier):
-        if evidence is None:
-            raise ValueError(f"{type(judge).__name__} reads what {type(decoder).__name__} does not tell; name a reward")
-        return judge.values(evidence, [decoder.num_tokens])[:, 0]
-    return judge(prompts, decoder.image_tokenizer.decode(tokens))
-
-
-def candidate_seeds(seeds: Sequence[int], n: int) -> list[int]:
-    """Seeds of n candidates for each image, neighbours; the first of them is the image's own."""
-    return [seed if j == 0 else image_seed(seed, j) for seed in seeds for j in range(n)]
-
-
-def next_token(decoder: Decoder, strategy: str) -> NextTokenDecoder:
-    """The decoder, which must be a next-token one; raises ValueError."""
-    if not isinstance(decoder, NextTokenDecoder):
-        raise ValueError(f"{strategy} needs a next-token decoder, and {type(decoder).__name__} is none")
-    return decoder
-
-
-def begin_paths(
-    decoder: Decoder,
-    verifier: Verifier[Any],
-    prompts: Sequence[Mapping[str, Any]],
-    seeds: Sequence[int],
-    n: int,
-    k: int,
-    sampling: Sampling | MaskSampling,
-    tokens: Tensor | None,
-    keep: Tensor | None,
-) -> tuple[Any, Any]:
-    """Paths of B images, n of each, neighbours, with a verifier beside them: n paths share one pass over the prompt.
-
-    Args:
-        n: paths of each image; the first has the image's own noise.
-        k: candidates a step of each.
-        prompts, seeds, tokens, keep: see `Strategy.decode`.
-    """
-    check_readable(decoder)
-    own, noise = (decoder.noise(each, k, sampling) for each in (seeds, candidate_seeds(seeds, n)))
-    state = decoder.begin([row["prompt"] for row in prompts], own, sampling, tokens, keep)
-    paths = torch.arange(len(prompts), device=state.tokens.device).repeat_interleave(n)
-    watch = verifier.begin(state.prompt, decoder.num_tokens).select(paths)
-    return replace(state.select(paths), noise=noise.to(paths.device)), watch
-
-
-def decided_before(state: DecodingState | MaskState) -> Tensor | None:
-    """The `decided` of a `Choice` among tokens that come after what a state has decided."""
-    return None if isinstance(state, MaskState) else state.position
-
-
-def check_readable(decoder: Decoder) -> None:
-    """Raise ValueError if a decoder gives verifiers in token space nothing to read."""
-    if not (isinstance(decoder, TokenDecoder) and decoder.evidence_depths):
-        raise ValueError(f"verification needs evidence, and this {type(decoder).__name__} has no evidence_depths")
-
-
-def previewing(decoder: Decoder, strategy: str) -> MaskTokenDecoder:
-    """The decoder, which must preview the whole image at every step; raises ValueError."""
-    if not isinstance(decoder, MaskTokenDecoder):
-        raise ValueError(f"{strategy} need previews, which {type(decoder).__name__} does not give")
-    return decoder
+    return judge.of_finished(rows, evidence, lambda: decoder.image_tokenizer.decode(tokens))
 
 
 def step_judge_named(judges: Judges, name: str) -> StepJudge:
@@ -200,10 +120,16 @@ def step_judge_named(judges: Judges, name: str) -> StepJudge:
     return judge
 
 
-def verifier_named(judges: Judges, name: str) -> Verifier[Any]:
-    """Look up a judge that must be a verifier; raises ValueError with the names there are."""
-    judge = judges.get(name)
-    if not isinstance(judge, Verifier):
-        known = ", ".join(key for key, value in judges.items() if isinstance(value, Verifier))
-        raise ValueError(f"verifier {name!r} does not exist here; there are: {known}")
+def verifier_named(judges: Judges, name: str, decoder: Decoder) -> Verifier[Any]:
+    """Look up a verifier for a decoder; a reward becomes one that judges previews.
+
+    Raises:
+        ValueError: there is no judge of that name, or the decoder gives it nothing to read.
+    """
+    judge = judge_named(judges, name)
+    if isinstance(judge, TokenVerifier):
+        decoder.check_readable()
+    if isinstance(judge, Reward):
+        return PreviewVerifier(judge)
+    assert isinstance(judge, Verifier)
     return judge

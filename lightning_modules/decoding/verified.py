@@ -1,27 +1,16 @@
 """Verified decoding: at every step the verifier sees k candidates and says which one goes on (PARM at test time)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.sampling import Sampling, image_seed
-from lightning_modules.decoding.strategy import (
-    Decoded,
-    Judges,
-    Strategy,
-    check_readable,
-    decided_before,
-    finished,
-    verifier_named,
-)
-from lightning_modules.decoding.trace import Choice
-from lightning_modules.rewards.verifier import Verifier, VerifierState
+from lightning_modules.backbone.decoder import Decoder, Request
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.paths import Paths
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Verified(Strategy):
             what becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
-    sampling: Sampling | MaskSampling
+    sampling: Any
     k: int
     stride: int = 1
     verifier: str = "parm"
@@ -73,92 +62,59 @@ class Verified(Strategy):
     def images_at_once(self) -> int:
         return self.k
 
-    def decode(
-        self,
-        decoder: Decoder,
-        judges: Judges,
-        prompts: Sequence[Mapping[str, Any]],
-        seeds: Sequence[int],
-        tokens: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Decoded:
-        verifier = verifier_named(judges, self.verifier)
-        check_readable(decoder)
-        noise = decoder.noise(seeds, self.k, self.sampling)
-        state = decoder.begin([row["prompt"] for row in prompts], noise, self.sampling, tokens, keep)
-        watch = verifier.begin(state.prompt, decoder.num_tokens)
-        stop = torch.full((len(prompts),), state.steps)
+    @torch.no_grad()
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        paths = Paths(decoder, request, self.sampling, self.k, judges=judges, verifier=self.verifier)
+        stop = torch.full((len(paths),), paths.state.steps)
         if self.random_stop:
-            stop = torch.tensor([image_seed(seed, 0) % state.steps for seed in seeds])
-        trace: list[Choice] = []
-        while not state.done:
+            stop = torch.tensor([image_seed(seed, 0) % paths.state.steps for seed in request.seeds])
+        while not paths.is_done:
             if self.stride == 1:
-                trace.append(self._step(decoder, verifier, state, watch, stop > state.step))
+                self._step(paths, stop > paths.state.step)
             else:
-                state, watch, choice = self._block(decoder, verifier, state, watch)
-                trace.append(choice)
-        return finished(state, stop, trace)
+                paths = self._block(paths)
+        return paths.finish(first_unverified=stop)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
-        """Index [B] of the candidate that goes on, from log-values and prior log-probabilities [B, k]."""
+        """Index [B] of the candidate that is taken, from log-values and prior log-probabilities [B, k]."""
         score = self.value_weight * values + self.prior_weight * log_probs
         if self.choose == "argmax":
             return score.argmax(1)
         cumulative = score.softmax(1).cumsum(1)
         return (cumulative < noise[:, None] * cumulative[:, -1:]).sum(1).clamp(max=self.k - 1)
 
-    def _step(
-        self,
-        decoder: Decoder,
-        verifier: Verifier[Any],
-        state: Any,
-        watch: VerifierState,
-        verify: Tensor,
-    ) -> Choice:
+    def _step(self, paths: Paths, verify: Tensor) -> None:
         """One step: k candidates from the pass that was made anyway.
 
         Rows in which `verify` [B] is false take their first candidate.
         """
-        verifier.follow(watch, state.evidence, state.position)
-        proposal = decoder.propose(state, self.k, self.distinct)
-        values = verifier.score(watch, proposal.evidence)
-        choice = self._choose(values, proposal.sampling_log_probs, state.choice_noise)
-        choice = choice * verify.to(choice.device)
-        before = decided_before(state)
-        verifier.commit(watch, choice)
-        decoder.commit(state, proposal, choice)
-        state.cost.verifier_calls += values.numel()
-        candidates, decided = (proposal.tokens, None) if before is None else (proposal.tokens[..., None], before + 1)
-        return Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
+        proposal = paths.propose(self.k, self.distinct)
+        values = paths.value(proposal)
+        choice = self._choose(values, proposal.log_probs, paths.state.choice_noise) * verify.to(values.device)
+        decided = paths.state.decided
+        paths.commit(proposal, choice)
+        paths.count(values.numel())
+        paths.record(proposal.tokens, None if decided is None else decided + 1, values, one_hot(choice, self.k))
 
-    def _block(
-        self, decoder: Decoder, verifier: Verifier[Any], state: Any, watch: VerifierState
-    ) -> tuple[Any, VerifierState, Choice]:
-        """`stride` steps: k paths run side by side, one of them goes on."""
-        batch = len(state.tokens)
-        proposal = decoder.propose(state, self.k, self.distinct).unfold()
-        paths = state.fork(self.k)
-        rows = torch.arange(batch, device=state.tokens.device)
-        path_watch = watch.select(rows.repeat_interleave(self.k))
-        only = torch.zeros(batch * self.k, dtype=torch.int64, device=rows.device)
-        log_probs = torch.zeros_like(proposal.sampling_log_probs[:, 0])
+    def _block(self, paths: Paths) -> Paths:
+        """`stride` steps: k paths run side by side, one of them is taken."""
+        shape, chance, noise = (len(paths), self.k), paths.state.choice_noise, paths.state.noise
+        proposal = paths.propose(self.k, self.distinct).unfold()
+        paths = paths.fork(self.k)
+        log_probs = torch.zeros_like(proposal.log_probs[:, 0])
         for step in range(self.stride):
-            if paths.done:
+            if paths.is_done:
                 break
             if step:
-                proposal = decoder.propose(paths, 1)
-            verifier.follow(path_watch, paths.evidence, paths.position)
-            log_probs = log_probs + proposal.sampling_log_probs[:, 0]
-            values = verifier.score(path_watch, proposal.evidence)
-            verifier.commit(path_watch, only)
-            before = decided_before(paths)
-            decoder.commit(paths, proposal, only)
-        state.cost.verifier_calls += values.numel()
-        values = values.view(batch, self.k)
-        choice = self._choose(values, log_probs.view(batch, self.k), state.choice_noise)
-        candidates = paths.tokens.unflatten(0, values.shape)
-        decided = None if before is None else before[:: self.k] + 1
-        seen = Choice(self.verifier, candidates, decided, values, one_hot(choice, self.k))
-        kept = rows * self.k + choice
-        state = replace(paths.select(kept), noise=state.noise)
-        return state, path_watch.select(kept), seen
+                proposal = paths.propose()
+            log_probs = log_probs + proposal.log_probs[:, 0]
+            values, decided = paths.value(proposal), paths.state.decided
+            paths.commit(proposal)
+        paths.count(values.numel())
+        values = values.view(shape)
+        choice = self._choose(values, log_probs.view(shape), chance)
+        counts = None if decided is None else decided[:: self.k] + 1
+        paths.record(paths.state.tokens.unflatten(0, shape), counts, values, one_hot(choice, self.k))
+        paths.select(torch.arange(shape[0], device=choice.device) * self.k + choice)
+        paths.state = paths.state.with_noise(noise)
+        return paths

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.decoding.strategy import Decoded, Judges, judged
 from lightning_modules.decoding.trace import Choice, Round
-from lightning_modules.rewards.verifier import Likelihood, Reward, Verifier
+from lightning_modules.rewards.verifier import Judge, Reward
 
 _MOMENTS = 8  # drawn of what may have hundreds of steps
 _LARGEST = 96  # pixels along the longer side of a frame
@@ -98,18 +97,13 @@ def stories(
     for name in asked:
         if isinstance(judges[name], Reward) or decoded.evidence is not None:
             values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.evidence)
-            scores[name] = opinion(judges[name], values).tolist()
+            scores[name] = judges[name].as_probability(values).tolist()
     told = []
     for i in range(len(prompts)):
         image = decoded.select(torch.tensor([i], device=decoded.tokens.device))
         own = {name: values[i] for name, values in scores.items()}
         told.append(Story(own, _scenes(decoder, judges, image) if tell else []))
     return told
-
-
-def opinion(judge: Verifier[Any] | Reward, values: Tensor) -> Tensor:
-    """A judge's values as people read them: log-values as probabilities, unless they are of whole images' tokens."""
-    return values.exp() if isinstance(judge, Verifier) and not isinstance(judge, Likelihood) else values
 
 
 def written(score: float) -> str:
@@ -122,16 +116,9 @@ def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
     rounds = [event for event in image.trace if isinstance(event, Round) and len(event.rows)]
     first = rounds[0].before[0] if rounds else image.tokens[0]
     scenes = []
-    if isinstance(decoder, NextTokenDecoder):
-        counts = [decoder.num_tokens * (i + 1) // _MOMENTS for i in range(_MOMENTS)]
-        shown = torch.arange(decoder.num_tokens) < torch.tensor(counts)[:, None]
-        pixels = _pixels(decoder, first.expand(len(counts), -1), shown)
-        scenes.append(Scene("On the way", [_strip("tokens decided", pixels, [Frame(str(n)) for n in counts])]))
-    elif image.trajectory is not None:
-        previews = torch.cat([image.trajectory.previews[0, :-1], first[None]])  # reflection replaces the last one
-        steps = sorted({len(previews) * (i + 1) // _MOMENTS - 1 for i in range(_MOMENTS)} - {-1})
-        pixels = _pixels(decoder, previews[steps])
-        scenes.append(Scene("On the way", [_strip("previews", pixels, [Frame(f"step {i + 1}") for i in steps])]))
+    if (way := decoder.frames(first, image.trajectory, _MOMENTS)) is not None:
+        frames = [Frame(caption) for caption in way.captions]
+        scenes.append(Scene("On the way", [_strip(way.title, _pixels(decoder, way.tokens, way.shown), frames)]))
     choices = [event for event in image.trace if isinstance(event, Choice)]
     for (name, k), group in groupby(choices, key=lambda choice: (choice.judge, choice.scores.shape[1])):
         scenes.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
@@ -141,14 +128,12 @@ def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
     return scenes
 
 
-def _choices(
-    decoder: Decoder, judge: Verifier[Any] | Reward, title: str, image: Tensor, group: Sequence[Choice]
-) -> Scene:
+def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: Sequence[Choice]) -> Scene:
     """Choices among as many candidates: a curve of all, and pictures of those whose scores differ most.
 
     Of many, those among equal candidates are not drawn at all.
     """
-    scores = opinion(judge, torch.cat([choice.scores for choice in group])).double().cpu().numpy()  # [steps, k]
+    scores = judge.as_probability(torch.cat([choice.scores for choice in group])).double().cpu().numpy()  # [steps, k]
     kept = torch.cat([choice.kept for choice in group]).cpu().numpy()
     known = ~np.isnan(scores)
     low, high = np.where(known, scores, np.inf).min(1), np.where(known, scores, -np.inf).max(1)
@@ -196,9 +181,9 @@ def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
     return pixels[:, top:bottom, left:right]
 
 
-def _round(decoder: Decoder, judge: Verifier[Any] | Reward, number: int, event: Round) -> Strip:
+def _round(decoder: Decoder, judge: Judge, number: int, event: Round) -> Strip:
     """Before, Ω over it, and after."""
-    before, after = opinion(judge, event.scores[0]).tolist()
+    before, after = judge.as_probability(event.scores[0]).tolist()
     pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
     side = pixels.shape[1] // decoder.image_tokenizer.grid
     omega = event.omega[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()

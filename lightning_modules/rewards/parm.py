@@ -18,7 +18,7 @@ from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.identity import class_name, key_of
 from lightning_modules.rewards.geneval import CLAUSES
-from lightning_modules.rewards.verifier import Verifier
+from lightning_modules.rewards.verifier import TokenVerifier
 
 Features = Literal["hidden", "embeddings"]
 # log p and log p without the prompt of the token, entropy, and running sums of log p, of the pointwise mutual
@@ -75,7 +75,7 @@ class Matching(nn.Module):
         return logits.sigmoid().to(x.dtype) @ self.value(prompt), logits
 
 
-class PARM(Shared, nn.Module, Verifier[PARMState]):
+class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
     """Log-probability that the finished image will fulfil the prompt, for every prefix of its tokens.
 
     Args:

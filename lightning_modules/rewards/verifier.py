@@ -1,15 +1,16 @@
-"""What says how good an image is: verifiers walk beside the decoder, rewards judge finished images."""
+"""Judges: rewards judge finished images, verifiers half-made ones, in token space or by what can be seen already."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import DecodingState, Proposal
 from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.identity import Keyed, class_name
+from lightning_modules.identity import Keyed, class_name, fields_key
 
 
 class VerifierState(Protocol):
@@ -20,11 +21,59 @@ class VerifierState(Protocol):
         ...
 
 
+class Judge(Keyed):
+    """Anything that scores images: higher is better."""
+
+    @abstractmethod
+    def of_finished(
+        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+    ) -> Tensor:
+        """Scores [B] of finished images, from their prompts and from the evidence about them or their pixels.
+
+        Raises:
+            ValueError: it needs evidence, and there is none.
+        """
+
+    def as_probability(self, scores: Tensor) -> Tensor:
+        """Scores as people read them: log-values as probabilities, rewards as they are."""
+        return scores
+
+
 S = TypeVar("S", bound=VerifierState)
 
 
-class Verifier(Keyed, Generic[S]):
-    """Values half-made images in token space, as log-values: higher is better, 0 is best for probabilities.
+class Verifier(Judge, Generic[S]):
+    """Values half-made images while they are decoded, as log-values: 0 is best for probabilities."""
+
+    @abstractmethod
+    def begin(self, prompt: Tensor, capacity: int) -> S:
+        """Start beside a decoder: the `prompt` of its state, [B, L, 2 dim], for images of `capacity` tokens."""
+
+    @abstractmethod
+    def value(
+        self,
+        memory: S,
+        rows: Sequence[Mapping[str, Any]],
+        state: DecodingState,
+        proposal: Proposal,
+        previews: Callable[[], Tensor],
+    ) -> Tensor:
+        """Log-value of B images extended by each of k candidates, [B, k].
+
+        Args:
+            memory: what it knows of them.
+            rows: their prompts.
+            state, proposal: the images, and the candidates for the next step.
+            previews: gives the best guess at each candidate's finished image, pixels [B k, 3, H, W].
+        """
+
+    @abstractmethod
+    def commit(self, memory: S, choice: Tensor) -> None:
+        """Candidate `choice` [B] of the last `value` becomes part of the images."""
+
+
+class TokenVerifier(Verifier[S]):
+    """Values half-made images in token space, by what the decoder knows of them.
 
     Of a next-token decoder these are prefixes, of a mask-token decoder grids, whose evidence says what is decided.
     """
@@ -34,12 +83,8 @@ class Verifier(Keyed, Generic[S]):
         """Log-value of the prefixes of these lengths (1..T) of images, [B, len(lengths)]; of grids, [B, 1]."""
 
     @abstractmethod
-    def begin(self, prompt: Tensor, capacity: int) -> S:
-        """Start beside a decoder: the `prompt` of `Evidence`, [B, L, 2 dim], for images of `capacity` tokens."""
-
-    @abstractmethod
     def follow(self, state: S, evidence: Evidence | None, position: Tensor) -> None:
-        """Go to where the decoder is: past tokens that it read without a choice, because they are kept.
+        """Go to where the decoder is: past tokens that it read without a choice, because they stay as they are.
 
         Args:
             state: of the images.
@@ -51,17 +96,43 @@ class Verifier(Keyed, Generic[S]):
     def score(self, state: S, evidence: Evidence) -> Tensor:
         """Log-value of the image extended by each of k candidates, [B, k]."""
 
-    @abstractmethod
-    def commit(self, state: S, choice: Tensor) -> None:
-        """Candidate `choice` [B] of the last `score` becomes part of the prefix."""
+    def value(
+        self,
+        memory: S,
+        rows: Sequence[Mapping[str, Any]],
+        state: DecodingState,
+        proposal: Proposal,
+        previews: Callable[[], Tensor],
+    ) -> Tensor:
+        if proposal.evidence is None:
+            raise ValueError(
+                f"{type(self).__name__} needs evidence, which this decoder does not give: no evidence_depths"
+            )
+        self.follow(memory, state.evidence, state.position)
+        return self.score(memory, proposal.evidence)
+
+    def of_finished(
+        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+    ) -> Tensor:
+        if evidence is None:
+            raise ValueError(f"{type(self).__name__} reads what the decoder does not tell; name a reward")
+        return self.values(evidence, [evidence.hidden.shape[1]])[:, 0]
+
+    def as_probability(self, scores: Tensor) -> Tensor:
+        return scores.exp()
 
 
-class Reward(Keyed):
-    """Judges finished images."""
+class Reward(Judge):
+    """Judges finished images by their pixels."""
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
+
+    def of_finished(
+        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+    ) -> Tensor:
+        return self(rows, pixels())
 
 
 class Critic(Reward):
@@ -80,6 +151,59 @@ class StepJudge(Reward):
         """Of unfinished images [B, 3, H, W] in [0, 1]: P(clear enough to be judged), P(can still fulfil the prompt)."""
 
 
+class Nothing:
+    """The memory of a verifier that looks at each step anew."""
+
+    def select(self, rows: Tensor) -> "Nothing":
+        return self
+
+
+@dataclass(frozen=True)
+class PreviewVerifier(Verifier[Nothing]):
+    """Makes a verifier of a reward: it judges the best guess at the finished image.
+
+    Attributes:
+        reward: a `StepJudge` is asked for the potential of what is unfinished, any other reward judges it as if it were
+            finished.
+    """
+
+    reward: Reward
+
+    def cache_key(self) -> Any:
+        """That of the reward."""
+        return fields_key(self)
+
+    def begin(self, prompt: Tensor, capacity: int) -> Nothing:
+        return Nothing()
+
+    def value(
+        self,
+        memory: Nothing,
+        rows: Sequence[Mapping[str, Any]],
+        state: DecodingState,
+        proposal: Proposal,
+        previews: Callable[[], Tensor],
+    ) -> Tensor:
+        k = proposal.tokens.shape[1]
+        repeated, pixels = [row for row in rows for _ in range(k)], previews()
+        if isinstance(self.reward, StepJudge):
+            scores = self.reward.clear_and_potential([row["prompt"] for row in repeated], pixels)[1].log()
+        else:
+            scores = self.reward(repeated, pixels)
+        return scores.view(-1, k).to(state.tokens.device)
+
+    def commit(self, memory: Nothing, choice: Tensor) -> None:
+        """Nothing is remembered."""
+
+    def of_finished(
+        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+    ) -> Tensor:
+        return self.reward(rows, pixels())
+
+    def as_probability(self, scores: Tensor) -> Tensor:
+        return scores.exp() if isinstance(self.reward, StepJudge) else scores
+
+
 @dataclass
 class LikelihoodState:
     """Log-probability of the prefix [B], with each candidate of the last `score` [B, k], and its length [B]."""
@@ -92,12 +216,15 @@ class LikelihoodState:
         return LikelihoodState(self.total[rows], self.candidates[rows], self.lengths[rows.cpu()])
 
 
-class Likelihood(Verifier[LikelihoodState]):
+class Likelihood(TokenVerifier[LikelihoodState]):
     """The decoder's own log p(tokens | prompt): costs nothing, and is what every other verifier has to beat."""
 
     def cache_key(self) -> dict[str, Any]:
         """Its class: it has no settings, and the decoder is somebody else's."""
         return {"class": class_name(self)}
+
+    def as_probability(self, scores: Tensor) -> Tensor:
+        return scores  # of whole images' tokens: as probabilities they would all be 0
 
     def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
         if evidence.undecided is not None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from datamodules.geneval import PromptsDataModule, sample_path
 from datamodules.rollouts import RolloutSpec, open_folder, provenance
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.files import refuse_unwritable, write_text
@@ -107,7 +108,7 @@ class Generating(LightningModule):
         """Make and write some images; returns how many."""
         decoder, rows = self.module.decoder, [row for *_, row in batch]
         seeds = [image_seed(self.seed, i, j) for i, j, _ in batch]
-        decoded = self.strategy.decode(decoder, self.judges, rows, seeds)
+        decoded = self.strategy.decode(decoder, self.judges, Request(rows, seeds))
         for (i, j, row), image in zip(batch, to_uint8(decoder.image_tokenizer.decode(decoded.tokens)), strict=True):
             if not (about := self._metadata(i)).is_file():
                 write_text(about, json.dumps(row) + "\n")

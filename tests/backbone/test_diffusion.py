@@ -17,6 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.diffusion import DiffusionDecoder, DiffusionSampling
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
@@ -41,14 +42,14 @@ def decoder(checkpoint: str) -> DiffusionDecoder:
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(decoder: DiffusionDecoder) -> None:
     strategy = Sample(DiffusionSampling(steps=3, guidance=5.0, size=32))
-    together = strategy.decode(decoder, {}, ROWS, [1, 2, 3])
+    together = strategy.decode(decoder, {}, Request(ROWS, [1, 2, 3]))
     assert together.tokens.shape == (3, 3, 32, 32) and together.tokens.dtype == torch.uint8
     assert together.cost.decoder_passes == 3 * 3 * 2 and together.evidence is None
-    alone = strategy.decode(decoder, {}, ROWS[1:2], [2])
+    alone = strategy.decode(decoder, {}, Request(ROWS[1:2], [2]))
     assert (together.tokens[1].int() - alone.tokens[0].int()).abs().max() <= 1
-    other = strategy.decode(decoder, {}, ROWS[1:2], [3])
+    other = strategy.decode(decoder, {}, Request(ROWS[1:2], [3]))
     assert (other.tokens[0].int() - alone.tokens[0].int()).abs().max() > 20
-    plain = Sample(DiffusionSampling(steps=3, guidance=1.0, size=32)).decode(decoder, {}, ROWS, [1, 2, 3])
+    plain = Sample(DiffusionSampling(steps=3, guidance=1.0, size=32)).decode(decoder, {}, Request(ROWS, [1, 2, 3]))
     assert plain.cost.decoder_passes == 3 * 3
 
 
@@ -62,9 +63,13 @@ class Brightness(Reward):
 
 def test_best_of_n_keeps_the_image_that_a_reward_likes_best(decoder: DiffusionDecoder) -> None:
     sample = Sample(DiffusionSampling(steps=2, guidance=1.0, size=32))
-    best = BestOfN(sample, n=3, judge="brightness").decode(decoder, {"brightness": Brightness()}, ROWS[:2], [5, 6])
+    best = BestOfN(sample, n=3, judge="brightness").decode(
+        decoder, {"brightness": Brightness()}, Request(ROWS[:2], [5, 6])
+    )
     for row, seed, chosen in zip(ROWS, (5, 6), best.tokens, strict=False):
-        candidates = sample.decode(decoder, {}, [row] * 3, [seed, image_seed(seed, 1), image_seed(seed, 2)]).tokens
+        candidates = sample.decode(
+            decoder, {}, Request([row] * 3, [seed, image_seed(seed, 1), image_seed(seed, 2)])
+        ).tokens
         brightest = candidates.float().mean((1, 2, 3)).max()
         assert chosen.float().mean() == pytest.approx(float(brightest), abs=0.01)
 
@@ -136,7 +141,7 @@ def passes(decoder: DiffusionDecoder, sampling: DiffusionSampling) -> tuple[int,
 
     network.forward = watched
     try:
-        decoded = Sample(sampling).decode(decoder, {}, ROWS[:2], [1, 2])
+        decoded = Sample(sampling).decode(decoder, {}, Request(ROWS[:2], [1, 2]))
     finally:
         network.forward = forward
     return sum(made), decoded.cost.decoder_passes
@@ -164,6 +169,6 @@ def test_a_negative_prompt_that_nothing_reads_is_refused(decoder: DiffusionDecod
             DiffusionDecoder(path, "float32").noise([1], 1, negative)
     with pytest.raises(ValueError, match=r"has no effect: guidance must be above 1"):
         decoder.noise([1], 1, DiffusionSampling(2, 1.0, 64, "blurry"))
-    images = [Sample(DiffusionSampling(2, 3.5, 64, text)).decode(decoder, {}, ROWS[:1], [1]).tokens.int()
+    images = [Sample(DiffusionSampling(2, 3.5, 64, text)).decode(decoder, {}, Request(ROWS[:1], [1])).tokens.int()
               for text in ("", "blurry")]  # fmt: skip
     assert (images[0] - images[1]).abs().max() > 0

@@ -118,7 +118,7 @@ def test_stands_in_for_another_tokenizer(tokenizer: MagvitV2, golden: dict[str, 
     decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, TransformerConfig(32, 1, 4), 1, [1])
     assert (decoder.num_tokens, tokenizer.grid, tokenizer.image_size, tokenizer.codebook_size) == (16, 4, 32, 32)
     assert tokenizer.code_vectors.shape == (32, 5)
-    log_probs = decoder.log_probs(decoder.word_ids(["a red circle"] * 2), tokenizer.encode(golden["pixels"]))
+    log_probs = decoder.token_log_probs(decoder.word_ids(["a red circle"] * 2), tokenizer.encode(golden["pixels"]))
     assert log_probs.shape == (2, 16)
 
 

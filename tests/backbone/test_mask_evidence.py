@@ -1,10 +1,9 @@
 """Mask-token decoders as PARM and DPO see them: evidence along the way, estimates of log p."""
 
-import copy
-
 import pytest
 import torch
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_state import Trajectory
@@ -13,6 +12,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
 from tests.conftest import EVIDENCE, make_masked, make_parm
+from tests.helpers.requests import asked
 
 SAMPLING = MaskSampling(steps=5, guidance=0.5)
 PROMPTS = ["a photo of a star", "a photo of two red rings", "a photo of a cross left of a star"]
@@ -26,11 +26,11 @@ def decoder() -> MaskTokenDecoder:
 
 def walk(decoder: MaskTokenDecoder, k: int, choice: int) -> tuple:
     """Evidence about the chosen candidate at each step, the proposals, and how the grids were filled."""
-    state = decoder.begin(PROMPTS, decoder.noise(SEEDS, k, SAMPLING), SAMPLING)
+    state = decoder.begin(asked(PROMPTS, SEEDS), SAMPLING, k)
     evidence, proposals, grids, records = [], [], [], []
     taken = torch.full((3,), choice)
-    while not state.done:
-        records.append(state.decided)
+    while not state.is_done:
+        records.append(state.statistics)
         proposals.append(decoder.propose(state, k))
         evidence.append(proposals[-1].evidence.pick(taken))
         decoder.commit(state, proposals[-1], taken)
@@ -86,7 +86,7 @@ def test_evidence_does_not_depend_on_the_other_prompts_of_the_batch(decoder: Mas
 
 def test_plain_sampling_gives_what_parm_trains_on(decoder: MaskTokenDecoder) -> None:
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    decoded = Sample(SAMPLING).decode(decoder, {}, rows, SEEDS)
+    decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, SEEDS))
     evidence, _, trajectory, _, _ = walk(decoder, k=1, choice=0)
     assert torch.equal(decoded.trajectory.previews, trajectory.previews)
     assert torch.equal(decoded.trajectory.fixed_at, trajectory.fixed_at)
@@ -101,14 +101,16 @@ def test_verified_decoding_of_grids_takes_the_likeliest(decoder: MaskTokenDecode
         Verified(SAMPLING, k=k, stride=stride, verifier="likelihood", value_weight=weight)
         for k, weight in ((1, 1.0), (6, 1.0), (6, -1.0))
     )
-    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS)
-    assert torch.equal(one.decode(decoder, judges, rows, SEEDS).tokens, plain.tokens)
-    high, low = (strategy.decode(decoder, judges, rows, SEEDS) for strategy in (best, worst))
+    plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS))
+    assert torch.equal(one.decode(decoder, judges, Request(rows, SEEDS)).tokens, plain.tokens)
+    high, low = (strategy.decode(decoder, judges, Request(rows, SEEDS)) for strategy in (best, worst))
     assert (high.evidence.log_probs.sum(1) > low.evidence.log_probs.sum(1)).all()
     # 3 prompts and their empty twins; of two steps the second is made by each of the 6 paths
     assert high.cost.decoder_passes == {1: 5 * 6, 2: 3 * 6 + 2 * 6 * 6}[stride]
-    alone = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(decoder, judges, rows[1:2], SEEDS[1:2])
-    together = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(decoder, judges, rows, SEEDS)
+    alone = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(
+        decoder, judges, Request(rows[1:2], SEEDS[1:2])
+    )
+    together = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(alone.tokens[0], together.tokens[1])
     assert alone.cost.verifier_calls == 6 * -(-5 // stride)
 
@@ -118,7 +120,7 @@ def test_kept_tokens_stay_and_the_verifier_sees_them(decoder: MaskTokenDecoder) 
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(1))
     keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.6
     for strategy in (Sample(SAMPLING), Verified(SAMPLING, k=4)):
-        decoded = strategy.decode(decoder, {"parm": make_parm(decoder)}, rows, SEEDS, tokens, keep)
+        decoded = strategy.decode(decoder, {"parm": make_parm(decoder)}, Request(rows, SEEDS, tokens, keep))
         assert torch.equal(decoded.tokens[keep], tokens[keep])
         assert not torch.equal(decoded.tokens, tokens)
 
@@ -150,9 +152,8 @@ def test_shared_masks_take_their_noise_out_of_a_pair(decoder: MaskTokenDecoder) 
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
     first, second = decoder.pair_log_probs(PROMPTS, tokens, tokens, SEEDS)
     torch.testing.assert_close(first, second)
-    apart = copy.deepcopy(decoder)
-    apart.estimate = MaskEstimate(n_masks=4, shared=False)
-    first, second = apart.pair_log_probs(PROMPTS, tokens, tokens, SEEDS)
+    apart = [decoder.log_probs(PROMPTS, tokens, seeds) for seeds in (SEEDS, [seed + 100 for seed in SEEDS])]
+    first, second = apart
     assert ((first - second).abs() > 1e-3).all()
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
 from tests.conftest import EVIDENCE, make_decoder
+from tests.helpers.requests import asked
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 
@@ -16,7 +18,7 @@ def test_log_probs_are_those_of_a_distribution(decoder: NextTokenDecoder) -> Non
     tokens = torch.randint(0, 32, (32, decoder.num_tokens))
     tokens[:, :3] = tokens[:1, :3]
     tokens[:, 3] = torch.arange(32)
-    total = decoder.log_probs(ids.expand(32, -1), tokens)[:, 3].exp().sum()
+    total = decoder.token_log_probs(ids.expand(32, -1), tokens)[:, 3].exp().sum()
     assert total.item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -25,14 +27,14 @@ def test_log_probs_do_not_depend_on_later_tokens(decoder: NextTokenDecoder) -> N
     tokens = torch.randint(0, 32, (1, decoder.num_tokens))
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % 32
-    before, after = decoder.log_probs(ids, tokens), decoder.log_probs(ids, changed)
+    before, after = decoder.token_log_probs(ids, tokens), decoder.token_log_probs(ids, changed)
     torch.testing.assert_close(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
 def test_cached_decoding_draws_the_tokens_of_uncached_decoding(decoder: NextTokenDecoder, rows: list[dict]) -> None:
     seeds = list(range(len(rows)))
-    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds)
+    decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, seeds))
     noise = uniform_noise(seeds, 1, decoder.num_tokens)[:, 1]
     ids = decoder.word_ids([row["prompt"] for row in rows])
     tokens = torch.zeros(len(rows), decoder.num_tokens, dtype=torch.int64)
@@ -49,11 +51,11 @@ def test_cached_decoding_draws_the_tokens_of_uncached_decoding(decoder: NextToke
 def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
     decoder: NextTokenDecoder, rows: list[dict]
 ) -> None:
-    decoded = Sample(SAMPLING).decode(decoder, {}, rows, list(range(len(rows))))
+    decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, list(range(len(rows)))))
     full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     for name in EVIDENCE:
         torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
-    log_probs = decoder.log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
+    log_probs = decoder.token_log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
 
 
@@ -63,7 +65,7 @@ def test_redecoding_keeps_what_it_should_and_passes_over_it(
 ) -> None:
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < share
     seeds = list(range(len(rows)))
-    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep)
+    decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, seeds, tokens, keep))
     assert torch.equal(decoded.tokens[keep], tokens[keep])
     full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     for name in EVIDENCE:
@@ -72,7 +74,7 @@ def test_redecoding_keeps_what_it_should_and_passes_over_it(
     passes = decoded.cost.decoder_passes / (2 * len(rows))
     assert open_tokens <= passes <= max(open_tokens, 1) + 1
     if share == 0.0:
-        assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(decoder, {}, rows, seeds).tokens)
+        assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(decoder, {}, Request(rows, seeds)).tokens)
 
 
 def test_redecoding_draws_what_uncached_decoding_draws(decoder: NextTokenDecoder, rows: list[dict]) -> None:
@@ -80,7 +82,7 @@ def test_redecoding_draws_what_uncached_decoding_draws(decoder: NextTokenDecoder
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.6
     keep[:, -1] = False
     seeds = list(range(len(rows)))
-    decoded = Sample(SAMPLING).decode(decoder, {}, rows, seeds, tokens, keep).tokens
+    decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, seeds, tokens, keep)).tokens
     noise = uniform_noise(seeds, 1, 16)[:, 1]
     ids, codes, order = (
         decoder.word_ids([row["prompt"] for row in rows]),
@@ -125,19 +127,20 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch() -> None:
     strategy = Sample(Sampling())
     rows = [{"prompt": "a photo of a star"}, {"prompt": "a photo of two circles"}] * 32
     seeds = [image_seed(7, i) for i in range(64)]
-    together = strategy.decode(decoder, {}, rows, seeds).tokens
-    apart = torch.cat([strategy.decode(decoder, {}, [r], [s]).tokens for r, s in zip(rows, seeds, strict=True)])
+    together = strategy.decode(decoder, {}, Request(rows, seeds)).tokens
+    apart = torch.cat(
+        [strategy.decode(decoder, {}, Request([r], [s])).tokens for r, s in zip(rows, seeds, strict=True)]
+    )
     flipped = (together != apart).any(1).sum().item()
     assert flipped == 0, f"{flipped} of 64 images changed with the batch size"
     assert len(together.unique(dim=0)) == 64
 
 
 def test_fork_continues_each_path_with_its_own_noise(decoder: NextTokenDecoder) -> None:
-    noise = uniform_noise([3, 4], 3, decoder.num_tokens)
-    state = decoder.begin(["a photo of a star", "a photo of a ring"], noise, SAMPLING)
+    state = decoder.begin(asked(["a photo of a star", "a photo of a ring"], [3, 4]), SAMPLING, 3)
     expected = decoder.propose(state, 3).tokens
     paths = state.fork(3)
-    assert torch.equal(decoder.propose(paths, 1).tokens.view(2, 3), expected)
+    assert torch.equal(decoder.propose(paths, 1).tokens.view(2, 3, 1), expected)
 
 
 def test_unknown_words_are_named(decoder: NextTokenDecoder) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lightning_modules.backbone import mask_token
 from lightning_modules.backbone.loading import fingerprint, pretrained
-from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, masked_after
+from lightning_modules.backbone.mask_sampling import MaskSampling, masked_after
 from lightning_modules.backbone.mask_state import Vocabulary
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
 from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
+from tests.helpers.requests import asked
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
@@ -115,9 +116,11 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
     sampling = MaskSampling(settings["timesteps"], settings["guidance_scale"], settings["temperature0"])
     noise = Recorded(golden.multinomial_exp_noise, golden.gumbel_u)
     _, tokens, unknown = split(golden.input_ids, words)
-    state = decoder.begin([" ".join(map(str, ids)) for ids in settings["text_ids"]], noise, sampling, tokens, ~unknown)
+    state = decoder.begin(
+        asked([" ".join(map(str, ids)) for ids in settings["text_ids"]], None, tokens, ~unknown), sampling
+    ).with_noise(noise)
     step = 0
-    while not state.done:
+    while not state.is_done:
         _, tokens, unknown = split(golden.step_input_ids[step], words)
         assert torch.equal(state.unknown, unknown)
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
@@ -156,7 +159,7 @@ def test_preference_losses_and_their_gradients(decoder: MaskTokenDecoder, words:
     reference.load_state_dict(own)
 
     def log_probs(model: MaskTokenDecoder) -> Tensor:
-        return model.log_probs(model.prompt_pass(blocks)[0], tokens, masked, as_trained=True)
+        return model.token_log_probs(model.prompt_pass(blocks)[0], tokens, masked, as_trained=True)
 
     each = log_probs(policy)
     chosen, rejected = each.sum(1).chunk(2)
@@ -189,7 +192,7 @@ def test_log_probs_among_codes_are_those_that_are_sampled_from(decoder: MaskToke
     tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
     masked = torch.rand(2, decoder.num_tokens) < 0.5
     prefix = decoder.encode(["1 2", ""])
-    got = decoder.log_probs(prefix, tokens, masked)
+    got = decoder.token_log_probs(prefix, tokens, masked)
     logits = decoder.code_logits(tokens, masked, [prefix])
     expected = torch.distributions.Categorical(logits=logits).log_prob(tokens)
     torch.testing.assert_close(got, expected * masked)
@@ -200,9 +203,8 @@ def test_an_image_does_not_depend_on_its_batch(decoder: MaskTokenDecoder) -> Non
     sampling = MaskSampling(steps=5)
 
     def decode(rows: list[int], k: int) -> Tensor:
-        noise = SeededNoise.draw(rows, k, sampling.steps, decoder.num_tokens)
-        state = decoder.begin([texts[i] for i in rows], noise, sampling)
-        while not state.done:
+        state = decoder.begin(asked([texts[i] for i in rows], rows), sampling, k)
+        while not state.is_done:
             decoder.commit(state, decoder.propose(state, k), torch.zeros(len(rows), dtype=torch.int64))
         assert not state.unknown.any()
         return state.tokens
@@ -215,8 +217,7 @@ def test_an_image_does_not_depend_on_its_batch(decoder: MaskTokenDecoder) -> Non
 
 def test_candidates_of_one_pass_are_those_of_separate_states(decoder: MaskTokenDecoder) -> None:
     sampling = MaskSampling(steps=5)
-    noise = SeededNoise.draw([7, 8], 4, sampling.steps, decoder.num_tokens)
-    state = decoder.begin(["1 2 3", "4"], noise, sampling)
+    state = decoder.begin(asked(["1 2 3", "4"], [7, 8]), sampling, 4)
     decoder.commit(state, decoder.propose(state, 4), torch.tensor([3, 1]))
     together = decoder.propose(state, 4)
     twice = state.select(torch.tensor([0, 0, 1, 1]))
@@ -235,8 +236,8 @@ def test_compiled_passes_give_the_same_images(
     model, sampling = copy.deepcopy(decoder).to(device), MaskSampling(steps=5)
 
     def decode(texts: list[str]) -> Tensor:
-        state = model.begin(texts, model.noise(range(len(texts)), 1, sampling), sampling)
-        while not state.done:
+        state = model.begin(asked(texts), sampling)
+        while not state.is_done:
             model.commit(state, model.propose(state, 1), torch.zeros(len(texts), dtype=torch.int64, device=device))
         return state.tokens
 
@@ -252,9 +253,8 @@ def test_kept_tokens_stay(decoder: MaskTokenDecoder) -> None:
     sampling = MaskSampling(steps=6)
     tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
     keep = torch.rand(2, decoder.num_tokens) < 0.6
-    noise = SeededNoise.draw([1, 2], 1, sampling.steps, decoder.num_tokens)
-    state = decoder.begin(["1 2 3", "4"], noise, sampling, tokens, keep)
-    while not state.done:
+    state = decoder.begin(asked(["1 2 3", "4"], [1, 2], tokens, keep), sampling)
+    while not state.is_done:
         decoder.commit(state, decoder.propose(state, 1), torch.zeros(2, dtype=torch.int64))
     assert torch.equal(state.tokens[keep], tokens[keep])
     assert not torch.equal(state.tokens, tokens)
@@ -262,7 +262,7 @@ def test_kept_tokens_stay(decoder: MaskTokenDecoder) -> None:
 
 def test_more_candidates_than_codes(decoder: MaskTokenDecoder) -> None:
     k, sampling = decoder.vocabulary.codes + 3, MaskSampling(steps=2, guidance=0)
-    state = decoder.begin(["1 2", "3"], SeededNoise.draw([1, 2], k, sampling.steps, decoder.num_tokens), sampling)
+    state = decoder.begin(asked(["1 2", "3"], [1, 2]), sampling, k)
     proposal = decoder.propose(state, k)
     assert proposal.tokens.shape == proposal.masked.shape == (2, k, decoder.num_tokens)
     assert (proposal.tokens < decoder.vocabulary.codes).all()
@@ -293,7 +293,7 @@ def test_checkpointing_changes_memory_and_not_gradients(decoder: MaskTokenDecode
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = -model.log_probs(model.encode(["1 2 3", "4"]), tokens, masked).sum()
+            loss = -model.token_log_probs(model.encode(["1 2 3", "4"]), tokens, masked).sum()
         loss.backward()
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         kept.append(sum(size for pointer, size in sizes.items() if pointer not in weights))

@@ -15,6 +15,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_attention import Rotary
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.showo import ShowO
@@ -22,6 +23,7 @@ from lightning_modules.backbone.transformer import attend
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.rewards.verifier import StepJudge
 from tests.helpers.measuring import peak_mebibytes, seconds
+from tests.helpers.requests import asked
 
 SAMPLING = MaskSampling(steps=18, guidance=1.75)
 PROMPTS = ["a photo of a bench", "a photo of two clocks", "a photo of a red dog and a blue cat", "a photo of a cow"]
@@ -51,9 +53,9 @@ def build(text: int, codes: int, dim: int = 256, depth: int = 8, heads: int = 8)
 
 
 def ours(decoder: ShowO, prompts: Sequence[str]) -> Tensor:
-    state = decoder.begin(prompts, SeededNoise.draw(range(len(prompts)), 1, SAMPLING.steps, 256), SAMPLING)
+    state = decoder.begin(asked(prompts), SAMPLING)
     only = torch.zeros(len(prompts), dtype=torch.int64, device=state.tokens.device)
-    while not state.done:
+    while not state.is_done:
         decoder.commit(state, decoder.propose(state, 1), only)
     return state.tokens
 
@@ -156,7 +158,7 @@ def test_pruning_saves_a_fifth_of_the_decoders_steps(benchmark: BenchmarkFixture
 
     def decode(prune: bool) -> None:
         strategy = Potential(SAMPLING, 8, "judge", prune)
-        decoded = strategy.decode(decoder, {"judge": Coins()}, rows, range(len(rows)))
+        decoded = strategy.decode(decoder, {"judge": Coins()}, Request(rows, range(len(rows))))
         passes.append(decoded.cost.decoder_passes)
 
     decode(False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import ShapesStream
-from lightning_modules.backbone.sampling import uniform_noise
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.dpo import dpo
@@ -45,7 +45,7 @@ def test_verified_decoding_costs_at_most_two_and_a_half_times_plain_sampling(
     rows = shapes_prompts("validation", 11)[:BATCH]
     seeds = list(range(BATCH))
     plain, verified = Sample(sampling), Verified(sampling, k=8)
-    plain_seconds = seconds(lambda: plain.decode(decoder, {}, rows, seeds))
+    plain_seconds = seconds(lambda: plain.decode(decoder, {}, Request(rows, seeds)))
     benchmark.pedantic(verified.decode, (decoder, {"parm": parm}, rows, seeds), rounds=3, warmup_rounds=1)
     ratio = statistics.median(benchmark.stats.stats.data) / plain_seconds
     benchmark.extra_info |= {"plain_seconds": plain_seconds, "times_plain": ratio}
@@ -58,13 +58,13 @@ def test_decoding_a_region_again_costs_its_share(benchmark: BenchmarkFixture, pa
     decoder, _, sampling = parts
     rows = shapes_prompts("validation", 11)[:BATCH]
     plain, seeds = Sample(sampling), list(range(BATCH))
-    image = plain.decode(decoder, {}, rows, seeds)
+    image = plain.decode(decoder, {}, Request(rows, seeds))
     times = {}
     for side in (8, 4, 2):
         keep = torch.ones(8, 8, dtype=torch.bool)
         keep[4 - side // 2 : 4 + side // 2, 4 - side // 2 : 4 + side // 2] = False
         again = lambda keep=keep: plain.decode(  # noqa: E731
-            decoder, {}, rows, seeds, image.tokens, keep.flatten().expand(BATCH, -1)
+            decoder, {}, Request(rows, seeds, image.tokens, keep.flatten().expand(BATCH, -1))
         )
         passes = again().cost.decoder_passes / (2 * BATCH)
         assert passes == side**2 + (side < 8)
@@ -87,7 +87,7 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
     rows = shapes_prompts("validation", 11)[:BATCH]
     k, half = 8, decoder.num_tokens // 2
     prompts = [row["prompt"] for row in rows]
-    state = decoder.begin(prompts, uniform_noise(range(BATCH), k, decoder.num_tokens), sampling)
+    state = decoder.begin(Request(rows, range(BATCH)), sampling, k)
     watch = parm.begin(state.prompt, decoder.num_tokens)
     first = torch.zeros(BATCH, dtype=torch.int64)
     for _ in range(half):
@@ -124,16 +124,16 @@ def test_a_dpo_step_with_a_stored_reference_costs_less_than_with_a_live_one(benc
     words = decoder.word_ids([row["prompt"] for row in shapes_prompts("train", 6)[:32]] * 2)
     tokens = torch.randint(0, decoder.image_tokenizer.codebook_size, (64, decoder.num_tokens))
     with torch.no_grad():
-        stored = decoder.log_probs(words, tokens).sum(1)
+        stored = decoder.token_log_probs(words, tokens).sum(1)
 
     def step(ref: Tensor) -> None:
-        chosen, rejected = decoder.log_probs(words, tokens).sum(1).chunk(2)
+        chosen, rejected = decoder.token_log_probs(words, tokens).sum(1).chunk(2)
         dpo(chosen, rejected, *ref.chunk(2), beta=0.1).mean().backward()
         decoder.zero_grad()
 
     def live() -> None:
         with torch.no_grad():
-            ref = reference.log_probs(words, tokens).sum(1)
+            ref = reference.token_log_probs(words, tokens).sum(1)
         step(ref)
 
     live_seconds = seconds(live)

@@ -10,7 +10,7 @@ from torch import Tensor
 from callbacks.memory import decoding_activations, saved_activations
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
-from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -20,6 +20,7 @@ from lightning_modules.decoding.regions import Chance, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.measuring import peak_mebibytes
+from tests.helpers.requests import asked
 
 BATCH, PROMPT, GRID = 4, 20, 258
 
@@ -62,8 +63,8 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
     sampling, images = MaskSampling(steps=2), 4
 
     def decode() -> None:
-        state = decoder.begin([""] * images, SeededNoise.draw(range(images), 1, 2, decoder.num_tokens), sampling)
-        while not state.done:
+        state = decoder.begin(asked([""] * images), sampling)
+        while not state.is_done:
             decoder.commit(state, decoder.propose(state, 1), torch.zeros(images, dtype=torch.int64))
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import image_seed
@@ -42,15 +43,15 @@ def judges(masked: MaskTokenDecoder) -> dict:
 def test_paths_that_are_left_alone_are_best_of_n(
     masked: MaskTokenDecoder, rows: list, judges: dict, paths: Strategy
 ) -> None:
-    best = BestOfN(Sample(SAMPLING), 3, "parm").decode(masked, judges, rows, SEEDS)
-    made = paths.decode(masked, judges, rows, SEEDS)
+    best = BestOfN(Sample(SAMPLING), 3, "parm").decode(masked, judges, Request(rows, SEEDS))
+    made = paths.decode(masked, judges, Request(rows, SEEDS))
     assert torch.equal(made.tokens, best.tokens)
     assert made.cost.decoder_passes == best.cost.decoder_passes
 
 
 def test_one_beam_is_verified_decoding(masked: MaskTokenDecoder, rows: list, judges: dict) -> None:
-    beam = Beam(SAMPLING, n=1, k=4).decode(masked, judges, rows, SEEDS)
-    verified = Verified(SAMPLING, k=4).decode(masked, judges, rows, SEEDS)
+    beam = Beam(SAMPLING, n=1, k=4).decode(masked, judges, Request(rows, SEEDS))
+    verified = Verified(SAMPLING, k=4).decode(masked, judges, Request(rows, SEEDS))
     assert torch.equal(beam.tokens, verified.tokens)
     for choice, other in zip(beam.trace, verified.trace, strict=True):
         assert torch.equal(choice.tokens, other.tokens) and choice.decided is None
@@ -58,29 +59,29 @@ def test_one_beam_is_verified_decoding(masked: MaskTokenDecoder, rows: list, jud
 
 
 def test_pruned_paths_cost_nothing_more(masked: MaskTokenDecoder, rows: list, judges: dict) -> None:
-    pruned = Pruning(SAMPLING, 4, share=1.0, stride=2).decode(masked, judges, rows, SEEDS)
+    pruned = Pruning(SAMPLING, 4, share=1.0, stride=2).decode(masked, judges, Request(rows, SEEDS))
     assert pruned.cost.decoder_passes == 2 * len(rows) * (2 * 4 + 4)
     assert pruned.cost.verifier_calls == len(rows) * (4 + 1 + 1)
 
 
 @pytest.mark.parametrize("paths", PATHS, ids=lambda strategy: type(strategy).__name__)
 def test_images_do_not_depend_on_the_batch(masked: MaskTokenDecoder, rows: list, judges: dict, paths: Strategy) -> None:
-    together = paths.decode(masked, judges, rows, SEEDS).tokens
-    apart = [paths.decode(masked, judges, [row], [seed]).tokens for row, seed in zip(rows, SEEDS, strict=True)]
+    together = paths.decode(masked, judges, Request(rows, SEEDS)).tokens
+    apart = [paths.decode(masked, judges, Request([row], [seed])).tokens for row, seed in zip(rows, SEEDS, strict=True)]
     assert torch.equal(together, torch.cat(apart))
 
 
 @pytest.mark.parametrize("paths", PATHS, ids=lambda strategy: type(strategy).__name__)
 def test_kept_tokens_are_never_changed(masked: MaskTokenDecoder, rows: list, judges: dict, paths: Strategy) -> None:
     tokens, keep = torch.randint(0, 32, (len(rows), masked.num_tokens)), torch.rand(len(rows), masked.num_tokens) < 0.5
-    made = paths.decode(masked, judges, rows, SEEDS, tokens, keep)
+    made = paths.decode(masked, judges, Request(rows, SEEDS, tokens, keep))
     assert torch.equal(made.tokens[keep], tokens[keep])
     assert (made.tokens[~keep] != tokens[~keep]).any()
 
 
 @pytest.mark.parametrize("paths", PATHS, ids=lambda strategy: type(strategy).__name__)
 def test_what_was_kept_leads_to_the_image(masked: MaskTokenDecoder, rows: list, judges: dict, paths: Strategy) -> None:
-    made = paths.decode(masked, judges, rows, SEEDS)
+    made = paths.decode(masked, judges, Request(rows, SEEDS))
     final = made.trace[-1]
     for row, (image, candidates, kept) in enumerate(zip(made.tokens, final.tokens, final.kept, strict=True)):
         assert any(torch.equal(image, each) for each in candidates[kept > 0]), f"image {row}"

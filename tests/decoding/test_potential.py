@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.strategy import candidate_seeds
 from lightning_modules.rewards.verifier import StepJudge
 from tests.conftest import SHOWO, make_showo
+from tests.helpers.requests import asked
 
 TRACE = json.loads((SHOWO / "parm_trace.json").read_text())
 SAMPLING = MaskSampling(TRACE["timesteps"])
@@ -45,8 +46,8 @@ class Script(StepJudge):
         self.where: dict[tuple[int, ...], tuple[int, int]] = {}
         self.asked: list[tuple[int, int]] = []
         self.finals: list[int] = []
-        for path, seed in enumerate(candidate_seeds(SEEDS, N)):
-            state = decoder.begin(["1 2 3"], decoder.noise([seed], 1, SAMPLING), SAMPLING)
+        for path, seed in enumerate(Request(ROWS, SEEDS).repeat(N).seeds):
+            state = decoder.begin(asked(["1 2 3"], [seed]), SAMPLING)
             if not reset_temperature:
                 state.temperature *= path % N == 0
             for step in range(SAMPLING.steps):
@@ -80,7 +81,7 @@ def winners(script: Script, tokens: Tensor) -> list[int]:
 def test_the_trace_of_the_original(previewing: ShowO, prune: bool, reset_temperature: bool) -> None:
     script = Script(previewing, PLAN, reset_temperature)
     strategy = Potential(SAMPLING, N, "judge", prune, reset_temperature)
-    decoded = strategy.decode(previewing, {"judge": script}, ROWS, SEEDS)
+    decoded = strategy.decode(previewing, {"judge": script}, Request(ROWS, SEEDS))
     calls = TRACE["parm"]["judge_calls"]
     assert sorted(script.asked) == sorted((call[1], call[2]) for call in calls if call[0] == "parm")
     assert script.finals == [int(name[1][:5]) for name in calls if name[0] == "orm"]
@@ -102,20 +103,22 @@ def test_pruning_never_changes_the_winner_among_survivors(previewing: ShowO) -> 
         plan = [{"clear_at": int(8 * a), "no_prob": b, "yes": c} for a, b, c in u]
         script = Script(previewing, plan, True)
         strategies = [Potential(SAMPLING, N, "judge", prune) for prune in (False, True)]
-        complete, pruned = (each.decode(previewing, {"judge": script}, ROWS, SEEDS).tokens for each in strategies)
+        complete, pruned = (
+            each.decode(previewing, {"judge": script}, Request(ROWS, SEEDS)).tokens for each in strategies
+        )
         assert torch.equal(complete, pruned)
 
 
 @pytest.mark.parametrize("no_prob", [0.2, 0.8])
 def test_a_single_path_is_finished_whatever_is_said_of_it(previewing: ShowO, no_prob: float) -> None:
     script = Script(previewing, [{"clear_at": 1, "no_prob": no_prob, "yes": 0.0}] * N * IMAGES, True)
-    decoded = Potential(SAMPLING, 1, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
-    assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(previewing, {}, ROWS, SEEDS).tokens)
+    decoded = Potential(SAMPLING, 1, "judge").decode(previewing, {"judge": script}, Request(ROWS, SEEDS))
+    assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS)).tokens)
 
 
 def test_outcome_reward_alone(previewing: ShowO) -> None:
     script = Script(previewing, PLAN, True)
-    decoded = BestOfN(Sample(SAMPLING), N, "judge").decode(previewing, {"judge": script}, ROWS, SEEDS)
+    decoded = BestOfN(Sample(SAMPLING), N, "judge").decode(previewing, {"judge": script}, Request(ROWS, SEEDS))
     assert script.finals == list(range(N * IMAGES)) and not script.asked
     assert winners(script, decoded.tokens) == TRACE["orm"]["winner_per_eval"]
 
@@ -123,8 +126,6 @@ def test_outcome_reward_alone(previewing: ShowO) -> None:
 def test_judges_and_decoders_that_do_not_fit_are_refused(previewing: ShowO, decoder: NextTokenDecoder) -> None:
     strategy = Potential(SAMPLING, N, "judge")
     with pytest.raises(ValueError, match="judge 'judge' cannot judge unfinished images; there are: none"):
-        strategy.decode(previewing, {}, ROWS, SEEDS)
-    with pytest.raises(ValueError, match="need previews, which NextTokenDecoder does not give"):
-        strategy.decode(decoder, {"judge": Script(previewing, PLAN, True)}, ROWS, SEEDS)
+        strategy.decode(previewing, {}, Request(ROWS, SEEDS))
     with pytest.raises(ValueError, match="n of at least 1, not 0"):
         Potential(SAMPLING, 0, "judge")

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.evidence import STATISTICS
+from lightning_modules.backbone.image_tokenizer import upsample_patches
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region, spread
+from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.verified import Verified
@@ -46,8 +48,8 @@ class Given(Look):
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         self.scores = scores
 
-    def __call__(self, decoder, judges, prompts, seeds, image):
-        return torch.stack([self.scores[row["prompt"]] for row in prompts])
+    def __call__(self, decoder, judges, request, image):
+        return torch.stack([self.scores[prompt] for prompt in request.prompts])
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def judges(parm: PARM) -> dict:
 
 @pytest.fixture
 def image(decoder: NextTokenDecoder, rows: list) -> Decoded:
-    return PLAIN.decode(decoder, {}, rows, SEEDS)
+    return PLAIN.decode(decoder, {}, Request(rows, SEEDS))
 
 
 def replay(decoded: Decoded) -> Tensor:
@@ -96,7 +98,7 @@ def replay(decoded: Decoded) -> Tensor:
 def test_only_omega_changes_and_the_score_never_falls(
     decoder: NextTokenDecoder, rows: list, judges: dict, image: Decoded, again, where: Region
 ) -> None:
-    decoded = Reflection(PLAIN, again, where, rounds=3).decode(decoder, judges, rows, SEEDS)
+    decoded = Reflection(PLAIN, again, where, rounds=3).decode(decoder, judges, Request(rows, SEEDS))
     assert decoded.trace
     assert torch.equal(replay(decoded), decoded.tokens)
     values = [judges["parm"].values(i.evidence, [16])[:, 0] for i in (image, decoded)]
@@ -112,14 +114,14 @@ def test_only_omega_changes_and_the_score_never_falls(
 )
 def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, again) -> None:
     strategy = Reflection(PLAIN, again, Region(Gain(), threshold=-0.02, rewind=True), rounds=3)
-    together = strategy.decode(decoder, judges, rows, SEEDS)
-    apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
+    together = strategy.decode(decoder, judges, Request(rows, SEEDS))
+    apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
     assert torch.equal(together.tokens, torch.cat(apart))
     assert len({int(step.omega.sum()) for step in together.trace}) > 1
 
 
 def test_accepting_always_is_the_letter(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    decoded = Reflection(PLAIN, PLAIN, QUARTER, rounds=2, accept="always").decode(decoder, judges, rows, SEEDS)
+    decoded = Reflection(PLAIN, PLAIN, QUARTER, rounds=2, accept="always").decode(decoder, judges, Request(rows, SEEDS))
     assert all(step.accepted.all() for step in decoded.trace)
     assert torch.equal(decoded.tokens, decoded.trace[-1].after)
     assert (decoded.trace[0].scores.diff(dim=1) < 0).any()
@@ -131,22 +133,22 @@ def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judg
     scores = {rows[0]["prompt"]: torch.ones(16), rows[6]["prompt"]: torch.ones(16)}
     scores[rows[6]["prompt"]][5:7] = 0
     seen = Region(Given(scores), threshold=0.5)
-    decoded = Reflection(PLAIN, PLAIN, seen, rounds=4).decode(decoder, judges, two, SEEDS[:2])
+    decoded = Reflection(PLAIN, PLAIN, seen, rounds=4).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert [step.rows.tolist() for step in decoded.trace] == [[1]] * 4
     assert all(step.omega.nonzero()[:, 1].tolist() == [5, 6] for step in decoded.trace)
     nothing = Region(Given(scores), threshold=-1.0)
-    assert not Reflection(PLAIN, PLAIN, nothing, rounds=4).decode(decoder, judges, two, SEEDS[:2]).trace
-    still = Reflection(PLAIN, PLAIN, seen, rounds=4, epsilon=1e9).decode(decoder, judges, two, SEEDS[:2])
+    assert not Reflection(PLAIN, PLAIN, nothing, rounds=4).decode(decoder, judges, Request(two, SEEDS[:2])).trace
+    still = Reflection(PLAIN, PLAIN, seen, rounds=4, epsilon=1e9).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert len(still.trace) == 1
-    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, satisfied=-1e9).decode(decoder, judges, two, SEEDS[:2])
+    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, satisfied=-1e9).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert not pleased.trace
 
 
 def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    plain = PLAIN.decode(decoder, judges, rows, SEEDS).cost
+    plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS)).cost
     for share in (0.25, 0.5):
         where = Region(Chance(), quantile=share)
-        cost = Reflection(PLAIN, PLAIN, where, rounds=2).decode(decoder, judges, rows, SEEDS).cost
+        cost = Reflection(PLAIN, PLAIN, where, rounds=2).decode(decoder, judges, Request(rows, SEEDS)).cost
         extra = (cost.decoder_passes - plain.decoder_passes) / (2 * 2 * len(rows))
         assert 16 * share <= extra <= 16 * share + 1
         assert cost.verifier_calls == 3 * len(rows)
@@ -158,12 +160,14 @@ def test_regions(decoder: NextTokenDecoder, rows: list, image: Decoded) -> None:
     look = Given({rows[0]["prompt"]: scores})
 
     def found(**settings: Any) -> list[int]:
-        return Region(look, **settings)(decoder, {}, one, SEEDS[:1], only)[0].nonzero().squeeze(1).tolist()
+        return Region(look, **settings)(decoder, {}, Request(one, SEEDS[:1]), only)[0].nonzero().squeeze(1).tolist()
 
     assert found(threshold=2.0) == found(quantile=0.125) == [5, 6]
     assert found(threshold=2.0, rewind=True) == list(range(5, 16))
     assert found(quantile=0.25, patches=2) == [8, 9, 12, 13]  # of the means 9.5, 7.5, 5.5, 7.5
-    assert torch.equal(spread(torch.tensor([[[0, 1], [2, 3]]]), 4).view(4, 4)[1:3, 1:3], torch.tensor([[0, 1], [2, 3]]))
+    assert torch.equal(
+        upsample_patches(torch.tensor([[[0, 1], [2, 3]]]), 4).view(4, 4)[1:3, 1:3], torch.tensor([[0, 1], [2, 3]])
+    )
     for settings in ({}, {"threshold": 0.0, "quantile": 0.5}):
         with pytest.raises(ValueError, match="either a threshold or a quantile"):
             Region(look, **settings)
@@ -177,27 +181,27 @@ def test_mask_token_decoders_are_least_confident_of_what_does_not_fit() -> None:
     decoder = make_showo()
     prompts = [{"prompt": "1 2 3"}, {"prompt": "4"}]
     decoder.image_tokenizer.grid = 4
-    image = Sample(MaskSampling(steps=3)).decode(decoder, {}, prompts, [0, 1])
+    image = Sample(MaskSampling(steps=3)).decode(decoder, {}, Request(prompts, [0, 1]))
     decoder.image_tokenizer.decode = lambda tokens: tokens.float()[:, None, None].expand(-1, 3, 1, -1)
-    seen = Confidence()(decoder, {}, prompts, [0, 1], image)
+    seen = Confidence()(decoder, {}, Request(prompts, [0, 1]), image)
     assert seen.shape == image.tokens.shape and (seen < 0).all()
     plain = Sample(MaskSampling(steps=3))
     where = Region(Confidence(), quantile=0.25)
     decoded = Reflection(plain, plain, where, rounds=2, judge="darkness").decode(
-        decoder, {"darkness": Darkness()}, prompts, [0, 1]
+        decoder, {"darkness": Darkness()}, Request(prompts, [0, 1])
     )
     assert torch.equal(replay(decoded), decoded.tokens)
     assert (decoded.trace[0].omega.sum(1) == 4).all()
     with pytest.raises(ValueError, match="verification needs evidence"):
-        Gain("likelihood")(decoder, {"likelihood": Likelihood()}, prompts, [0, 1], image)
+        Gain("likelihood")(decoder, {"likelihood": Likelihood()}, Request(prompts, [0, 1]), image)
 
 
 def test_of_a_grid_each_patch_gained_what_its_absence_costs(rows: list) -> None:
     decoder = make_masked()
     parm, plain = make_parm(decoder), Sample(MaskSampling(steps=3, guidance=0.5))
-    image = plain.decode(decoder, {}, rows, SEEDS)
+    image = plain.decode(decoder, {}, Request(rows, SEEDS))
     before = image.cost.decoder_passes
-    gain = Gain(patches=2)(decoder, {"parm": parm}, rows, SEEDS, image)
+    gain = Gain(patches=2)(decoder, {"parm": parm}, Request(rows, SEEDS), image)
     assert image.cost.decoder_passes - before == 2 * 4 * len(rows)
     assert gain.flatten(1).unique(dim=1).shape[1] == 4  # all tokens of a patch share its score
     for row, corner in ((0, (0, 0)), (5, (2, 0)), (7, (2, 2))):
@@ -230,7 +234,7 @@ def test_parm_can_learn_from_grids_as_reflection_judged_them(rows: list, steps: 
     judges = {"parm": make_parm(decoder)}
     where = Region(Confidence(), quantile=0.5)
     reflection = Reflection(Sample(MaskSampling(6, 0.5)), Sample(MaskSampling(steps, 0.5)), where, rounds=2)
-    image = reflection.decode(decoder, judges, rows, SEEDS)
+    image = reflection.decode(decoder, judges, Request(rows, SEEDS))
     assert image.notes["accepted_rounds"].any() and not image.notes["accepted_rounds"].all()
     assert image.trajectory is not None and (image.free_from == 5).all()  # all but the finished image was chosen
     decided = torch.stack([getattr(image.evidence, name) for name in STATISTICS])
@@ -243,9 +247,11 @@ def test_parm_can_learn_from_grids_as_reflection_judged_them(rows: list, steps: 
 def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
     decoder: NextTokenDecoder, rows: list, judges: dict
 ) -> None:
-    plain = PLAIN.decode(decoder, judges, rows, SEEDS)
+    plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS))
     satisfied = judges["parm"].values(plain.evidence, [decoder.num_tokens]).median().item()
-    image = Reflection(PLAIN, PLAIN, QUARTER, rounds=1, satisfied=satisfied).decode(decoder, judges, rows, SEEDS)
+    image = Reflection(PLAIN, PLAIN, QUARTER, rounds=1, satisfied=satisfied).decode(
+        decoder, judges, Request(rows, SEEDS)
+    )
     assert 0 < image.notes["rounds"].sum() < len(rows)
     assert image.free_from.tolist() == [decoder.num_tokens * int(r) for r in image.notes["rounds"]]
 
@@ -253,13 +259,17 @@ def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
 def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     judges["critic"] = Complaint()
     told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", tell="{prompt} {critique}")
-    decoded = told.decode(decoder, judges, rows[:2], SEEDS[:2])
+    decoded = told.decode(decoder, judges, Request(rows[:2], SEEDS[:2]))
     prompts = [{"prompt": row["prompt"] + " black"} for row in rows[:2]]
     step = decoded.trace[0]
     drawn = [image_seed(seed, 0, 0) for seed in SEEDS[:2]]
-    assert torch.equal(PLAIN.decode(decoder, {}, prompts, drawn, step.before, ~step.omega).tokens, decoded.tokens)
+    assert torch.equal(
+        PLAIN.decode(decoder, {}, Request(prompts, drawn, step.before, ~step.omega)).tokens, decoded.tokens
+    )
     with pytest.raises(ValueError, match="judge 'darkness' cannot say what is wrong"):
-        Reflection(PLAIN, PLAIN, QUARTER, 1, "darkness", tell="{critique}").decode(decoder, judges, rows, SEEDS)
+        Reflection(PLAIN, PLAIN, QUARTER, 1, "darkness", tell="{critique}").decode(
+            decoder, judges, Request(rows, SEEDS)
+        )
 
 
 def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
@@ -268,11 +278,11 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
     with pytest.raises(ValueError, match="accept must be 'better' or 'always', not 'never'"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, accept="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"satisfied=0\.95 is never reached: 'parm' gives log-values"):
-        Reflection(PLAIN, PLAIN, QUARTER, 1, satisfied=0.95).decode(decoder, judges, rows, SEEDS)
+        Reflection(PLAIN, PLAIN, QUARTER, 1, satisfied=0.95).decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'clip' does not score patches; there are: none"):
-        Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, rows, SEEDS)
+        Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):
-        Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, rows, SEEDS)
+        Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, Request(rows, SEEDS))
 
 
 def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
@@ -280,7 +290,7 @@ def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
 ) -> None:
     def reflect(strategy, rounds: int) -> Decoded:
         again = Reflection(strategy, PLAIN, Region(Chance(), threshold=1.0), rounds)
-        return again.decode(decoder, judges, rows, SEEDS)
+        return again.decode(decoder, judges, Request(rows, SEEDS))
 
     twice = reflect(Reflection(PLAIN, PLAIN, Region(Chance(), threshold=1.0), 2), 3)
     assert torch.equal(twice.tokens, reflect(PLAIN, 5).tokens)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.step_scores import StepScores
+from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import StepJudge
 from tests.conftest import make_showo
 
@@ -49,27 +50,25 @@ def previewing() -> ShowO:
 
 def test_the_candidate_with_the_highest_step_score_goes_on(previewing: ShowO) -> None:
     judge, k = Total(), 4
-    decoded = StepScores(SAMPLING, k, "judge").decode(previewing, {"judge": judge}, ROWS, SEEDS)
+    decoded = Verified(SAMPLING, k, verifier="judge").decode(previewing, {"judge": judge}, Request(ROWS, SEEDS))
     assert len(judge.shown) == SAMPLING.steps
     final = judge.shown[-1].view(len(ROWS), k, -1)
     best = final.sum(-1).argmax(1)
     assert torch.equal(decoded.tokens, final[torch.arange(len(ROWS)), best].long())
     assert decoded.cost.decoder_passes == 2 * len(ROWS) * SAMPLING.steps  # one pass serves all candidates
     assert decoded.cost.verifier_calls == len(ROWS) * k * SAMPLING.steps
-    plain = Sample(SAMPLING).decode(previewing, {}, ROWS, SEEDS)
+    plain = Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS))
     assert (decoded.tokens.sum(1) > plain.tokens.sum(1)).all()
 
 
 def test_one_candidate_is_plain_sampling(previewing: ShowO) -> None:
-    alone = StepScores(SAMPLING, 1, "judge").decode(previewing, {"judge": Total()}, ROWS, SEEDS)
-    assert torch.equal(alone.tokens, Sample(SAMPLING).decode(previewing, {}, ROWS, SEEDS).tokens)
+    alone = Verified(SAMPLING, 1, verifier="judge").decode(previewing, {"judge": Total()}, Request(ROWS, SEEDS))
+    assert torch.equal(alone.tokens, Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS)).tokens)
 
 
 def test_what_does_not_fit_is_refused(previewing: ShowO, decoder: NextTokenDecoder) -> None:
-    with pytest.raises(ValueError, match="step scores need k of at least 1, not 0"):
-        StepScores(SAMPLING, 0, "judge")
-    strategy = StepScores(SAMPLING, 2, "judge")
-    with pytest.raises(ValueError, match="judge 'judge' cannot judge unfinished images; there are: none"):
-        strategy.decode(previewing, {}, ROWS, SEEDS)
-    with pytest.raises(ValueError, match="step scores need previews, which NextTokenDecoder does not give"):
-        strategy.decode(decoder, {"judge": Total()}, ROWS, SEEDS)
+    with pytest.raises(ValueError, match="verified decoding needs k of at least 1, not 0"):
+        Verified(SAMPLING, 0, verifier="judge")
+    strategy = Verified(SAMPLING, 2, verifier="judge")
+    with pytest.raises(ValueError, match="judge 'judge' does not exist here"):
+        strategy.decode(previewing, {}, Request(ROWS, SEEDS))

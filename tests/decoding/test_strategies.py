@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.beam import Beam
@@ -36,16 +37,16 @@ def judges(parm: PARM) -> dict:
 
 @pytest.mark.parametrize("stride", [1, 3, 16])
 def test_one_candidate_is_plain_sampling(decoder: NextTokenDecoder, rows: list, judges: dict, stride: int) -> None:
-    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS)
-    verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, rows, SEEDS)
+    plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS))
+    verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(verified.tokens, plain.tokens)
     torch.testing.assert_close(verified.evidence.log_probs, plain.evidence.log_probs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
+    verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, Request(rows, SEEDS))
     lanes = [Verified(SAMPLING, k=4, stride=16, verifier="likelihood", value_weight=w) for w in (1.0, -1.0)]
-    best, worst = (lane.decode(decoder, judges, rows, SEEDS).evidence.log_probs.sum(1) for lane in lanes)
+    best, worst = (lane.decode(decoder, judges, Request(rows, SEEDS)).evidence.log_probs.sum(1) for lane in lanes)
     torch.testing.assert_close(verified.evidence.log_probs.sum(1), best)
     assert (best > worst).all()
 
@@ -53,7 +54,7 @@ def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, row
 def test_greedy_likelihood_takes_the_likeliest_of_the_candidates(
     decoder: NextTokenDecoder, rows: list, judges: dict
 ) -> None:
-    wide = Verified(SAMPLING, k=32, distinct=True, verifier="likelihood").decode(decoder, judges, rows, SEEDS)
+    wide = Verified(SAMPLING, k=32, distinct=True, verifier="likelihood").decode(decoder, judges, Request(rows, SEEDS))
     ids = decoder.word_ids([row["prompt"] for row in rows])
     codes = decoder._code_embeddings()
     top = decoder._logits(codes, decoder._run(codes, ids, wide.tokens)[1][-1]).argmax(-1)
@@ -64,11 +65,12 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
     decoder: NextTokenDecoder, rows: list, judges: dict
 ) -> None:
     plain = Sample(SAMPLING)
-    one = BestOfN(plain, 1, "darkness").decode(decoder, judges, rows, SEEDS)
-    assert torch.equal(one.tokens, plain.decode(decoder, judges, rows, SEEDS).tokens)
-    five = BestOfN(plain, 5, "darkness").decode(decoder, judges, rows, SEEDS)
+    one = BestOfN(plain, 1, "darkness").decode(decoder, judges, Request(rows, SEEDS))
+    assert torch.equal(one.tokens, plain.decode(decoder, judges, Request(rows, SEEDS)).tokens)
+    five = BestOfN(plain, 5, "darkness").decode(decoder, judges, Request(rows, SEEDS))
     candidates = [
-        plain.decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]).tokens for j in range(5)
+        plain.decode(decoder, judges, Request(rows, [s if j == 0 else image_seed(s, j) for s in SEEDS])).tokens
+        for j in range(5)
     ]
     pixels = [decoder.image_tokenizer.decode(tokens).mean((1, 2, 3)) for tokens in candidates]
     torch.testing.assert_close(
@@ -80,15 +82,15 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
 def test_particles_that_are_never_redrawn_are_best_of_n(
     decoder: NextTokenDecoder, rows: list, judges: dict, n: int
 ) -> None:
-    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, rows, SEEDS)
-    particles = Particles(SAMPLING, n, stride=16).decode(decoder, judges, rows, SEEDS)
+    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, Request(rows, SEEDS))
+    particles = Particles(SAMPLING, n, stride=16).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(particles.tokens, best.tokens)
     torch.testing.assert_close(particles.evidence.log_probs, best.evidence.log_probs, atol=1e-4, rtol=1e-4)
 
 
 def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     """The evidence that travels with the paths is that of the tokens they ended with."""
-    decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, rows, SEEDS)
+    decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, Request(rows, SEEDS))
     full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
@@ -97,7 +99,7 @@ def test_the_effective_sample_size_is_noted(decoder: NextTokenDecoder, rows: lis
     weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(effective_sample_size(weights.log()), torch.tensor([4.0, 1.0, 2.0]))
     noted = [
-        Particles(SAMPLING, 4, stride=4, value_weight=weight).decode(decoder, judges, rows, SEEDS).notes
+        Particles(SAMPLING, 4, stride=4, value_weight=weight).decode(decoder, judges, Request(rows, SEEDS)).notes
         for weight in (0.0, 1.0)
     ]
     even, uneven = (note["effective_sample_size"] for note in noted)
@@ -114,18 +116,18 @@ def test_redrawing_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_pruning_nothing_is_best_of_n(decoder: NextTokenDecoder, rows: list, judges: dict, n: int) -> None:
-    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, rows, SEEDS)
-    kept = Pruning(SAMPLING, n, share=0.0, stride=5).decode(decoder, judges, rows, SEEDS)
+    best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, Request(rows, SEEDS))
+    kept = Pruning(SAMPLING, n, share=0.0, stride=5).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(kept.tokens, best.tokens)
 
 
 def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     """With share 1 one path is left after the first look, the best until then."""
-    pruned = Pruning(SAMPLING, 4, share=1.0, stride=4).decode(decoder, judges, rows, SEEDS)
+    pruned = Pruning(SAMPLING, 4, share=1.0, stride=4).decode(decoder, judges, Request(rows, SEEDS))
     assert pruned.cost.decoder_passes == 2 * len(rows) * (1 + 4 * 4 + 11)
     assert pruned.cost.verifier_calls == len(rows) * (4 + 3)
     paths = [
-        Sample(SAMPLING).decode(decoder, judges, rows, [s if j == 0 else image_seed(s, j) for s in SEEDS])
+        Sample(SAMPLING).decode(decoder, judges, Request(rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]))
         for j in range(4)
     ]
     values = torch.stack([judges["parm"].values(path.evidence, [4])[:, 0] for path in paths])
@@ -134,8 +136,8 @@ def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, j
 
 
 def test_one_beam_is_verified_decoding(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    beam = Beam(SAMPLING, n=1, k=4).decode(decoder, judges, rows, SEEDS)
-    verified = Verified(SAMPLING, k=4).decode(decoder, judges, rows, SEEDS)
+    beam = Beam(SAMPLING, n=1, k=4).decode(decoder, judges, Request(rows, SEEDS))
+    verified = Verified(SAMPLING, k=4).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(beam.tokens, verified.tokens)
     for choice, other in zip(beam.trace, verified.trace, strict=True):
         torch.testing.assert_close(choice.scores, other.scores)
@@ -147,7 +149,7 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
     prompts, tokens = [{"prompt": "a photo of a star"}] * 3, torch.randint(0, 32, (3, 4))
     keep = torch.tensor([True, True, False, False]).expand(3, -1)
     wide = Beam(Sampling(top_k=2), n=4, k=16, verifier="likelihood")
-    found = wide.decode(small, judges, prompts, [0, 1, 2], tokens, keep)
+    found = wide.decode(small, judges, Request(prompts, [0, 1, 2], tokens, keep))
     ids = small.word_ids([row["prompt"] for row in prompts])
     top = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, tokens)[1][-1])[:, 2].topk(
         2
@@ -158,7 +160,7 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
         grid[:, 2] = second
         logits = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, grid)[1][-1])
         grid[:, 3] = logits[:, 3].argmax(-1)
-        best = torch.maximum(best, small.log_probs(ids, grid).sum(1))
+        best = torch.maximum(best, small.token_log_probs(ids, grid).sum(1))
     torch.testing.assert_close(found.evidence.log_probs.sum(1), best)
 
 
@@ -177,8 +179,8 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
-    together = strategy.decode(decoder, judges, rows, SEEDS).tokens
-    apart = [strategy.decode(decoder, judges, [r], [s]).tokens for r, s in zip(rows, SEEDS, strict=True)]
+    together = strategy.decode(decoder, judges, Request(rows, SEEDS)).tokens
+    apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
     flipped = (together != torch.cat(apart)).any(1).sum().item()
     assert flipped == 0, f"{flipped} of {len(rows)} images changed with the batch size"
 
@@ -197,7 +199,7 @@ def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list
 )
 def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < torch.rand(len(rows), 1)
-    decoded = strategy.decode(decoder, judges, rows, SEEDS, tokens, keep)
+    decoded = strategy.decode(decoder, judges, Request(rows, SEEDS, tokens, keep))
     assert torch.equal(decoded.tokens[keep], tokens[keep])
     assert (decoded.tokens[~keep] != tokens[~keep]).any()
     full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
@@ -219,8 +221,8 @@ def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenD
 
 
 def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    literal = Verified(SAMPLING, k=8).decode(decoder, judges, rows, SEEDS)
-    stopped = Verified(SAMPLING, k=8, random_stop=True).decode(decoder, judges, rows, SEEDS)
+    literal = Verified(SAMPLING, k=8).decode(decoder, judges, Request(rows, SEEDS))
+    stopped = Verified(SAMPLING, k=8, random_stop=True).decode(decoder, judges, Request(rows, SEEDS))
     for i, stop in enumerate(stopped.free_from.tolist()):
         assert torch.equal(stopped.tokens[i, :stop], literal.tokens[i, :stop])
     assert len(set(stopped.free_from.tolist())) > 4
@@ -229,25 +231,25 @@ def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: lis
 
 def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     steps, batch = decoder.num_tokens, len(rows)
-    plain = Sample(SAMPLING).decode(decoder, judges, rows, SEEDS).cost
+    plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert plain.tokens == 2 * (steps - 1) * batch  # the last token is not read
     assert (plain.decoder_passes, plain.verifier_calls) == (2 * steps * batch, 0)
-    token = Verified(SAMPLING, k=8).decode(decoder, judges, rows, SEEDS).cost
+    token = Verified(SAMPLING, k=8).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert (token.decoder_passes, token.verifier_calls) == (2 * steps * batch, 8 * steps * batch)
-    block = Verified(SAMPLING, k=4, stride=4).decode(decoder, judges, rows, SEEDS).cost
+    block = Verified(SAMPLING, k=4, stride=4).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert block.verifier_calls == 4 * batch * steps // 4
-    best = BestOfN(Sample(SAMPLING), 3, "parm").decode(decoder, judges, rows, SEEDS).cost
+    best = BestOfN(Sample(SAMPLING), 3, "parm").decode(decoder, judges, Request(rows, SEEDS)).cost
     assert (best.decoder_passes, best.verifier_calls) == (3 * plain.decoder_passes, 3 * batch)
     # Particles encode the prompt once for all paths; redraws cost values, not passes.
-    paths = Particles(SAMPLING, 3, stride=4).decode(decoder, judges, rows, SEEDS).cost
+    paths = Particles(SAMPLING, 3, stride=4).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert (paths.decoder_passes, paths.verifier_calls) == (2 * batch * (3 * steps - 2), 3 * batch * steps // 4)
 
 
 def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    with pytest.raises(ValueError, match="verifier 'darkness' does not exist here; there are: parm, likelihood"):
-        Verified(SAMPLING, k=2, verifier="darkness").decode(decoder, judges, rows, SEEDS)
+    with pytest.raises(ValueError, match="judge 'light' does not exist here; there are: parm, likelihood, darkness"):
+        Verified(SAMPLING, k=2, verifier="light").decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"):
-        BestOfN(Sample(SAMPLING), 2, "clip").decode(decoder, judges, rows, SEEDS)
+        BestOfN(Sample(SAMPLING), 2, "clip").decode(decoder, judges, Request(rows, SEEDS))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -20,7 +21,6 @@ from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import Gain, Region
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.step_scores import StepScores
 from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.decoding.verified import Verified
@@ -66,7 +66,7 @@ def went_on(choice: Choice) -> Counter[tuple[int, ...]]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
 def test_what_was_kept_leads_to_the_image(decoder: NextTokenDecoder, parm: PARM, rows: list, strategy) -> None:
-    image = strategy.decode(decoder, {"parm": parm}, rows, SEEDS)
+    image = strategy.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     for choice in image.trace:
         check(choice, image)
     final = image.trace[-1]
@@ -77,9 +77,9 @@ def test_what_was_kept_leads_to_the_image(decoder: NextTokenDecoder, parm: PARM,
 @pytest.mark.parametrize("strategy", [*STRATEGIES, REFLECTION], ids=lambda strategy: type(strategy).__name__)
 def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm: PARM, rows: list, strategy) -> None:
     """An image that is decoded again by itself tells the same as its rows of the batch's trace."""
-    together = strategy.decode(decoder, {"parm": parm}, rows, SEEDS)
+    together = strategy.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     for i in (7, 2):
-        alone = strategy.decode(decoder, {"parm": parm}, rows[i : i + 1], SEEDS[i : i + 1])
+        alone = strategy.decode(decoder, {"parm": parm}, Request(rows[i : i + 1], SEEDS[i : i + 1]))
         own = together.select(torch.tensor([i]))
         assert torch.equal(own.tokens, alone.tokens)
         events = [event for event in own.trace if isinstance(event, Choice) or len(event.rows)]
@@ -94,7 +94,7 @@ def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm:
 
 
 def test_reflection_follows_on_what_it_wraps(decoder: NextTokenDecoder, parm: PARM, rows: list) -> None:
-    image = REFLECTION.decode(decoder, {"parm": parm}, rows, SEEDS)
+    image = REFLECTION.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     best, *rounds = image.trace
     assert isinstance(best, Choice) and rounds and all(isinstance(event, Round) for event in rounds)
     swapped = image.select(torch.tensor([5, 0]))
@@ -126,13 +126,13 @@ def masked() -> MaskTokenDecoder:
 def test_candidates_of_mask_token_decoders_are_previews(masked: MaskTokenDecoder, rows: list) -> None:
     sampling = MaskSampling(steps=5, guidance=0.5)
     judges = {"parm": make_parm(masked), "judge": Mean()}
-    for strategy in (Verified(sampling, k=3), StepScores(sampling, 3, "judge")):
-        image = strategy.decode(masked, judges, rows[:3], SEEDS[:3])
+    for strategy in (Verified(sampling, k=3), Verified(sampling, 3, verifier="judge")):
+        image = strategy.decode(masked, judges, Request(rows[:3], SEEDS[:3]))
         assert len(image.trace) == sampling.steps and image.trajectory is not None
         for choice, preview in zip(image.trace, image.trajectory.previews.unbind(1), strict=True):
             taken = choice.tokens[torch.arange(3), choice.kept.argmax(1)]
             assert torch.equal(taken, preview) and choice.decided is None
-    pruned = Potential(sampling, 3, "judge").decode(masked, judges, rows[:3], SEEDS[:3])
+    pruned = Potential(sampling, 3, "judge").decode(masked, judges, Request(rows[:3], SEEDS[:3]))
     verdict, final = pruned.trace
     assert torch.equal(verdict.kept.bool(), verdict.scores > 0.5)  # all were clear at once
     check(final, pruned)

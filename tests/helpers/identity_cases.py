@@ -36,7 +36,6 @@ from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Region
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.step_scores import StepScores
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.color import CLIPColors
@@ -48,7 +47,7 @@ from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
-from lightning_modules.rewards.verifier import Likelihood
+from lightning_modules.rewards.verifier import Likelihood, PreviewVerifier
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
 from tests.backbone.test_diffusion import WITHOUT
 from tests.backbone.test_text import write
@@ -91,6 +90,7 @@ def by_fields(thing: Any, free: Mapping[str, Any] | None = None, **others: Any) 
 
 
 hotter = Sampling(temperature=1)
+by_fields(PreviewVerifier(GenEvalReward(ShapesDetector())), reward=GenEvalReward(ShapesDetector(), kind="strict"))
 by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0)
 by_fields(MaskSampling(), steps=4, guidance=1.0, temperature=0.0)
 by_fields(PLAIN, sampling=hotter)
@@ -101,7 +101,6 @@ by_fields(Particles(SAMPLING, 4), sampling=hotter, n=2, stride=4, verifier="like
 by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4, verifier="likelihood")
 by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False,
           reset_temperature=False)  # fmt: skip
-by_fields(StepScores(MaskSampling(), 4, "a"), sampling=MaskSampling(4), k=2, judge="b")
 by_fields(BestOfN(PLAIN, 2, "parm"), strategy=Sample(hotter), n=3, judge="clip")
 by_fields(Reflection(PLAIN, PLAIN, Region(Gain(), 0.5), 2), strategy=Sample(hotter), again=Verified(SAMPLING, 2),
           where=Region(Chance(), 0.5), rounds=3, judge="clip", satisfied=-0.05, accept="always", epsilon=0.5,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
@@ -89,7 +90,7 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
     judges = {"parm": parm, "likelihood": Likelihood()}
     images, results = {}, {}
     for name, strategy in STRATEGIES.items():
-        decoded = strategy.decode(decoder, judges, rows, list(range(12)))
+        decoded = strategy.decode(decoder, judges, Request(rows, list(range(12))))
         told = stories(decoder, judges, ["parm", "likelihood"], rows, decoded, tell=True)
         found = [
             {
@@ -200,7 +201,7 @@ def test_mask_token_decoders_show_previews(rows: list) -> None:
     masked, sampling = make_masked(), MaskSampling(steps=5, guidance=0.5)
     judges = {"parm": make_parm(masked), "unsure": Unsure()}
     for strategy in (Verified(sampling, k=3), Potential(sampling, 3, "unsure")):
-        decoded = strategy.decode(masked, judges, rows[:2], [0, 1])
+        decoded = strategy.decode(masked, judges, Request(rows[:2], [0, 1]))
         for story in stories(masked, judges, list(judges), rows[:2], decoded, tell=True):
             scene = story.scenes[-1]
             strip = scene.strips[-1]

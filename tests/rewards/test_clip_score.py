@@ -14,11 +14,13 @@ from datamodules.captions import CaptionsDataModule
 from datamodules.shapes.captions import CaptionPairs
 from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.backbone.decoder import Request
+from lightning_modules.backbone.image_tokenizer import upsample_patches
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.decoding.regions import CLIPPatches, Region, spread
+from lightning_modules.decoding.regions import CLIPPatches, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.clip_score import CLIPScore, cells
 
@@ -91,12 +93,12 @@ def test_a_model_in_a_folder_is_read_as_open_clip_reads_it(tmp_path: Path) -> No
 def test_reflection_looks_at_the_patches_that_score_lowest(
     decoder: NextTokenDecoder, rows: list, score: CLIPScore
 ) -> None:
-    image = Sample(Sampling()).decode(decoder, {}, rows, range(len(rows)))
-    found = Region(CLIPPatches(2), quantile=0.25)(decoder, {"clip": score}, rows, range(len(rows)), image)
+    image = Sample(Sampling()).decode(decoder, {}, Request(rows, range(len(rows))))
+    found = Region(CLIPPatches(2), quantile=0.25)(decoder, {"clip": score}, Request(rows, range(len(rows))), image)
     patches = score.patches([row["prompt"] for row in rows], decoder.image_tokenizer.decode(image.tokens), 2)
     lowest = torch.zeros(len(rows), 4, dtype=torch.bool)
     lowest[torch.arange(len(rows)), patches.flatten(1).argmin(1)] = True
-    assert torch.equal(found, spread(lowest.view(-1, 2, 2), 4))
+    assert torch.equal(found, upsample_patches(lowest.view(-1, 2, 2), 4))
     assert image.cost.verifier_calls == 4 * len(rows)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.loading import export, pretrained
 from lightning_modules.backbone.next_token import NextTokenDecoder
-from lightning_modules.backbone.sampling import Sampling, uniform_noise
+from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.rewards.parm import PARM, Features
 from lightning_modules.rewards.verifier import Likelihood
 from tests.conftest import make_decoder, make_masked, make_parm
@@ -40,10 +41,10 @@ def test_the_value_of_a_prefix_does_not_change_when_later_tokens_do(
 def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
     decoder: NextTokenDecoder, rows: list[dict], parm: PARM
 ) -> None:
-    state = decoder.begin([row["prompt"] for row in rows], uniform_noise(range(len(rows)), 5, 16), Sampling())
+    state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 5)
     watch = parm.begin(state.prompt, decoder.num_tokens)
     walked = []
-    while not state.done:
+    while not state.is_done:
         proposal = decoder.propose(state, 5)
         values = parm.score(watch, proposal.evidence)
         choice = torch.full((len(rows),), state.step % 5)
@@ -56,13 +57,12 @@ def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
 
 
 def test_verifiers_see_the_tokens_that_are_kept(decoder: NextTokenDecoder, parm: PARM, rows: list[dict]) -> None:
-    prompts = [row["prompt"] for row in rows]
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.7
     for verifier in (parm, Likelihood()):
-        state = decoder.begin(prompts, uniform_noise(range(len(rows)), 5, 16), Sampling(), tokens, keep)
+        state = decoder.begin(Request(rows, range(len(rows)), tokens, keep), Sampling(), 5)
         watch = verifier.begin(state.prompt, decoder.num_tokens)
         walked, lengths = [], state.order + 1
-        while not state.done:
+        while not state.is_done:
             verifier.follow(watch, state.evidence, state.position)
             proposal = decoder.propose(state, 5)
             values = verifier.score(watch, proposal.evidence)
@@ -79,7 +79,7 @@ def test_candidates_scored_together_equal_candidates_scored_apart(
     decoder: NextTokenDecoder, rows: list[dict], features: Features
 ) -> None:
     parm = make_parm(decoder, features)
-    state = decoder.begin([row["prompt"] for row in rows], uniform_noise(range(len(rows)), 8, 16), Sampling())
+    state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 8)
     watch = parm.begin(state.prompt, decoder.num_tokens)
     for _ in range(5):
         proposal = decoder.propose(state, 1)

@@ -1,0 +1,57 @@
+"""How grids of image tokens were filled, step by step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_modules.backbone.mask_sampling import masked_after
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How B grids were filled, in S steps.
+
+    Attributes:
+        previews: the grid after each step, codes [B, S, n]; after the last it is the image.
+        fixed_at: the step after which a token did not change any more, [B, n].
+    """
+
+    previews: Tensor
+    fixed_at: Tensor
+
+    @staticmethod
+    def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
+        """From the tokens and what was unknown, [B, n] each, after each step."""
+        previews, unknown = (torch.stack(part, 1) for part in zip(*states, strict=True))
+        return Trajectory(previews, unknown.sum(1))
+
+    @staticmethod
+    def in_random_order(tokens: Tensor, steps: int, noise: Tensor) -> "Trajectory":
+        """As if images [B, n] had been decoded in the order of `noise` [B, n], each preview being what came of it."""
+        unknown = torch.ones_like(tokens, dtype=torch.bool)
+        rank = noise.argsort(1).argsort(1)
+        states = []
+        for step in range(steps):
+            unknown = rank < masked_after(step, steps, unknown)[:, None] * (step + 1 < steps)
+            states.append((tokens, unknown))
+        return Trajectory.of(states)
+
+    def at(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The grids after steps [B], what was unknown before, and what is undecided after; S is the finished image."""
+        rows = torch.arange(len(step), device=step.device)
+        shown = self.previews[rows, step.clamp(max=self.previews.shape[1] - 1)]
+        return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
+
+    def select(self, rows: Tensor) -> "Trajectory":
+        """Keep some rows."""
+        return Trajectory(self.previews[rows], self.fixed_at[rows])
+
+    def put(self, rows: Tensor, other: "Trajectory") -> "Trajectory":
+        """With the end of `other`, the image and which tokens came last, in the place of that of some rows."""
+        last = self.previews.shape[1] - 1
+        previews = self.previews.clone()
+        previews[rows, last] = other.previews[:, -1]
+        fixed_at = last - (other.previews.shape[1] - 1 - other.fixed_at).clamp(max=last)
+        return Trajectory(previews, self.fixed_at.index_put((rows,), fixed_at))
