@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.backbone.published import Published
 from lightning_modules.runs.preflight import preflight
-from tests.test_train import command
+from tests.helpers.launch import command
 
 Compose = Callable[..., DictConfig]
 
