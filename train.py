@@ -1,4 +1,4 @@
-"""Compose the config, build the parts, call the Trainer. `python train.py --help` says what there is."""
+"""Compose the config, check it, do its task. `python train.py --help` says what there is."""
 
 import atexit
 import os
@@ -19,47 +19,60 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
-from callbacks.geneval import GenEvalCallback
 from callbacks.runs import checkpoint_to_resume
-from datamodules.preferences import PreferencesDataModule
-from lightning_modules.backbone.loading import export, refuse_other_weights
+from lightning_modules.backbone.loading import export as export_network
+from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
-from lightning_modules.evaluation import EvaluationModule
 from lightning_modules.files import write_text
-from lightning_modules.parm import PARMModule
 from lightning_modules.runs.checkpoints import (
     end_launched,
     forget_refused,
     keep_metrics,
     load_checkpoint,
     named_checkpoints,
-    refuse_foreign,
-    refuse_other_config,
 )
-from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
 from lightning_modules.runs.command_line import hydra_told, leave_tracebacks_to_the_user
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.preflight import preflight
 from lightning_modules.tasks.curve import CheckpointCurve
 
 launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
-TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 
 
-def build(node: DictConfig | None, **more: Any) -> Any:
+def run(config: DictConfig) -> None:
+    """Do the task of a config."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.task == "fit":
+        config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
+    preflight(config)
+    seed_everything(config.seed, workers=True, verbose=False)
+    leave_config(folder, config)
+    TASKS[config.task](config)
+
+
+@rank_zero_only
+def leave_config(folder: Path, config: DictConfig) -> None:
+    """Write the config of a run into its folder, and put aside the metrics of a run that goes on there."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    keep_metrics(folder)
+
+
+def build(node: DictConfig | None) -> Any:
     """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects."""
-    return instantiate(node, _convert_="all", **more)
+    return instantiate(node, _convert_="all")
 
 
-def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
+def module_of(config: DictConfig) -> LightningModule:
+    """The LightningModule, whose checkpoints keep the config."""
+    plain = OmegaConf.to_container(config, resolve=True)  # before building resolves the config itself
+    module: LightningModule = build(config.module)
+    module.save_hyperparameters(plain)
+    return module
+
+
+def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The Trainer, with loggers that know the config."""
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=False)
-    trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
-    for logger in trainer.loggers:
-        try:
-            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-        except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
-            raise ValueError(f"logger: {first_line(error)}") from error
     atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN
@@ -67,121 +80,89 @@ def trainer_for(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Train
         and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
     ):
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
+    trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
+            raise ValueError(f"logger: {first_line(error)}") from error
     return trainer
 
 
-def refuse_decoding(module: LightningModule, data: LightningDataModule, callbacks: dict[str, Callback]) -> None:
-    """Raise ValueError for what decodes while it trains: sharded weights are together only in training steps."""
-    if isinstance(module, PARMModule) or isinstance(data, PreferencesDataModule):
-        raise ValueError(
-            "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
-            "rollouts are for trainer=ddp, and what task=rollout makes of data=preferences can be such files"
-        )
-    scored = " ".join(
-        f"~callbacks.{name}"
-        for name, callback in callbacks.items()
-        if isinstance(callback, GenEvalCallback) or getattr(callback, "monitor", None) == "val/geneval"
-    )
-    if scored:
-        raise ValueError(f"trainer=fsdp cannot decode while it trains: add {scored}, and evaluate by trainer=ddp")
+def parts_of(config: DictConfig) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
+    """What fits, evaluates or rolls out."""
+    module, callbacks, data = module_of(config), build(config.callbacks), build(config.get("data"))
+    return trainer_of(config, list(callbacks.values())), module, data
 
 
-def run(config: DictConfig) -> None:
-    """Do the task of a config."""
-    written: Any = OmegaConf.to_container(config)  # building parts resolves interpolations in place
-    hydra_config = HydraConfig.get()
-    refuse_unread(hydra_config.overrides.task, written, hydra_config.runtime.choices)
-    if config.task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {config.task!r}")
-    if config.task == "export" and config.ckpt_path is None:
-        raise ValueError("task=export needs ckpt_path, the checkpoint to export")
-    if config.task in ("fit", "rollout") and config.get("data") is None:
-        raise ValueError(
-            f"task={config.task} needs data, and here is none to train on; this config is for task=evaluate"
-        )
-    if config.task in ("score", "generate") and config.images is None:
-        raise ValueError(f"task={config.task} needs images=DIR, the folder")
-    used = ("scoring.", "geneval.reward.") if config.task == "score" else ("",)
-    if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
-        raise ValueError(f"{min(missing)} needs a value")
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if config.test_ckpt_path not in (None, "best"):
-        raise ValueError(f"test_ckpt_path must be null (the last weights) or best, not {config.test_ckpt_path!r}")
-    if config.task == "fit":
-        config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
-    elif config.ckpt_path == "auto":
-        raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    refuse_wrong_values(plain, written)
-    if config.task == "ladder":
-        build(config.ladder).run()
+def fit(config: DictConfig) -> None:
+    """Train, then test the weights that `test_ckpt_path` says."""
+    trainer, module, data = parts_of(config)
+    best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
+    trainer.fit(module, data, ckpt_path=config.ckpt_path)
+    if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
         return
-    if config.task != "export":
-        refuse_missing_gpus(plain["trainer"])
-    preflight(plain, written)
-    checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
-    for path in checkpoints:
-        refuse_other_config(path, plain)
-    wandb = config.logger.get("wandb")
-    if wandb and wandb.log_model and wandb.offline:
-        raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
-    seed_everything(config.seed, workers=True, verbose=False)
-    if rank_zero_only.rank == 0:
-        refuse_foreign(folder)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        keep_metrics(folder)
-    if config.task == "score":
-        build(config.scoring).run(trainer_for(config, [StopBetweenBatches()]))
+    tested = best and best.best_model_path
+    if tested == "":
+        raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
+    say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
+    trainer.test(module, data, ckpt_path=tested, verbose=False)
+
+
+def evaluate(config: DictConfig) -> None:
+    """Test a checkpoint, all of a folder, or the weights that the config names."""
+    if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
+        module, geneval = module_of(config), build(config.callbacks)["geneval"]
+        checkpoints = named_checkpoints(config.ckpt_path, config.task)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        CheckpointCurve(module, geneval, checkpoints, config.scores_dir, folder).run(trainer_of(config))
         return
-    if config.task == "generate":
-        generating = build(config.generating)
-        if config.ckpt_path is not None:
-            load_checkpoint(generating.module, config.ckpt_path)
-        generating.run(trainer_for(config, [StopBetweenBatches()]))
-        return
-    module = build(config.module)
-    if isinstance(module, EvaluationModule) and config.get("data") is not None:
-        raise ValueError("module=evaluation has no use for data: add ~data")
-    module.save_hyperparameters(plain)
-    if config.task == "export":
-        load_checkpoint(module, config.ckpt_path)
-        parts = module.exported
-        folders = {node: Path(config.export_dir) / (node if len(parts) > 1 else "") for node in parts}
-        for node in parts:  # before any is written
-            refuse_other_weights(folders[node], plain[node])
-        for node, part in parts.items():
-            export(part, folders[node], plain[node])
-            print(f"Exported {type(part).__name__} to {folders[node]}")
-        return
-    callbacks = build(config.callbacks)
-    if checkpoints and Path(config.ckpt_path).is_dir():
-        if "geneval" not in callbacks:
-            raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
-        curve = CheckpointCurve(module, callbacks["geneval"], checkpoints, config.scores_dir, folder)
-        curve.run(trainer_for(config))
-        return
-    data = build(config.get("data"))
-    trainer = trainer_for(config, list(callbacks.values()))
-    sharded = isinstance(trainer.strategy, FSDPStrategy)
-    if sharded:
-        refuse_decoding(module, data, callbacks)
-    if config.task == "fit":
-        best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
-        trainer.fit(module, data, ckpt_path=config.ckpt_path)
-        if sharded:  # for good: another loop would shard what training has sharded
-            return
-        tested = best and best.best_model_path
-        if tested == "":
-            raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
-        say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
-        trainer.test(module, data, ckpt_path=tested, verbose=False)
-    elif config.task == "rollout":
-        trainer.predict(module, data, ckpt_path=config.ckpt_path)
-    else:
-        named = ("decoder.checkpoint", "parm.checkpoint")
-        starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
-        say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
-        trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
+    trainer, module, data = parts_of(config)
+    named = ("decoder.checkpoint", "parm.checkpoint")
+    starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
+    say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
+    trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
+
+
+def rollout(config: DictConfig) -> None:
+    """Make what the data needs, and train on nothing."""
+    trainer, module, data = parts_of(config)
+    trainer.predict(module, data, ckpt_path=config.ckpt_path)
+
+
+def generate(config: DictConfig) -> None:
+    """Make a folder of images."""
+    generating = build(config.generating)
+    if config.ckpt_path is not None:
+        load_checkpoint(generating.module, config.ckpt_path)
+    generating.run(trainer_of(config, [StopBetweenBatches()]))
+
+
+def score(config: DictConfig) -> None:
+    """Judge a folder of images."""
+    build(config.scoring).run(trainer_of(config, [StopBetweenBatches()]))
+
+
+def export(config: DictConfig) -> None:
+    """Write the networks that a checkpoint trained as weights of their own."""
+    module: Any = module_of(config)
+    load_checkpoint(module, config.ckpt_path)
+    parts = module.exported
+    nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}
+    folders = {name: Path(config.export_dir) / (name if len(parts) > 1 else "") for name in parts}
+    for name in parts:  # before any is written
+        refuse_other_weights(folders[name], nodes[name])
+    for name, part in parts.items():
+        export_network(part, folders[name], nodes[name])
+        print(f"Exported {type(part).__name__} to {folders[name]}")
+
+
+def ladder(config: DictConfig) -> None:
+    """Run jobs one after the other, and put them into one table."""
+    build(config.ladder).run()
+
+
+TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollout, export, ladder)}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -74,6 +74,8 @@ class PreferencesDataModule(PairsDataModule):
         folder, collect_batch_size, batch_size: see `PairsDataModule`.
     """
 
+    trains_sharded = False  # the policy decodes its rollouts with whole weights
+
     def __init__(
         self,
         reward: GenEvalReward,

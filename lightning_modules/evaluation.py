@@ -17,6 +17,8 @@ class EvaluationModule(LightningModule):
         parm: a reward model for strategies, if any.
     """
 
+    takes_data = False
+
     def __init__(self, decoder: Decoder, parm: PARM | None) -> None:
         super().__init__()
         self.decoder = decoder

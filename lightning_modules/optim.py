@@ -37,9 +37,11 @@ class ResumableModule(LightningModule):
 
     Attributes:
         frozen_parts: names of sub-modules, dotted.
+        trains_sharded: it can train where each process has a part of the weights.
     """
 
     frozen_parts: tuple[str, ...] = ()
+    trains_sharded = True
     _epoch_steps: int | None = None
 
     def __init__(self) -> None:

@@ -109,6 +109,7 @@ class PARMModule(ResumableModule):
     """
 
     frozen_parts = ("decoder",)
+    trains_sharded = False  # the frozen decoder runs in parts
 
     def __init__(
         self,

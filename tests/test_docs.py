@@ -8,7 +8,8 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from tests.conftest import ROOT, make_decoder
+from tests.helpers.models import make_decoder
+from tests.helpers.overrides import ROOT
 
 
 def code(name: str) -> dict[str, Any]:

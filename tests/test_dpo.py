@@ -11,7 +11,7 @@ from lightning_modules.backbone.lora import LoRA
 from lightning_modules.dpo import DPOModule, compact, dpo
 from lightning_modules.optim import OptimizerFactory, trainable
 from lightning_modules.parm import PARMObjective
-from tests.conftest import make_decoder, make_masked, make_parm
+from tests.helpers.models import make_decoder, make_masked, make_parm
 
 PROMPTS = ["a photo of a star", "a photo of two rings", "a photo of a red circle"]
 

@@ -33,9 +33,9 @@ from lightning_modules.identity import Keyed, key_of
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
-from tests.callbacks.test_geneval_callback import make_callback
-from tests.conftest import make_parm
+from tests.helpers.callback import make_callback
 from tests.helpers.identity_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
+from tests.helpers.models import make_parm
 
 
 def classes(base: type) -> Iterator[type]:

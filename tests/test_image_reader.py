@@ -2,9 +2,7 @@
 
 import io
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from lightning_modules.image_reader import UnreadableImage, hash_image, read_image
+from tests.helpers.pictures import HUGE, png
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
 PIXELS = np.asarray(PICTURE)
@@ -22,15 +21,6 @@ def encode(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()
-
-
-def png(width: int, height: int, bits: int, color: int, data: bytes) -> bytes:
-    """A PNG of these bytes; color is 0 for grey, 2 for RGB."""
-    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -109,7 +99,6 @@ def test_the_first_of_a_phones_images_is_read() -> None:
 WORKFLOW = PngImagePlugin.PngInfo()
 WORKFLOW.add_text("workflow", "x" * 2_000_000, zip=True)
 WHOLE = encode(PICTURE)
-HUGE = png(20_000, 20_000, 8, 2, b"")
 DEEP = "has the mode {}, more than 8 bits a pixel and colour"
 NO_IMAGE = "cannot be read: it is no image of the formats PNG, JPEG, WEBP, GIF, BMP, TIFF, or a broken one"
 LARGE = "cannot be read: it has more than 89,478,485 pixels; make it smaller"

@@ -16,9 +16,9 @@ import torch
 from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from tests.conftest import make_decoder, make_masked
-from tests.helpers.launch import ENV, launch, launch_together, scontrol
-from tests.test_train import SMALL, SMALL_DPO, SMALL_PARM, arguments, command, here, pair_files
+from tests.helpers.launch import ENV, arguments, command, launch, launch_together, scontrol
+from tests.helpers.models import make_decoder, make_masked
+from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, here, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -180,11 +180,6 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
     command(tmp_path, *small, "trainer.max_steps=4")
     last = tmp_path / "sharded" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
-
-
-SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
-           "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip
-DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
 
 
 def test_sharded_show_o_is_aligned_as_by_one_process_and_goes_on(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from lightning_modules.report.tables import BEFORE_TRAINING
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
-from tests.conftest import ROOT, TINY
-from tests.helpers.launch import ENV, TRAIN, launch
+from tests.helpers.launch import ENV, arguments, command
+from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, pair_files
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
@@ -81,59 +80,6 @@ COMPANIONS = {
     "fid=inception": [*TINY, "callbacks.geneval.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
-SMALL = [
-    *TINY,
-    "logger=csv",
-    "trainer.accelerator=cpu",
-    "geneval.train_prompts.per_task=2",
-    "geneval.validation_prompts.per_task=1",
-    "geneval.test_prompts.per_task=1",
-    "strategies.best_of_8_likelihood.n=2",
-    "callbacks.geneval.batch_size=8",
-]
-SMALL_PARM = [
-    *SMALL,
-    "strategies.best_of_8_parm.n=2",
-    "strategies.parm.n=2",
-    "strategies.parm_reflection.rounds=1",
-    "callbacks.geneval.before_training=false",
-    "data.train.plain.samples=2",
-    "data.train.verified.samples=1",
-    "data.train.verified.from_epoch=1",
-    "data.validation.samples=2",
-    "data.test.samples=2",
-    "data.batch_size=8",
-    "data.collect_batch_size=12",
-    "trainer.max_steps=5",
-    "trainer.check_val_every_n_epoch=1",
-]
-# The bundled weights, which draw what the detector finds.
-BUNDLED = [item for item in SMALL_PARM if not item.startswith(("tokenizer", "decoder", "parm"))]
-
-
-def arguments(tmp_path: Path, *overrides: str) -> list[str]:
-    """The command line of train.py that leaves everything in a temporary folder."""
-    return [sys.executable, str(TRAIN), *here(tmp_path), *overrides]
-
-
-def here(tmp_path: Path) -> list[str]:
-    """Overrides that leave everything in a temporary folder."""
-    return [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
-
-
-def pair_files(folder: Path, tokens: int = 64) -> list[str]:
-    """Overrides that name a file of eight pairs of images, each of so many tokens of 64 kinds."""
-    made = torch.randint(64, (8, 2, tokens), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [{"prompt": "a photo of a star", "chosen": chosen, "rejected": rejected} for chosen, rejected in made]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [f"data.{split}.path={folder}/pairs.jsonl" for split in ("train", "validation")]
-
-
-def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run train.py in a process of its own, from a temporary folder."""
-    done = launch([*here(tmp_path), *overrides], tmp_path, env)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
 
 
 @pytest.mark.parametrize("choice", ["", "+debug=minutes", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS])
@@ -437,17 +383,6 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
         tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "parm.module.causal=true", check=False
     )
     assert "parm.module.causal must be false for a MaskTokenDecoder" in named.stderr
-
-
-# Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
-SMALL_DPO = [
-    *(item for item in SMALL if not item.startswith(("tokenizer", "decoder", "parm"))),
-    "strategies.best_of_8_parm.n=2",
-    "strategies.parm.n=2",
-    "data.train.plain.samples=4",
-    "data.validation.samples=4",
-    "trainer.log_every_n_steps=1",
-]
 
 
 def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:

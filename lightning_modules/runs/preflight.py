@@ -1,4 +1,4 @@
-"""What is refused before anything is built: parts that do not go together, and weights that are not there."""
+"""All checks of a config, before anything is built: what a task lacks, and parts that do not go together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -6,28 +6,116 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
 
 from datamodules.rollouts import refuse_unmarked
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
+from lightning_modules.runs.checkpoints import named_checkpoints, refuse_foreign, refuse_other_config
+from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
 from lightning_modules.runs.messages import written_at
 
+TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
 # What a task builds.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
 
-def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-    """Refuse a config whose parts cannot work together, or whose weights are missing.
+def preflight(config: DictConfig) -> None:
+    """Refuse a config that cannot work, before anything is built or loaded.
 
     Args:
-        config: resolved.
-        written: the same as it is written, with its interpolations: errors name the keys that users set.
+        config: composed, with its interpolations, which say under which keys users set what many parts read.
 
     Raises:
-        ValueError: parts do not go together, or the folder for images holds others; the sentence names the keys.
-        FileNotFoundError: weights are missing, all of which are named; or what should be a file of CLIP's is none.
+        ValueError: a key that nothing reads, a value or a combination that cannot work; the sentence names the keys.
+        FileNotFoundError: weights or checkpoints are missing, all of which are named; or a file of CLIP's is none.
     """
+    written: Any = OmegaConf.to_container(config)
+    hydra = HydraConfig.get()
+    refuse_unread(hydra.overrides.task, written, hydra.runtime.choices)
+    _refuse_incomplete(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    refuse_wrong_values(plain, written)
+    if config.task == "ladder":  # its jobs are checked each on its own
+        return
+    if config.task != "export":
+        refuse_missing_gpus(plain["trainer"])
+    _refuse_what_does_not_go_together(plain)
+    _refuse_mismatched_parts(plain, written)
+    if config.ckpt_path is not None:
+        for path in named_checkpoints(config.ckpt_path, config.task):
+            refuse_other_config(path, plain)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        refuse_foreign(Path(hydra.runtime.output_dir))
+
+
+def _is_sharded(config: Mapping[str, Any]) -> bool:
+    """Whether the Trainer splits weights between processes; they are together only in training steps."""
+    strategy = config["trainer"].get("strategy")
+    if isinstance(strategy, Mapping):
+        return issubclass(get_class(strategy["_target_"]), FSDPStrategy)
+    return str(strategy).startswith("fsdp")
+
+
+def _refuse_incomplete(config: DictConfig) -> None:
+    """Raise ValueError where the task lacks a setting that it needs."""
+    task, ckpt_path = config.task, config.ckpt_path
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    if task == "export" and ckpt_path is None:
+        raise ValueError("task=export needs ckpt_path, the checkpoint to export")
+    if task in ("fit", "rollout") and config.get("data") is None:
+        raise ValueError(f"task={task} needs data, and here is none to train on; this config is for task=evaluate")
+    if task in ("score", "generate") and config.images is None:
+        raise ValueError(f"task={task} needs images=DIR, the folder")
+    used = ("scoring.", "geneval.reward.") if task == "score" else ("",)
+    if missing := {key for key in OmegaConf.missing_keys(config) if key.startswith(used)}:
+        raise ValueError(f"{min(missing)} needs a value")
+    if config.test_ckpt_path not in (None, "best"):
+        raise ValueError(f"test_ckpt_path must be null (the last weights) or best, not {config.test_ckpt_path!r}")
+    if ckpt_path == "auto":
+        raise ValueError(f"ckpt_path=auto is for task=fit; task={task} needs the path of a checkpoint")
+
+
+def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for choices of which each is fine by itself."""
+    module, data, callbacks = config["module"], config.get("data"), config["callbacks"]
+    wandb = config["logger"].get("wandb")
+    if wandb and wandb.get("log_model") and wandb.get("offline"):
+        raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
+    if config["task"] in _BUILT:
+        return
+    folder = config["task"] == "evaluate" and config["ckpt_path"] and Path(config["ckpt_path"]).is_dir()
+    if folder and "geneval" not in callbacks:
+        raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
+    if data and not _says(module, "takes_data"):
+        raise ValueError("module=evaluation has no use for data: add ~data")
+    if not _is_sharded(config):
+        return
+    if not (_says(module, "trains_sharded") and _says(data, "trains_sharded")):
+        raise ValueError(
+            "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
+            "rollouts are for trainer=ddp, and what task=rollout makes of data=preferences can be such files"
+        )
+    decoding = [
+        name for name, node in callbacks.items() if name == "geneval" or (node or {}).get("monitor") == "val/geneval"
+    ]
+    if decoding:
+        removed = " ".join(f"~callbacks.{name}" for name in decoding)
+        raise ValueError(f"trainer=fsdp cannot decode while it trains: add {removed}, and evaluate by trainer=ddp")
+
+
+def _says(node: Mapping[str, Any] | None, word: str) -> bool:
+    """What the class of a node says of itself; where there is none, or one that says nothing, True."""
+    return node is None or getattr(get_class(node["_target_"]), word, True)
+
+
+def _refuse_mismatched_parts(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Raise for networks, images, detectors and prompts that differ in size or words, and for missing weights."""
     if config["task"] == "generate":
         try:
             refuse_unmarked(Path(config["images"]))

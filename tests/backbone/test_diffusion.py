@@ -25,9 +25,9 @@ from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3, tiny_autoenc
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.verifier import Reward
+from tests.helpers.overrides import WITHOUT
 
 ROWS = [{"prompt": f"a photo of a {name}"} for name in ("dog", "red cup", "star")]
-WITHOUT = ["text_encoder_3", "tokenizer_3"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, pre
 from lightning_modules.backbone.magvit import MagvitV2
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.rewards.parm import PARM
-from tests.conftest import TINY
+from tests.helpers.overrides import TINY
 
 
 @pytest.mark.parametrize(

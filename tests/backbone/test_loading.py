@@ -14,7 +14,7 @@ from lightning_modules.backbone.loading import BUNDLED, Stored, export, fingerpr
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
-from tests.conftest import make_decoder
+from tests.helpers.models import make_decoder
 
 
 def test_export_and_load_give_the_same_weights(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
-from tests.conftest import EVIDENCE, make_masked, make_parm
+from tests.helpers.models import EVIDENCE, make_masked, make_parm
 from tests.helpers.requests import asked
 
 SAMPLING = MaskSampling(steps=5, guidance=0.5)

@@ -9,7 +9,7 @@ from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Reward
-from tests.conftest import make_decoder, make_masked
+from tests.helpers.models import make_decoder, make_masked
 
 KINDS = {
     "next_token": (make_decoder(), Sampling(temperature=0.8, top_k=20, guidance=0.5)),

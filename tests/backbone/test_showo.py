@@ -23,7 +23,7 @@ from lightning_modules.backbone.mask_state import Vocabulary
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
-from tests.conftest import SHOWO, SHOWO_CONFIG, make_showo
+from tests.helpers.models import SHOWO, SHOWO_CONFIG, make_showo
 from tests.helpers.requests import asked
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())

@@ -3,30 +3,20 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from lightning_modules.backbone.text import PublishedTokenizer
-
-
-def write(folder: Path, words: list[str]) -> str:
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    tokenizer.add_special_tokens(words[:1])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return str(folder)
+from tests.helpers.models import write_tokenizer
 
 
 def test_ids_without_special_tokens(tmp_path: Path) -> None:
-    tokenizer = PublishedTokenizer(write(tmp_path, ["<|endoftext|>", "a", "photo", "of"]))
+    tokenizer = PublishedTokenizer(write_tokenizer(tmp_path, ["<|endoftext|>", "a", "photo", "of"]))
     assert tokenizer.encode(["a photo", "", "of a"]) == [[1, 2], [], [3, 1]]
     assert (tokenizer.size, tokenizer.end_of_text) == (4, 0)
 
 
 def test_a_tokenizer_without_the_closing_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no token '<\|endoftext\|>'"):
-        PublishedTokenizer(write(tmp_path, ["unknown", "a"]))
+        PublishedTokenizer(write_tokenizer(tmp_path, ["unknown", "a"]))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tests.test_train import command
+from tests.helpers.launch import command
 
 JOBS = {
     "rollouts": ["task=rollout", "geneval.train_prompts.per_task=40", "data.collect_batch_size=60",

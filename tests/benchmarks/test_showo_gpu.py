@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import DPOModule, dpo
-from tests.benchmarks.test_showo_speed import PROMPTS, SAMPLING, build, ours, straightforward
 from tests.helpers.measuring import seconds
+from tests.helpers.straightforward import PROMPTS, SAMPLING, build, ours, straightforward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 GRID = 258  # positions of a pass over an image

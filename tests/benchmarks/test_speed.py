@@ -20,6 +20,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.dpo import dpo
 from tests.helpers.measuring import peak_mebibytes, seconds
+from tests.helpers.overrides import ROOT
 
 BATCH = 64
 
@@ -29,8 +30,6 @@ def parts():
     """The bundled decoder, PARM and sampling settings of the main job."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
-
-    from tests.conftest import ROOT
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train")

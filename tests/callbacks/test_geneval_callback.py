@@ -5,23 +5,11 @@ from typing import Any
 
 import pytest
 
-from callbacks.geneval import GenEvalCallback
 from lightning_modules.backbone.diffusion import DiffusionSampling
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.geneval import CLASS_NAMES
-
-
-def make_callback(**settings: Any) -> GenEvalCallback:
-    """A callback with as little as it can do with."""
-    defaults: dict[str, Any] = {
-        "reward": None, "strategies": {"sample": None}, "validation_strategies": ["sample"], "monitor": "sample",
-        "before_training": False,
-        "test_strategies": None,
-        "validation_prompts": [], "test_prompts": [], "images_per_prompt": 1, "batch_size": 1, "every_n_epochs": 1,
-        "seed": 0, "folder": "", "unfinished": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
-    }  # fmt: skip
-    return GenEvalCallback(**defaults | settings)
+from tests.helpers.callback import make_callback
 
 
 def test_what_is_not_the_official_evaluation_is_said() -> None:

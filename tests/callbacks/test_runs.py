@@ -16,7 +16,7 @@ from callbacks.runs import checkpoint_to_resume, run_folder
 from lightning_modules.runs.checkpoints import newest_checkpoint
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
-from tests.test_train import SMALL_PARM
+from tests.helpers.overrides import SMALL_PARM
 
 # Another process that is at work in a folder, until its input ends.
 AT_WORK = """

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from datamodules.pairs import Pair, PairRule, PairsDataModule, balance, make_pairs
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
-from tests.conftest import make_masked
+from tests.helpers.models import make_masked
 
 IMAGES = [[i] for i in range(8)]
 

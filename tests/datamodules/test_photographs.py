@@ -8,7 +8,7 @@ from PIL import Image
 
 from datamodules.photographs import Photographs
 from lightning_modules.rewards.fid import FID
-from tests.test_image_reader import HUGE
+from tests.helpers.pictures import HUGE
 
 
 def test_the_middle_squares_of_all_images_below_a_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from tests.conftest import EVIDENCE, make_decoder
+from tests.helpers.models import EVIDENCE, make_decoder
 
 
 @pytest.fixture(scope="module")

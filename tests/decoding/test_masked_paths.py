@@ -14,7 +14,7 @@ from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.decoding.verified import Verified
-from tests.conftest import make_masked, make_parm
+from tests.helpers.models import make_masked, make_parm
 
 SAMPLING = MaskSampling(steps=6, guidance=0.5)
 SEEDS = [image_seed(2, i) for i in range(12)]

@@ -22,7 +22,7 @@ from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Critic, Likelihood, Reward
-from tests.conftest import make_masked, make_parm, make_showo
+from tests.helpers.models import make_masked, make_parm, make_showo
 
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]

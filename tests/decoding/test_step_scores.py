@@ -14,7 +14,7 @@ from lightning_modules.backbone.showo import ShowO
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import StepJudge
-from tests.conftest import make_showo
+from tests.helpers.models import make_showo
 
 SAMPLING = MaskSampling(steps=5)
 ROWS: list[Mapping[str, Any]] = [{"prompt": "1 2 3"}, {"prompt": "4 5"}]

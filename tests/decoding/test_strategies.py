@@ -14,7 +14,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Reward
-from tests.conftest import make_decoder
+from tests.helpers.models import make_decoder
 
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]

@@ -26,7 +26,7 @@ from lightning_modules.decoding.trace import Choice, Round
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import StepJudge
-from tests.conftest import make_masked, make_parm
+from tests.helpers.models import make_masked, make_parm
 
 SAMPLING = Sampling(guidance=0.5)
 PLAIN = Sample(SAMPLING)

@@ -49,10 +49,8 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mas
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood, PreviewVerifier
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
-from tests.backbone.test_diffusion import WITHOUT
-from tests.backbone.test_text import write
-from tests.conftest import make_decoder, make_masked, make_parm, make_showo
-from tests.rewards.test_clip_score import TEXT, VISION
+from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
+from tests.helpers.overrides import WITHOUT
 
 NOISE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 ROWS = [{"prompt": "a photo of a star"}, {"prompt": "a photo of a ring"}]
@@ -161,7 +159,7 @@ def _(_: Path) -> Case:
 
 @case(ShowO)
 def _(tmp_path: Path) -> Case:
-    text = PublishedTokenizer(write(tmp_path, ["<|endoftext|>", "a", "photo"]))
+    text = PublishedTokenizer(write_tokenizer(tmp_path, ["<|endoftext|>", "a", "photo"]))
 
     def showo(**sizes: Any) -> ShowO:
         torch.manual_seed(0)
@@ -210,7 +208,7 @@ def _(tmp_path: Path) -> Case:
     folders = [tmp_path / name for name in "abc"]
     for folder, words in zip(folders, (["<|endoftext|>", "a", "b"],) * 2 + (["<|endoftext|>", "b", "a"],), strict=True):
         folder.mkdir()
-        write(folder, words)
+        write_tokenizer(folder, words)
     first, moved, other = (PublishedTokenizer(str(folder)) for folder in folders)
     others = {"words": other, "end": PublishedTokenizer(str(folders[0]), end_of_text="a")}
     return Case(first, others, {"moved": moved}, lambda: first.encode(["a b"]))
@@ -230,12 +228,6 @@ def _(_: Path) -> Case:
     others = {"weights": another_weight(parm), "features": make_parm(decoder, "embeddings"), "heads": heads}
     evidence = decoder.evidence([row["prompt"] for row in ROWS], torch.zeros(2, 16, dtype=torch.int64))
     return Case(parm, others, {"made twice": make_parm(decoder)}, lambda: parm.values(evidence, [16]))
-
-
-def make_clip(activation: bool = False, **vision: Any) -> nn.Module:
-    torch.manual_seed(0)
-    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
-    return open_clip.CLIP(16, VISION | vision, text, quick_gelu=activation)
 
 
 def with_preprocessing(**changes: Any) -> nn.Module:

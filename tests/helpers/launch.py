@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TRAIN = Path(__file__).parents[2] / "train.py"
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
+from tests.helpers.overrides import ROOT, here
+
+TRAIN = ROOT / "train.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @cache
@@ -73,6 +75,18 @@ def _fork(order: Sequence[Any]) -> int:
     sys.argv = line
     runpy.run_path(line[0], run_name="__main__")
     sys.exit()
+
+
+def arguments(tmp_path: Path, *overrides: str) -> list[str]:
+    """The command line of train.py that leaves everything in a temporary folder."""
+    return [sys.executable, str(TRAIN), *here(tmp_path), *overrides]
+
+
+def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py in a process of its own, from a temporary folder."""
+    done = launch([*here(tmp_path), *overrides], tmp_path, env)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 def scontrol(folder: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ from lightning_modules.report.tables import StrategyResult
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, StepJudge
-from tests.conftest import make_masked, make_parm
+from tests.helpers.models import make_masked, make_parm
 
 
 class Unsure(StepJudge):

@@ -23,16 +23,14 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.decoding.regions import CLIPPatches, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.clip_score import CLIPScore, cells
+from tests.helpers.models import TEXT, VISION, make_clip
 
-VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
-TEXT = {"context_length": 12, "vocab_size": 41, "width": 32, "heads": 2, "layers": 1}
 PROMPTS = ["a photo of a star", "a photo of a ring", "a photo of a star"]
 
 
 @pytest.fixture
 def clip() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return open_clip.CLIP(16, VISION, TEXT | {"no_causal_mask": True, "pool_type": "last"})
+    return make_clip()
 
 
 @pytest.fixture

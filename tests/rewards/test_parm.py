@@ -12,7 +12,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.rewards.parm import PARM, Features
 from lightning_modules.rewards.verifier import Likelihood
-from tests.conftest import make_decoder, make_masked, make_parm
+from tests.helpers.models import make_decoder, make_masked, make_parm
 
 
 def evidence_of(decoder: NextTokenDecoder, tokens: torch.Tensor):

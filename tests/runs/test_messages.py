@@ -23,9 +23,8 @@ from lightning_modules.image_reader import UnreadableImage
 from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
 from lightning_modules.runs.command_line import about_options, about_settings
 from lightning_modules.runs.messages import _OURS, MENDABLE, sentence
-from tests.conftest import ROOT, TINY
-from tests.helpers.launch import launch
-from tests.test_train import command
+from tests.helpers.launch import command, launch
+from tests.helpers.overrides import ROOT, TINY
 
 EVALUATE = ["task=evaluate", "module=evaluation", "~data", "logger=csv"]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 333\n"

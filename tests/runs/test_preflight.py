@@ -2,21 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_modules.backbone.published import Published
 from lightning_modules.runs.preflight import preflight
-from tests.test_train import command
+from tests.helpers.launch import command
 
 Compose = Callable[..., DictConfig]
-
-
-def check(config: DictConfig) -> None:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    preflight(plain, OmegaConf.to_container(config))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +58,7 @@ def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
 ) -> None:
     monkeypatch.setattr(Published, "is_here", property(lambda weights: pytest.fail(f"{weights} was looked for")))
     with pytest.raises(ValueError) as refused:
-        check(compose_config(*overrides))
+        preflight(compose_config(*overrides, "trainer.accelerator=cpu"))
     assert sentence in str(refused.value)
 
 
@@ -99,8 +93,8 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
     tokenizer = tmp_path / "magvit" / "here"
     tokenizer.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as missing:
-        check(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}",
-                             "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
+        preflight(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}", "trainer.accelerator=cpu",
+                                 "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
     named = [line.split(":")[0].strip() for line in str(missing.value).splitlines()[1:]]
     assert named == [
         "decoder.module.text_tokenizer.checkpoint",  # of which only another file is there

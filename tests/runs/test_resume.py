@@ -12,9 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_modules.runs.checkpoints import newest_checkpoint, read_checkpoint, refuse_other_config, wandb_id
-from tests.conftest import TINY
 from tests.helpers.launch import launch, scontrol
-from tests.test_train import SMALL_DPO, SMALL_PARM
+from tests.helpers.overrides import SMALL_DPO, SMALL_PARM, TINY
 
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
 RUNS = {

@@ -11,9 +11,9 @@ import yaml
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch_sweep_entrypoint
 
-from tests.conftest import ROOT
+from tests.helpers.launch import command
+from tests.helpers.overrides import ROOT, SMALL_DPO, SMALL_PARM
 from tests.helpers.wandb_runs import artifacts, history, settings_of
-from tests.test_train import SMALL_DPO, SMALL_PARM, command
 from train import run
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))

@@ -25,12 +25,9 @@ from datamodules.shapes.world import render
 from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
-from tests.backbone.test_diffusion import WITHOUT
-from tests.conftest import TINY
-from tests.helpers.launch import launch_together
-from tests.tasks.test_scoring import write_folder
-from tests.test_image_reader import HUGE
-from tests.test_train import command
+from tests.helpers.launch import command, launch_together
+from tests.helpers.overrides import TINY, WITHOUT
+from tests.helpers.pictures import HUGE, write_folder
 
 Compose = Callable[..., DictConfig]
 # The bundled decoder, on few prompts.

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,9 @@ from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
 from lightning_modules.tasks.scoring import Scoring
+from tests.helpers.pictures import write_folder
 
 PER_TASK, SAMPLES = 5, 2
-
-
-def write_folder(folder: Path, rows: list[dict[str, Any]], images: Mapping[tuple[int, int], np.ndarray]) -> Path:
-    """GenEval's layout."""
-    for i, row in enumerate(rows):
-        (folder / f"{i:05d}" / "samples").mkdir(parents=True)
-        (folder / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(row))
-    for (i, j), image in images.items():
-        Image.fromarray(image).save(folder / sample_path(i, j))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,128 @@
+"""Tiny real decoders, PARMs and judges with random weights."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+
+from datamodules.shapes.prompts import vocabulary
+from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.mask_likelihood import MaskEstimate
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.text import WordTokenizer, word_spans
+from lightning_modules.backbone.transformer import TransformerConfig
+from lightning_modules.rewards.parm import PARM, Features
+from tests.helpers.overrides import ROOT
+
+SHOWO = ROOT / "tests" / "golden" / "showo"
+SHOWO_CONFIG = json.loads((SHOWO / "config.json").read_text())
+EVIDENCE = [name for name in Evidence.__dataclass_fields__ if name != "undecided"]
+VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
+TEXT = {"context_length": 12, "vocab_size": 41, "width": 32, "heads": 2, "layers": 1}
+
+
+class Numbers:
+    """Prompts that are written as their text ids."""
+
+    size = SHOWO_CONFIG["showo"]["llm_vocab_size"]
+    end_of_text = SHOWO_CONFIG["special_ids"]["<|eot|>"]
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in prompt.split()] for prompt in prompts]
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        return word_spans(prompt)
+
+
+def make_showo(**sizes: Any) -> ShowO:
+    """An untrained Show-o of the golden one's sizes, without an image tokenizer."""
+    tokenizer: Any = torch.nn.Module()
+    tokenizer.codebook_size, tokenizer.num_tokens = (
+        SHOWO_CONFIG["showo"]["codebook_size"],
+        SHOWO_CONFIG["showo"]["num_vq_tokens"],
+    )
+    phi = SHOWO_CONFIG["phi"]
+    golden = {
+        "max_text": SHOWO_CONFIG["max_text_len"],
+        "dim": phi["hidden_size"],
+        "depth": phi["num_hidden_layers"],
+        "heads": phi["num_attention_heads"],
+        "mlp_dim": phi["intermediate_size"],
+        "rotary_share": phi["partial_rotary_factor"],
+    }
+    return ShowO(tokenizer, Numbers(), **golden | sizes).eval()
+
+
+def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
+    """A decoder of 16 tokens an image with sharpened random weights, so that distributions are far from uniform."""
+    torch.manual_seed(0)
+    tokenizer = PatchVQ(codebook_size=32, grid=grid, image_size=64, width=16, blocks=1)
+    torch.nn.init.uniform_(tokenizer.codebook)
+    transformer = TransformerConfig(dim=32, depth=depth, heads=4)
+    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth])
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            if weight.ndim > 1 and name != "code_proj.weight":
+                weight.mul_(5)
+    return decoder.eval()
+
+
+def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
+    """The same for a mask-token decoder."""
+    torch.manual_seed(0)
+    tokenizer = PatchVQ(codebook_size=32, grid=4, image_size=64, width=16, blocks=1)
+    torch.nn.init.uniform_(tokenizer.codebook)
+    transformer = TransformerConfig(dim=32, depth=3, heads=4, parallel=True, qk_norm=True, gelu="tanh")
+    text = WordTokenizer(vocabulary(), 12)
+    decoder = MaskTokenDecoder(tokenizer, text, 14, transformer, 4, evidence_depths=[1, 3], estimate=estimate)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+    return decoder.eval()
+
+
+def make_parm(decoder: NextTokenDecoder | MaskTokenDecoder, features: Features = "hidden") -> PARM:
+    """A PARM for one of these decoders, random weights."""
+    torch.manual_seed(1)
+    parm = PARM(
+        TransformerConfig(dim=32, depth=2, heads=4),
+        grid=decoder.image_tokenizer.grid,
+        decoder_dim=decoder.dim,
+        evidence_depths=decoder.evidence_depths,
+        features=features,
+        causal=decoder.causal,
+    )
+    with torch.no_grad():
+        for weight in parm.parameters():
+            if weight.ndim > 1:
+                weight.mul_(5)
+        if features == "hidden":
+            parm.statistics_head.weight.normal_(std=0.1)
+    return parm.eval()
+
+
+def make_clip(activation: bool = False, **vision: Any) -> nn.Module:
+    """A small CLIP of the words of the shapes world."""
+    torch.manual_seed(0)
+    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
+    return open_clip.CLIP(16, VISION | vision, text, quick_gelu=activation)
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> str:
+    """Save a tokenizer of these words, the first for unknown ones, into a folder."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(words[:1])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)

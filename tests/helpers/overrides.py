@@ -1,0 +1,77 @@
+"""Overrides that make the project's jobs small enough for a test."""
+
+import json
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+# For any experiment of the shapes world: networks of random weights.
+TINY = [
+    "tokenizer.module.width=16",
+    "tokenizer.checkpoint=null",
+    "decoder.checkpoint=null",
+    "decoder.module.transformer.dim=32",
+    "decoder.module.transformer.depth=2",
+    "decoder.module.evidence_depths=[1,2]",
+    "parm.checkpoint=null",
+    "parm.module.transformer.dim=32",
+    "parm.module.transformer.depth=1",
+    "clip.checkpoint=null",
+]
+SMALL = [
+    *TINY,
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    "geneval.train_prompts.per_task=2",
+    "geneval.validation_prompts.per_task=1",
+    "geneval.test_prompts.per_task=1",
+    "strategies.best_of_8_likelihood.n=2",
+    "callbacks.geneval.batch_size=8",
+]
+SMALL_PARM = [
+    *SMALL,
+    "strategies.best_of_8_parm.n=2",
+    "strategies.parm.n=2",
+    "strategies.parm_reflection.rounds=1",
+    "callbacks.geneval.before_training=false",
+    "data.train.plain.samples=2",
+    "data.train.verified.samples=1",
+    "data.train.verified.from_epoch=1",
+    "data.validation.samples=2",
+    "data.test.samples=2",
+    "data.batch_size=8",
+    "data.collect_batch_size=12",
+    "trainer.max_steps=5",
+    "trainer.check_val_every_n_epoch=1",
+]
+# The bundled weights, which draw what the detector finds.
+BUNDLED = [item for item in SMALL_PARM if not item.startswith(("tokenizer", "decoder", "parm"))]
+# Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
+SMALL_DPO = [
+    *(item for item in SMALL if not item.startswith(("tokenizer", "decoder", "parm"))),
+    "strategies.best_of_8_parm.n=2",
+    "strategies.parm.n=2",
+    "data.train.plain.samples=4",
+    "data.validation.samples=4",
+    "trainer.log_every_n_steps=1",
+]
+# Training that is sharded over two processes, and what decodes while a model trains.
+SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+           "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip
+DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
+# The parts that the tiny Stable Diffusion 3 lacks.
+WITHOUT = ["text_encoder_3", "tokenizer_3"]
+
+
+def here(tmp_path: Path) -> list[str]:
+    """Overrides that leave everything in a temporary folder."""
+    return [f"hydra.run.dir={tmp_path}/run", f"rollouts_dir={tmp_path}/rollouts"]
+
+
+def pair_files(folder: Path, tokens: int = 64) -> list[str]:
+    """Overrides that name a file of eight pairs of images, each of so many tokens of 64 kinds."""
+    made = torch.randint(64, (8, 2, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"prompt": "a photo of a star", "chosen": chosen, "rejected": rejected} for chosen, rejected in made]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"data.{split}.path={folder}/pairs.jsonl" for split in ("train", "validation")]
