@@ -1,4 +1,4 @@
-"""A tiny real decoder and PARM with random weights, and the project's config, for all tests."""
+"""What all tests share: a tiny decoder and PARM, the project's config, the order of tests."""
 
 import os
 import resource
@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.pop("WANDB_DATA_DIR", None)  # each run chooses its own
 
 import pytest
 import torch
@@ -22,6 +23,16 @@ from tests.helpers.models import make_decoder, make_parm
 from tests.helpers.overrides import ROOT
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, so that no process is left with one of them at the end."""
+
+    def seconds(item: pytest.Item) -> int:
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("seconds", 5) if slow else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(scope="session")

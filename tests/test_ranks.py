@@ -4,8 +4,8 @@ import csv
 import json
 import re
 import signal
-import socket
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ import torch
 from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from tests.helpers.launch import ENV, arguments, command, launch, launch_together, scontrol
+from tests.helpers.launch import ENV, TRAIN, Start, command, free_port, launch, launch_together, scontrol
 from tests.helpers.models import make_decoder, make_masked
-from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, here, pair_files
+from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
 STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
-         "callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100"]  # fmt: skip
+         "callbacks.checkpoint_last.save_top_k=-1", "callbacks.geneval.every_n_epochs=100",
+         "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
 TRAINING = {
     "parm": [*SMALL_PARM, *STEPS, "data.train.verified.from_epoch=100", "module.optimizer.lr=1e-3",
              "module.warmup_steps=2"],
@@ -32,6 +33,7 @@ TRAINING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow(seconds=36)
 @pytest.mark.parametrize("name", TRAINING)
 def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, name: str) -> None:
     command(tmp_path, *TRAINING[name], "data.batch_size=8")
@@ -48,6 +50,7 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, na
             torch.testing.assert_close(two[step][key], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow(seconds=15)
 def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
     common = [*SMALL_PARM, "task=rollout", "data.collect_batch_size=5"]
     command(tmp_path, *common)
@@ -62,13 +65,18 @@ def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
         assert one["tokens"][:] == two["tokens"][:] and one["reward"][:] == two["reward"][:]
 
 
-@pytest.mark.parametrize(("rank", "killed", "busy"), [(0, False, True), (1, False, False), (1, True, True)])
-def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool, busy: bool) -> None:
-    """Whether the other one waits for it or does not notice."""
-    fail = f"+callbacks.fail={{_target_: tests.helpers.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
-    done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
-    assert done.returncode != 0
-    assert killed or f"rank {rank} has run out of paint" in done.stderr
+@pytest.mark.slow(seconds=25)
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path) -> None:
+    """Whether the other one waits for it or does not notice; jobs side by side, since much of this is waiting."""
+    failures = [(0, False, True), (1, False, False), (1, True, True)]  # rank, killed, busy
+    starts = []
+    for number, (rank, killed, busy) in enumerate(failures):
+        fail = f"{{_target_: tests.helpers.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
+        places = [f"hydra.run.dir={tmp_path}/{number}", f"rollouts_dir={tmp_path}/rollouts"]
+        starts.append(Start([*SMALL_PARM, "trainer=ddp_cpu", f"+callbacks.fail={fail}", *places]))
+    for (rank, killed, _), done in zip(failures, launch_together(starts, tmp_path), strict=True):
+        assert done.returncode != 0
+        assert killed or f"rank {rank} has run out of paint" in done.stderr
 
 
 def slurm(node: int, port: int) -> dict[str, str]:
@@ -79,27 +87,17 @@ def slurm(node: int, port: int) -> dict[str, str]:
     return address | {f"SLURM_{key}": str(value) for key, value in task.items()}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def torchrun(*options: str) -> list[str]:
-    return ["-m", "torch.distributed.run", *options]
-
-
+@pytest.mark.slow(seconds=20)
 def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
     small = [*SMALL_PARM, "trainer=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, *small)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
     stop = f"+callbacks.stop={{_target_: tests.helpers.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}}}"
-    line = [item for item in here(tmp_path) if not item.startswith("hydra.run.dir")]
-    line += [*small, stop, "trainer.num_nodes=2", "trainer.devices=1"]
+    line = [f"rollouts_dir={tmp_path}/rollouts", *small, stop, "trainer.num_nodes=2", "trainer.devices=1"]
     for start, step, codes in ((0, 2, [128 + signal.SIGTERM, 0]), (1, 4, [0, 0])):
         env, port = scontrol(tmp_path) | {"SLURM_RESTART_COUNT": str(start)}, free_port()
-        done = launch_together([(line, env | slurm(node, port)) for node in (0, 1)], tmp_path)
+        done = launch_together([Start(line, env | slurm(node, port)) for node in (0, 1)], tmp_path)
         assert [process.returncode for process in done] == codes, done
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
         (run,) = (tmp_path / "outputs" / "parm").iterdir()
@@ -110,29 +108,32 @@ def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: P
         torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
 
 
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("launcher", ["own", "torchrun", "torchrun_nodes", "slurm_nodes"])
 def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: str) -> None:
     small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
-    python, *line = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
+    line = [f"rollouts_dir={tmp_path}/rollouts", *small]
     port = free_port()
-    starts: list[tuple[list[str], dict[str, str]]] = [([], {})]  # options before train.py, environment
-    if launcher == "torchrun":
-        starts = [(torchrun("--nproc-per-node=2", f"--master-port={port}"), {})]
-    elif launcher == "torchrun_nodes":
-        nodes = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        starts = [(torchrun(*nodes, f"--node-rank={node}"), {}) for node in (0, 1)]
-    elif launcher == "slurm_nodes":
-        starts = [([], slurm(node, port)) for node in (0, 1)]
     if launcher.endswith("nodes"):
         line += ["trainer.num_nodes=2", "trainer.devices=1"]
-    started = [
-        subprocess.Popen([python, *options, *line], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV | more)
-        for options, more in starts
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    nodes = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    options = {
+        "torchrun": [["--nproc-per-node=2", f"--master-port={port}"]],
+        "torchrun_nodes": [[*nodes, f"--node-rank={node}"] for node in (0, 1)],
+    }
+    if launcher in options:
+        started = [
+            subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *each, str(TRAIN), *line],
+                             stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
+            for each in options[launcher]
+        ]  # fmt: skip
+        ended = [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+    else:
+        starts = [Start(line)] if launcher == "own" else [Start(line, slurm(node, port)) for node in (0, 1)]
+        ended = [(done.stderr, done.returncode) for done in launch_together(starts, tmp_path)]
+    for errors, code in ended:
+        assert code == 0, errors[-3000:]
     (run,) = (tmp_path / "outputs" / "parm").iterdir()
     assert launcher != "slurm_nodes" or re.fullmatch(r"slurm-7-[0-9a-f]{8}", run.name)
     assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
@@ -141,6 +142,7 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
     assert len(rows) == len({row["filename"] for row in rows}) == 6  # each image by one of the two
 
 
+@pytest.mark.slow
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
     done = launch(["--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"], tmp_path)
     assert done.returncode == 1
@@ -161,15 +163,14 @@ def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) 
     ]
 
 
+@pytest.mark.slow(seconds=22)
 def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -> None:
     small = ["experiment=shapes_decoder", *(item for item in SMALL if not item.startswith("callbacks")),
              "~callbacks.geneval", "~callbacks.checkpoint_best", "callbacks.checkpoint_last.every_n_train_steps=1",
              "data.validation_images=8", "data.num_workers=0", "trainer.max_steps=3", "+module.optimizer.eps=1e-3",
              "trainer.gradient_clip_val=null", "module.warmup_steps=2"]  # fmt: skip
     command(tmp_path, *small, "data.batch_size=8", "trainer.precision=32-true")
-    small += ["data.batch_size=4", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
-              "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU", "trainer.precision=32-true",
-              f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]  # fmt: skip
+    small += [*SHARDED, "data.batch_size=4", f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]
     command(tmp_path, *small)
     one, two = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
@@ -182,6 +183,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
     assert torch.load(last, weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow(seconds=37)
 def test_sharded_show_o_is_aligned_as_by_one_process_and_goes_on(tmp_path: Path) -> None:
     small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path, 256), *DECODE_NOTHING,
              "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
@@ -208,19 +210,3 @@ def columns(path: Path) -> dict[str, list[float]]:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (SMALL_PARM, "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
-        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "trainer=fsdp trains on images (module=decoder) or on pairs"),
-        (["experiment=dpo", *(item for item in SMALL_DPO if not item.startswith("data.")), "data=preference_files"],
-         "trainer=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
-    ],
-)  # fmt: skip
-def test_what_needs_whole_weights_is_not_sharded(tmp_path: Path, overrides: list[str], sentence: str) -> None:
-    given = pair_files(tmp_path) if "data=preference_files" in overrides else []
-    done = command(tmp_path, *overrides, *given, *SHARDED, "trainer.devices=1", check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"Error: {sentence}")

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from callbacks.geneval import GenEvalCallback
 from datamodules.pairs import reference_log_probs
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.report.tables import BEFORE_TRAINING
 from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
-from tests.helpers.launch import ENV, arguments, command
-from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, pair_files
+from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
+from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, here, pair_files
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
 from train import run
@@ -156,6 +157,8 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
     return folder, overrides, command(folder, *overrides, *logger, WANDB_DATA_DIR=str(folder)).stdout
 
 
+@pytest.mark.slow(seconds=60)
+@pytest.mark.xdist_group("main job")
 def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
     folder, overrides, printed = main_job
     run = folder / "run"
@@ -186,8 +189,8 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     places = [folder / name for name in ("home", "scores", "rollouts")]
     for place in places:
         place.mkdir(exist_ok=True)
-    line = [*arguments(folder, *seeded), "task=evaluate", "logger=default", f"scores_dir={folder}/scores",
-            f"hydra.run.dir={folder}/again"]  # fmt: skip
+    line = [sys.executable, str(TRAIN), *here(folder), *seeded, "task=evaluate", "logger=default",
+            f"scores_dir={folder}/scores", f"hydra.run.dir={folder}/again"]  # fmt: skip
     prefix, env = read_only(*places), ENV | {"HOME": str(folder / "home")}
     evaluated = subprocess.run([*prefix, *line], cwd=folder, env=env, capture_output=True, text=True)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
@@ -212,6 +215,8 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
         torch.testing.assert_close(value, checkpoint["state_dict"][f"parm.{key}"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow(seconds=60)
+@pytest.mark.xdist_group("main job")
 def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_job: tuple[Path, list[str], str]) -> None:
     run = main_job[0] / "run"
     (path,) = run.glob("wandb/*run-*/run-*.wandb")
@@ -236,6 +241,7 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
     assert sum(artifact.type == "model" for artifact in artifacts(path)) >= 2  # the last ones and the best
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     small = [*SMALL_PARM, "callbacks.geneval.every_n_epochs=1", "callbacks.geneval.test_strategies=[sample]"]
@@ -268,6 +274,7 @@ def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tm
     assert plain in made and plain.startswith("plain-")
 
 
+@pytest.mark.slow(seconds=28)
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     # 17 prompts: one process has more batches than the other, so that they would wait for ever if they met in between.
     tasks = "{single_object: 3, two_object: 2, counting: 3, colors: 3, position: 3, color_attr: 3}"
@@ -303,28 +310,29 @@ def test_weights_are_measured_as_they_are_without_rollouts(tmp_path: Path, compo
 def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = [*BUNDLED, "task=evaluate", "seed=5", "callbacks.geneval.batch_size=4",
+    common = [*(item for item in BUNDLED if not item.startswith("data")), "task=evaluate", "module=evaluation", "~data",
+              "seed=5", "callbacks.geneval.batch_size=4",
               "callbacks.geneval.test_strategies=[sample,best_of_8_parm]"]  # fmt: skip
     left = ("results.jsonl", "sheets/sample.png", "sheets/best_of_8_parm.png")
-    decode, decoded = GenEvalCallback._decode, []
+    judge, judged = GenEvalReward.verdicts, []  # of a batch, and first of the detector's self-test
 
     def counted(*given: Any) -> Any:
-        decoded.append(given)
-        if len(decoded) == 3:  # the first of two batches by the second strategy
+        judged.append(given)
+        if len(judged) == 4:  # the first of two batches by the second strategy
             os.kill(os.getpid(), signal.SIGTERM)
-        return decode(*given)
+        return judge(*given)
 
-    monkeypatch.setattr(GenEvalCallback, "_decode", counted)
+    monkeypatch.setattr(GenEvalReward, "verdicts", counted)
     with pytest.raises(SIGTERMException):
         run(compose_config(*common))
-    assert len(decoded) == 3 and not (tmp_path / "results.jsonl").exists()
+    assert len(judged) == 4 and not (tmp_path / "results.jsonl").exists()
     assert "the same command goes on with it" in capsys.readouterr().out
     run(compose_config(*common))
-    assert len(decoded) == 4 and "batches decoded and judged before: 3" in capsys.readouterr().out
+    assert len(judged) == 6 and "batches decoded and judged before: 3" in capsys.readouterr().out
     went_on = {name: (tmp_path / name).read_bytes() for name in left}
     stories = (tmp_path / "page.html").read_text()
     run(compose_config(*common))  # what is complete is not kept
-    assert len(decoded) == 8 and went_on == {name: (tmp_path / name).read_bytes() for name in left}
+    assert len(judged) == 11 and went_on == {name: (tmp_path / name).read_bytes() for name in left}
     seconds = re.compile(r'"seconds[^,}]*')
     assert seconds.sub("", stories) == seconds.sub("", (tmp_path / "page.html").read_text())
     assert not list((tmp_path / "scores").glob("unfinished-*"))
@@ -340,6 +348,7 @@ PRETRAINED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     overrides = [
@@ -367,6 +376,7 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     assert "val/" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
     masked = ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     once = ["data.train.reflected.from_epoch=1", "trainer.log_every_n_steps=1"]
@@ -385,6 +395,7 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
     assert "parm.module.causal must be false for a MaskTokenDecoder" in named.stderr
 
 
+@pytest.mark.slow(seconds=28)
 def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:
     small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1",
              "module.optimizer.lr=2e-4", "module.warmup_steps=1",
@@ -437,6 +448,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     assert repr(again[:]) == repr(kept[:])  # NaN included
 
 
+@pytest.mark.slow(seconds=22)
 def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_path: Path) -> None:
     shares = "{two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}"
     small = [*SMALL_DPO, "data.batch_size=32", f"data.train.plain.per_round={shares}"]
@@ -450,6 +462,7 @@ def test_iterative_dpo_makes_new_pairs_each_round_and_resumes_with_its_own(tmp_p
     assert len(added) == 1 and next(iter(added)).startswith("train-pairs-"), added  # the third round's alone
 
 
+@pytest.mark.slow(seconds=18)
 def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: Path, compose_config) -> None:
     small = [*SMALL_DPO, "data.batch_size=32", "data.train.plain.per_round=null", "data.reference=run",
              "data.train.guided.samples=1", "module.optimizer.lr=1e-3",
@@ -480,12 +493,14 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     assert {path.parent.name for path in exported.rglob("model.safetensors")} == {"decoder", "parm"}
 
 
+@pytest.mark.slow
 def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
     done = command(tmp_path, "experiment=dpo_guided", *SMALL_DPO, "callbacks.geneval.holdout=[clip,parm]", check=False)
     sentence = "Error: callbacks.geneval.holdout: 'parm' decides what is trained on, so it is not held out"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
+@pytest.mark.slow
 def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     given = ["data=preference_files", *pair_files(tmp_path)]
     path = tmp_path / "pairs.jsonl"
@@ -505,6 +520,7 @@ def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     assert nothing.stderr.strip().splitlines()[-1] == "Error: data.train.path needs a value"
 
 
+@pytest.mark.slow
 def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
     """A hub's set with labels and encoded images, and a file of Windows' with a picture that is replaced."""
     stream = ShapesStream(split="train", seed=0)
@@ -537,6 +553,7 @@ def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
     assert made()["train"] == [train] and made()["validation"][0] == validation != made()["validation"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: Path, precision: str) -> None:
     rows = [{"prompt": "a photo of a star", "chosen": [i] * 256, "rejected": [i + 1] * 256} for i in range(6)]
@@ -551,6 +568,7 @@ def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: P
     assert float(measured["test/kl"]) == float(measured["test/rewards/margins"]) == 0
 
 
+@pytest.mark.slow
 def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
     tiny = ["experiment=showo_evaluate", "+debug=tiny_showo"]
     done = command(tmp_path, *tiny, "strategies.orm.n=2", "trainer.precision=bf16-true")
@@ -566,6 +584,7 @@ def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> No
     assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
 
 
+@pytest.mark.slow
 def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
     rng, rows = np.random.default_rng(0), []
     for name, other in zip("abcd", "badc", strict=True):
@@ -582,6 +601,7 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
     assert {"train/rewards/margins", "val/rewards/accuracies", "test/geneval/sample"} <= set(header)
 
 
+@pytest.mark.slow(seconds=29)
 def test_parm_learns_from_show_o(tmp_path: Path) -> None:
     few = ["callbacks.geneval.test_strategies=[sample,parm_literal]", "callbacks.geneval.monitor=sample",
            "callbacks.geneval.validation_strategies=[sample]", "data.train.plain.samples=2",
@@ -591,6 +611,7 @@ def test_parm_learns_from_show_o(tmp_path: Path) -> None:
     assert list(report["strategies"]) == ["sample", "parm_literal"] and report["prompts"] == 6
 
 
+@pytest.mark.slow
 def test_show_o_is_aligned_to_its_own_rollouts(tmp_path: Path) -> None:
     command(tmp_path, "experiment=showo_dpo", "data=preferences", "+debug=tiny_showo", "data.train.plain.samples=3")
     (pairs,) = (tmp_path / "rollouts").glob("train-pairs-*")
@@ -598,12 +619,14 @@ def test_show_o_is_aligned_to_its_own_rollouts(tmp_path: Path) -> None:
     assert len(rows["chosen"][0]) == 256 and all(margin > 0 for margin in rows["margin"])
 
 
+@pytest.mark.slow
 def test_rollout_task_collects_and_says_how_much_is_correct(tmp_path: Path) -> None:
     done = command(tmp_path, *SMALL_PARM, "task=rollout")
     assert "plain: 24 rollouts, 0." in done.stdout + done.stderr
     assert len(list((tmp_path / "rollouts").iterdir())) == 5
 
 
+@pytest.mark.slow(seconds=19)
 def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config) -> None:
     overrides = [*SMALL_PARM, "task=rollout", "data.train.plain.samples=40", "data.collect_batch_size=10"]
 
@@ -611,12 +634,13 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config
         found = (tmp_path / "rollouts").glob("plain-*/part-*")
         return {path: path.stat().st_mtime_ns for path in found if path.suffix != ".partial"}
 
-    process = subprocess.Popen(arguments(tmp_path, *overrides), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while len(parts()) < 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    def kill(process: int) -> None:
+        deadline = time.monotonic() + 300
+        while len(parts()) < 5 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGKILL)
+
+    launch_together([Start([*here(tmp_path), *overrides])], tmp_path, meanwhile=kill)
     before = parts()
     assert 5 <= len(before) < 48, "killed too late, or it never began"
     command(tmp_path, *overrides)
@@ -633,12 +657,14 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path: Path, compose_config
         assert repr(rows[:]) == repr(straight[:])  # what is not known of a row is NaN, which equals nothing
 
 
+@pytest.mark.slow
 def test_help_tells_what_exists(tmp_path: Path) -> None:
     shown = command(tmp_path, "--help").stdout
     assert "task=evaluate ckpt_path=PATH" in shown and "shapes_parm_start" in shown
     assert "strategies:" in command(tmp_path, "--cfg", "job", "--resolve").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

@@ -1,9 +1,8 @@
 """Each run has a folder of its own, and finds it again when its SLURM job is requeued."""
 
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,27 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from callbacks.runs import checkpoint_to_resume, run_folder
+from callbacks.runs import _hold, checkpoint_to_resume, run_folder
 from lightning_modules.runs.checkpoints import newest_checkpoint
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
 from tests.helpers.overrides import SMALL_PARM
 
-# Another process that is at work in a folder, until its input ends.
-AT_WORK = """
-import sys
-from pathlib import Path
-from callbacks.runs import _hold
-print(_hold(Path(sys.argv[1])), flush=True)
-sys.stdin.read()
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def at_work(folder: Path) -> "subprocess.Popen[str]":
-    """A process that works in `folder` until it is killed."""
-    line = [sys.executable, "-c", AT_WORK, str(folder)]
-    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "True\n"
+def at_work(folder: Path) -> Any:
+    """Another process that works in `folder` until it is killed."""
+    begun = FORK.Event()
+
+    def work() -> None:
+        if _hold(folder):
+            begun.set()
+            time.sleep(10_000)
+
+    process = FORK.Process(target=work, daemon=True)
+    process.start()
+    assert begun.wait(60)
     return process
 
 
@@ -65,6 +64,7 @@ def test_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path: Path)
     assert len(set(folders)) == 3 and all(Path(folder).is_dir() for folder in folders)
 
 
+@pytest.mark.slow
 def test_two_runs_are_never_at_work_in_one_folder(tmp_path: Path) -> None:
     other = at_work(tmp_path / "run")
     kept = save(tmp_path / "run", "checkpoints/last.ckpt", 3)
@@ -74,11 +74,12 @@ def test_two_runs_are_never_at_work_in_one_folder(tmp_path: Path) -> None:
         assert done.stderr.strip().splitlines()[-1].startswith(f"Error: another run is at work in {tmp_path}/run; give")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints"]
     assert run_folder(str(tmp_path), "fit", "auto") != f"{tmp_path}/run"  # nor does it go on there
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+    other.kill()
+    other.join()
     assert run_folder(str(tmp_path), "fit", "auto") == f"{tmp_path}/run" and kept.is_file()
 
 
+@pytest.mark.slow
 def test_what_does_not_run_leaves_no_folder(tmp_path: Path) -> None:
     for look in (["--help"], ["--cfg", "job"], ["--cfg", "all", "--resolve"]):
         assert launch(look, tmp_path).returncode == 0

@@ -8,18 +8,29 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import NamedTuple, NoReturn
 
 from tests.helpers.overrides import ROOT, here
 
 TRAIN = ROOT / "train.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Start(NamedTuple):
+    """A run: `python train.py OVERRIDES`, with more in its environment."""
+
+    overrides: Sequence[str]
+    env: Mapping[str, str] = {}
 
 
 @cache
@@ -32,54 +43,29 @@ def launch(
     overrides: Sequence[str], folder: Path, env: Mapping[str, str] | None = None, timeout: int = 300
 ) -> "subprocess.CompletedProcess[str]":
     """What `python train.py OVERRIDES` does and says in a folder; SIGALRM ends it after `timeout` seconds."""
-    (done,) = launch_together([(overrides, env or {})], folder, timeout)
+    (done,) = launch_together([Start(overrides, env or {})], folder, timeout)
     return done
 
 
 def launch_together(
-    runs: Sequence[tuple[Sequence[str], Mapping[str, str]]], folder: Path, timeout: int = 300
+    starts: Sequence[Start], folder: Path, timeout: int = 300, meanwhile: Callable[[int], None] | None = None
 ) -> "list[subprocess.CompletedProcess[str]]":
-    """The same of several runs at once, each with its overrides and its environment."""
+    """The same of several runs at once; `meanwhile` is called with the number of the first one's process."""
     server = _forking()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as said:
-        orders = []
-        for number, (overrides, env) in enumerate(runs):
-            out, err = (str(Path(said) / f"{name}-{number}") for name in ("out", "err"))
-            orders.append(([str(TRAIN), *overrides], str(folder), dict(env), out, err, timeout))
-        server.stdin.write(json.dumps(orders) + "\n")
+        server.stdin.write(json.dumps([starts, str(folder), said, timeout]) + "\n")
         server.stdin.flush()
+        pid = json.loads(server.stdout.readline())
+        if meanwhile:
+            meanwhile(pid)
         codes = json.loads(server.stdout.readline())
         return [
-            subprocess.CompletedProcess(line, code, Path(out).read_text(), Path(err).read_text())
-            for code, (line, _, _, out, err, _) in zip(codes, orders, strict=True)
+            subprocess.CompletedProcess(
+                start.overrides, code, *((Path(said) / f"{name}-{number}").read_text() for name in ("out", "err"))
+            )
+            for number, (start, code) in enumerate(zip(starts, codes, strict=True))
         ]
-
-
-def _fork(order: Sequence[Any]) -> int:
-    """Start a run in a process of its own; returns its number."""
-    from lightning.pytorch.utilities import rank_zero_only
-    from wandb.sdk.data_types._private import MEDIA_TMP
-
-    line, folder, env, out, err, timeout = order
-    if child := os.fork():
-        return child
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the process before has removed what came with the import
-    signal.alarm(timeout)
-    os.chdir(folder)
-    os.environ.update(env)
-    rank_zero_only.rank = int(os.environ.get("SLURM_PROCID", 0))  # type: ignore[attr-defined]  # set at its import
-    sys.argv = line
-    runpy.run_path(line[0], run_name="__main__")
-    sys.exit()
-
-
-def arguments(tmp_path: Path, *overrides: str) -> list[str]:
-    """The command line of train.py that leaves everything in a temporary folder."""
-    return [sys.executable, str(TRAIN), *here(tmp_path), *overrides]
 
 
 def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
@@ -87,6 +73,12 @@ def command(tmp_path: Path, *overrides: str, check: bool = True, **env: str) -> 
     done = launch([*here(tmp_path), *overrides], tmp_path, env)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def scontrol(folder: Path) -> dict[str, str]:
@@ -102,9 +94,91 @@ def _serve() -> None:
     import train  # noqa: F401
 
     gc.freeze()  # or each process would go through all that is imported, to end
-    for orders in sys.stdin:
-        children = [_fork(order) for order in json.loads(orders)]
+    for line in sys.stdin:
+        starts, folder, said, timeout = json.loads(line)
+        children = [_fork(Start(*start), folder, said, number, timeout) for number, start in enumerate(starts)]
+        print(children[0], flush=True)
         print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+
+
+def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> int:
+    """Start a run in a process of its own; returns its number."""
+    if child := os.fork():
+        return child
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}/{name}-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(folder)
+    os.environ.update(start.env)
+    _train([str(TRAIN), *start.overrides], said, timeout)
+
+
+def _train(line: Sequence[str], said: str, timeout: int) -> NoReturn:
+    """Do in this process what `python LINE` would do in one of its own."""
+    from lightning.pytorch.strategies.launchers import subprocess_script
+    from lightning.pytorch.utilities import rank_zero_only
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    if "LOCAL_RANK" not in os.environ:  # then Lightning may launch the second one
+        subprocess_script.subprocess = SimpleNamespace(Popen=_Spare(said, timeout).begin)  # type: ignore[attr-defined]
+    MEDIA_TMP.name = tempfile.mkdtemp(dir=said)  # what came with the import goes with the first process
+    ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_PROCID"))
+    rank_zero_only.rank = int(next(filter(None, ranks), 0))  # type: ignore[attr-defined]  # set at its import
+    signal.alarm(timeout)
+    sys.argv = list(line)
+    runpy.run_path(line[0], run_name="__main__")
+    sys.exit()
+
+
+class _Spare:
+    """A process that is forked before a run begins, and becomes the one that Lightning would launch beside it."""
+
+    def __init__(self, said: str, timeout: int) -> None:
+        self.returncode: int | None = None
+        self._lock = threading.Lock()
+        orders, self._orders = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(orders)
+            return
+        os.close(self._orders)
+        with open(orders) as file:
+            order = file.read()
+        if not order:  # the run has ended without it
+            os._exit(0)
+        (_, *line), env, folder = json.loads(order)
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(folder)
+        _train(line, said, timeout)
+
+    def begin(self, command: Sequence[str], env: Mapping[str, str], cwd: str) -> "_Spare":
+        """Stands in for subprocess.Popen."""
+        with open(self._orders, "w") as file:
+            json.dump([command, dict(env), cwd], file)
+        return self
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self.returncode is None:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("train.py", timeout)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":

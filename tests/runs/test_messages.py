@@ -39,6 +39,7 @@ def told(tmp_path: Path, *overrides: str, **env: str) -> str:
     return line.removeprefix("Error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
@@ -58,6 +59,7 @@ def test_a_command_line_that_hydra_refuses_is_answered(tmp_path: Path, overrides
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) -> None:
     asked = command(tmp_path, "sampling.temp=1", check=False, HYDRA_FULL_ERROR="1")
     assert "Traceback" in asked.stderr and "Could not override 'sampling.temp'" in asked.stderr
@@ -160,6 +162,7 @@ def test_new_keys_that_nothing_reads_are_refused() -> None:
         refuse_unread(["+debugs=minutes"], {})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
     refuse_missing_gpus({"accelerator": "auto"})
@@ -168,6 +171,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         assert "trainer=ddp_cpu" in said and "trainer.accelerator=cpu" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -198,6 +202,7 @@ def test_bad_config_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, over
     assert said in told(tmp_path, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -239,6 +244,7 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_checkpoint_is_named_with_what_it_is(tmp_path: Path) -> None:
     for said, content in checkpoints(tmp_path).items():
         path = tmp_path / "my.ckpt"
@@ -341,6 +347,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_sentence_that_was_raised_from_another_error_is_what_is_printed(tmp_path: Path, place: str) -> None:
     overrides, said = PLACES[place]
@@ -368,6 +375,7 @@ def test_everything_that_is_raised_from_another_error_is_told_in_its_own_words()
     assert len(raised) > 10 and all(issubclass(kind, MENDABLE) for kind in raised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cfg 7.5 [best]", "[red]a :star: " + 20 * "long "])
 def test_names_reach_the_console_as_they_are(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name.strip()
@@ -458,6 +466,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
+@pytest.mark.slow
 def test_a_run_whose_folders_cannot_be_written_says_which(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = command(tmp_path, *TINY, "task=rollout", f"rollouts_dir={tmp_path}/file/x", "logger=csv", check=False)

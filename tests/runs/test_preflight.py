@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from lightning_modules.backbone.published import Published
 from lightning_modules.runs.preflight import preflight
 from tests.helpers.launch import command
+from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL_DPO, SMALL_PARM, pair_files
 
 Compose = Callable[..., DictConfig]
 
@@ -62,6 +63,7 @@ def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
     assert sentence in str(refused.value)
 
 
+@pytest.mark.slow
 def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go(tmp_path: Path) -> None:
     done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and not (tmp_path / "run").exists()
@@ -101,3 +103,21 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
         "geneval.reward.detector.checkpoint",
         "geneval.reward.colors.pretrained",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (SMALL_PARM, "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
+        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "trainer=fsdp trains on images (module=decoder) or on pairs"),
+        (["experiment=dpo", *(item for item in SMALL_DPO if not item.startswith("data.")), "data=preference_files"],
+         "trainer=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
+    ],
+)  # fmt: skip
+def test_what_needs_whole_weights_is_not_sharded(
+    compose_config: Compose, tmp_path: Path, overrides: list[str], sentence: str
+) -> None:
+    given = pair_files(tmp_path) if "data=preference_files" in overrides else []
+    with pytest.raises(ValueError) as refused:
+        preflight(compose_config(*overrides, *given, *SHARDED))
+    assert str(refused.value).startswith(sentence)

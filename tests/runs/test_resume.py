@@ -44,6 +44,7 @@ def only_run(folder: Path, name: str) -> Path:
     return run
 
 
+@pytest.mark.slow(seconds=18)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, name: str) -> None:
     overrides = RUNS[name]
@@ -83,6 +84,7 @@ JOB = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "
        "SLURM_NODELIST": "localhost"}  # fmt: skip
 
 
+@pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("dirs", [[], ["hydra.run.dir=fixed"]])
 def test_a_requeued_job_goes_on_and_tests_its_last_weights(tmp_path: Path, dirs: list[str]) -> None:
     small = [*SMALL_PARM, "callbacks.geneval.test_strategies=[sample,parm]", f"rollouts_dir={tmp_path}/rollouts"]

@@ -60,6 +60,7 @@ def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path
     assert len(logged) >= sweep.get("early_terminate", {}).get("min_iter", 1)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_multirun_have_a_wandb_run_each(tmp_path: Path) -> None:
     small = [*SMALL_PARM, "logger=default", "task=evaluate", "callbacks.geneval.test_strategies=[parm_literal]"]
     command(tmp_path, *small, "strategies.parm_literal.k=2,3", f"hydra.sweep.dir={tmp_path}/jobs", "--multirun")

@@ -25,7 +25,7 @@ from datamodules.shapes.world import render
 from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
-from tests.helpers.launch import command, launch_together
+from tests.helpers.launch import Start, command, launch_together
 from tests.helpers.overrides import TINY, WITHOUT
 from tests.helpers.pictures import HUGE, write_folder
 
@@ -99,6 +99,7 @@ def test_generated_images_score_as_in_an_evaluation(
     ]
 
 
+@pytest.mark.slow
 def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
     samples = tmp_path / "images" / "00000" / "samples"
     samples.mkdir(parents=True)
@@ -113,10 +114,11 @@ def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
     assert {path: before.get(path) for path in (tmp_path / "images").rglob("*")}.items() <= before.items()
 
 
+@pytest.mark.slow
 def test_several_runs_make_and_score_one_folder_at_once(tmp_path: Path) -> None:
     few = [*FEW, f"images={tmp_path}/images", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
     for task in (["task=generate"], ["task=score", "scoring.batch_size=1"]):
-        runs = [([*few, *task, f"hydra.run.dir={tmp_path}/{number}"], {}) for number in range(3)]
+        runs = [Start([*few, *task, f"hydra.run.dir={tmp_path}/{number}"]) for number in range(3)]
         for done in launch_together(runs, tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
     rows = [(tmp_path / str(number) / "results.jsonl").read_text() for number in range(3)]
@@ -158,6 +160,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
     assert not any("not made to the end" in note for note in run("scoring"))
 
 
+@pytest.mark.slow(seconds=24)
 def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp_path: Path) -> None:
     images = tmp_path / "images"
     common = [*FEW, f"images={images}", "trainer=ddp_cpu", "scoring.batch_size=1", "scoring.num_workers=0"]
@@ -196,6 +199,7 @@ def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
     assert abs(alone[0] - alone[1]).max() > 20
 
 
+@pytest.mark.slow
 def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     best = ["strategies=best_of_n", "strategies.best_of_4_clip.n=2", "strategies.best_of_4_oracle.n=2"]
     held_out = ["callbacks.geneval.holdout=[clip]", "fid=shapes", "fid.count=8"]
@@ -237,6 +241,7 @@ def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
         geneval["reward"].prepare("cpu")  # random weights find no stop sign
 
 
+@pytest.mark.slow
 def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path: Path) -> None:
     images = tmp_path / "images"
     instantiate(compose_config(*FEW, f"images={images}").generating, _convert_="all").run(trainer())
@@ -255,6 +260,7 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
     assert "not the official prompt set: 1 of 80 single_object prompts" in notes
 
 
+@pytest.mark.slow
 def test_images_and_references_are_read_as_they_are_seen(tmp_path: Path) -> None:
     rows, references = shapes_prompts("evaluation", 1), tmp_path / "references"
     drawn = {(i, j): render(scene_for(row, np.random.default_rng(j))) for i, row in enumerate(rows) for j in (0, 1)}
@@ -298,6 +304,7 @@ def test_runs_are_called_after_what_they_do(compose_config: Compose, overrides: 
     assert compose_config(*overrides).name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
