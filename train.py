@@ -74,8 +74,8 @@ def refuse_decoding(module: LightningModule, data: LightningDataModule, callback
     """Raise ValueError for what decodes while it trains: sharded weights are together only in training steps."""
     if isinstance(module, PARMModule) or isinstance(data, PreferencesDataModule):
         raise ValueError(
-            "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
-            "rollouts are for trainer=ddp, and what task=rollout makes of data=preferences can be such files"
+            "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
+            "rollouts are for devices=ddp, and what task=rollout makes of data=preferences can be such files"
         )
     scored = " ".join(
         f"~callbacks.{name}"
@@ -83,7 +83,7 @@ def refuse_decoding(module: LightningModule, data: LightningDataModule, callback
         if isinstance(callback, GenEvalCallback) or getattr(callback, "monitor", None) == "val/geneval"
     )
     if scored:
-        raise ValueError(f"trainer=fsdp cannot decode while it trains: add {scored}, and evaluate by trainer=ddp")
+        raise ValueError(f"devices=fsdp cannot decode while it trains: add {scored}, and evaluate by devices=ddp")
 
 
 def run(config: DictConfig) -> None:

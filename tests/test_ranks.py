@@ -35,7 +35,7 @@ TRAINING = {
 @pytest.mark.parametrize("name", TRAINING)
 def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, name: str) -> None:
     command(tmp_path, *TRAINING[name], "data.batch_size=8")
-    command(tmp_path, *TRAINING[name], "data.batch_size=4", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
+    command(tmp_path, *TRAINING[name], "data.batch_size=4", "devices=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = (
         {path.name: torch.load(path, weights_only=True)["state_dict"] for path in folder.glob("checkpoints/step-*")}
         for folder in (tmp_path / "run", tmp_path / "two")
@@ -51,7 +51,7 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, na
 def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
     common = [*SMALL_PARM, "task=rollout", "data.collect_batch_size=5"]
     command(tmp_path, *common)
-    done = command(tmp_path, *common, "trainer=ddp_cpu", f"rollouts_dir={tmp_path}/two")
+    done = command(tmp_path, *common, "devices=ddp_cpu", f"rollouts_dir={tmp_path}/two")
     assert "plain: 24 rollouts, 0." in done.stdout + done.stderr
     folders = sorted(path.relative_to(tmp_path / "rollouts") for path in (tmp_path / "rollouts").glob("*/part-*"))
     assert folders and folders == sorted(
@@ -66,7 +66,7 @@ def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
 def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path, rank: int, killed: bool, busy: bool) -> None:
     """Whether the other one waits for it or does not notice."""
     fail = f"+callbacks.fail={{_target_: tests.helpers.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
-    done = command(tmp_path, *SMALL_PARM, "trainer=ddp_cpu", fail, check=False)
+    done = command(tmp_path, *SMALL_PARM, "devices=ddp_cpu", fail, check=False)
     assert done.returncode != 0
     assert killed or f"rank {rank} has run out of paint" in done.stderr
 
@@ -90,7 +90,7 @@ def torchrun(*options: str) -> list[str]:
 
 
 def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
-    small = [*SMALL_PARM, "trainer=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
+    small = [*SMALL_PARM, "devices=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, *small)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
@@ -112,7 +112,7 @@ def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: P
 
 @pytest.mark.parametrize("launcher", ["own", "torchrun", "torchrun_nodes", "slurm_nodes"])
 def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: str) -> None:
-    small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu",
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "devices=ddp_cpu",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     python, *line = [item for item in arguments(tmp_path, *small) if not item.startswith("hydra.run.dir")]
     port = free_port()
@@ -142,19 +142,19 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
 
 
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
-    done = launch(["--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"], tmp_path)
+    done = launch(["--multirun", *SMALL_PARM, "devices=ddp_cpu", "seed=0,1"], tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: --multirun does not go with several processes a job")
 
 
 def test_processes_wait_for_a_long_evaluation(compose_config: Any) -> None:
     for choice in ("ddp", "ddp_cpu", "fsdp"):
-        assert instantiate(compose_config(f"trainer={choice}").trainer.strategy)._timeout >= timedelta(hours=24)
+        assert instantiate(compose_config(f"devices={choice}").trainer.strategy)._timeout >= timedelta(hours=24)
 
 
 @pytest.mark.parametrize("decoder", [make_decoder(), make_masked()], ids=["next_token", "mask_token"])
 def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) -> None:
-    policy = instantiate(compose_config("trainer=fsdp").trainer.strategy).kwargs["auto_wrap_policy"]
+    policy = instantiate(compose_config("devices=fsdp").trainer.strategy).kwargs["auto_wrap_policy"]
     sharded = [name for name, module in decoder.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)]
     assert [name for name in sharded if name.startswith("transformer.")] == [
         f"transformer.blocks.{i}" for i in range(3)
@@ -167,7 +167,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
              "data.validation_images=8", "data.num_workers=0", "trainer.max_steps=3", "+module.optimizer.eps=1e-3",
              "trainer.gradient_clip_val=null", "module.warmup_steps=2"]  # fmt: skip
     command(tmp_path, *small, "data.batch_size=8", "trainer.precision=32-true")
-    small += ["data.batch_size=4", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
+    small += ["data.batch_size=4", "devices=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
               "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU", "trainer.precision=32-true",
               f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]  # fmt: skip
     command(tmp_path, *small)
@@ -182,7 +182,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
     assert torch.load(last, weights_only=True)["global_step"] == 4
 
 
-SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+SHARDED = ["devices=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
            "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip
 DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
 
@@ -218,10 +218,10 @@ def columns(path: Path) -> dict[str, list[float]]:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (SMALL_PARM, "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
-        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "trainer=fsdp trains on images (module=decoder) or on pairs"),
+        (SMALL_PARM, "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
+        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "devices=fsdp trains on images (module=decoder) or on pairs"),
         (["experiment=dpo", *(item for item in SMALL_DPO if not item.startswith("data.")), "data=preference_files"],
-         "trainer=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
+         "devices=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
     ],
 )  # fmt: skip
 def test_what_needs_whole_weights_is_not_sharded(tmp_path: Path, overrides: list[str], sentence: str) -> None:

@@ -67,8 +67,8 @@ def refuse_missing_gpus(trainer: Mapping[str, Any]) -> None:
     if there.get(wanted, any(there.values())) or wanted not in ("gpu", *there):
         return
     raise ValueError(
-        f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of trainer=ddp or trainer=fsdp use "
-        "trainer=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
+        f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of devices=ddp or devices=fsdp use "
+        "devices=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
     )
 
 

@@ -36,7 +36,7 @@ def check(config: DictConfig) -> None:
         (["parm.module.grid=16"], "parm.module.grid=16 does not go with the grid of the image tokenizer, which is 8"),
         (["parm.module.decoder_dim=64"], "parm.module.decoder_dim=64 does not go with the width of the decoder"),
         (["experiment=full_decoder"], "data.train gives images of 64x64 pixels, and the image tokenizer reads 256x256"),
-        (["generator=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
+        (["decoder=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
         (
             ["experiment=showo_evaluate", "geneval.reward.colors.model=ViT-L/14"],
             "geneval.reward.colors: openai weights need ViT-L-14-quickgelu, not ViT-L/14: they were trained with Quick",

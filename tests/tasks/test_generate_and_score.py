@@ -163,7 +163,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 
 def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    common = [*FEW, f"images={images}", "trainer=ddp_cpu", "scoring.batch_size=1", "scoring.num_workers=0"]
+    common = [*FEW, f"images={images}", "devices=ddp_cpu", "scoring.batch_size=1", "scoring.num_workers=0"]
     command(tmp_path, *common, "task=generate")
     done = command(tmp_path, *common, "task=score", f"scores_dir={tmp_path}/scores")
     assert "Overall score (avg. over tasks): " in done.stdout
@@ -179,8 +179,8 @@ def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp
 
 
 def tiny_generator(tmp_path: Path) -> list[str]:
-    """Overrides that make generator=sd3 a tiny random one."""
-    return ["generator=sd3", "geneval=shapes", "rewards=shapes",
+    """Overrides that make decoder=sd3 a tiny random one."""
+    return ["decoder=sd3", "geneval=shapes", "rewards=shapes",
             f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", "decoder.dtype=float32",
             f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
     config = compose_config(
-        f"generator={name}", f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", without, "geneval=tiny_coco"
+        f"decoder={name}", f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", without, "geneval=tiny_coco"
     )
     for part in ("module", "callbacks"):
         assert instantiate(config[part], _convert_="all") is not None
