@@ -34,7 +34,7 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
         config: plain, with its interpolations resolved.
         written: the same with these, which say where a value that many read is written.
     """
-    for name in ("trainer", "callbacks", "logger"):
+    for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
     unused = {"scoring", "generating"} - {_READ_BY.get(config["task"])}
@@ -81,7 +81,7 @@ def _refuse_below(above: str, node: Mapping[str, Any], written: Mapping[str, Any
         if takes and name not in takes and "**" not in takes:
             guess = get_close_matches(str(name), takes, 1, CLOSE)
             advice = f"did you mean {guess[0]}? It" if guess else "it"
-            what = f"{str(node['_target_']).rpartition('.')[2]}, which {above[:-1]} is, takes no {name}"
+            what = f"{str(node['_target_']).rpartition('.')[2]}, which {written_at(written, above[:-1])} is, takes no {name}"
             raise ValueError(f"{written_at(written, key)}: {what}; {advice} takes {', '.join(takes)}")
         hint = takes.get(name, Any)
         if complaint := _useless(str(name), value) or (None if _fits(value, hint) else _described(hint, value)):

@@ -79,6 +79,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("+seed=1", "seed is there already: write seed=1"),
         ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
         ("strategies.verified_best_of_3.n=3", "did you mean strategies.verified_best_of_4.n=3?"),
+        ("strategy=beam", "a strategy is chosen for a name: write +strategy@strategies.NAME=beam"),
         ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
         ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
@@ -177,6 +178,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["sampling=masked"], "sampling must be a group of settings, not 'masked'"),
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
         (["strategies.verified.k=0"], "k of at least 1, not 0 (in strategies.verified)"),
         (
