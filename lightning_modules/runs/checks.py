@@ -81,7 +81,8 @@ def _refuse_below(above: str, node: Mapping[str, Any], written: Mapping[str, Any
         if takes and name not in takes and "**" not in takes:
             guess = get_close_matches(str(name), takes, 1, CLOSE)
             advice = f"did you mean {guess[0]}? It" if guess else "it"
-            what = f"{str(node['_target_']).rpartition('.')[2]}, which {written_at(written, above[:-1])} is, takes no {name}"
+            kind, place = str(node["_target_"]).rpartition(".")[2], written_at(written, above[:-1])
+            what = f"{kind}, which {place} is, takes no {name}"
             raise ValueError(f"{written_at(written, key)}: {what}; {advice} takes {', '.join(takes)}")
         hint = takes.get(name, Any)
         if complaint := _useless(str(name), value) or (None if _fits(value, hint) else _described(hint, value)):
