@@ -21,7 +21,6 @@ _SIZES = ("images_per_prompt", "num_nodes", "check_val_every_n_epoch", "every_n_
 _AMOUNTS = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
 _LIMITS = ("max_steps", "max_epochs")
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
-_READ_BY = {"score": "scoring", "generate": "generating"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
@@ -37,8 +36,7 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
     for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
-    unused = {"scoring", "generating"} - {_READ_BY.get(config["task"])}
-    _refuse_below("", {name: node for name, node in config.items() if name not in unused}, written)
+    _refuse_below("", config, written)
 
 
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
