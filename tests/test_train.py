@@ -38,10 +38,11 @@ from train import run
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
 ELSEWHERE = ("rewards=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
+PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug", "sweep", "strategy")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug", "sweep", *PARTS)
     for path in sorted(folder.glob("*.yaml"))
     if not (choice := f"{folder.name}={path.stem}").startswith(ELSEWHERE)
 ]
@@ -56,6 +57,8 @@ COMPANIONS = {
         "rewards.clip.clip.pretrained=null",
         "rewards.clip.clip.require_pretrained=false",
     ],
+    "task=generate": [*TINY, "images=somewhere"],
+    "task=score": [*TINY, "images=somewhere"],
     "decoder=full": [],
     "experiment=full_decoder": [],
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
