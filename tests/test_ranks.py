@@ -37,7 +37,7 @@ TRAINING = {
 @pytest.mark.parametrize("name", TRAINING)
 def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, name: str) -> None:
     command(tmp_path, *TRAINING[name], "data.batch_size=8")
-    command(tmp_path, *TRAINING[name], "data.batch_size=4", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
+    command(tmp_path, *TRAINING[name], "data.batch_size=4", "devices=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = (
         {path.name: torch.load(path, weights_only=True)["state_dict"] for path in folder.glob("checkpoints/step-*")}
         for folder in (tmp_path / "run", tmp_path / "two")
@@ -54,7 +54,7 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path, na
 def test_two_ranks_collect_the_rollouts_of_one(tmp_path: Path) -> None:
     common = [*SMALL_PARM, "task=rollout", "data.collect_batch_size=5"]
     command(tmp_path, *common)
-    done = command(tmp_path, *common, "trainer=ddp_cpu", f"rollouts_dir={tmp_path}/two")
+    done = command(tmp_path, *common, "devices=ddp_cpu", f"rollouts_dir={tmp_path}/two")
     assert "plain: 24 rollouts, 0." in done.stdout + done.stderr
     folders = sorted(path.relative_to(tmp_path / "rollouts") for path in (tmp_path / "rollouts").glob("*/part-*"))
     assert folders and folders == sorted(
@@ -73,7 +73,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path) -> None:
     for number, (rank, killed, busy) in enumerate(failures):
         fail = f"{{_target_: tests.helpers.stopping.FailOn, rank: {rank}, killed: {killed}, busy: {busy}}}"
         places = [f"hydra.run.dir={tmp_path}/{number}", f"rollouts_dir={tmp_path}/rollouts"]
-        starts.append(Start([*SMALL_PARM, "trainer=ddp_cpu", f"+callbacks.fail={fail}", *places]))
+        starts.append(Start([*SMALL_PARM, "devices=ddp_cpu", f"+callbacks.fail={fail}", *places]))
     for (rank, killed, _), done in zip(failures, launch_together(starts, tmp_path), strict=True):
         assert done.returncode != 0
         assert killed or f"rank {rank} has run out of paint" in done.stderr
@@ -89,7 +89,7 @@ def slurm(node: int, port: int) -> dict[str, str]:
 
 @pytest.mark.slow(seconds=20)
 def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
-    small = [*SMALL_PARM, "trainer=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
+    small = [*SMALL_PARM, "devices=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, *small)
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()  # both know the score that is monitored
@@ -111,7 +111,7 @@ def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: P
 @pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("launcher", ["own", "torchrun", "torchrun_nodes", "slurm_nodes"])
 def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launcher: str) -> None:
-    small = [*SMALL_PARM, "logger=default", "task=evaluate", "trainer=ddp_cpu",
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "devices=ddp_cpu",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     line = [f"rollouts_dir={tmp_path}/rollouts", *small]
     port = free_port()
@@ -144,19 +144,19 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
 
 @pytest.mark.slow
 def test_multirun_of_several_processes_is_refused(tmp_path: Path) -> None:
-    done = launch(["--multirun", *SMALL_PARM, "trainer=ddp_cpu", "seed=0,1"], tmp_path)
+    done = launch(["--multirun", *SMALL_PARM, "devices=ddp_cpu", "seed=0,1"], tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: --multirun does not go with several processes a job")
 
 
 def test_processes_wait_for_a_long_evaluation(compose_config: Any) -> None:
     for choice in ("ddp", "ddp_cpu", "fsdp"):
-        assert instantiate(compose_config(f"trainer={choice}").trainer.strategy)._timeout >= timedelta(hours=24)
+        assert instantiate(compose_config(f"devices={choice}").trainer.strategy)._timeout >= timedelta(hours=24)
 
 
 @pytest.mark.parametrize("decoder", [make_decoder(), make_masked()], ids=["next_token", "mask_token"])
 def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) -> None:
-    policy = instantiate(compose_config("trainer=fsdp").trainer.strategy).kwargs["auto_wrap_policy"]
+    policy = instantiate(compose_config("devices=fsdp").trainer.strategy).kwargs["auto_wrap_policy"]
     sharded = [name for name, module in decoder.named_modules() if policy(module, recurse=False, nonwrapped_numel=0)]
     assert [name for name in sharded if name.startswith("transformer.")] == [
         f"transformer.blocks.{i}" for i in range(3)

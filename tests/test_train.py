@@ -23,6 +23,7 @@ from PIL import Image
 
 from datamodules.pairs import reference_log_probs
 from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.report.tables import BEFORE_TRAINING
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -36,48 +37,36 @@ from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
-ELSEWHERE = ("rewards=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "generator=")
+ELSEWHERE = ("rewards=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
+PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice
     for folder in sorted((ROOT / "conf").iterdir())
-    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug", "sweep")
+    if folder.is_dir() and folder.name not in ("experiment", "hydra", "debug", "sweep", *PARTS)
     for path in sorted(folder.glob("*.yaml"))
     if not (choice := f"{folder.name}={path.stem}").startswith(ELSEWHERE)
 ]
-# Mask-token decoders that are measured as they are.
-MEASURED = ["module=evaluation", "callbacks=evaluation", "strategies=showo", "sampling=showo", "~parm"]
+STRATEGIES = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
+PAIR_FILES = ["data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"]
 # What some choices need beside them; the others are built small.
 COMPANIONS = {
-    "tokenizer=full": ["decoder=full", "parm.checkpoint=null"],
-    "decoder=full": ["tokenizer=full", "parm.checkpoint=null"],
-    "experiment=full_decoder": [],
-    "data=preference_files": [*TINY, "module=dpo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
-    "strategies=decoder": [*TINY, "callbacks=decoder"],
-    "strategies=sample": [*TINY, "callbacks=decoder"],
-    "strategies=verified": [*TINY, "callbacks=decoder"],
-    "strategies=best_of_n": [*TINY, "callbacks=decoder"],
+    "data=preference_files": [*TINY, "module=dpo", *PAIR_FILES],
     "rewards=open_clip": [
         *TINY,
         "rewards.clip.clip.model_name=ViT-S-32-alt",
         "rewards.clip.clip.pretrained=null",
         "rewards.clip.clip.require_pretrained=false",
     ],
-    "decoder=shapes_masked": ["sampling=masked", "parm=masked"],
-    "parm=masked": ["sampling=masked", "decoder=shapes_masked"],
-    **{f"experiment={name}": ["clip.checkpoint=null"] for name in EXPERIMENTS if name.startswith("shapes_masked")},
-    "tokenizer=magvit": ["experiment=showo_evaluate", "+debug=tiny_showo"],
-    "decoder=showo": [
-        *MEASURED,
-        *("decoder.checkpoint=null", "decoder.module.dim=64", "decoder.module.depth=1", "decoder.module.heads=4"),
-        "~decoder.module.text_tokenizer",
-        "+decoder.module.text_tokenizer={_target_: lightning_modules.backbone.text.WordTokenizer, vocabulary: [a], "
-        "max_words: 3}",
-    ],
-    "strategies=showo": [*TINY, "callbacks=evaluation"],
-    "callbacks=evaluation": TINY,
+    "task=generate": [*TINY, "images=somewhere"],
+    "task=score": [*TINY, "images=somewhere"],
+    "decoder=full": [],
+    "experiment=full_decoder": [],
+    "experiment=shapes_masked": [*TINY, "decoder.start=null"],
+    "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
+    "decoder=showo": ["+debug=tiny_showo"],
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "experiment=showo_parm": ["+debug=tiny_showo"],
-    "experiment=showo_dpo": ["+debug=tiny_showo", "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"],
+    "experiment=showo_dpo": ["+debug=tiny_showo", *PAIR_FILES],
     "fid=inception": [*TINY, "callbacks.geneval.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
@@ -94,17 +83,31 @@ def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path:
     for part in ("module", "data", "callbacks", "logger"):
         if part in config:  # what is only measured needs no data
             assert instantiate(config[part], _convert_="all") is not None
-    if choice in ("trainer=ddp", "trainer=fsdp"):  # GPUs, which this machine may lack
+    if choice in ("devices=ddp", "devices=fsdp"):  # GPUs, which this machine may lack
         assert instantiate(config.trainer.strategy) is not None
     else:
         assert instantiate(config.trainer) is not None
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_composes_under_a_name_of_its_own(compose_config, name: str) -> None:
+    before = compose_config("strategies=sample").strategies
+    config = compose_config("strategies=sample", f"+strategy@strategies.mine={name}")
+    assert isinstance(instantiate(config.strategies.mine, _convert_="all"), Strategy)
+    assert {key: value for key, value in config.strategies.items() if key != "mine"} == before
+
+
+@pytest.mark.parametrize("choice", [path.stem for path in sorted((ROOT / "conf" / "strategies").glob("*.yaml"))])
+def test_no_strategy_follows_from_another(compose_config, choice: str) -> None:
+    """An override of one changes that one alone."""
+    assert "${strategies." not in OmegaConf.to_yaml(compose_config(f"strategies={choice}"))
 
 
 @pytest.mark.parametrize("name", ["", *EXPERIMENTS])
 def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
     """A choice of devices changes nothing of an experiment's own settings."""
     choice = [f"experiment={name}"] if name else []
-    one, two = (compose_config(*choice, *trainer).trainer for trainer in ([], ["trainer=ddp_cpu"]))
+    one, two = (compose_config(*choice, *trainer).trainer for trainer in ([], ["devices=ddp_cpu"]))
     devices = ("accelerator", "devices", "num_nodes", "strategy")
     assert {k: v for k, v in one.items() if k not in devices} == {k: v for k, v in two.items() if k not in devices}
 
@@ -162,7 +165,10 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
 def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[str], str]) -> None:
     folder, overrides, printed = main_job
     run = folder / "run"
-    alone, verified = ["sample", "best_of_8_likelihood"], ["best_of_8_parm", "parm_literal", "parm", "parm_reflection"]
+    alone, verified = (
+        ["sample", "best_of_8_likelihood"],
+        ["best_of_8_parm", "verified", "verified_best_of_4", "verified_reflection"],
+    )
     before = [f"{name}_before_training" for name in verified]
     names = [*alone, *before, *verified]
     report = json.loads((run / "geneval.json").read_text())
@@ -176,7 +182,7 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     assert len((run / "results.jsonl").read_text().splitlines()) == 12 * len(names)
     header = (run / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_50", "val/likelihood/auc_50", "val/parm/ece", "val/geneval",
-                "test/geneval/parm", "test/parm/auc"):  # fmt: skip
+                "test/geneval/verified_best_of_4", "test/parm/auc"):  # fmt: skip
         assert key in header
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
@@ -205,10 +211,13 @@ def test_the_main_job_leaves_everything_a_run_should(main_job: tuple[Path, list[
     assert list(again) == [*alone, *verified]
     assert all(result["tasks"] == report["strategies"][name]["tasks"] for name, result in again.items())
     # Before training the verifier was that of its start: here random numbers, the same in any run of this seed.
-    start = [*overrides, "task=evaluate", "callbacks.geneval.test_strategies=[parm]"]
+    start = [*overrides, "task=evaluate", "callbacks.geneval.test_strategies=[verified_best_of_4]"]
     command(folder, *start, f"hydra.run.dir={folder}/start")
-    untrained = (folder / "start" / "results.jsonl").read_text().replace('"parm\\/', '"parm_before_training\\/')
-    assert untrained.splitlines() == [row for row in rows if row.startswith('{"filename":"parm_before_training')]
+    untrained = (
+        (folder / "start" / "results.jsonl").read_text().replace("_best_of_4\\/", f"_best_of_4{BEFORE_TRAINING}\\/")
+    )
+    first = f'{{"filename":"verified_best_of_4{BEFORE_TRAINING}'
+    assert untrained.splitlines() == [row for row in rows if row.startswith(first)]
     command(folder, *seeded, "task=export", f"export_dir={folder}/export", f"hydra.run.dir={folder}/exporting")
     exported = PARM.from_pretrained(folder / "export").state_dict()
     for key, value in exported.items():
@@ -229,8 +238,8 @@ def test_the_run_on_wandb_holds_settings_curves_pictures_and_checkpoints(main_jo
     validated = steps["val/geneval"]
     assert validated and set(map(tuple, steps.values())) == {tuple(validated)}
     for stage, prompts, names in (
-        ("val", 6, ["sample", "parm", "parm_reflection"]),
-        ("test", 12, ["sample", "parm_before_training", "parm"]),
+        ("val", 6, ["sample", "verified_best_of_4", "verified_reflection"]),
+        ("test", 12, ["sample", "verified_best_of_4_before_training", "verified_best_of_4"]),
     ):
         rows = table(path, f"{stage}/images")
         assert len(rows) == prompts and all(row["prompt"].startswith("a photo of") for row in rows)
@@ -278,11 +287,11 @@ def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tm
 def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     # 17 prompts: one process has more batches than the other, so that they would wait for ever if they met in between.
     tasks = "{single_object: 3, two_object: 2, counting: 3, colors: 3, position: 3, color_attr: 3}"
-    names = ["sample", "best_of_8_parm", "parm", "reflection_clip"]
+    names = ["sample", "best_of_8_parm", "verified_best_of_4", "reflection_clip"]
     common = [*BUNDLED, "task=evaluate", f"geneval.test_prompts.per_task={tasks}", "seed=5", "strategies=reflection",
               f"callbacks.geneval.test_strategies=[{','.join(names)}]"]  # fmt: skip
     command(tmp_path, *common, "callbacks.geneval.batch_size=5")
-    command(tmp_path, *common, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
+    command(tmp_path, *common, "devices=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = ((tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("run", "two"))
     assert len(one) == len(two) == len(names) * 17 and {json.loads(row)["correct"] for row in one} == {True, False}
     flipped = sum(a != b for a, b in zip(one, two, strict=True))
@@ -365,13 +374,13 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     else:
         overrides += ["data.num_workers=0"]
     if name == "shapes_masked":
-        small = [item for item in SMALL if not item.startswith(("parm", "strategies"))] + ["decoder.start=null"]
+        small = [item for item in SMALL if not item.startswith("strategies")] + ["decoder.start=null"]
     if name == "shapes_masked_parm_start":
         overrides.append("parm.start=null")
     if "masked" in name:
         small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
     if "parm" in name:
-        small = [*small, "strategies.best_of_8_parm.n=2", "strategies.parm.n=2"]
+        small = [*small, "strategies.best_of_8_parm.n=2", "strategies.verified_best_of_4.n=2"]
     command(tmp_path, f"experiment={name}", *small, *overrides)
     assert "val/" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
 
@@ -380,8 +389,9 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
 def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: Path) -> None:
     masked = ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     once = ["data.train.reflected.from_epoch=1", "trainer.log_every_n_steps=1"]
-    done = command(tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, *once)
-    assert "parm_literal" in done.stdout
+    small = [item.replace("verified_best_of_4", "verified_best_of_2") for item in SMALL_PARM]
+    done = command(tmp_path, "experiment=shapes_masked_parm", *small, *masked, *once)
+    assert re.search("^ +verified  ", done.stdout, re.M)
     for name, earliest in (("verified", 0), ("reflected", 3)):
         rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob(f"{name}-*/part-*"))))
         assert np.shape(rows["previews"][0]) == (4, 64)
@@ -389,9 +399,7 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
     header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
         assert key in header
-    named = command(
-        tmp_path, "experiment=shapes_masked_parm", *SMALL_PARM, *masked, "parm.module.causal=true", check=False
-    )
+    named = command(tmp_path, "experiment=shapes_masked_parm", *small, *masked, "parm.module.causal=true", check=False)
     assert "parm.module.causal must be false for a MaskTokenDecoder" in named.stderr
 
 
@@ -414,7 +422,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
     curve = ["experiment=dpo", *small, "task=evaluate", f"ckpt_path={checkpoints}", f"scores_dir={tmp_path}/scores",
              "callbacks.geneval.test_strategies=[sample]", "geneval.test_prompts.split=validation",
              "geneval.test_prompts.per_task=1"]  # fmt: skip
-    printed = command(tmp_path, *curve, "trainer=ddp_cpu", f"hydra.run.dir={tmp_path}/curve").stdout
+    printed = command(tmp_path, *curve, "devices=ddp_cpu", f"hydra.run.dir={tmp_path}/curve").stdout
     with (tmp_path / "curve" / "checkpoints.csv").open() as file:
         found = {row["checkpoint"]: row for row in csv.DictReader(file)}
     assert found.keys() == {path.resolve().stem for path in checkpoints.glob("*.ckpt")}
@@ -571,15 +579,16 @@ def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: P
 @pytest.mark.slow
 def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
     tiny = ["experiment=showo_evaluate", "+debug=tiny_showo"]
-    done = command(tmp_path, *tiny, "strategies.orm.n=2", "trainer.precision=bf16-true")
+    two = ["strategies.best_of_n.n=2", "strategies.stepwise.k=2", "strategies.potential.n=2"]
+    done = command(tmp_path, *tiny, *two, "trainer.precision=bf16-true")
     lines = done.stdout.splitlines()
     estimate = next(i for i, line in enumerate(lines) if line.startswith("Memory of each GPU: about "))
     assert estimate < next(i for i, line in enumerate(lines) if "strategy" in line)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
-    assert list(report["strategies"]) == ["sample", "orm", "prm", "parm"]
+    assert list(report["strategies"]) == ["sample", "best_of_n", "stepwise", "potential"]
     costs = {name: scores["decoder_forwards_per_image"] for name, scores in report["strategies"].items()}
-    assert costs["sample"] == costs["prm"] == 6  # 3 steps with guidance; all candidates of a step come from one pass
-    assert costs["orm"] == 12 >= costs["parm"]
+    assert costs["sample"] == costs["stepwise"] == 6  # 3 steps with guidance; candidates come from one pass
+    assert costs["best_of_n"] == 12 >= costs["potential"]
     refused = command(tmp_path, *tiny, "task=fit", check=False)
     assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
 
@@ -603,12 +612,12 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow(seconds=29)
 def test_parm_learns_from_show_o(tmp_path: Path) -> None:
-    few = ["callbacks.geneval.test_strategies=[sample,parm_literal]", "callbacks.geneval.monitor=sample",
+    few = ["callbacks.geneval.test_strategies=[sample,verified]", "callbacks.geneval.monitor=sample",
            "callbacks.geneval.validation_strategies=[sample]", "data.train.plain.samples=2",
            "data.validation.samples=2", "data.test.samples=2"]  # fmt: skip
     command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo", *few)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
-    assert list(report["strategies"]) == ["sample", "parm_literal"] and report["prompts"] == 6
+    assert list(report["strategies"]) == ["sample", "verified"] and report["prompts"] == 6
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ _SIZES = ("images_per_prompt", "num_nodes", "check_val_every_n_epoch", "every_n_
 _AMOUNTS = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
 _LIMITS = ("max_steps", "max_epochs")
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
-_READ_BY = {"score": "scoring", "generate": "generating"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
@@ -34,11 +33,10 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
         config: plain, with its interpolations resolved.
         written: the same with these, which say where a value that many read is written.
     """
-    for name in ("trainer", "callbacks", "logger"):
+    for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
-    unused = {"scoring", "generating"} - {_READ_BY.get(config["task"])}
-    _refuse_below("", {name: node for name, node in config.items() if name not in unused}, written)
+    _refuse_below("", config, written)
 
 
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
@@ -67,8 +65,8 @@ def refuse_missing_gpus(trainer: Mapping[str, Any]) -> None:
     if there.get(wanted, any(there.values())) or wanted not in ("gpu", *there):
         return
     raise ValueError(
-        f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of trainer=ddp or trainer=fsdp use "
-        "trainer=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
+        f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of devices=ddp or devices=fsdp use "
+        "devices=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
     )
 
 
@@ -81,7 +79,8 @@ def _refuse_below(above: str, node: Mapping[str, Any], written: Mapping[str, Any
         if takes and name not in takes and "**" not in takes:
             guess = get_close_matches(str(name), takes, 1, CLOSE)
             advice = f"did you mean {guess[0]}? It" if guess else "it"
-            what = f"{str(node['_target_']).rpartition('.')[2]}, which {above[:-1]} is, takes no {name}"
+            kind, place = str(node["_target_"]).rpartition(".")[2], written_at(written, above[:-1])
+            what = f"{kind}, which {place} is, takes no {name}"
             raise ValueError(f"{written_at(written, key)}: {what}; {advice} takes {', '.join(takes)}")
         hint = takes.get(name, Any)
         if complaint := _useless(str(name), value) or (None if _fits(value, hint) else _described(hint, value)):

@@ -156,6 +156,8 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
         return f"{name} has several values: add --multirun for a run of each{written}"
     if override.package is not None or "/" in key:
         return None
+    if key == "strategy":
+        return f"a strategy is chosen for a name: write +strategy@strategies.NAME={value}"
     if key in GROUPS and not override.is_delete():
         return _about_choices(key, name, value, tree)
     if override.is_add():

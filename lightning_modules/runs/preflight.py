@@ -98,15 +98,15 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
         return
     if not (_says(module, "trains_sharded") and _says(data, "trains_sharded")):
         raise ValueError(
-            "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
-            "rollouts are for trainer=ddp, and what task=rollout makes of data=preferences can be such files"
+            "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
+            "rollouts are for devices=ddp, and what task=rollout makes of data=preferences can be such files"
         )
     decoding = [
         name for name, node in callbacks.items() if name == "geneval" or (node or {}).get("monitor") == "val/geneval"
     ]
     if decoding:
         removed = " ".join(f"~callbacks.{name}" for name in decoding)
-        raise ValueError(f"trainer=fsdp cannot decode while it trains: add {removed}, and evaluate by trainer=ddp")
+        raise ValueError(f"devices=fsdp cannot decode while it trains: add {removed}, and evaluate by devices=ddp")
 
 
 def _says(node: Mapping[str, Any] | None, word: str) -> bool:

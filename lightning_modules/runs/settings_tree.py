@@ -60,6 +60,8 @@ class SettingsTree:
     def having(self, key: str) -> list[str]:
         """The choices of the key's group with which there is such a key."""
         group = key.partition(".")[0]
+        if group in GROUPS and group not in self.keys:  # the settings of some task
+            group = "task"
         others = options(group) if group in GROUPS else []
         return [f"{group}={other}" for other in others if key in self._composed({**self.choices, group: other})]
 

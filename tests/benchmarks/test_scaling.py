@@ -15,7 +15,8 @@ from tests.helpers.launch import command
 JOBS = {
     "rollouts": ["task=rollout", "geneval.train_prompts.per_task=40", "data.collect_batch_size=60",
                  "~data.train.verified", "~data.train.verified_again"],
-    "evaluation": ["task=evaluate", "callbacks.geneval.test_strategies=[sample,parm]", "data.test.samples=1",
+    "evaluation": ["task=evaluate", "data.test.samples=1",
+                   "callbacks.geneval.test_strategies=[sample,verified_best_of_4]",
                    "callbacks.geneval.batch_size=25"],
 }  # fmt: skip
 
@@ -31,7 +32,7 @@ def test_two_processes_take_little_more_than_half_the_time_of_one(
         return float((tmp_path / "seconds").read_text())
 
     one = seconds()
-    two = benchmark.pedantic(seconds, ("trainer=ddp_cpu",))
+    two = benchmark.pedantic(seconds, ("devices=ddp_cpu",))
     efficiency = one / (2 * two)
     benchmark.extra_info |= {"one_process_seconds": one, "two_processes_seconds": two, "efficiency": efficiency}
     print(f"\n{name}: {one:.1f} s in one process, {two:.1f} s in two, efficiency {efficiency:.2f}")

@@ -32,8 +32,9 @@ SMALL = [
 SMALL_PARM = [
     *SMALL,
     "strategies.best_of_8_parm.n=2",
-    "strategies.parm.n=2",
-    "strategies.parm_reflection.rounds=1",
+    "strategies.verified_best_of_4.n=2",
+    "strategies.verified_reflection.rounds=1",
+    "strategies.verified_reflection.strategy.n=2",
     "callbacks.geneval.before_training=false",
     "data.train.plain.samples=2",
     "data.train.verified.samples=1",
@@ -51,13 +52,13 @@ BUNDLED = [item for item in SMALL_PARM if not item.startswith(("tokenizer", "dec
 SMALL_DPO = [
     *(item for item in SMALL if not item.startswith(("tokenizer", "decoder", "parm"))),
     "strategies.best_of_8_parm.n=2",
-    "strategies.parm.n=2",
+    "strategies.verified_best_of_4.n=2",
     "data.train.plain.samples=4",
     "data.validation.samples=4",
     "trainer.log_every_n_steps=1",
 ]
 # Training that is sharded over two processes, and what decodes while a model trains.
-SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+SHARDED = ["devices=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
            "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip
 DECODE_NOTHING = ["~callbacks.geneval", "~callbacks.checkpoint_best", "~callbacks.early_stop"]
 # The parts that the tiny Stable Diffusion 3 lacks.

@@ -20,21 +20,25 @@ STORED = Path(__file__).parents[1] / "golden" / "pinned.json"
 BOTH = ["logger=csv", "trainer.accelerator=cpu"]
 FEW = [*BOTH, "geneval.test_prompts.per_task=1", "geneval.validation_prompts.per_task=1"]
 MEASURED = [*FEW, "task=evaluate", "module=evaluation", "~data", "callbacks.geneval.test_strategies=null"]
-MASKED = ["decoder=shapes_masked", "parm=masked", "sampling=masked"]
 PARM = [*FEW, "geneval.train_prompts.per_task=2", "data.train.plain.samples=2", "data.train.verified.from_epoch=1",
         "data.validation.samples=2", "data.test.samples=2", "data.batch_size=8", "trainer.max_steps=8",
-        "callbacks.geneval.test_strategies=[sample,parm]"]  # fmt: skip
+        "callbacks.geneval.test_strategies=[sample,verified_best_of_4]"]  # fmt: skip
 DPO = [*FEW, "geneval.train_prompts.per_task=2", "data.batch_size=2", "data.validation.samples=4",
-       "strategies.parm.n=2", "trainer.max_epochs=2", "module.warmup_steps=2",
+       "strategies.verified_best_of_4.n=2", "trainer.max_epochs=2", "module.warmup_steps=2",
        "data.train.plain.per_round={two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}",
        "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
 RUNS: dict[str, list[str]] = {
     "minutes": ["+debug=minutes", *BOTH],
     **{f"shapes/{name}": [f"strategies={name}", *MEASURED] for name in ("parm", "reflection", "search", "compute")},
-    "shapes/best_of_n": ["strategies=best_of_n", "callbacks=decoder", *MEASURED],
-    "masked/masked": ["strategies=masked", *MASKED, *MEASURED],
+    "shapes/best_of_n": ["strategies=best_of_n", *MEASURED],
+    "masked/masked": ["strategies=masked", "decoder=shapes_masked", *MEASURED],
     "parm": PARM,
-    "masked_parm": ["experiment=shapes_masked_parm", *PARM, "data.train.plain.samples=2"],
+    "masked_parm": [
+        "experiment=shapes_masked_parm",
+        *PARM,
+        "data.train.plain.samples=2",
+        "callbacks.geneval.test_strategies=[sample,verified_best_of_2]",
+    ],
     "dpo_iterative": ["experiment=dpo_iterative", *DPO],
     "dpo_guided": ["experiment=dpo_guided", *DPO, "data.train.guided.samples=1"],
     "masked_dpo": ["experiment=shapes_masked_dpo", *DPO],

@@ -78,8 +78,10 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("~callbacks.genval", "did you mean ~callbacks.geneval?"),
         ("~data=rollouts", "~data is written without a value"),
         ("+seed=1", "seed is there already: write seed=1"),
-        ("strategies.parm.strategy.kk=3", "did you mean strategies.parm.strategy.k?"),
-        ("strategies.prm.n=3", "did you mean strategies.parm.n=3?"),
+        ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
+        ("strategies.verified_best_of_3.n=3", "did you mean strategies.verified_best_of_4.n=3?"),
+        ("generating.batch_size=3", "there is no key generating.batch_size; there is with task=generate"),
+        ("strategy=beam", "a strategy is chosen for a name: write +strategy@strategies.NAME=beam"),
         ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
         ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
@@ -108,9 +110,14 @@ def test_what_was_meant_is_found_in_the_tree_of_settings(arguments: str, answer:
 def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
     for given in (
         ["experiment=dpo", "+debug=minutes", "~fid", "data.batch_size=3", "callbacks.geneval.test_strategies=[sample]"],
-        ["--multirun", "seed=0,1", "experiment=dpo,dpo_guided", "strategies.parm.n=range(1,3)"],
+        ["--multirun", "seed=0,1", "experiment=dpo,dpo_guided", "strategies.verified_best_of_4.n=range(1,3)"],
         ["--cfg", "job", "--resolve", "-p", "trainer", "decoder=shapes_masked", "decoder.module.rotary_dims=4"],
-        ["hydra.run.dir='a=b'", "+callbacks.more._target_=x", "++strategies.parm.n=3", "sampling={temperature: 1}"],
+        [
+            "hydra.run.dir='a=b'",
+            "+callbacks.more._target_=x",
+            "++strategies.verified_best_of_4.n=3",
+            "sampling={temperature: 1}",
+        ],
     ):
         assert about_options(given) is None and about_settings(given) is None
 
@@ -137,12 +144,12 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("geneval.test_prompts.per_task=many", "must be a whole number or named values, {a: 1}, not 'many'"),
         ("geneval.test_prompts.per_task=-1", "must be a whole number of at least 0, not -1"),
         ("sampling.temperature=null", "must be a number, not null"),
-        ("strategies.parm.n=2.5", "must be a whole number, not 2.5"),
+        ("strategies.verified_best_of_4.n=2.5", "must be a whole number, not 2.5"),
         (
             "+sampling.temp=1",
             ": Sampling, which sampling is, takes no temp; it takes temperature, top_k, top_p, guidance",
         ),
-        ("+strategies.parm.judg=parm", "did you mean judge? It takes strategy, n, judge"),
+        ("+strategies.verified_best_of_4.judg=parm", "did you mean judge? It takes strategy, n, judge"),
     ],
 )
 def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, override: str, said: str) -> None:
@@ -167,18 +174,22 @@ def test_new_keys_that_nothing_reads_are_refused() -> None:
 def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
     refuse_missing_gpus({"accelerator": "auto"})
     for trainer in ("ddp", "fsdp"):
-        said = told(tmp_path, *EVALUATE, f"trainer={trainer}")
-        assert "trainer=ddp_cpu" in said and "trainer.accelerator=cpu" in said
+        said = told(tmp_path, *EVALUATE, f"devices={trainer}")
+        assert "devices=ddp_cpu" in said and "trainer.accelerator=cpu" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["sampling=masked"], "sampling must be a group of settings, not 'masked'"),
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
-        (["strategies.parm_literal.k=0"], "k of at least 1, not 0 (in strategies.parm_literal)"),
-        (["strategies.parm.strategy.k=0"], "k of at least 1, not 0 (in strategies.parm.strategy)"),
-        (["task=train"], "task must be one of fit, evaluate, generate, score, rollout, export, ladder, not 'train'"),
+        (["strategies.verified.k=0"], "k of at least 1, not 0 (in strategies.verified)"),
+        (
+            ["strategies.verified_best_of_4.strategy.k=0"],
+            "k of at least 1, not 0 (in strategies.verified_best_of_4.strategy)",
+        ),
+        (["task=train"], "there is no task=train; there are: evaluate, export, fit, generate, ladder, rollout, score"),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
         (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
@@ -208,8 +219,8 @@ def test_bad_config_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, over
     [
         ("callbacks.geneval.holdout=[magic]", "callbacks.geneval.holdout names the judge 'magic'; there are: parm,"),
         (
-            "strategies.parm.judge=magic",
-            "strategies.parm names the judge 'magic'; there are: parm, likelihood, geneval",
+            "strategies.verified_best_of_4.judge=magic",
+            "strategies.verified_best_of_4 names the judge 'magic'; there are: parm, likelihood, geneval",
         ),
     ],
 )

@@ -31,7 +31,7 @@ Compose = Callable[..., DictConfig]
         (["parm.module.grid=16"], "parm.module.grid=16 does not go with the grid of the image tokenizer, which is 8"),
         (["parm.module.decoder_dim=64"], "parm.module.decoder_dim=64 does not go with the width of the decoder"),
         (["experiment=full_decoder"], "data.train gives images of 64x64 pixels, and the image tokenizer reads 256x256"),
-        (["generator=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
+        (["decoder=sdxl", "task=evaluate", "geneval=shapes"], "ShapesDetector looks at images of 64x64 pixels"),
         (
             ["experiment=showo_evaluate", "geneval.reward.colors.model=ViT-L/14"],
             "geneval.reward.colors: openai weights need ViT-L-14-quickgelu, not ViT-L/14: they were trained with Quick",
@@ -108,10 +108,10 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (SMALL_PARM, "trainer=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
-        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "trainer=fsdp trains on images (module=decoder) or on pairs"),
+        (SMALL_PARM, "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=pref"),
+        (["experiment=dpo", *SMALL_DPO, *DECODE_NOTHING], "devices=fsdp trains on images (module=decoder) or on pairs"),
         (["experiment=dpo", *(item for item in SMALL_DPO if not item.startswith("data.")), "data=preference_files"],
-         "trainer=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
+         "devices=fsdp cannot decode while it trains: add ~callbacks.checkpoint_best ~callbacks.geneval"),
     ],
 )  # fmt: skip
 def test_what_needs_whole_weights_is_not_sharded(

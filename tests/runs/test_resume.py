@@ -87,7 +87,11 @@ JOB = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("dirs", [[], ["hydra.run.dir=fixed"]])
 def test_a_requeued_job_goes_on_and_tests_its_last_weights(tmp_path: Path, dirs: list[str]) -> None:
-    small = [*SMALL_PARM, "callbacks.geneval.test_strategies=[sample,parm]", f"rollouts_dir={tmp_path}/rollouts"]
+    small = [
+        *SMALL_PARM,
+        "callbacks.geneval.test_strategies=[sample,verified_best_of_4]",
+        f"rollouts_dir={tmp_path}/rollouts",
+    ]
     stop = f"{{_target_: tests.helpers.stopping.StopAt, step: 2, signal: {int(signal.SIGUSR1)}, killed: true}}"
     job = [*small, f"+callbacks.stop={stop}", *dirs]
     env = JOB | scontrol(tmp_path)

@@ -62,12 +62,12 @@ def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path
 
 @pytest.mark.slow
 def test_jobs_of_a_multirun_have_a_wandb_run_each(tmp_path: Path) -> None:
-    small = [*SMALL_PARM, "logger=default", "task=evaluate", "callbacks.geneval.test_strategies=[parm_literal]"]
-    command(tmp_path, *small, "strategies.parm_literal.k=2,3", f"hydra.sweep.dir={tmp_path}/jobs", "--multirun")
+    small = [*SMALL_PARM, "logger=default", "task=evaluate", "callbacks.geneval.test_strategies=[verified]"]
+    command(tmp_path, *small, "strategies.verified.k=2,3", f"hydra.sweep.dir={tmp_path}/jobs", "--multirun")
     for job, k in enumerate((2, 3)):
         (path,) = (tmp_path / "jobs" / str(job)).glob("wandb/*run-*/run-*.wandb")
-        assert settings_of(path)["strategies"]["parm_literal"]["k"] == k
-        assert any("test/geneval/parm_literal" in row for row in history(path))
+        assert settings_of(path)["strategies"]["verified"]["k"] == k
+        assert any("test/geneval/verified" in row for row in history(path))
         kept = [Path(entry.local_path) for artifact in artifacts(path) for entry in artifact.manifest.contents]
         assert kept and all(file.is_relative_to(tmp_path / "jobs" / str(job)) for file in kept)
 

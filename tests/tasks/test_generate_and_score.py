@@ -31,8 +31,10 @@ from tests.helpers.pictures import HUGE, write_folder
 
 Compose = Callable[..., DictConfig]
 # The bundled decoder, on few prompts.
-FEW = ["geneval.test_prompts.per_task=1", "generating.images_per_prompt=2", "generating.batch_size=3", "seed=3",
-       "callbacks.geneval.images_per_prompt=2", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
+FEW = ["geneval.test_prompts.per_task=1", "seed=3", "callbacks.geneval.images_per_prompt=2", "logger=csv",
+       "trainer.accelerator=cpu"]  # fmt: skip
+GENERATE = [*FEW, "task=generate", "generating.images_per_prompt=2", "generating.batch_size=3"]
+SCORE = [*FEW, "task=score", "scoring.num_workers=0"]
 
 
 def trainer(**settings: Any) -> Trainer:
@@ -49,7 +51,7 @@ def test_generated_images_score_as_in_an_evaluation(
     images = tmp_path / "images"
 
     def generate(*overrides: str) -> None:
-        config = compose_config(*FEW, f"images={images}", *overrides)
+        config = compose_config(*GENERATE, f"images={images}", *overrides)
         instantiate(config.generating, _convert_="all").run(trainer())
 
     def refused(sentence: str, *overrides: str) -> None:
@@ -87,7 +89,7 @@ def test_generated_images_score_as_in_an_evaluation(
     with pytest.raises(InstantiationException, match=r"generating.strategy is 'magic'; there are: sample, best"):
         generate("generating.strategy=magic")
 
-    config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0")
+    config = compose_config(*SCORE, f"images={images}", f"scores_dir={tmp_path}/scores")
     instantiate(config.scoring, _convert_="all").run(trainer())
     scored = results(tmp_path)
     sample = ["strategies=sample", "callbacks=decoder", "module=evaluation", "~data"]
@@ -106,7 +108,7 @@ def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(samples / "0000.png")
     (samples.parent / "metadata.jsonl").write_text('{"prompt": "a photo of a dog"}\n')
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    done = command(tmp_path, *FEW, "task=generate", f"images={tmp_path}/images", check=False)
+    done = command(tmp_path, *GENERATE, f"images={tmp_path}/images", check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == (
         f"Error: {tmp_path}/images holds 00000, and no provenance.json that says it was made here: name another folder"
         "; task=score judges what is there"
@@ -116,9 +118,9 @@ def test_images_of_others_are_neither_kept_nor_joined(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_several_runs_make_and_score_one_folder_at_once(tmp_path: Path) -> None:
-    few = [*FEW, f"images={tmp_path}/images", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
-    for task in (["task=generate"], ["task=score", "scoring.batch_size=1"]):
-        runs = [Start([*few, *task, f"hydra.run.dir={tmp_path}/{number}"]) for number in range(3)]
+    places = [f"images={tmp_path}/images", f"scores_dir={tmp_path}/scores"]
+    for task in (GENERATE, [*SCORE, "scoring.batch_size=1"]):
+        runs = [Start([*task, *places, f"hydra.run.dir={tmp_path}/{number}"]) for number in range(3)]
         for done in launch_together(runs, tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
     rows = [(tmp_path / str(number) / "results.jsonl").read_text() for number in range(3)]
@@ -137,11 +139,13 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
     compose_config: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = tmp_path / "images"
-    few = [*FEW, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.num_workers=0"]
-    config = compose_config(*few, "generating.batch_size=4", "generating.reward=null", "scoring.batch_size=1")
+    tasks = {
+        "generating": [*GENERATE, f"images={images}", "generating.batch_size=4", "generating.reward=null"],
+        "scoring": [*SCORE, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.batch_size=1"],
+    }
 
     def run(part: str, *callbacks: Callback) -> list[str]:
-        instantiate(config[part], _convert_="all").run(trainer(callbacks=list(callbacks)))
+        instantiate(compose_config(*tasks[part])[part], _convert_="all").run(trainer(callbacks=list(callbacks)))
         return json.loads((tmp_path / "geneval.json").read_text())["notes"] if part == "scoring" else []
 
     def files() -> int:
@@ -163,24 +167,24 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 @pytest.mark.slow(seconds=24)
 def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    common = [*FEW, f"images={images}", "trainer=ddp_cpu", "scoring.batch_size=1", "scoring.num_workers=0"]
-    command(tmp_path, *common, "task=generate")
-    done = command(tmp_path, *common, "task=score", f"scores_dir={tmp_path}/scores")
+    two = [f"images={images}", "devices=ddp_cpu"]
+    command(tmp_path, *GENERATE, *two)
+    done = command(tmp_path, *SCORE, *two, "scoring.batch_size=1", f"scores_dir={tmp_path}/scores")
     assert "Overall score (avg. over tasks): " in done.stdout
 
-    alone = compose_config(*FEW, f"images={tmp_path}/alone")
+    alone = compose_config(*GENERATE, f"images={tmp_path}/alone")
     instantiate(alone.generating, _convert_="all").run(trainer())
     for path in (tmp_path / "alone").rglob("*.png"):
         assert path.read_bytes() == (images / path.relative_to(tmp_path / "alone")).read_bytes()
-    config = compose_config(*FEW, f"images={images}", f"scores_dir={tmp_path}/others", "scoring.num_workers=0")
+    config = compose_config(*SCORE, f"images={images}", f"scores_dir={tmp_path}/others")
     instantiate(config.scoring, _convert_="all").run(trainer())
     for name in ("results.jsonl", "geneval.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 def tiny_generator(tmp_path: Path) -> list[str]:
-    """Overrides that make generator=sd3 a tiny random one."""
-    return ["generator=sd3", "geneval=shapes", "rewards=shapes",
+    """Overrides that make decoder=sd3 a tiny random one."""
+    return ["decoder=sd3", "geneval=shapes", "rewards=shapes",
             f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", "decoder.dtype=float32",
             f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
 
@@ -188,10 +192,10 @@ def tiny_generator(tmp_path: Path) -> list[str]:
 def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
     compose_config: Compose, tmp_path: Path
 ) -> None:
-    made = []
+    made, tiny = [], [*GENERATE, *tiny_generator(tmp_path)]
     for size in (1, 5):
         folder = tmp_path / str(size)
-        config = compose_config(*FEW, *tiny_generator(tmp_path), f"images={folder}", f"generating.batch_size={size}")
+        config = compose_config(*tiny, f"images={folder}", f"generating.batch_size={size}")
         instantiate(config.generating, _convert_="all").run(trainer())
         made.append(np.stack([np.asarray(Image.open(folder / sample_path(i, j))) for i in range(6) for j in (0, 1)]))
     alone, together = np.array(made, int)
@@ -218,7 +222,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
     config = compose_config(
-        f"generator={name}", f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", without, "geneval=tiny_coco"
+        f"decoder={name}", f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", without, "geneval=tiny_coco"
     )
     for part in ("module", "callbacks"):
         assert instantiate(config[part], _convert_="all") is not None
@@ -244,7 +248,7 @@ def test_coco_judges_compose(compose_config: Compose, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    instantiate(compose_config(*FEW, f"images={images}").generating, _convert_="all").run(trainer())
+    instantiate(compose_config(*GENERATE, f"images={images}").generating, _convert_="all").run(trainer())
     dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
     found: list[dict[str, Any]] = []
     for i in range(6):
