@@ -306,6 +306,7 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
             assert second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
 
 
+@pytest.mark.slow
 def test_weights_are_measured_as_they_are_without_rollouts(tmp_path: Path, compose_config) -> None:
     common = [*(item for item in BUNDLED if not item.startswith("data")), "task=evaluate",
               "callbacks.geneval.test_strategies=[best_of_8_likelihood,best_of_8_parm]"]  # fmt: skip
@@ -316,6 +317,7 @@ def test_weights_are_measured_as_they_are_without_rollouts(tmp_path: Path, compo
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

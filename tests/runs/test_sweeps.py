@@ -39,6 +39,7 @@ def agents_overrides(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
     return [*fixed[3:], *drawn]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(POINTS))
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_points_run_and_log_the_metric(tmp_path: Path, compose_config: Any, path: Path, number: int) -> None:
