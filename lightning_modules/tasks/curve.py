@@ -1,6 +1,5 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from callbacks.geneval import GenEvalCallback
+from lightning_modules.broken_files import read_json
 from lightning_modules.files import refuse_unwritable, whole
 from lightning_modules.identity import digest
 from lightning_modules.report.tables import print_plain, save_figure, write_csv
@@ -76,7 +76,10 @@ class CheckpointCurve(LightningModule):
     def _report(self, trainer: Trainer) -> None:
         table = []
         for path, folder in self.evaluated.items():
-            strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
+            report = read_json(folder / "geneval.json")
+            if not isinstance(report, dict):
+                raise ValueError(f"{folder} is broken (its geneval.json is no report): remove it, and it is made again")
+            strategies = report["strategies"]
             log = {}
             for name, result in strategies.items():
                 tasks = {task: result["tasks"].get(task) for task in TASKS}
