@@ -8,7 +8,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder, decision_ord
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
 from tests.helpers.models import EVIDENCE, make_decoder
-from tests.helpers.requests import asked
+from tests.helpers.asked import asked
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 

@@ -24,7 +24,7 @@ from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
 from tests.helpers.models import SHOWO, SHOWO_CONFIG, make_showo
-from tests.helpers.requests import asked
+from tests.helpers.asked import asked
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))

@@ -20,7 +20,7 @@ from lightning_modules.decoding.regions import Chance, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.measuring import peak_mebibytes
-from tests.helpers.requests import asked
+from tests.helpers.asked import asked
 
 BATCH, PROMPT, GRID = 4, 20, 258
 

@@ -17,7 +17,7 @@ from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.verifier import StepJudge
 from tests.helpers.models import SHOWO, make_showo
-from tests.helpers.requests import asked
+from tests.helpers.asked import asked
 
 TRACE = json.loads((SHOWO / "parm_trace.json").read_text())
 SAMPLING = MaskSampling(TRACE["timesteps"])

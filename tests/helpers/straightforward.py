@@ -14,7 +14,7 @@ from lightning_modules.backbone.mask_attention import Rotary
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import attend
-from tests.helpers.requests import asked
+from tests.helpers.asked import asked
 
 SAMPLING = MaskSampling(steps=18, guidance=1.75)
 
