@@ -16,7 +16,12 @@ from datamodules.rollouts import refuse_unmarked
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_foreign, refuse_other_config
-from lightning_modules.runs.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from lightning_modules.runs.checks import (
+    refuse_missing_gpus,
+    refuse_too_many_processes,
+    refuse_unread,
+    refuse_wrong_values,
+)
 from lightning_modules.runs.messages import written_at
 
 TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
@@ -44,6 +49,7 @@ def preflight(config: DictConfig) -> None:
         return
     if config.task != "export":
         refuse_missing_gpus(plain["trainer"])
+        refuse_too_many_processes(plain["trainer"])
     _refuse_what_does_not_go_together(plain)
     _refuse_mismatched_parts(plain, written)
     if config.ckpt_path is not None:
@@ -66,6 +72,8 @@ def _refuse_incomplete(config: DictConfig) -> None:
     task, ckpt_path = config.task, config.ckpt_path
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    if task == "ladder" and config.get("ladder") is None:
+        raise ValueError("task=ladder needs jobs to run: use experiment=ladder")
     if task == "export" and ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if task in ("fit", "rollout") and config.get("data") is None:

@@ -11,8 +11,8 @@ from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
-from tests.helpers.models import EVIDENCE, make_masked, make_parm
 from tests.helpers.asked import asked
+from tests.helpers.models import EVIDENCE, make_masked, make_parm
 
 SAMPLING = MaskSampling(steps=5, guidance=0.5)
 PROMPTS = ["a photo of a star", "a photo of two red rings", "a photo of a cross left of a star"]

@@ -7,8 +7,8 @@ from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
-from tests.helpers.models import EVIDENCE, make_decoder
 from tests.helpers.asked import asked
+from tests.helpers.models import EVIDENCE, make_decoder
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 

@@ -23,8 +23,8 @@ from lightning_modules.backbone.mask_state import Vocabulary
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
-from tests.helpers.models import SHOWO, SHOWO_CONFIG, make_showo
 from tests.helpers.asked import asked
+from tests.helpers.models import SHOWO, SHOWO_CONFIG, make_showo
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))

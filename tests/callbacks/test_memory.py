@@ -19,8 +19,8 @@ from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import Chance, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
-from tests.helpers.measuring import peak_mebibytes
 from tests.helpers.asked import asked
+from tests.helpers.measuring import peak_mebibytes
 
 BATCH, PROMPT, GRID = 4, 20, 258
 

@@ -16,8 +16,8 @@ from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.verifier import StepJudge
-from tests.helpers.models import SHOWO, make_showo
 from tests.helpers.asked import asked
+from tests.helpers.models import SHOWO, make_showo
 
 TRACE = json.loads((SHOWO / "parm_trace.json").read_text())
 SAMPLING = MaskSampling(TRACE["timesteps"])
