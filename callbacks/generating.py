@@ -91,7 +91,7 @@ class Generating(LightningModule):
         """Raise ValueError for a prompt or an image in the folder that is not one of this run's."""
         own = {self.folder / sample_path(i, j) for i, j, _ in self.data.jobs()}
         for image in sorted(self.folder.glob("[0-9]*/samples/[0-9]*")):
-            if image not in own:
+            if image not in own or not image.is_file():
                 raise ValueError(f"{image} was not made here: remove it, or name another folder")
         for i, row in enumerate(self.data.prompts):
             about = self._metadata(i)

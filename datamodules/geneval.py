@@ -169,11 +169,12 @@ class PromptsDataModule(LightningDataModule):
         return [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
-        """Those that are not there yet."""
+        """Those that are not there yet; an empty file is what a full disk or a broken copy leaves."""
         jobs = self.jobs(rank, world_size)
         if self.folder is None:
             return jobs
-        return [job for job in jobs if not (Path(self.folder) / sample_path(*job[:2])).is_file()]
+        paths = [Path(self.folder) / sample_path(*job[:2]) for job in jobs]
+        return [job for job, path in zip(jobs, paths, strict=True) if not path.is_file() or not path.stat().st_size]
 
     def predict_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None

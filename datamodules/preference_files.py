@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.image_reader import ImageSource, UnreadableImage, fit_square, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
 
+_LARGEST_WEIGHT = 1e6  # what is larger is a mistake, and overflows sooner or later
 _FIRST_IS_CHOSEN = {1: True, 0: False, 0.5: None}  # by the label
 
 
@@ -187,6 +187,8 @@ class PreferenceFile:
             raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
         if ties:
             rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(places)} pairs")
+        if not any(made["weight"]):
+            raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
         self._flush(pending, made, tokenizer)
         for place, chosen, rejected in zip(places, made["chosen"], made["rejected"], strict=True):
             if chosen == rejected:
@@ -218,6 +220,8 @@ class PreferenceFile:
                 if type(token) is not int:
                     raise ValueError(f"{place}: token {short(token)} is not a whole number")
             return value
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+            value = value["path"]
         if isinstance(value, str):
             return _Image(Path(self.path).parent / value, value)
         if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"}):
@@ -225,8 +229,8 @@ class PreferenceFile:
         raise ValueError(f"{place}: {column!r} holds neither an image nor tokens but {short(value)}")
 
     def _weight(self, place: str, value: Any) -> float:
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{place}: the weight {value!r} is not a number of at least 0")
+        if not isinstance(value, int | float) or not 0 <= value <= _LARGEST_WEIGHT:
+            raise ValueError(f"{place}: the weight {short(value)} is not a number from 0 to {_LARGEST_WEIGHT:,.0f}")
         return float(value)
 
     def _side(self, place: str, side: _Image | list[int], tokenizer: ImageTokenizer) -> list[int] | np.ndarray:

@@ -70,13 +70,16 @@ def test_generated_images_score_as_in_an_evaluation(
     lost = images / sample_path(4, 1)
     pixels = lost.read_bytes()
     lost.unlink()
+    empty = images / sample_path(2, 0)
+    torn = empty.read_bytes()
+    empty.write_bytes(b"")  # as a copy that was broken off leaves it
     about = lost.parents[1] / "metadata.jsonl"
     prompt = about.read_text()
     about.unlink()  # killed between the folder and what it is about
     generate("generating.batch_size=5")
     assert about.read_text() == prompt
-    assert lost.read_bytes() == pixels
-    del made[lost]
+    assert lost.read_bytes() == pixels and empty.read_bytes() == torn
+    del made[lost], made[empty]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(images.rglob("*.partial"))
     refused(r"was made with another strategy and another seed", "seed=4", "sampling.temperature=1")

@@ -132,6 +132,8 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
             {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS, "weight": -1},
             r"weight -1 is not a number",
         ),
+        (PAIR | {"weight": 1e40}, r"the weight 1e\+40 is not a number from 0 to 1,000,000"),
+        (PAIR | {"weight": 10**400}, r"is not a number from 0 to 1,000,000"),
         ('{"prompt": ', r"not valid JSON"),
         ([1, 2], r"not an object but \[1, 2\]"),
         *(
@@ -252,3 +254,21 @@ def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: NextTokenDecoder,
     datasets.Dataset.from_dict(made, features=features).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(ValueError, match=r"set, row 0: the image in 'rejected' cannot be read"):
         PreferenceFile(str(tmp_path / "set"), "train", COLUMNS).encode(decoder, 8)
+
+
+def test_images_by_path_lie_beside_their_file(
+    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command is run, and whether a path comes as a text or as `datasets` writes it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    monkeypatch.chdir(elsewhere)
+    beside = {"chosen": {"bytes": None, "path": "0.png"}, "rejected": "1.png"}
+    rows = write(tmp_path, PAIR | beside, PAIR | {"chosen": "0.png", "rejected": "1.png"}).encode(decoder, 4)
+    assert rows["chosen"][0] == rows["chosen"][1] != rows["rejected"][0]
+
+
+def test_weights_that_are_all_zero_are_refused(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pairs\.jsonl: all weights are 0, so nothing would be learned"):
+        write(tmp_path, PAIR | {"weight": 0}).encode(decoder, 4)
