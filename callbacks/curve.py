@@ -1,6 +1,5 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from callbacks.geneval import GenEvalCallback
 from callbacks.report import print_plain, save_figure, write_csv
 from callbacks.runs import load_checkpoint, read_checkpoint
+from lightning_modules.broken_files import read_json
 from lightning_modules.files import refuse_unwritable, whole
 from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval import TASKS
@@ -76,7 +76,10 @@ class CheckpointCurve(LightningModule):
     def _report(self, trainer: Trainer) -> None:
         table = []
         for path, folder in self.evaluated.items():
-            strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
+            report = read_json(folder / "geneval.json")
+            if not isinstance(report, dict):
+                raise ValueError(f"{folder} is broken (its geneval.json is no report): remove it, and it is made again")
+            strategies = report["strategies"]
             log = {}
             for name, result in strategies.items():
                 tasks = {task: result["tasks"].get(task) for task in TASKS}

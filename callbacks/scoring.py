@@ -14,6 +14,7 @@ from tqdm import tqdm
 from callbacks.report import StrategyResult, contact_sheet, print_table, result_line, result_row, save_image, spread
 from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
 from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
+from lightning_modules.broken_files import read_json
 from lightning_modules.files import write_text
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
@@ -63,9 +64,10 @@ class Scoring(LightningModule):
         self.folders = scan(images, reward.detector.class_names)
         if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
             raise ValueError("fid: a distance needs at least two images")
-        self.store = ScoreStore(results, images, {**reward.verdict_key(), "rewards": further})
+        self.store = ScoreStore(results, {**reward.verdict_key(), "rewards": further})
         made_with = Path(images) / "provenance.json"
-        self.made_with = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None
+        found = read_json(made_with) if made_with.is_file() else None
+        self.made_with = found if isinstance(found, dict) else None  # another tool may call its own file so
         self.folder = Path(folder)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.sheet_prompts = sheet_prompts
@@ -198,8 +200,8 @@ class Scoring(LightningModule):
             wanted = OFFICIAL_IMAGES
         else:
             wanted = Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
-        promised = (self.made_with or {}).get("prompt_count", 0)
-        if len(prompts) < promised:
+        promised = (self.made_with or {}).get("prompt_count")
+        if isinstance(promised, int) and len(prompts) < promised:
             found.append(f"{len(prompts)} of {promised} prompts have images: they were not made to the end")
         names = [folder.path.name for folder in self.folders]
         numbers = range(int(names[0]), int(names[-1]))

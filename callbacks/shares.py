@@ -118,7 +118,7 @@ class ShareStore:
         """The share of that name; `make` makes it if it is not there."""
         path = self.folder / f"{name}.{self.rank}.json"
         if self.access != "nothing":
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what is broken is made again
                 return Share.from_json(path.read_text(encoding="utf-8"))
         share = make()
         if self.access == "all":

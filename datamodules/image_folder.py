@@ -3,11 +3,11 @@
 <images>/00000/metadata.jsonl (one prompt) and <images>/00000/samples/0000.png, 0001.png, ...
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_modules.broken_files import read_json
 from lightning_modules.files import refuse_unwritable, write_text
-from lightning_modules.image_reader import UnreadableImage, read_image
+from lightning_modules.identity import digest
+from lightning_modules.image_reader import UnreadableImage, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import validate_metadata
 
-_FORMAT = 1  # of stored results; another one when they change, so that older ones are not taken for new ones
+_FORMAT = 2  # of stored results; another one when they change, so that older ones are not taken for new ones
 _NUMBER = "[0-9]+"  # what folders of prompts are called
 _NAMED = 5  # faulty folders that an error names
 
@@ -45,20 +47,19 @@ class PromptFolder:
         """What an image is called in results and sentences."""
         return f"{self.path.name}/samples/{file}"
 
-    @property
+    @cached_property
     def stamp(self) -> str:
-        """Changes when the prompt or an image does."""
-        about = [self.metadata, [(file, *_state(self.path / "samples" / file)) for file in self.files], self.others]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        """A hash of the prompt and of the bytes of its images, as they are when it is first asked."""
+        images = {file: _content(self.path / "samples" / file) for file in self.files}
+        return digest([self.metadata, images, self.others])
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """Size and time of change of a file; nothing of a link that leads nowhere."""
+def _content(path: Path) -> str | None:
+    """A hash of a file's bytes; None of one that cannot be read, such as a link that leads nowhere."""
     try:
-        stat = path.stat()
-    except OSError:
-        return ()
-    return stat.st_size, stat.st_mtime_ns
+        return hash_image(path, str(path))
+    except UnreadableImage:
+        return None
 
 
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
@@ -170,30 +171,28 @@ class ScoreStore:
 
     Args:
         folder: of all results.
-        images: what is judged.
         judged_by: what decides the results; with anything else they are other results.
     """
 
-    def __init__(self, folder: str, images: str, judged_by: Mapping[str, Any]) -> None:
-        about = json.dumps([_FORMAT, str(Path(images).resolve()), judged_by], sort_keys=True)
-        self.folder = Path(folder) / hashlib.sha256(about.encode()).hexdigest()[:16]
+    def __init__(self, folder: str, judged_by: Mapping[str, Any]) -> None:
+        self.folder = Path(folder) / digest([_FORMAT, judged_by])
 
     def open(self) -> None:
         """Create the folder; raises OSError, naming it, if results cannot be kept there."""
         refuse_unwritable(self.folder)
 
     def load(self, folder: PromptFolder) -> dict[str, Any] | None:
-        """The result of a prompt; None if there is none yet, or its images have changed."""
-        path = self.folder / f"{folder.path.name}.json"
-        if not path.is_file():
-            return None
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return stored["result"] if stored["stamp"] == folder.stamp else None
+        """The result of a prompt; None if there is none of these images yet, or none that can be read."""
+        path = self._path(folder)
+        result = read_json(path) if path.is_file() else None
+        return result if isinstance(result, dict) else None
 
     def save(self, folder: PromptFolder, result: Mapping[str, Any]) -> None:
         """Keep the result of a prompt."""
-        stored = {"stamp": folder.stamp, "result": result}
-        write_text(self.folder / f"{folder.path.name}.json", json.dumps(stored))
+        write_text(self._path(folder), json.dumps(result))
+
+    def _path(self, folder: PromptFolder) -> Path:
+        return self.folder / f"{folder.path.name}-{folder.stamp}.json"
 
 
 class _Reader(Dataset[list[Images]]):

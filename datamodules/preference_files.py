@@ -17,7 +17,7 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from datamodules.data_sets import load_split
+from datamodules.data_sets import load_rows, load_split
 from datamodules.pairs import SIDES, PairsDataModule
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
@@ -289,7 +289,7 @@ class PreferenceFilesDataModule(PairsDataModule):
             key = source.cache_key() if self.trainer.is_global_zero else ""
             about = [self.trainer.strategy.broadcast(key), decoder.cache_key()]
             pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
-            self._made[name] = datasets.load_from_disk(str(pairs))
+            self._made[name] = load_rows(pairs)
 
     def _read(self, source: PreferenceFile, decoder: TokenDecoder) -> Dataset:
         assert self.trainer is not None

@@ -6,13 +6,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from datamodules.data_sets import load_rows
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
 from datamodules.rollouts import RolloutSpec, collect, find, gone, provenance
 from lightning_modules.backbone.decoder import TokenDecoder
@@ -153,7 +153,7 @@ class PreferencesDataModule(PairsDataModule):
             with self._before_training() if known else nullcontext():
                 folder = self._make(name, specs, turn)
         self._folders[key] = str(folder.absolute())
-        return datasets.load_from_disk(str(folder))
+        return load_rows(folder)
 
     @contextmanager
     def _before_training(self) -> Iterator[None]:

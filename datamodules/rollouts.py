@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from datamodules.data_sets import load_rows
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.evidence import STATISTICS
-from lightning_modules.backbone.loading import read_json
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.broken_files import read_json
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.files import make_once
 from lightning_modules.identity import digest
@@ -133,7 +134,7 @@ def _parts(spec: RolloutSpec, folder: Path, batch_size: int) -> dict[Path, list[
 
 def load(spec: RolloutSpec, folder: Path, batch_size: int) -> Dataset:
     """A set of rollouts that was collected before."""
-    return concatenate_datasets([datasets.load_from_disk(str(part)) for part in _parts(spec, folder, batch_size)])
+    return concatenate_datasets([load_rows(part) for part in _parts(spec, folder, batch_size)])
 
 
 def find(known: str, folder: Path, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path | None:

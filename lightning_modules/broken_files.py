@@ -122,3 +122,11 @@ def _of_torch(path: Path, head: bytes) -> str | None:
     except zipfile.BadZipFile as error:
         return f"is broken ({first_line(error)}): {_COPY}"
     return None if written_by_torch else "is a zip archive that torch has not written"
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds as JSON; None if that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None

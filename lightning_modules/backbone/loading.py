@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_modules.broken_files import first_line, read_settings, read_torch, refuse_broken
+from lightning_modules.broken_files import first_line, read_json, read_settings, read_torch, refuse_broken
 from lightning_modules.files import whole, write_text
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -206,14 +206,6 @@ def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
     stored = read_json(folder / "config.json") if "config.json" in there else None
     if there and not (isinstance(stored, dict) and _network(stored) == _network(json.loads(json.dumps(config)))):
         raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")
-
-
-def read_json(path: Path) -> Any:
-    """What a file holds as JSON; None if that is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Scoring a folder of images: known images, interruptions, faults."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -140,12 +141,40 @@ def test_what_was_judged_is_not_judged_again(images: Path, score, monkeypatch: p
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         score(images, Counted(), rewards=company, batch_size=8)
     assert Counted.seen == 16
-    next(iter((images.parent / "scores").glob("*/00002.json"))).unlink()  # killed before its batch was all written
+    next(iter((images.parent / "scores").glob("*/00002-*.json"))).unlink()  # killed before its batch was all written
     monkeypatch.setattr(Counted, "limit", 10**9)
     assert score(images, Counted(), rewards=company, batch_size=8) == whole and Counted.seen == 16 + 60
     assert score(images, Counted(), rewards=company, batch_size=8) == whole and Counted.seen == 16 + 60
     shutil.copy(images / sample_path(1, 0), images / sample_path(0, 0))  # another image: its batch is judged anew
     assert score(images, Counted(), rewards=company, batch_size=8) != whole and Counted.seen == 16 + 60 + 16
+    shutil.move(images, images.parent / "moved")  # what is judged are pictures, wherever they lie
+    score(images.parent / "moved", Counted(), rewards=company, batch_size=8)
+    assert Counted.seen == 16 + 60 + 16
+    for stored in (images.parent / "scores").glob("*/00000-*.json"):
+        stored.write_text("")  # a broken result is made again
+    score(images.parent / "moved", Counted(), rewards=company, batch_size=8)
+    assert Counted.seen == 16 + 60 + 16 + 16
+
+
+def test_other_pixels_of_one_size_and_time_are_judged_anew(images: Path, score) -> None:
+    """As archives unpack them, all with one time of change."""
+
+    def write(pixels: list[np.ndarray]) -> None:
+        for path, image in zip(sorted(images.rglob("*.png")), pixels, strict=True):
+            Image.fromarray(image).save(path, compress_level=0)
+            os.utime(path, (10**9, 10**9))
+
+    pictures = [np.asarray(Image.open(path)) for path in sorted(images.rglob("*.png"))]
+    write(pictures)
+    first = score(images)[0]["overall"]
+    write([np.full_like(image, 90) for image in pictures])
+    assert first > 0 == score(images)[0]["overall"]
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", '{"prompt_count": "many"}'])
+def test_files_that_are_called_as_ours_are_no_obstacle(images: Path, score, text: str) -> None:
+    (images / "provenance.json").write_text(text)
+    assert score(images)[0]["total_images"] == 60
 
 
 def test_further_judges_are_columns(images: Path, score, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,3 +167,12 @@ def test_a_folder_that_others_marked_stays_what_it_was(tmp_path, text: str) -> N
     with pytest.raises(ValueError, match=r"provenance\.json is not of this project, or of another version"):
         open_folder(tmp_path, {"seed": 1})
     assert (tmp_path / "provenance.json").read_text() == text
+
+
+def test_a_broken_part_is_named(tmp_path, decoder: NextTokenDecoder, reward: GenEvalReward, rows: list[dict]) -> None:
+    spec = RolloutSpec(rows[:2], 1, Sample(Sampling()))
+    collect(spec, tmp_path, decoder, {}, reward, 0, 2)
+    (arrow,) = tmp_path.glob("part-*/*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"part-2-00000 is broken \(.*\): remove it, and it is made again"):
+        collect(spec, tmp_path, decoder, {}, reward, 0, 2)
