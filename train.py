@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
-from callbacks.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from callbacks.checks import refuse_missing_gpus, refuse_too_many_processes, refuse_unread, refuse_wrong_values
 from callbacks.command_line import hydra_told, leave_tracebacks_to_the_user
 from callbacks.curve import CheckpointCurve
 from callbacks.geneval import GenEvalCallback
@@ -93,6 +93,8 @@ def run(config: DictConfig) -> None:
     refuse_unread(hydra_config.overrides.task, written, hydra_config.runtime.choices)
     if config.task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {config.task!r}")
+    if config.task == "ladder" and config.get("ladder") is None:
+        raise ValueError("task=ladder needs jobs to run: use experiment=ladder")
     if config.task == "export" and config.ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if config.task in ("fit", "rollout") and config.get("data") is None:
@@ -118,6 +120,7 @@ def run(config: DictConfig) -> None:
         return
     if config.task != "export":
         refuse_missing_gpus(plain["trainer"])
+        refuse_too_many_processes(plain["trainer"])
     preflight(plain, written)
     checkpoints = named_checkpoints(config.ckpt_path, config.task) if config.ckpt_path is not None else []
     for path in checkpoints:

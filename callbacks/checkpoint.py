@@ -58,7 +58,11 @@ class MovableCheckpoint(ModelCheckpoint):
             for source in (_moved(path, places[0], place) for place in places):
                 if not os.path.isfile(source):
                     continue
-                saved = read_checkpoint(source)
+                try:
+                    saved = read_checkpoint(source)
+                except ValueError as error:
+                    print(f"Passed over: {str(error).removeprefix('ckpt_path: ')}")
+                    continue
                 if source != path:
                     if saved["global_step"] > step:
                         continue

@@ -1,10 +1,12 @@
 """Checks of a config before anything is built: names that nothing takes, values of a wrong kind, useless numbers."""
 
 import inspect
+import math
+import os
 import pydoc
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +19,13 @@ from callbacks.settings_tree import CLOSE, CONF, GROUPS
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _SIZES = ("images_per_prompt", "num_nodes", "check_val_every_n_epoch", "every_n_epochs", "samples", "dim",
-          "depth", "heads", "epochs_per_round", "validation_images", "train_images")  # fmt: skip
+          "depth", "heads", "epochs_per_round", "validation_images", "train_images",
+          "accumulate_grad_batches")  # fmt: skip
+_NAMES = ("validation_strategies", "test_strategies")
+_NEVER = ("satisfied", "stop_score", "max_fall")  # infinity is for those that nothing reaches
+# Texts at the top of the config, some of which may be null.
+_TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_dir": "a path", "export_dir": "a path"}
+_OR_NULL = {"ckpt_path": "a path, auto", "test_ckpt_path": "best", "images": "a path"}
 _AMOUNTS = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
 _LIMITS = ("max_steps", "max_epochs")
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
@@ -34,11 +42,21 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
         config: plain, with its interpolations resolved.
         written: the same with these, which say where a value that many read is written.
     """
+    refuse_wrong_texts(config)
     for name in ("trainer", "callbacks", "logger"):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
     unused = {"scoring", "generating"} - {_READ_BY.get(config["task"])}
     _refuse_below("", {name: node for name, node in config.items() if name not in unused}, written)
+
+
+def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name or a path at the top of the config that is none; interpolations count as texts."""
+    for key, what in (_TEXTS | _OR_NULL).items():
+        value = config.get(key, key)
+        if (isinstance(value, str) and value) or (value is None and key in _OR_NULL):
+            continue
+        raise ValueError(f"{key} must be {what}{' or null' if key in _OR_NULL else ''}, not {_shown(value)}")
 
 
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
@@ -70,6 +88,17 @@ def refuse_missing_gpus(trainer: Mapping[str, Any]) -> None:
         f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of trainer=ddp or trainer=fsdp use "
         "trainer=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
     )
+
+
+def refuse_too_many_processes(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError for more processes on the CPU than it has cores; two can always be tried out."""
+    wanted, devices = trainer["accelerator"], str(trainer.get("devices"))
+    on_cpu = wanted == "cpu" or (
+        wanted == "auto" and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available())
+    )
+    cores = os.cpu_count() or 1
+    if on_cpu and devices.isdecimal() and int(devices) > max(2, cores):
+        raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
 
 def _refuse_below(above: str, node: Mapping[str, Any], written: Mapping[str, Any]) -> None:
@@ -113,6 +142,12 @@ def _useless(name: str, value: Any) -> str | None:
     """What a number of that name must be, if this one is of no use."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     whole = number and isinstance(value, int)
+    if any(math.isnan(each) or (math.isinf(each) and name not in _NEVER) for each in _floats(value)):
+        return "finite"
+    if name in _NAMES and value == []:
+        return "a list of at least one name"
+    if name == "val_check_interval" and number and value == 0:
+        return "above 0"
     if name in _LIMITS:
         return None if value is None or (whole and value >= -1) else "a whole number, -1 for no limit"
     if (name in _SIZES or name.endswith("batch_size")) and value is not None:
@@ -120,16 +155,22 @@ def _useless(name: str, value: Any) -> str | None:
     if name in _AMOUNTS and not (name == "gradient_clip_val" and value is None):
         return None if number and value >= 0 else "a number of at least 0"
     if name == "betas":
-        return (
-            None
-            if all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
-            else "two numbers from 0 to below 1"
-        )
+        pair = isinstance(value, list) and len(value) == 2
+        useful = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+        return None if useful else "two numbers from 0 to below 1"
     if name == "seed":
         return None if value is None or (whole and 0 <= value < 2**32) else "a whole number from 0 to 4294967295"
     if whole and value < 0 and not (name in _MINUS_ONE and value == -1):
         return "a whole number of at least 0"
     return None
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The floats in a value, those in lists as well."""
+    if isinstance(value, float):
+        yield value
+    for item in value if isinstance(value, list) else ():
+        yield from _floats(item)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from callbacks import slurm
+from callbacks.checks import refuse_wrong_texts
 from callbacks.messages import sentence
-from callbacks.runs import LOCK, newest_checkpoint, quoted, shown
+from callbacks.runs import LOCK, newest_checkpoint, quoted, remember_found, shown
 
 _ENDED = ".ended"  # left by a run under SLURM that has come to its end
 # Tasks that leave their results in the run folder.
@@ -80,7 +81,7 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str 
     With `auto` that is the newest checkpoint in the folder; under SLURM it is as well, whatever `ckpt_path` says, if it
     was saved by the same command of the same job before that was requeued.
     """
-    found = newest_checkpoint(folder)
+    found = newest_checkpoint(folder, thorough=True)
     if found and (ckpt_path == "auto" or (slurm.is_own_checkpoint(found) and not _is_over(folder))):
         _say(f"The run goes on from {shown(found)}")
         return str(found)
@@ -93,7 +94,10 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str 
 def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
     """Settle on the folder of a run or of a sweep; the user's own is theirs, but one run's at a time."""
     try:
-        if not config.hydra[kind].dir:
+        refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
+        if config.hydra[kind].dir:
+            remember_found(Path(config.hydra[kind].dir))
+        else:
             with read_write(config.hydra):
                 config.hydra[kind].dir = _agreed(choose)
         folder = config.hydra[kind].dir

@@ -4,14 +4,16 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from lightning_modules.broken_files import read_torch
+from lightning_modules.broken_files import read_torch, refuse_damaged
 
 _ROOT = Path(__file__).parents[1]
 _ROOMS = ("callbacks", "datamodules", "lightning_modules")
@@ -23,6 +25,12 @@ _FREE = ("folder", "num_workers", "validation", "test")
 _LEFT = ("config.yaml", "metrics", "checkpoints", "results.jsonl", "geneval.json", "page.html", "sheets", "sheet.png",
          "compute.png", "checkpoints.csv", "checkpoints.png")  # fmt: skip
 
+# What a checkpoint holds, some of it for those alone who train on.
+_PARTS = {"state_dict": Mapping, "global_step": int, "pytorch-lightning_version": str, "hyper_parameters": Mapping,
+          "callbacks": Mapping, "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}  # fmt: skip
+_TRAINING = ("callbacks", "loops", "optimizer_states", "lr_schedulers")
+_found: dict[Path, bool] = {}  # folders that were there before this process came, and whether they were empty
+
 LOCK = ".lock"  # in the folder of a run, held as long as it runs
 
 
@@ -31,21 +39,34 @@ def run_name(task: str, otherwise: str) -> str:
     return task if task in ("generate", "score") else otherwise
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint from which the run in `folder` goes on: the one with most steps, mostly last.ckpt.
+def newest_checkpoint(folder: Path, thorough: bool = False) -> Path | None:
+    """The checkpoint from which the run in `folder` goes on: of those that can be read the one with most steps.
 
-    A run that was killed may have left one that last.ckpt does not point at yet; `hpc_ckpt_N.ckpt` is what Lightning
-    leaves in a SLURM job.
+    That is mostly last.ckpt. A run that was killed may have left one that last.ckpt does not point at yet;
+    `hpc_ckpt_N.ckpt` is what Lightning leaves in a SLURM job. If none can be read, it is one that cannot.
+
+    Args:
+        folder: of the run.
+        thorough: read all bytes, and print which checkpoints are passed over.
     """
     checkpoints = folder / "checkpoints"
     steps = [*checkpoints.glob("step-*.ckpt"), *checkpoints.glob("step=*.ckpt")]  # as they were called before
-    newest = (max(paths, key=_number, default=None) for paths in (steps, folder.glob("hpc_ckpt_*.ckpt")))
-    found = {
-        path.resolve(): path for path in (*newest, checkpoints / "last.ckpt") if path is not None and path.is_file()
-    }
-    if len(found) < 2:
-        return next(iter(found.values()), None)
-    return max(reversed(list(found.values())), key=lambda path: int(read_checkpoint(str(path))["global_step"]))
+    found: dict[Path, int] = {}
+    broken: dict[Path, Exception] = {}
+    for paths in (steps, list(folder.glob("hpc_ckpt_*.ckpt")), [checkpoints / "last.ckpt"]):
+        for path in sorted(filter(Path.is_file, paths), key=_number, reverse=True):
+            try:
+                if thorough:
+                    refuse_damaged(path, "ckpt_path")
+                found[path] = read_checkpoint(str(path))["global_step"]
+                break
+            except (ValueError, OSError) as error:
+                broken.setdefault(path.resolve(), error)
+    if not found:
+        return next(iter(broken), None)
+    for told in broken.values() if thorough else ():
+        rank_zero_only(print)(f"Passed over: {str(told).removeprefix('ckpt_path: ')}", flush=True)
+    return max(reversed(list(found)), key=found.__getitem__)
 
 
 def _number(path: Path) -> int:
@@ -86,7 +107,7 @@ def keep_metrics(folder: Path) -> None:
     """Put aside, as metrics-1 and so on, the metrics of a run that goes on: CSVLogger would delete them."""
     metrics = folder / "metrics"
     if (metrics / "metrics.csv").is_file():
-        metrics.rename(folder / f"metrics-{1 + len(list(folder.glob('metrics-*')))}")
+        metrics.rename(folder / f"metrics-{1 + max(map(_number, folder.glob('metrics-*')), default=0)}")
     else:
         shutil.rmtree(metrics, ignore_errors=True)  # of a run that was killed before it wrote any
 
@@ -104,11 +125,28 @@ def _has_config(folder: Path) -> bool:
     return config.is_file() and re.search("^rollouts_dir:", config.read_text(errors="replace"), re.M) is not None
 
 
+def remember_found(folder: Path) -> None:
+    """Note a folder of the user's, and those in it, if they are there already: `forget_refused` leaves them."""
+    if folder.is_dir():
+        inside = list(folder.iterdir())
+        _found[folder.resolve()] = not inside
+        for path in inside:
+            _found[path.resolve()] = False
+
+
 def forget_refused(folder: Path) -> None:
-    """Remove the folder of a run that was refused before it left anything but its config."""
-    names = {path.name for path in folder.iterdir()}
-    if names <= {".hydra", LOCK, "config.yaml"} and ("config.yaml" not in names or _has_config(folder)):
-        shutil.rmtree(folder)
+    """Remove the folder of a run that was refused before it left anything but its config.
+
+    Of a folder that was there before, only what the run has put into it goes, and nothing if it was not empty.
+    """
+    was_empty = _found.get(folder.resolve())
+    with suppress(OSError):
+        names = {path.name for path in folder.iterdir()}
+        if names <= {".hydra", LOCK, "config.yaml"} and ("config.yaml" not in names or _has_config(folder)):
+            for name in names if was_empty else ():
+                shutil.rmtree(folder / name) if name == ".hydra" else (folder / name).unlink()
+            if was_empty is None:
+                shutil.rmtree(folder)
 
 
 def code() -> str:
@@ -122,10 +160,18 @@ def code() -> str:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint's content on the CPU; raises ValueError if it is none, or holds objects beside plain data."""
     checkpoint = read_torch(Path(path), "ckpt_path")
-    for name in ("state_dict", "global_step"):
-        if not isinstance(checkpoint, dict) or name not in checkpoint:
-            raise ValueError(f"ckpt_path: {path} is no checkpoint of training: it has no {name!r}")
+    _refuse_lacking(path, checkpoint, ("state_dict", "global_step"))
+    for name, kind in _PARTS.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            found = type(checkpoint[name]).__name__
+            raise ValueError(f"ckpt_path: {path} is no checkpoint of training: its {name!r} is a {found}")
     return checkpoint
+
+
+def _refuse_lacking(path: str, checkpoint: Any, names: Iterable[str], use: str = "") -> None:
+    for name in names:
+        if not isinstance(checkpoint, dict) or name not in checkpoint:
+            raise ValueError(f"ckpt_path: {path} is no checkpoint of training{use}: it has no {name!r}")
 
 
 def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
@@ -155,23 +201,29 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
 
 
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the key, if a checkpoint was made with another config than this one.
+    """Raise ValueError if a checkpoint is damaged or lacks something, or, naming the key, was made with another config.
 
     To go on training (`task: fit`) all that training depends on has to be the same, except for the Trainer's own
     arguments: Lightning would restore the optimizer's settings from the checkpoint, whatever the config says. For other
     tasks it is the networks, frozen ones included, since those are not in the checkpoint.
     """
-    stored = read_checkpoint(path).get("hyper_parameters", config)
+    refuse_damaged(Path(path), "ckpt_path")
+    checkpoint = read_checkpoint(path)
+    _refuse_lacking(path, checkpoint, ["pytorch-lightning_version"])
+    if config["task"] == "fit":
+        _refuse_lacking(path, checkpoint, _TRAINING, " that task=fit can resume")
+    stored = checkpoint.get("hyper_parameters", config)
     for key, old, new in _differences(_shared(stored, config["task"]), _shared(config, config["task"])):
         name = key.removeprefix("module.") if key.split(".")[1:2] and key.split(".")[1] in config else key
         raise ValueError(f"ckpt_path: {path} was made with {name}={old}, not {new}")
 
 
 def _shared(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    module = config.get("module") or {}
     if task != "fit":
-        return {"module": {key: config["module"][key] for key in _NETWORKS if key in config["module"]}}
-    data = {key: value for key, value in config["data"].items() if key not in _FREE}
-    return {"module": config["module"], "data": data, "seed": config["seed"]}
+        return {"module": {key: module[key] for key in _NETWORKS if key in module}}
+    data = {key: value for key, value in (config.get("data") or {}).items() if key not in _FREE}
+    return {"module": module, "data": data, "seed": config.get("seed")}
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -45,10 +45,24 @@ def read_torch(path: Path, key: str | None = None) -> Any:
     named = f"{key}: {path}" if key else path
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
     except UnpicklingError as error:
         raise ValueError(f"{named} holds more than tensors and is not loaded") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:  # bytes that are not what the archive says
+    except Exception as error:  # of any kind, where bytes are not what the archive says
         raise ValueError(f"{named} is broken: {first_line(error)}") from error
+
+
+def refuse_damaged(path: Path, key: str) -> None:
+    """Raise ValueError if some byte of a file of `torch.save` has changed since: torch would load it all the same."""
+    refuse_broken(path, key)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{key}: {path} is broken ({first_line(error)}): {_COPY}") from error
+    if damaged is not None:
+        raise ValueError(f"{key}: {path} is broken (in {damaged}): {_COPY}")
 
 
 def first_line(error: BaseException) -> str:

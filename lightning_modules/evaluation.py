@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from lightning import LightningModule
-
 from lightning_modules.backbone.decoder import Decoder, TokenDecoder
+from lightning_modules.optim import ResumableModule
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
-class EvaluationModule(LightningModule):
+class EvaluationModule(ResumableModule):
     """For `task=evaluate` of weights as they are: callbacks decode prompts of their own, so there is no data.
 
     Args:

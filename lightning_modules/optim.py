@@ -1,15 +1,20 @@
 """What all LightningModules share: optimizer with warm-up and cosine decay, checkpoints without frozen parts."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp.fully_sharded_data_parallel import FSDP_PREFIX
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_modules.ranks import is_distributed
+
+_DIVERGED = "training diverges: lower module.optimizer.lr, or look at trainer.gradient_clip_val and trainer.precision"
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]  # of parameters, or of groups of them
 
@@ -35,6 +40,9 @@ def warmup_cosine(module: "ResumableModule", optimizer: Optimizer, warmup_steps:
 class ResumableModule(LightningModule):
     """A LightningModule whose checkpoints leave out frozen parts, which have weight files of their own.
 
+    Training ends with ValueError, on all ranks, at the first loss that is not finite; weights that are not finite are
+    neither loaded nor left at the end.
+
     Attributes:
         frozen_parts: names of sub-modules, dotted.
     """
@@ -55,7 +63,38 @@ class ResumableModule(LightningModule):
         checkpoint["epoch_steps"] = self._epoch_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._epoch_steps = checkpoint["epoch_steps"]
+        if wrong := _not_finite(checkpoint.get("state_dict", {})):  # FSDP has taken its weights out by now
+            raise ValueError(f"ckpt_path: {wrong}: take a checkpoint from before training diverged")
+        self._epoch_steps = checkpoint.get("epoch_steps")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; raises ValueError, naming the first that does not fit."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:  # it lists them all
+            own = self.state_dict()
+            wrong = [f"{key} is missing" for key in own if key not in state_dict and not self._is_frozen(key)]
+            wrong += [f"{key} is not of this module" for key in state_dict if key not in own]
+            wrong += [
+                f"{key} has the shape {list(value.shape)} instead of {list(own[key].shape)}"
+                for key, value in state_dict.items()
+                if key in own and value.shape != own[key].shape
+            ]
+            if not wrong:
+                raise
+            kind = type(self).__name__
+            raise ValueError(f"ckpt_path: its weights are not those of this {kind}: {_first(wrong)}") from error
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        wrong = (~loss.detach().isfinite()).any().float()
+        if is_distributed():
+            torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
+        if wrong:
+            raise ValueError(f"the training loss of step {self.global_step + 1} is not finite; {_DIVERGED}")
+
+    def on_train_end(self) -> None:
+        if wrong := _not_finite({name: weight for name, weight in self.named_parameters() if weight.requires_grad}):
+            raise ValueError(f"{wrong} after step {self.global_step}; {_DIVERGED}")
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: for `task=rollout` the data module makes what is wanted when it is asked for batches to predict."""
@@ -74,6 +113,21 @@ class ResumableModule(LightningModule):
             self._epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         total = self._epoch_steps * trainer.max_epochs
         return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
+def _not_finite(weights: Mapping[str, Any]) -> str | None:
+    """The start of a sentence on weights that are NaN or infinite, if there are any."""
+    wrong = [
+        key
+        for key, weight in weights.items()
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.isfinite().all()
+    ]
+    return f"weights are not finite: {_first(wrong)}" if wrong else None
+
+
+def _first(faults: list[str]) -> str:
+    """The first of a list that nobody would read whole."""
+    return faults[0] + (f" (and {len(faults) - 1} more)" if faults[1:] else "")
 
 
 def _keep_frozen(module: ResumableModule, found: Any) -> None:

@@ -53,6 +53,11 @@ class PARMObjective:
     evidence_dropout: float = 0.5
     finished: float = 0.5
 
+    def __post_init__(self) -> None:
+        for name in ("evidence_dropout", "finished"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+
     def losses(
         self,
         parm: PARM,

@@ -31,6 +31,8 @@ class DecoderModule(ResumableModule):
         self, decoder: TokenDecoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float
     ) -> None:
         super().__init__()
+        if not 0 <= prompt_dropout <= 1:
+            raise ValueError(f"module.prompt_dropout must lie in [0, 1], not {prompt_dropout}")
         self.decoder = decoder
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps

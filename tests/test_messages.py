@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from callbacks.checks import refuse_missing_gpus, refuse_unread, refuse_wrong_values
+from callbacks.checks import refuse_missing_gpus, refuse_too_many_processes, refuse_unread, refuse_wrong_values
 from callbacks.command_line import about_options, about_settings
 from callbacks.messages import _OURS, MENDABLE, sentence
 from datamodules.photographs import Photographs
@@ -124,6 +124,22 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("module.optimizer.lr=abc", "must be a number of at least 0, not 'abc'"),
         ("module.optimizer.weight_decay=-0.1", "must be a number of at least 0, not -0.1"),
         ("module.optimizer.betas=[2,1]", "must be two numbers from 0 to below 1, not [2, 1]"),
+        ("module.optimizer.betas=0.9", "must be two numbers from 0 to below 1, not 0.9"),
+        ("module.optimizer.betas=[0.9,nan]", "must be finite, not [0.9, nan]"),
+        ("module.optimizer.lr=inf", "must be finite, not inf"),
+        ("module.objective.clause_weight=nan", "must be finite, not nan"),
+        ("sampling.guidance=inf", "must be finite, not inf"),
+        ("sampling.temperature=nan", "must be finite, not nan"),
+        ("strategies.parm_reflection.satisfied=nan", "must be finite, not nan"),
+        ("callbacks.geneval.test_strategies=[]", "must be a list of at least one name, not []"),
+        ("trainer.val_check_interval=0", "must be above 0, not 0"),
+        ("+trainer.accumulate_grad_batches=0", "must be a whole number of at least 1, not 0"),
+        ("name=[a]", "must be a text, not ['a']"),
+        ("ckpt_path=5", "must be a path, auto or null, not 5"),
+        ("ckpt_path=[a,b]", "must be a path, auto or null, not ['a', 'b']"),
+        ("ckpt_path={a:1}", "must be a path, auto or null, not {'a': 1}"),
+        ("ckpt_path=", "must be a path, auto or null, not ''"),
+        ("images=5", "must be a path or null, not 5"),
         ("module.warmup_steps=-1", "must be a whole number of at least 0, not -1"),
         ("seed=abc", "must be a whole number from 0 to 4294967295, not 'abc'"),
         ("trainer.max_steps=1.5", "must be a whole number, -1 for no limit, not 1.5"),
@@ -153,12 +169,30 @@ def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, overr
     assert str(refused.value).startswith(f"{override.lstrip('+').partition('=')[0]}") and said in str(refused.value)
 
 
+def test_infinity_is_fine_where_it_means_never(compose_config: Any) -> None:
+    for overrides in (["strategies=reflection"], ["experiment=dpo", "module.max_fall=inf"]):
+        config = compose_config(*overrides)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        refuse_wrong_values(plain, plain)
+
+
 def test_new_keys_that_nothing_reads_are_refused() -> None:
     refuse_unread(["+debug=minutes", "+callbacks.more=1", "+step=3", "~data", "seed=1"], {"a": "${step}"})
     with pytest.raises(ValueError, match=r"nothing reads the key foo\.bar; it has no effect"):
         refuse_unread(["+foo.bar=1"], {"foo": {"bar": 1}})
     with pytest.raises(ValueError, match=r"nothing reads the key debugs; did you mean \+debug=minutes\?"):
         refuse_unread(["+debugs=minutes"], {})
+
+
+def test_more_processes_than_cores_are_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, most in ((1, 2), (2, 2), (8, 8)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        for fine in (1, most, str(most), "auto", -1):
+            refuse_too_many_processes({"accelerator": "cpu", "devices": fine})
+        refuse_too_many_processes({"accelerator": "gpu", "devices": 99})
+        for many in (most + 1, "99"):
+            with pytest.raises(ValueError, match=rf"trainer\.devices={many} .* on the CPU, which has {cores} cores"):
+                refuse_too_many_processes({"accelerator": "cpu", "devices": many})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -188,6 +222,11 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["module.optimizer.lr=-1"], "module.optimizer.lr must be a number of at least 0, not -1"),
         (["geneval=file"], "geneval.test_prompts.path needs a value"),
         (["+foo.bar=1"], "nothing reads the key foo.bar"),
+        (["ckpt_path="], "ckpt_path must be a path, auto or null, not ''"),
+        (["name=[a]"], "name must be a text, not ['a']"),
+        (["task=ladder"], "task=ladder needs jobs to run: use experiment=ladder"),
+        (["trainer.devices=99", "trainer.accelerator=cpu"], "trainer.devices=99 means as many processes on the CPU"),
+        (["module.objective.finished=2"], "finished must lie in [0, 1], not 2 (in module.objective)"),
         (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
         (
             ["rewards=open_clip", "rewards.clip.clip.model_name=ViT-B-32"],

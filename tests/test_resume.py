@@ -133,7 +133,9 @@ def test_a_checkpoint_of_another_config_names_the_key(
         return OmegaConf.to_container(config, resolve=True)
 
     path = str(tmp_path / "last.ckpt")
-    torch.save({"hyper_parameters": plain(), "state_dict": {}, "global_step": 0}, path)
+    parts: Any = {"callbacks": {}, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    parts |= {"state_dict": {}, "global_step": 0, "pytorch-lightning_version": "2.5.0"}
+    torch.save({"hyper_parameters": plain(), **parts}, path)
     if not sentence:
         refuse_other_config(path, plain(*overrides, f"task={task}"))
         return

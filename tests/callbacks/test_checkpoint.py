@@ -122,6 +122,9 @@ def test_best_weights_that_are_gone_or_of_later_steps_do_not_count(
         in capsys.readouterr().out
     )
     assert score(old, [0, 0, 0.8], old / "first.ckpt") == (pytest.approx(0.9), 6)  # no worse one overwrites it
+    (old / "best.ckpt").write_bytes((old / "best.ckpt").read_bytes()[:-100])
+    assert score(tmp_path / "newer", [0, 0, 0.2], old / "first.ckpt") == (pytest.approx(0.2), 6)
+    assert f"Passed over: {old}/best.ckpt is cut off" in capsys.readouterr().out
     (old / "best.ckpt").unlink()
     assert score(old, [0, 0, 0, 0.1], old / "last.ckpt") == (pytest.approx(0.1), 8)
 

@@ -1,0 +1,122 @@
+"""Checkpoints that are broken, and folders that are the user's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.run_folder import checkpoint_to_resume
+from callbacks.runs import (
+    LOCK,
+    forget_refused,
+    keep_metrics,
+    newest_checkpoint,
+    read_checkpoint,
+    refuse_other_config,
+    remember_found,
+)
+
+WHOLE = {"state_dict": {"a": torch.ones(1000)}, "global_step": 1, "pytorch-lightning_version": "2.5.0", "callbacks": {},
+         "loops": {}, "optimizer_states": [], "lr_schedulers": []}  # fmt: skip
+CONFIG = {"task": "fit", "module": {"_target_": "a"}, "data": {}, "seed": 0}
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in WHOLE.items() if key != name}
+
+
+def flip(path: Path, at: bytes | float) -> None:
+    """Change some bytes of a file, where others are or at a part of its length."""
+    content = bytearray(path.read_bytes())
+    place = content.index(at) if isinstance(at, bytes) else int(at * len(content))
+    content[place : place + 8] = bytes(255 - byte for byte in content[place : place + 8])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "task", "said"),
+    [
+        (without("pytorch-lightning_version"), "export", "is no checkpoint of training: it has no 'pytorch-lightning_"),
+        (without("optimizer_states"), "fit", "that task=fit can resume: it has no 'optimizer_states'"),
+        (without("optimizer_states"), "evaluate", ""),
+        (WHOLE | {"global_step": "many"}, "evaluate", "is no checkpoint of training: its 'global_step' is a str"),
+        (WHOLE | {"hyper_parameters": "text"}, "fit", "is no checkpoint of training: its 'hyper_parameters' is a str"),
+        (WHOLE | {"hyper_parameters": {"a": 1}}, "fit", "was made with module._target_=None, not a"),
+        (WHOLE, "fit", ""),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_named(tmp_path: Path, content: Any, task: str, said: str) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(content, path)
+    if not said:
+        refuse_other_config(str(path), CONFIG | {"task": task})
+        return
+    with pytest.raises(ValueError, match=f"^ckpt_path: {path} ") as refused:
+        refuse_other_config(str(path), CONFIG | {"task": task})
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("at", [0.5, 0.05, 0.1, b"data.pkl", b"state_dict", b"data/0", b"data/0FB"])
+def test_a_flipped_byte_is_noticed_wherever_it_is(tmp_path: Path, at: bytes | float) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(WHOLE | {"state_dict": {"a": torch.ones(9000)}}, path)
+    flip(path, at)
+    with pytest.raises(ValueError, match=rf"^ckpt_path: {path} is broken \(.+\): copy or download it again$"):
+        refuse_other_config(str(path), CONFIG)
+
+
+def test_a_run_resumes_from_the_newest_checkpoint_that_can_be_read(
+    tmp_path: Path, compose_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    compose_config()
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2, 3, 4):
+        torch.save(WHOLE | {"global_step": step}, folder / f"step-{step}.ckpt")
+    (folder / "last.ckpt").symlink_to("step-4.ckpt")
+    assert checkpoint_to_resume(tmp_path, "auto", "parm") == str(folder / "last.ckpt")
+    assert "Passed over" not in capsys.readouterr().out
+    (folder / "step-4.ckpt").write_bytes((folder / "step-4.ckpt").read_bytes()[:-100])
+    assert newest_checkpoint(tmp_path) == folder / "step-3.ckpt" and not capsys.readouterr().out
+    flip(folder / "step-3.ckpt", 0.5)
+    assert checkpoint_to_resume(tmp_path, "auto", "parm") == str(folder / "step-2.ckpt")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.startswith("Passed over: ") for line in said] == [True, True, False]
+    assert "step-4.ckpt is cut off" in said[0] and "step-3.ckpt is broken" in said[1]
+    for path in folder.glob("step-*"):
+        path.write_bytes(b"")
+    torn = newest_checkpoint(tmp_path)  # to be refused by its name
+    assert torn is not None and torn.name == "step-4.ckpt"
+    with pytest.raises(ValueError, match="is empty"):
+        read_checkpoint(str(torn))
+
+
+def test_metrics_are_put_aside_under_the_next_free_number(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        (tmp_path / f"metrics-{number}").mkdir()
+        (tmp_path / f"metrics-{number}" / "metrics.csv").touch()
+    (tmp_path / "metrics-1" / "metrics.csv").unlink()
+    (tmp_path / "metrics-1").rmdir()
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics.csv").write_text("step\n")
+    keep_metrics(tmp_path)
+    assert (tmp_path / "metrics-11" / "metrics.csv").read_text() == "step\n"
+
+
+def test_a_refused_run_removes_only_what_it_has_made(tmp_path: Path) -> None:
+    made, own, used, linked = (tmp_path / name for name in ("made", "own", "used", "linked"))
+    own.mkdir()
+    (used / ".hydra").mkdir(parents=True)
+    linked.symlink_to(tmp_path / "own", target_is_directory=True)
+    for folder in (made, own, used, linked):
+        remember_found(folder)
+    for folder in (made, own, used):
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    forget_refused(linked)
+    for folder in (made, own, used, tmp_path / "nothing"):
+        forget_refused(folder)
+    assert not made.exists() and own.is_dir() and not list(own.iterdir()) and (used / ".hydra").is_dir()
+    assert linked.is_symlink()
