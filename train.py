@@ -114,7 +114,12 @@ def run(config: DictConfig) -> None:
     elif config.ckpt_path == "auto":
         raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    refuse_wrong_values(plain, written)
+    preset = hydra_config.runtime.choices.get("debug")
+    hint = f"; +debug={preset} is for other jobs, which conf/debug/{preset}.yaml names" if preset else ""
+    try:
+        refuse_wrong_values(plain, written)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
     if config.task == "ladder":
         build(config.ladder).run()
         return
@@ -144,7 +149,7 @@ def run(config: DictConfig) -> None:
         return
     module = build(config.module)
     if isinstance(module, EvaluationModule) and config.get("data") is not None:
-        raise ValueError("module=evaluation has no use for data: add ~data")
+        raise ValueError(f"module=evaluation has no use for data: add ~data{hint}")
     module.save_hyperparameters(plain)
     if config.task == "export":
         load_checkpoint(module, config.ckpt_path)

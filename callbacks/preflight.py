@@ -9,8 +9,11 @@ import torch
 from hydra.utils import get_class, instantiate
 
 from callbacks.messages import written_at
+from datamodules.pairs import PairsDataModule
 from datamodules.rollouts import refuse_unmarked
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
+from lightning_modules.dpo import DPOModule
+from lightning_modules.parm import PARMModule
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 
 # What a task builds.
@@ -36,6 +39,7 @@ def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
     built = {name: config[name] for name in parts if config.get(name)}
     if config["task"] != "score":
+        _refuse_other_data(built)
         _refuse_mismatched_networks(config, written, built)
     for _, detector in _detectors(built):
         if names := getattr(detector, "class_names", None):
@@ -49,6 +53,18 @@ def preflight(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
         key = written_at(written, each.key)
         weights[key] = replace(each, key=key)
     refuse_missing(list(weights.values()))
+
+
+def _refuse_other_data(built: Mapping[str, Any]) -> None:
+    """Refuse data that the module does not learn from."""
+    targets = [built.get(name, {}).get("_target_") for name in ("module", "data")]
+    if not all(targets):
+        return
+    module, data = map(get_class, targets)
+    if issubclass(module, DPOModule) and not issubclass(data, PairsDataModule):
+        raise ValueError("module=dpo learns from pairs: use experiment=dpo, or data=preferences or preference_files")
+    if issubclass(module, PARMModule) and issubclass(data, PairsDataModule):
+        raise ValueError("module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo")
 
 
 def _refuse_mismatched_networks(
