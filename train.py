@@ -115,7 +115,7 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"ckpt_path=auto is for task=fit; task={config.task} needs the path of a checkpoint")
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra_config.runtime.choices.get("debug")
-    hint = f"; +debug={preset} is for other jobs, which conf/debug/{preset}.yaml names" if preset else ""
+    hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
     try:
         refuse_wrong_values(plain, written)
     except ValueError as error:

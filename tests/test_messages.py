@@ -229,9 +229,9 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["data=preferences"], "module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo"),
         (
             ["experiment=dpo", "+debug=minutes"],
-            "; +debug=minutes is for other jobs, which conf/debug/minutes.yaml names",
+            "; +debug=minutes sets keys too, for the job that conf/debug/minutes.yaml names",
         ),
-        (["task=evaluate", "module=evaluation", "~data", "+debug=minutes"], "; +debug=minutes is for other jobs"),
+        (["task=evaluate", "module=evaluation", "~data", "+debug=minutes"], "; +debug=minutes sets keys too"),
         (["task=ladder"], "task=ladder needs jobs to run: use experiment=ladder"),
         (["trainer.devices=99", "trainer.accelerator=cpu"], "trainer.devices=99 means as many processes on the CPU"),
         (["module.objective.finished=2"], "finished must lie in [0, 1], not 2 (in module.objective)"),
