@@ -149,6 +149,8 @@ class PairsDataModule(LightningDataModule):
         collect_batch_size: images decoded, encoded or scored at a time.
     """
 
+    gives = "pairs"
+
     def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
         super().__init__()
         self.folder = Path(folder)

@@ -311,6 +311,8 @@ class RolloutsDataModule(LightningDataModule):
         batch_size: rollouts a training batch, per rank.
     """
 
+    gives = "rollouts"
+
     def __init__(
         self,
         reward: GenEvalReward,

@@ -60,6 +60,8 @@ class DPOModule(ResumableModule):
         lora: adapters that are trained instead of the decoder's own weights; null trains these.
     """
 
+    learns_from = "pairs"
+
     def __init__(
         self,
         decoder: TokenDecoder,

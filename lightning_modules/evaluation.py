@@ -16,7 +16,7 @@ class EvaluationModule(ResumableModule):
         parm: a reward model for strategies, if any.
     """
 
-    takes_data = False
+    learns_from = None
 
     def __init__(self, decoder: Decoder, parm: PARM | None) -> None:
         super().__init__()

@@ -46,10 +46,12 @@ class ResumableModule(LightningModule):
     Attributes:
         frozen_parts: names of sub-modules, dotted.
         trains_sharded: it can train where each process has a part of the weights.
+        learns_from: images, rollouts or pairs; None if it trains on nothing.
     """
 
     frozen_parts: tuple[str, ...] = ()
     trains_sharded = True
+    learns_from: str | None = "images"
     _epoch_steps: int | None = None
 
     def __init__(self) -> None:

@@ -115,6 +115,7 @@ class PARMModule(ResumableModule):
 
     frozen_parts = ("decoder",)
     trains_sharded = False  # the frozen decoder runs in parts
+    learns_from = "rollouts"
 
     def __init__(
         self,

@@ -45,6 +45,10 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
     for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
+    for name, node in config["logger"].items():
+        if not isinstance(node, Mapping):
+            said = f"logger.{name}={_shown(node)} is no logger"
+            raise ValueError(f"{said}: ~logger.{name} leaves it out, logger=csv has metrics.csv alone")
     _refuse_below("", config, written)
 
 

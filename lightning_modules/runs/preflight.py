@@ -44,13 +44,18 @@ def preflight(config: DictConfig) -> None:
     refuse_unread(hydra.overrides.task, written, hydra.runtime.choices)
     _refuse_incomplete(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    refuse_wrong_values(plain, written)
-    if config.task == "ladder":  # its jobs are checked each on its own
-        return
-    if config.task != "export":
-        refuse_missing_gpus(plain["trainer"])
-        refuse_too_many_processes(plain["trainer"])
-    _refuse_what_does_not_go_together(plain)
+    preset = hydra.runtime.choices.get("debug")
+    try:
+        refuse_wrong_values(plain, written)
+        if config.task == "ladder":  # its jobs are checked each on its own
+            return
+        if config.task != "export":
+            refuse_missing_gpus(plain["trainer"])
+            refuse_too_many_processes(plain["trainer"])
+        _refuse_what_does_not_go_together(plain)
+    except ValueError as error:
+        hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
+        raise ValueError(f"{error}{hint}") from None
     _refuse_mismatched_parts(plain, written)
     if config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
@@ -100,11 +105,11 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
     folder = config["task"] == "evaluate" and config["ckpt_path"] and Path(config["ckpt_path"]).is_dir()
     if folder and "geneval" not in callbacks:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
-    if data and not _says(module, "takes_data"):
-        raise ValueError("module=evaluation has no use for data: add ~data")
+    if data:
+        _refuse_other_data(module, data)
     if not _is_sharded(config):
         return
-    if not (_says(module, "trains_sharded") and _says(data, "trains_sharded")):
+    if not (_says(module, "trains_sharded", True) and _says(data, "trains_sharded", True)):
         raise ValueError(
             "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
             "rollouts are for devices=ddp, and what task=rollout makes of data=preferences can be such files"
@@ -117,9 +122,21 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
         raise ValueError(f"devices=fsdp cannot decode while it trains: add {removed}, and evaluate by devices=ddp")
 
 
-def _says(node: Mapping[str, Any] | None, word: str) -> bool:
-    """What the class of a node says of itself; where there is none, or one that says nothing, True."""
-    return node is None or getattr(get_class(node["_target_"]), word, True)
+def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise ValueError for data that the module does not learn from."""
+    wanted = _says(module, "learns_from", None)
+    given = _says(data, "gives", wanted)
+    if "learns_from" in dir(get_class(module["_target_"])) and wanted is None:
+        raise ValueError("module=evaluation has no use for data: add ~data")
+    if wanted == "pairs" != given:
+        raise ValueError("module=dpo learns from pairs: use experiment=dpo, or data=preferences or preference_files")
+    if wanted == "rollouts" and given == "pairs":
+        raise ValueError("module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo")
+
+
+def _says(node: Mapping[str, Any] | None, word: str, otherwise: Any) -> Any:
+    """Give what the class of a node says of itself, or `otherwise` where there is none, or one that says nothing."""
+    return otherwise if node is None else getattr(get_class(node["_target_"]), word, otherwise)
 
 
 def _refuse_mismatched_parts(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
