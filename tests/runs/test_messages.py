@@ -143,7 +143,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("module.objective.clause_weight=nan", "must be finite, not nan"),
         ("sampling.guidance=inf", "must be finite, not inf"),
         ("sampling.temperature=nan", "must be finite, not nan"),
-        ("strategies.parm_reflection.satisfied=nan", "must be finite, not nan"),
+        ("strategies.verified_reflection.satisfied=nan", "must be finite, not nan"),
         ("callbacks.geneval.test_strategies=[]", "must be a list of at least one name, not []"),
         ("trainer.val_check_interval=0", "must be above 0, not 0"),
         ("+trainer.accumulate_grad_batches=0", "must be a whole number of at least 1, not 0"),
