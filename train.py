@@ -157,12 +157,12 @@ def export(config: DictConfig) -> None:
         print(f"Exported {type(part).__name__} to {folders[name]}")
 
 
-def ladder(config: DictConfig) -> None:
+def pipeline(config: DictConfig) -> None:
     """Run jobs one after the other, and put them into one table."""
-    build(config.ladder).run()
+    build(config.pipeline).run()
 
 
-TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollout, export, ladder)}
+TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollout, export, pipeline)}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

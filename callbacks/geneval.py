@@ -17,8 +17,8 @@ from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
 from datamodules.preferences import PreferencesDataModule
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.cache_key import digest
 from lightning_modules.decoding.strategy import Judges, Strategy, judged
-from lightning_modules.identity import digest
 from lightning_modules.optim import trainable
 from lightning_modules.report.drawing import stories
 from lightning_modules.report.media import log_images, log_page
@@ -64,11 +64,11 @@ class GenEvalCallback(Callback):
         folder: where results go.
         unfinished: where the batches of a test are kept until its results are written.
         sheet_prompts: prompts on the contact sheets and on the page.
-        holdout: names of judges whose mean opinion is logged beside GenEval (a verifier's value as a probability), as
-            are objects per image: what training does not optimise tells whether it has found a way to cheat. A strategy
-            that chooses by one of them is not judged by it.
-        rewards: further judges of finished images, by name, for strategies and `holdout`.
-        fid: distance to reference images, logged beside GenEval as `holdout` is.
+        independent_judges: names of judges whose mean score is logged beside GenEval (a verifier's value as a
+            probability), as are objects per image: what training does not optimise tells whether it has found a way to
+            cheat. A strategy that chooses by one of them is not judged by it.
+        rewards: further judges of finished images, by name, for strategies and `independent_judges`.
+        fid: distance to reference images, logged beside GenEval as `independent_judges` is.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GenEvalCallback(Callback):
         folder: str,
         unfinished: str,
         sheet_prompts: int,
-        holdout: Sequence[str],
+        independent_judges: Sequence[str],
         rewards: Mapping[str, Reward],
         fid: FID | None = None,
     ) -> None:
@@ -114,7 +114,7 @@ class GenEvalCallback(Callback):
         self.seed = seed
         self.folder, self.unfinished = Path(folder), Path(unfinished)
         self.sheet_prompts = sheet_prompts
-        self.holdout = list(holdout)
+        self.independent_judges = list(independent_judges)
         self.rewards = rewards
         self.fid = fid
         self._untrained: Judges = {}
@@ -130,7 +130,7 @@ class GenEvalCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse prompts with unknown words, judges that do not exist and blind detectors before any work starts."""
         judges = self._judges(pl_module)
-        named: dict[str, Sequence[str]] = {"callbacks.geneval.holdout": self.holdout}
+        named: dict[str, Sequence[str]] = {"callbacks.geneval.independent_judges": self.independent_judges}
         named |= {f"strategies.{key}": strategy.judge_names for key, strategy in self.strategies.items()}
         for key, names in named.items():
             for name in names:
@@ -140,11 +140,9 @@ class GenEvalCallback(Callback):
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
         data = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and isinstance(data, PreferencesDataModule):
-            for name in self.holdout:
+            for name in self.independent_judges:
                 if name in data.teachers:
-                    raise ValueError(
-                        f"callbacks.geneval.holdout: {name!r} decides what is trained on, so it is not held out"
-                    )
+                    raise ValueError(f"callbacks.geneval.independent_judges: {name!r} decides what is trained on")
         if stage == "fit" and self.before_training:  # a checkpoint is restored after this
             own: Judges = pl_module.judges  # type: ignore[assignment]
             learning = {name: judge for name, judge in own.items() if isinstance(judge, nn.Module) and trainable(judge)}
@@ -167,7 +165,9 @@ class GenEvalCallback(Callback):
             self._latest = _scores("val", results)
             for name, result in results.items():
                 self._latest[f"val/objects/{name}"] = result.objects
-                self._latest |= {f"val/holdout/{judge}/{name}": value for judge, value in result.holdout.items()}
+                self._latest |= {
+                    f"val/independent/{judge}/{name}": value for judge, value in result.independent.items()
+                }
             self._latest["val/geneval"] = results[self.monitor].overall
             log_images(trainer, "val", results)
         pl_module.log_dict(self._latest, prog_bar=False, sync_dist=True)  # all ranks have the same, or Lightning warns
@@ -229,7 +229,10 @@ class GenEvalCallback(Callback):
         """What decides the results of a test."""
         strategies = {name: self.strategies[name] for name in self.test_strategies}
         judges = self._judges(pl_module)
-        asked = {*self.holdout, *(judge for strategy in strategies.values() for judge in strategy.judge_names)}
+        asked = {
+            *self.independent_judges,
+            *(judge for strategy in strategies.values() for judge in strategy.judge_names),
+        }
         decoder: Any = pl_module.decoder
         return {
             "decoder": decoder.cache_key(),
@@ -238,7 +241,7 @@ class GenEvalCallback(Callback):
             "judges": {name: judges[name].cache_key() for name in asked},
             "before_training": {name: judge.cache_key() for name, judge in self._untrained.items()},
             "verdicts": self.reward.verdict_key(),
-            "holdout": self.holdout,
+            "independent_judges": self.independent_judges,
             "fid": self.fid and self.fid.cache_key(),
             "prompts": list(self.test_prompts),
             "images_per_prompt": self.images_per_prompt,
@@ -268,8 +271,8 @@ class GenEvalCallback(Callback):
         return notes + unofficial(self.test_prompts)
 
     def _held_out(self, strategy: Strategy) -> list[str]:
-        """The judges of `holdout` that do not choose what the strategy makes."""
-        return [name for name in self.holdout if name not in strategy.judge_names]
+        """The judges of `independent_judges` that do not choose what the strategy makes."""
+        return [name for name in self.independent_judges if name not in strategy.judge_names]
 
     @torch.no_grad()
     def _evaluate(
@@ -305,7 +308,7 @@ class GenEvalCallback(Callback):
             scores = {task: float(score) for task, score in metric.compute().items()}
             results[name] = combine(name, share, scores)
             if self.fid is not None:
-                results[name].holdout["fid"] = self.fid.compute()
+                results[name].independent["fid"] = self.fid.compute()
         return results
 
     def _decode(
@@ -326,16 +329,16 @@ class GenEvalCallback(Callback):
         images = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
         share.seconds = time.perf_counter() - start
         share.cost = decoded.cost
-        for name, note in decoded.notes.items():
-            share.notes[name] = float(note.sum())
+        for name, note in decoded.stats.items():
+            share.stats[name] = float(note.sum())
         verdicts = self.reward.verdicts(rows, images)
         if self.fid is not None:
             self.fid.update(images)
         share.objects = sum(len(found) for verdict in verdicts for found in verdict.details.values())
         for name in self._held_out(strategy):
             judge = judges[name]
-            values = judged(judge, decoder, rows, decoded.tokens, decoded.evidence)
-            share.holdout[name] = float(judge.as_probability(values).sum())
+            values = judged(judge, decoder, rows, decoded.tokens, decoded.features)
+            share.independent[name] = float(judge.as_probability(values).sum())
         for (i, j), row, verdict in zip(jobs, rows, verdicts, strict=True):
             share.rows.append(result_row(sample_path(i, j), row, verdict))
         on_sheet = spread(len(prompts), self.sheet_prompts)
@@ -344,7 +347,7 @@ class GenEvalCallback(Callback):
         if shown:
             names = self.test_strategies if tell else self.validation_strategies
             choosing = (judge for name in names for judge in self.strategies[name].judge_names)
-            asked = list(dict.fromkeys([*self.holdout, *choosing]))
+            asked = list(dict.fromkeys([*self.independent_judges, *choosing]))
             chosen = decoded.select(torch.tensor(shown, device=decoded.tokens.device))
             told = stories(decoder, judges, asked, [rows[place] for place in shown], chosen, tell)
             share.stories = {jobs[place][0]: story for place, story in zip(shown, told, strict=True)}

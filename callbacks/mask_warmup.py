@@ -23,7 +23,7 @@ class MaskWarmup(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         share = self.start + (1 - self.start) * trainer.global_step / self.steps
-        pl_module.decoder.largest_share = min(1.0, share)  # type: ignore[union-attr]
+        pl_module.decoder.max_mask_ratio = min(1.0, share)  # type: ignore[union-attr]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.decoder.largest_share = 1.0  # type: ignore[union-attr]
+        pl_module.decoder.max_mask_ratio = 1.0  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from lightning_modules.runs.messages import sentence
 
 _ENDED = ".ended"  # left by a run under SLURM that has come to its end
 # Tasks that leave their results in the run folder.
-_REPORTING = ("fit", "evaluate", "score", "ladder")
+_REPORTING = ("fit", "evaluate", "score", "pipeline")
 
 
 class RunFolder(Callback):
@@ -101,8 +101,8 @@ def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[]
             with read_write(config.hydra):
                 config.hydra[kind].dir = _agreed(choose)
         folder = config.hydra[kind].dir
-        # Several processes may climb a ladder, each of whose jobs is a run.
-        if config.task != "ladder" and _rank() == 0 and not _hold(Path(folder)):
+        # Several processes may climb a pipeline, each of whose jobs is a run.
+        if config.task != "pipeline" and _rank() == 0 and not _hold(Path(folder)):
             raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
     except Exception as error:  # Hydra would only warn of it
         written: Any = OmegaConf.to_container(config)

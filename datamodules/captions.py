@@ -57,7 +57,7 @@ class Repaint:
         found = self.reward.detect(to_uint8(tokenizer.decode(tokens)))
         read = [labels(found[i // copies], row, decoder.max_words, tokenizer.grid) for i, row in enumerate(rows)]
         seen = _columns([verdict for verdict, _ in read], [grounding for _, grounding in read])
-        kept = {name: batch[name] for name in ("prompt", "free_from", "group")}
+        kept = {name: batch[name] for name in ("prompt", "first_unverified", "group")}
         return kept | {"tokens": tokens} | {name: column.to(tokens.device) for name, column in seen.items()}
 
 
@@ -102,7 +102,7 @@ class CaptionsDataModule(StreamDataModule[CaptionPair]):
             "prompt": [caption["prompt"] for caption in captions],
             "metadata": captions,
             **_columns(verdicts, [found for pair in pairs for found in pair.grounding]),
-            "free_from": torch.zeros_like(group),
+            "first_unverified": torch.zeros_like(group),
             "group": group,
         }
 

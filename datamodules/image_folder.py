@@ -16,8 +16,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.broken_files import read_json
+from lightning_modules.cache_key import digest
 from lightning_modules.files import refuse_unwritable, write_text
-from lightning_modules.identity import digest
 from lightning_modules.image_reader import UnreadableImage, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import validate_metadata

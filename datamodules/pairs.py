@@ -19,7 +19,7 @@ from datamodules.loaders import make_loader
 from datamodules.rollouts import store
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.identity import digest
+from lightning_modules.cache_key import digest
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.identity import Keyed, class_name
+from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.image_reader import UnreadableImage, fit_square, read_image
 
 

@@ -18,8 +18,8 @@ from datamodules.rollouts import RolloutSpec, collect, find, gone, provenance
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.cache_key import digest, key_of
 from lightning_modules.decoding.strategy import Judges, judged
-from lightning_modules.identity import digest, key_of
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
 
@@ -45,8 +45,8 @@ def ensemble(
         judge = judges[name]
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
-            evidence = decoder.evidence(columns["prompt"][part], tokens[part])
-            values = judged(judge, decoder, metadata[part], tokens[part], evidence)
+            features = decoder.features(columns["prompt"][part], tokens[part])
+            values = judged(judge, decoder, metadata[part], tokens[part], features)
             scores[part] += weight * judge.as_probability(values).cpu().numpy()
     return scores
 
@@ -144,16 +144,16 @@ class PreferencesDataModule(PairsDataModule):
     def _pairs(self, name: str) -> Dataset:
         assert self.trainer is not None
         round_length = self.epochs_per_round if name == "train" else None
-        turn = self.trainer.current_epoch // round_length if round_length else 0
-        key = f"{name}-{turn}"
+        round_index = self.trainer.current_epoch // round_length if round_length else 0
+        key = f"{name}-{round_index}"
         known = self._folders.get(key)
         folder = find(known, self.folder) if known else None
         if folder is None:
             specs = self.train if name == "train" else {"plain": self.validation}
-            if known and (turn or self._start is None):
+            if known and (round_index or self._start is None):
                 raise gone(known, self.folder)
             with self._before_training() if known else nullcontext():
-                folder = self._make(name, specs, turn)
+                folder = self._make(name, specs, round_index)
         self._folders[key] = str(folder.absolute())
         return load_rows(folder)
 
@@ -169,16 +169,16 @@ class PreferencesDataModule(PairsDataModule):
         finally:
             module.load_state_dict(present)
 
-    def _make(self, name: str, specs: Mapping[str, RolloutSpec], turn: int) -> Path:
+    def _make(self, name: str, specs: Mapping[str, RolloutSpec], round_index: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
         assert self.trainer is not None
         trainer = self.trainer
         decoder: Any = trainer.lightning_module.decoder
         judges = self._judges()
-        seed = image_seed(self.seed, turn) if turn else self.seed
+        seed = image_seed(self.seed, round_index) if round_index else self.seed
         sets, made_with = [], []
         for set_name, whole in specs.items():
-            spec = whole.of_round(turn)
+            spec = whole.of_round(round_index)
             made_with.append(provenance(spec, decoder, judges, self.reward, seed))
             run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
             folder = self.folder / f"{set_name}-{digest(made_with[-1])}"

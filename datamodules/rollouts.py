@@ -21,12 +21,12 @@ from tqdm import tqdm
 from datamodules.data_sets import load_rows
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import Request, TokenDecoder
-from lightning_modules.backbone.evidence import STATISTICS
+from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.broken_files import read_json
+from lightning_modules.cache_key import digest
 from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.files import make_once
-from lightning_modules.identity import digest
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
 
@@ -60,14 +60,14 @@ class RolloutSpec:
         if missing := set(self.per_round or ()) - {row["tag"] for row in self.prompts}:
             raise ValueError(f"per_round names {min(missing)!r}, a task of which there are no prompts")
 
-    def of_round(self, turn: int) -> "RolloutSpec":
-        """What round `turn` collects: it takes up each task's prompts where the round before left them."""
+    def of_round(self, round_index: int) -> "RolloutSpec":
+        """What round `round_index` collects: it takes up each task's prompts where the round before left them."""
         if self.per_round is None:
             return self
         prompts = []
         for task, count in self.per_round.items():
             pool = [row for row in self.prompts if row["tag"] == task]
-            prompts += [pool[i % len(pool)] for i in range(turn * count, (turn + 1) * count)]
+            prompts += [pool[i % len(pool)] for i in range(round_index * count, (round_index + 1) * count)]
         return replace(self, prompts=prompts, per_round=None)
 
 
@@ -77,7 +77,7 @@ def provenance(
     judges: Judges,
     labels: GenEvalReward | None,
     seed: int,
-    keep_evidence: bool = False,
+    store_features: bool = False,
 ) -> dict[str, Any]:
     """What makes a set of rollouts: equal provenance, equal rollouts."""
     named = sorted({*spec.strategy.judge_names} & {*judges})
@@ -89,7 +89,7 @@ def provenance(
         "prompts": digest(list(spec.prompts)),
         "samples": spec.samples,
         "seed": seed,
-        "evidence": keep_evidence,
+        "features": store_features,
         "format": _FORMAT,
     }
 
@@ -138,7 +138,7 @@ def load(spec: RolloutSpec, folder: Path, batch_size: int) -> Dataset:
 
 
 def find(known: str, folder: Path, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path | None:
-    """Look for what a checkpoint knows by its name: in a folder, then where it was; None if it is in neither.
+    """TokenScorer for what a checkpoint knows by its name: in a folder, then where it was; None if it is in neither.
 
     Args:
         known: where it was; the last part of the path is its name.
@@ -165,7 +165,7 @@ def collect(
     reward: GenEvalReward,
     seed: int,
     batch_size: int,
-    keep_evidence: bool = False,
+    store_features: bool = False,
     rank: int = 0,
     world_size: int = 1,
     asked_to_stop: Callable[[], bool] = bool,
@@ -176,15 +176,15 @@ def collect(
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
     Between batches SIGTERMException is raised once `asked_to_stop` says so.
 
-    With `keep_evidence` rows also hold what the decoder knew of each token, so that PARM trains without decoder passes;
-    that is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store how the
+    With `store_features` rows also hold what the decoder knew of each token: PARM trains without decoder passes. That
+    is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store how the
     grid was filled, and the log-probabilities.
 
     Returns:
-        Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, free_from, objects (found in the image),
-        seed, prompt_index, sample, settings.
+        Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, first_unverified, objects (found in the
+        image), seed, prompt_index, sample, settings.
     """
-    made_with = provenance(spec, decoder, judges, reward, seed, keep_evidence)
+    made_with = provenance(spec, decoder, judges, reward, seed, store_features)
     reward.prepare(next(decoder.parameters()).device)
     if rank == 0:
         open_folder(folder, made_with)
@@ -221,7 +221,7 @@ def collect(
                 ground(row, detections, words=decoder.word_spans(row["prompt"]))
                 for row, detections in zip(rows, found, strict=True)
             ],
-            "free_from": decoded.free_from.long().tolist(),
+            "first_unverified": decoded.first_unverified.long().tolist(),
             "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
             "seed": seeds,
             "prompt_index": [i for i, _ in chunk],
@@ -231,12 +231,12 @@ def collect(
         if decoded.trajectory is not None:
             for name in _TRAJECTORY:
                 columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
-        elif keep_evidence:
+        elif store_features:
             for name in _HIDDEN:
-                stored = getattr(decoded.evidence, name).half().cpu().numpy()
+                stored = getattr(decoded.features, name).half().cpu().numpy()
                 columns[name] = [row.tobytes() for row in stored]
-        if keep_evidence:
-            columns |= {name: getattr(decoded.evidence, name).cpu().numpy() for name in STATISTICS}
+        if store_features:
+            columns |= {name: getattr(decoded.features, name).cpu().numpy() for name in STATISTICS}
         return Dataset.from_dict(columns)
 
     with tqdm(total=sum(len(chunk) for _, chunk in missing), desc="Rollouts", unit="image",
@@ -280,8 +280,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     more: dict[str, Any] = {}
     if STATISTICS[0] in rows[0]:
-        more["evidence"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
-        more["evidence"] |= {name: column(name) for name in STATISTICS}
+        more["features"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
+        more["features"] |= {name: column(name) for name in STATISTICS}
     if "previews" in rows[0]:
         more["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
     return {
@@ -291,7 +291,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "correct": column("reward").float(),
         "clauses": column("clauses").float(),
         "grounding": column("grounding").float(),
-        "free_from": column("free_from"),
+        "first_unverified": column("first_unverified"),
         "group": column("prompt_index"),
     }
 
@@ -306,7 +306,7 @@ class RolloutsDataModule(LightningDataModule):
         validation, test: rollouts of prompts that training does not use.
         folder: where rollouts are kept; each set has a sub-folder named by what made it.
         seed: of all images.
-        keep_evidence: store what the decoder knew of each token with it; see `collect`.
+        store_features: store what the decoder knew of each token with it; see `collect`.
         collect_batch_size: images decoded at a time.
         batch_size: rollouts a training batch, per rank.
     """
@@ -321,7 +321,7 @@ class RolloutsDataModule(LightningDataModule):
         test: RolloutSpec,
         folder: str,
         seed: int,
-        keep_evidence: bool,
+        store_features: bool,
         collect_batch_size: int,
         batch_size: int,
     ) -> None:
@@ -330,7 +330,7 @@ class RolloutsDataModule(LightningDataModule):
         self.train, self.validation, self.test = train, validation, test
         self.folder = Path(folder)
         self.seed = seed
-        self.keep_evidence = keep_evidence
+        self.store_features = store_features
         self.collect_batch_size = collect_batch_size
         self.batch_size = batch_size
         self._folders: dict[str, str] = {}  # where each set is or was; the last part of the path says what made it
@@ -365,7 +365,7 @@ class RolloutsDataModule(LightningDataModule):
         """The folder of a set that the models as they are would make."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.keep_evidence)
+        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.store_features)
         return self.folder / f"{name}-{digest(made_with)}"
 
     def _collect_now(self, spec: RolloutSpec, folder: Path) -> Dataset:
@@ -380,7 +380,7 @@ class RolloutsDataModule(LightningDataModule):
             self.reward,
             self.seed,
             self.collect_batch_size,
-            self.keep_evidence,
+            self.store_features,
             trainer.global_rank,
             trainer.world_size,
             lambda: trainer.received_sigterm,
@@ -388,7 +388,7 @@ class RolloutsDataModule(LightningDataModule):
 
     def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None
-        arrays = ["tokens", "clauses", "grounding", "reward", "free_from", "prompt_index"]
+        arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
         arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
         rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
         return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)

@@ -152,9 +152,9 @@ class DPOModule(ResumableModule):
         if "correct" not in batch:
             raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
         tokens = torch.cat([batch["chosen"], batch["rejected"]])
-        evidence = self.decoder.evidence(batch["prompt"] * 2, tokens)
-        free_from = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        losses = self.refit.training_losses(self.parm, evidence, batch | {"free_from": free_from})
+        features = self.decoder.features(batch["prompt"] * 2, tokens)
+        first_unverified = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        losses = self.refit.training_losses(self.parm, features, batch | {"first_unverified": first_unverified})
         self.log("train/parm_loss", losses["loss"], prog_bar=True)
         return losses["total"]
 

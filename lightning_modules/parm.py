@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 from lightning_modules.ranks import mean_over_ranks, uniform_rows
 from lightning_modules.rewards.parm import PARM
@@ -37,7 +37,7 @@ class PARMObjective:
     Attributes:
         clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
         grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
-        evidence_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
+        feature_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
             given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
             this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
         finished: share of the images of mask-token decoders that are read as they are after the last step; the others
@@ -46,18 +46,18 @@ class PARMObjective:
 
     clause_weight: float = 0.5
     grounding_weight: float = 2.0
-    evidence_dropout: float = 0.5
+    feature_dropout: float = 0.5
     finished: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("evidence_dropout", "finished"):
+        for name in ("feature_dropout", "finished"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
 
     def losses(
         self,
         parm: PARM,
-        evidence: Evidence,
+        features: DecoderFeatures,
         labels: Mapping[str, Tensor],
         trusted: Tensor | None = None,
         over_ranks: bool = False,
@@ -66,21 +66,21 @@ class PARMObjective:
 
         Args:
             parm: the reward model.
-            evidence: about finished images; for a PARM that is not causal, about grids on the way to them.
+            features: about finished images; for a PARM that is not causal, about grids on the way to them.
             labels: `correct` [B] in {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt
-                does not ask), `free_from` [B] (prefixes that end before it are not trained: a verifier steered what
-                came next).
+                does not ask), `first_unverified` [B] (prefixes that end before it are not trained: a verifier
+                steered what came next).
             trusted: see `PARM.forward`.
             over_ranks: see `masked_bce`.
         """
-        logits, clause_logits, match_logits = parm(evidence, trusted)
-        known = torch.ones_like(evidence.log_probs, dtype=torch.bool)
+        logits, clause_logits, match_logits = parm(features, trusted)
+        known = torch.ones_like(features.log_probs, dtype=torch.bool)
         trained = torch.ones_like(logits, dtype=torch.bool)
-        if evidence.undecided is not None:
-            known = ~evidence.undecided
+        if features.undecided is not None:
+            known = ~features.undecided
         else:
             lengths = torch.arange(1, logits.shape[1] + 1, device=logits.device)
-            trained = lengths >= labels["free_from"].clamp(min=1)[:, None]
+            trained = lengths >= labels["first_unverified"].clamp(min=1)[:, None]
         correct, clauses = labels["correct"][:, None], labels["clauses"][:, None]
         return {
             "loss": masked_bce(logits, correct.expand_as(logits), trained, over_ranks),
@@ -88,11 +88,11 @@ class PARMObjective:
             "grounding_loss": masked_bce(match_logits, labels["grounding"], known[..., None], over_ranks),
         }
 
-    def training_losses(self, parm: PARM, evidence: Evidence, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with evidence dropout, and their weighted sum (`total`)."""
-        log_probs = evidence.log_probs
-        trusted = uniform_rows(len(log_probs), device=log_probs.device) >= self.evidence_dropout
-        losses = self.losses(parm, evidence, labels, trusted, over_ranks=True)
+    def training_losses(self, parm: PARM, features: DecoderFeatures, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same with features dropout, and their weighted sum (`total`)."""
+        log_probs = features.log_probs
+        trusted = uniform_rows(len(log_probs), device=log_probs.device) >= self.feature_dropout
+        losses = self.losses(parm, features, labels, trusted, over_ranks=True)
         auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
         return losses | {"total": losses["loss"] + auxiliary}
 
@@ -101,9 +101,9 @@ class PARMModule(ResumableModule):
     """Trains the reward model; measures how well it ranks images of one prompt.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
-    `PARMObjective.losses` and `group` [B] (index of the prompt). With `evidence`, what the decoder knew of the tokens
+    `PARMObjective.losses` and `group` [B] (index of the prompt). With `features`, what the decoder knew of the tokens
     when it drew them, no decoder pass is needed. Batches of mask-token decoders have a `trajectory`, and of the
-    evidence the statistics alone: what was seen on the way takes a pass with what was unknown then.
+    features the statistics alone: what was seen on the way takes a pass with what was unknown then.
 
     Args:
         decoder: the shared decoder, frozen here.
@@ -146,33 +146,33 @@ class PARMModule(ResumableModule):
         """What `task=export` writes, by the config node that builds it."""
         return {"parm": self.parm}
 
-    def _evidence(self, batch: dict[str, Any], fraction: float | None = None) -> Evidence:
+    def _features(self, batch: dict[str, Any], fraction: float | None = None) -> DecoderFeatures:
         """What the decoder knows of a batch; of grids at this fraction of the way, by default another one in each."""
         self.decoder.eval()
         if "tokens" not in batch:
             batch = batch | {"tokens": self.decoder.image_tokenizer.encode(batch["image"])}
-        return self.decoder.training_evidence(batch, self.objective.finished, fraction)
+        return self.decoder.training_features(batch, self.objective.finished, fraction)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self.objective.training_losses(self.parm, self._evidence(batch), batch)
+        losses = self.objective.training_losses(self.parm, self._features(batch), batch)
         total = losses.pop("total")
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, prog_bar=True)
         return total
 
     def _rank(self, batch: dict[str, Any], stage: str) -> None:
         lengths = tenths(self.decoder.num_tokens)
-        if self.parm.causal:  # one evidence shows every prefix
-            seen = [self._evidence(batch)]
+        if self.parm.causal:  # one features shows every prefix
+            seen = [self._features(batch)]
         else:
             with isolate_rng():
                 torch.manual_seed(0)
-                seen = [self._evidence(batch, length / self.decoder.num_tokens) for length in lengths]
-        for evidence in seen:
-            losses = self.objective.losses(self.parm, evidence, batch)
+                seen = [self._features(batch, length / self.decoder.num_tokens) for length in lengths]
+        for features in seen:
+            losses = self.objective.losses(self.parm, features, batch)
             named = {f"{stage}/{name}": loss for name, loss in losses.items()}
             self.log_dict(named, sync_dist=True, batch_size=len(batch["prompt"]))
         for name, judge in self.judges.items():
-            values = torch.cat([judge.values(evidence, lengths) for evidence in seen], dim=1)
+            values = torch.cat([judge.values(features, lengths) for features in seen], dim=1)
             self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]
 
     def _log_ranking(self, stage: str) -> None:

@@ -17,7 +17,7 @@ from lightning import Trainer
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.files import is_read_only, refuse_unwritable, write_text
 from lightning_modules.ranks import is_distributed
-from lightning_modules.report.drawing import Story
+from lightning_modules.report.drawing import TraceView
 from lightning_modules.report.tables import StrategyResult
 
 
@@ -27,12 +27,12 @@ class Share:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
-    stories: dict[int, Story] = field(default_factory=dict)
+    stories: dict[int, TraceView] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     objects: int = 0
-    holdout: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, float] = field(default_factory=dict)
+    independent: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Share") -> None:
         """Take in what was found for other images."""
@@ -42,7 +42,7 @@ class Share:
         self.cost.add(other.cost)
         self.seconds += other.seconds
         self.objects += other.objects
-        for own, others in ((self.holdout, other.holdout), (self.notes, other.notes)):
+        for own, others in ((self.independent, other.independent), (self.stats, other.stats)):
             for name, total in others.items():
                 own[name] = own.get(name, 0.0) + total
 
@@ -55,7 +55,7 @@ class Share:
         """What `to_json` wrote."""
         plain = json.loads(text, object_hook=_unpacked)
         plain["thumbnails"] = {int(index): pixels for index, pixels in plain["thumbnails"].items()}
-        plain["stories"] = {int(index): Story.of(story) for index, story in plain["stories"].items()}
+        plain["stories"] = {int(index): TraceView.of(story) for index, story in plain["stories"].items()}
         return Share(**plain | {"cost": Cost(**plain["cost"])})
 
 
@@ -158,7 +158,7 @@ def combine(name: str, share: Share, scores: Mapping[str, float]) -> StrategyRes
         tokens=whole.cost.tokens / images,
         seconds=whole.seconds / images,
         objects=whole.objects / images,
-        holdout={judge: total / images for judge, total in whole.holdout.items()},
-        notes={note: total / images for note, total in whole.notes.items()},
+        independent={judge: total / images for judge, total in whole.independent.items()},
+        stats={name: total / images for name, total in whole.stats.items()},
         stories=whole.stories,
     )

@@ -63,7 +63,7 @@ def test_weights_that_are_not_finite_or_not_these_are_refused_in_one_sentence() 
         assert str(refused.value).endswith(said)
 
 
-@pytest.mark.parametrize("name", ["finished", "evidence_dropout"])
+@pytest.mark.parametrize("name", ["finished", "feature_dropout"])
 def test_fractions_lie_between_0_and_1(name: str) -> None:
     PARMObjective(**{name: 1.0})
     for value in (-0.1, 1.5):

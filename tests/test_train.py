@@ -112,17 +112,17 @@ def test_the_same_job_runs_on_other_devices(compose_config, name: str) -> None:
     assert {k: v for k, v in one.items() if k not in devices} == {k: v for k, v in two.items() if k not in devices}
 
 
-def test_every_job_of_the_ladder_composes(compose_config) -> None:
-    ladder = instantiate(compose_config("experiment=ladder").ladder, _convert_="all")
+def test_every_job_of_the_pipeline_composes(compose_config) -> None:
+    pipeline = instantiate(compose_config("experiment=pipeline").pipeline, _convert_="all")
     configs = {}
-    for name, job in ladder.jobs.items():
+    for name, job in pipeline.jobs.items():
         overrides = [re.sub("<(.*?)>", "outputs/seed-0/\\1", item) for item in job.overrides]
         config = configs[name] = compose_config(*overrides)
         if config.task == "export":  # of the networks that the exported job trained
             assert config.module == configs[Path(config.ckpt_path).parent.parent.name].module
-        rungs = {rung.strategy for rung in ladder.rungs.values() if rung.job == name}
-        needed = {strategy.removesuffix(BEFORE_TRAINING) for strategy in rungs}
-        assert needed == rungs or config.callbacks.geneval.before_training
+        rows = {row.strategy for row in pipeline.rows.values() if row.job == name}
+        needed = {strategy.removesuffix(BEFORE_TRAINING) for strategy in rows}
+        assert needed == rows or config.callbacks.geneval.before_training
         assert needed <= set(config.callbacks.geneval.test_strategies or config.strategies) <= set(config.strategies)
         assert not any("<" in str(value) for value in (config.parm.checkpoint, config.ckpt_path, config.export_dir))
 
@@ -397,7 +397,7 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
     for name, earliest in (("verified", 0), ("reflected", 3)):
         rows = datasets.load_from_disk(str(next((tmp_path / "rollouts").glob(f"{name}-*/part-*"))))
         assert np.shape(rows["previews"][0]) == (4, 64)
-        assert earliest <= min(rows["free_from"]) <= max(rows["free_from"]) <= 3
+        assert earliest <= min(rows["first_unverified"]) <= max(rows["first_unverified"]) <= 3
     header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in ("train/loss", "val/parm/auc_10", "val/likelihood/auc"):
         assert key in header
@@ -487,7 +487,7 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
-    for key in ("train/parm_loss", "val/objects/sample", "val/holdout/clip/sample"):
+    for key in ("train/parm_loss", "val/objects/sample", "val/independent_judges/clip/sample"):
         assert key in header
     exported = tmp_path / "aligned"
     export = ["experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}"]
@@ -505,8 +505,10 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
 
 @pytest.mark.slow
 def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
-    done = command(tmp_path, "experiment=dpo_guided", *SMALL_DPO, "callbacks.geneval.holdout=[clip,parm]", check=False)
-    sentence = "Error: callbacks.geneval.holdout: 'parm' decides what is trained on, so it is not held out"
+    done = command(
+        tmp_path, "experiment=dpo_guided", *SMALL_DPO, "callbacks.geneval.independent_judges=[clip,parm]", check=False
+    )
+    sentence = "Error: callbacks.geneval.independent_judges: 'parm' decides what is trained on"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
@@ -538,7 +540,7 @@ def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
         Image.fromarray(stream[i].image).save(tmp_path / f"{i}.png")
     first, second, third = ((tmp_path / f"{i}.png").read_bytes() for i in range(3))
     small = ["experiment=dpo", "data=preference_files", "task=rollout", "strategies=sample", "parm.checkpoint=null",
-             "callbacks.geneval.holdout=[]", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
+             "callbacks.geneval.independent_judges=[]", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
     star, labels = "a photo of a star", [1.0, 0.5, 0.0]
     rows = [{"caption": star, "jpg_0": first, "jpg_1": second, "label_0": label} for label in labels]
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "hub"))

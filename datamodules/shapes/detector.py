@@ -22,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from lightning_modules.identity import Keyed, fields_key
+from lightning_modules.cache_key import Keyed, fields_key
 from lightning_modules.rewards.geneval import Detections
 
 Floats = NDArray[np.float32]

@@ -9,7 +9,7 @@ import numpy as np
 from datamodules.prompt_templates import Metadata, Split, with_clauses
 from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
-from lightning_modules.identity import Keyed, fields_key
+from lightning_modules.cache_key import Keyed, fields_key
 
 _DIRECTION = {
     "left of": (0, -1),

@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.hub import Shared
+from lightning_modules.backbone.features import DecoderFeatures
+from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.trajectory import Trajectory
-from lightning_modules.identity import Keyed
+from lightning_modules.cache_key import Keyed
 
-Values = Callable[[Evidence, Sequence[int]], Tensor]  # of a verifier; see `Verifier.values`
+Values = Callable[[DecoderFeatures, Sequence[int]], Tensor]  # of a verifier; see `Verifier.values`
 
 
 @dataclass
@@ -86,11 +86,11 @@ class Proposal(ABC):
 
     Attributes:
         tokens: what each decides: the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
-        evidence: what the decoder knows of each candidate, for verifiers; None from decoders that do not say.
+        features: what the decoder knows of each candidate, for verifiers; None from decoders that do not say.
     """
 
     tokens: Tensor
-    evidence: Evidence | None
+    features: DecoderFeatures | None
 
     @property
     @abstractmethod
@@ -119,8 +119,8 @@ class DecodingState(ABC):
         tokens: [B, T]; those that are not decided are previews, or anything.
         step: steps done.
         noise: of the images.
-        prompt: what verifiers read of the prompt, [B, L, 2 dim]; empty from decoders without evidence.
-        evidence: what the decoder knows of the tokens decided so far; None before there are any, or without evidence.
+        prompt: what verifiers read of the prompt, [B, L, 2 dim]; empty from decoders without features.
+        features: what the decoder knows of the tokens decided so far; None before there are any, or without features.
         log_probs: of the candidate that was taken at each step, under the distribution that it was drawn from,
             [B, steps]; 0 of steps to come.
         cost: shared by all states that come from one `begin`.
@@ -130,7 +130,7 @@ class DecodingState(ABC):
     step: int
     noise: Any
     prompt: Tensor
-    evidence: Evidence | None
+    features: DecoderFeatures | None
     log_probs: Tensor
     cost: Cost
 
@@ -211,12 +211,12 @@ class Decoder(nn.Module, Keyed):
     """Turns prompts into image tokens; a step decides one token, a set of them, or the whole image.
 
     Attributes:
-        evidence_depths: the layers after which verifiers look at it; without any, those in token space cannot read it.
+        feature_layers: the layers after which verifiers look at it; without any, those in token space cannot read it.
     """
 
     frozen_parts = ("image_tokenizer",)
     image_tokenizer: ImageTokenizer
-    evidence_depths: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = ()
     has_likelihood: ClassVar[bool] = False
 
     @property
@@ -230,8 +230,8 @@ class Decoder(nn.Module, Keyed):
 
     def check_readable(self) -> None:
         """Raise ValueError if it gives verifiers in token space nothing to read."""
-        if not self.evidence_depths:
-            raise ValueError(f"verification needs evidence, and this {type(self).__name__} has no evidence_depths")
+        if not self.feature_layers:
+            raise ValueError(f"verification needs features, and this {type(self).__name__} has no feature_layers")
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
@@ -261,18 +261,26 @@ class Decoder(nn.Module, Keyed):
         """At most so many moments on the way to an image [T]; None if there are none."""
         return None
 
-    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+    def confidence(
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
+    ) -> Tensor:
         """Log-probability of each token of finished images [B, T] given others of them, [B, T]; passes are counted."""
         raise ValueError(f"{type(self).__name__} gives tokens no probability")
 
     def value_gains(
-        self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence, values: Values, patches: int, cost: Cost
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        features: DecoderFeatures,
+        values: Values,
+        patches: int,
+        cost: Cost,
     ) -> Tensor:
         """What each token of finished images [B, T], or its patch of M x M, adds to their value (a probability)."""
         raise ValueError(f"{type(self).__name__} has no values before an image is finished")
 
 
-class TokenDecoder(Shared, Decoder):
+class TokenDecoder(HubMixin, Decoder):
     """A decoder of image tokens, which has a likelihood and can be trained.
 
     Attributes:
@@ -290,7 +298,7 @@ class TokenDecoder(Shared, Decoder):
     @property
     @abstractmethod
     def max_words(self) -> int:
-        """Words (text tokens) of the prompt in `Evidence`, L."""
+        """Words (text tokens) of the prompt in `DecoderFeatures`, L."""
 
     @abstractmethod
     def word_spans(self, prompt: str) -> list[tuple[int, int]]:
@@ -336,17 +344,17 @@ class TokenDecoder(Shared, Decoder):
         """
 
     @abstractmethod
-    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
+    def features(self, prompts: Sequence[str], tokens: Tensor) -> DecoderFeatures:
         """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
 
     @abstractmethod
-    def training_evidence(
+    def training_features(
         self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
-    ) -> Evidence:
+    ) -> DecoderFeatures:
         """What verifiers learn from.
 
         Args:
-            batch: `prompt`, `tokens` [B, T] and, where stored, `evidence` and `trajectory`; see `PARMModule`.
+            batch: `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`.
             finished: fraction of grids that are read as they are after the last step, the others after any step.
             fraction: of the way at which grids are read; None draws a step for each. All prefixes are read at once.
         """

@@ -17,7 +17,7 @@ from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Pro
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint, from_hub
 from lightning_modules.broken_files import first_line, refuse_broken_folder
-from lightning_modules.identity import class_name, digest, published_key
+from lightning_modules.cache_key import class_name, digest, published_key
 
 _ONE_STEP = "pipelines of diffusers decide an image in one step: use plain sampling, or best-of-n by a reward"
 
@@ -97,7 +97,7 @@ class DiffusionProposal(Proposal):
     """Whole images as candidates, uint8 [B, 1, 3, H, W], of which no probability is known."""
 
     tokens: Tensor
-    evidence: None = None
+    features: None = None
 
     @property
     def log_probs(self) -> Tensor:
@@ -212,7 +212,7 @@ class DiffusionDecoder(Decoder):
             step=0,
             noise=self.noise(request.seeds, k, sampling),
             prompt=nothing,
-            evidence=None,
+            features=None,
             log_probs=nothing.float(),
             cost=Cost(),
             prompts=request.prompts,

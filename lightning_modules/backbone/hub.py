@@ -14,7 +14,7 @@ from lightning_modules.broken_files import read_settings
 _OWN = ("lightning_modules.", "datamodules.")  # what a config of somebody else's may name
 
 
-class Shared(ModelHubMixin, library_name="image-cot"):
+class HubMixin(ModelHubMixin, library_name="image-cot"):
     """A network with `from_pretrained`, `save_pretrained` and `push_to_hub`, on the folders that `export` writes.
 
     `config.json` holds the config node of the network, which says how it is built, frozen parts included; those have

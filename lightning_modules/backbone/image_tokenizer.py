@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.hub import Shared
+from lightning_modules.backbone.hub import HubMixin
 
 
-class ImageTokenizer(Shared, nn.Module):
+class ImageTokenizer(HubMixin, nn.Module):
     """What every image tokenizer offers.
 
     Attributes:

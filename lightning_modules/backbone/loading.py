@@ -64,7 +64,7 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
         ) from error
 
 
-class Stored:
+class CheckpointReader:
     """The tensors of a folder with weights, in one file or several, read one at a time.
 
     Pickled weights are read only where there are no safetensors, and only as tensors.
@@ -117,7 +117,7 @@ class Stored:
         return torch.cat([self._read[name]() for name in names]) if len(names) > 1 else self._read[names[0]]()
 
 
-def copy_from(stored: Stored, begin: Mapping[str, Sequence[Tensor]], where: str) -> None:
+def copy_from(stored: CheckpointReader, begin: Mapping[str, Sequence[Tensor]], where: str) -> None:
     """Copy tensors into those that begin with them, by their stored names.
 
     Raises:
@@ -156,10 +156,10 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     """
     if checkpoint is None:
         if start is not None:
-            module.warm_start(start, Stored(resolve(start)))  # type: ignore[operator]
+            module.warm_start(start, CheckpointReader(resolve(start)))  # type: ignore[operator]
         return module
     folder = resolve(checkpoint)
-    stored, expected = Stored(folder), own_state(module)
+    stored, expected = CheckpointReader(folder), own_state(module)
     stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
     if (folder / "config.json").is_file():

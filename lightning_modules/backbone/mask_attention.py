@@ -35,7 +35,7 @@ class Rotary:
 
 @dataclass
 class Prefix:
-    """Prompts as the image sees them; while it is filled it says how their tokens attend (an `Attending`).
+    """Prompts as the image sees them; while it is filled it says how their tokens attend (an `AttentionFn`).
 
     Attributes:
         rotary: of its positions; the last token of every prompt is at position max_text.

@@ -61,7 +61,7 @@ def least_confident(
 ) -> Tensor:
     """Which tokens are masked for the next step: the `count` [B] least confident ones, bool [B, n].
 
-    Confidence is log p + temperature x Gumbel noise; ties at the cut are kept.
+    TokenConfidence is log p + temperature x Gumbel noise; ties at the cut are kept.
 
     Args:
         probs: of the drawn codes, [B, n].

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import DecodingState, Proposal
-from lightning_modules.backbone.evidence import STATISTICS, Evidence
+from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
 from lightning_modules.backbone.mask_attention import Prefix
 from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling
 from lightning_modules.backbone.trajectory import Trajectory
@@ -70,14 +70,14 @@ class MaskProposal(Proposal):
         tokens: whole grids of codes, [B, k, n]: a preview of the image.
         probs: of the codes that were drawn, [B, k, n], 1 for known ones.
         masked: what is masked for the next step, bool [B, k, n].
-        evidence: what the decoder knows about each grid, for a verifier; None from decoders that do not say.
+        features: what the decoder knows about each grid, for a verifier; None from decoders that do not say.
         is_last: after this step all codes are fixed, masked or not.
     """
 
     tokens: Tensor
     probs: Tensor
     masked: Tensor
-    evidence: Evidence | None
+    features: DecoderFeatures | None
     is_last: bool
 
     @property
@@ -91,12 +91,12 @@ class MaskProposal(Proposal):
         return self.probs.log().masked_fill(self.masked & (not self.is_last), 0).sum(-1)
 
     def select(self, rows: Tensor) -> "MaskProposal":
-        evidence = self.evidence and self.evidence.select(rows)
-        return MaskProposal(self.tokens[rows], self.probs[rows], self.masked[rows], evidence, self.is_last)
+        features = self.features and self.features.select(rows)
+        return MaskProposal(self.tokens[rows], self.probs[rows], self.masked[rows], features, self.is_last)
 
     def unfold(self) -> "MaskProposal":
         tokens, probs, masked = (part.flatten(0, 1)[:, None] for part in (self.tokens, self.probs, self.masked))
-        return MaskProposal(tokens, probs, masked, self.evidence and self.evidence.unfold(), self.is_last)
+        return MaskProposal(tokens, probs, masked, self.features and self.features.unfold(), self.is_last)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class MaskState(DecodingState):
         unknown: bool [B, n].
         sampling: how the grid is filled.
         temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
-        prefixes: of the prompts and, with guidance or evidence, of the empty one.
+        prefixes: of the prompts and, with guidance or features, of the empty one.
         grids: tokens and unknown after each step so far.
     """
 
@@ -141,9 +141,9 @@ class MaskState(DecodingState):
     @property
     def statistics(self) -> Tensor:
         """`STATISTICS` of each token when it was drawn, [3, B, n]."""
-        if self.evidence is None:
+        if self.features is None:
             return torch.zeros(3, *self.tokens.shape, device=self.tokens.device)
-        return torch.stack([getattr(self.evidence, name) for name in STATISTICS])
+        return torch.stack([getattr(self.features, name) for name in STATISTICS])
 
     @property
     def trajectory(self) -> Trajectory:
@@ -162,7 +162,7 @@ class MaskState(DecodingState):
             noise=self.noise.select(rows),
             prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
             prompt=self.prompt[rows],
-            evidence=self.evidence and self.evidence.select(rows),
+            features=self.features and self.features.select(rows),
             log_probs=self.log_probs[rows],
             grids=[(tokens[rows], unknown[rows]) for tokens, unknown in self.grids],
         )

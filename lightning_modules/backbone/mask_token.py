@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost, Frames, Request, TokenDecoder, Values
-from lightning_modules.backbone.evidence import STATISTICS, Evidence
+from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer, upsample_patches
-from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
+from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
@@ -23,7 +23,7 @@ from lightning_modules.backbone.mask_state import MaskProposal, MaskState, Vocab
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
-from lightning_modules.identity import class_name, key_of
+from lightning_modules.cache_key import class_name, key_of
 from lightning_modules.ranks import uniform_rows
 
 _RANDOM_STEPS = 16  # of images that were not decoded
@@ -38,8 +38,8 @@ class MaskTokenDecoder(TokenDecoder):
         max_text: a prompt's block has one place more than this; longer prompts lose their end.
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
-        evidence_depths: after which layers (1 = first) hidden states are read by verifiers; without any the decoder
-            gives no evidence.
+        feature_layers: after which layers (1 = first) hidden states are read by verifiers; without any the decoder
+            gives no features.
         estimate: of log p of whole images; the default is `MaskEstimate()`.
         visual: codes are embedded (and predicted) by what they look like as well, and tokens by their row and column.
             Show-o has neither; small decoders learn much faster with both.
@@ -55,14 +55,14 @@ class MaskTokenDecoder(TokenDecoder):
         max_text: int,
         transformer: TransformerConfig,
         rotary_dims: int,
-        evidence_depths: Sequence[int] = (),
+        feature_layers: Sequence[int] = (),
         estimate: MaskEstimate | None = None,
         visual: bool = False,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
-            raise ValueError(f"evidence_depths={list(evidence_depths)} must lie in 1..{transformer.depth}")
+        if not all(1 <= depth <= transformer.depth for depth in feature_layers):
+            raise ValueError(f"feature_layers={list(feature_layers)} must lie in 1..{transformer.depth}")
         if not 0 < rotary_dims <= transformer.head_dim or rotary_dims % 2:
             raise ValueError(f"rotary_dims={rotary_dims} must be even and within the head's {transformer.head_dim}")
         self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
@@ -72,7 +72,7 @@ class MaskTokenDecoder(TokenDecoder):
         )
         self.vocabulary = vocabulary
         self.rotary_dims = rotary_dims
-        self.evidence_depths = tuple(evidence_depths)
+        self.feature_layers = tuple(feature_layers)
         self.estimate = estimate or MaskEstimate()
         if (n_masks := self.estimate.n_masks) > self.num_tokens:
             raise ValueError(f"decoder.estimate.n_masks={n_masks}, but an image has only {self.num_tokens} tokens")
@@ -85,7 +85,7 @@ class MaskTokenDecoder(TokenDecoder):
         nn.init.zeros_(self.head.bias)
         self.visual = visual
         self.compiled = compiled
-        self.largest_share = 1.0
+        self.max_mask_ratio = 1.0
         if visual:
             self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
             nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
@@ -101,10 +101,10 @@ class MaskTokenDecoder(TokenDecoder):
             "rotary_dims": self.rotary_dims,
             "vocabulary": key_of(self.vocabulary),
             "text": self.text_tokenizer.cache_key(),
-            "evidence_depths": list(self.evidence_depths),
+            "feature_layers": list(self.feature_layers),
         }
 
-    def warm_start(self, name: str, stored: Stored) -> None:
+    def warm_start(self, name: str, stored: CheckpointReader) -> None:
         """Begin training with what a next-token decoder has learnt; Show-o begins with a language model's weights.
 
         What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
@@ -159,11 +159,11 @@ class MaskTokenDecoder(TokenDecoder):
 
     def _open(self, prompts: Sequence[str]) -> tuple[Prefix, Tensor]:
         """The keys and values of G prompts, and what verifiers read of them, [G, L, 2 dim]; [G, 0, 0] if none does."""
-        if not self.evidence_depths:
+        if not self.feature_layers:
             return self.encode(prompts), self.embed.weight.new_zeros(len(prompts), 0, 0)
         blocks = self._blocks(prompts)
         prefix, hidden = self.prompt_pass(blocks)
-        return prefix, self._read(blocks, hidden[max(self.evidence_depths) - 1])
+        return prefix, self._read(blocks, hidden[max(self.feature_layers) - 1])
 
     def _read(self, blocks: Sequence[Sequence[int]], layer: Tensor) -> Tensor:
         """Each text token of G prompts by itself, and as a layer [G, P, dim] has it in the prompt: [G, L, 2 dim].
@@ -291,12 +291,12 @@ class MaskTokenDecoder(TokenDecoder):
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `Decoder`.
 
-        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least; `largest_share`
+        Of each image a share cos(pi t / 2) is masked, t uniform in [0, 1], and one token at least; `max_mask_ratio`
         scales it (`MaskWarmup`).
         """
         batch, length = tokens.shape
         device, dtype = tokens.device, torch.float32  # in bfloat16 many numbers would be equal
-        share = self.largest_share * torch.cos(torch.rand(batch, 1, device=device, dtype=dtype) * math.pi / 2)
+        share = self.max_mask_ratio * torch.cos(torch.rand(batch, 1, device=device, dtype=dtype) * math.pi / 2)
         order = torch.rand(batch, length, device=device, dtype=dtype).argsort(1).argsort(1)
         masked = order < (share * length).round().clamp(min=1)
         return -self.token_log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
@@ -311,7 +311,7 @@ class MaskTokenDecoder(TokenDecoder):
         shape = len(prompts), self.num_tokens
         device = self.embed.weight.device
         prefix, read = self._open(prompts)
-        unconditional = bool(sampling.guidance or self.evidence_depths)
+        unconditional = bool(sampling.guidance or self.feature_layers)
         tokens, fixed = request.tokens, request.fixed_mask
         if tokens is None or fixed is None:
             tokens = torch.zeros(shape, dtype=torch.int64)
@@ -325,7 +325,7 @@ class MaskTokenDecoder(TokenDecoder):
             noise=self.noise(request.seeds, k, sampling).to(device),
             prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
             prompt=read,
-            evidence=None,
+            features=None,
             log_probs=torch.zeros(len(prompts), sampling.steps, device=device),
             cost=Cost(),
         )
@@ -333,7 +333,7 @@ class MaskTokenDecoder(TokenDecoder):
     def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
         """One forward pass: what verifiers read of it, and what logits are read from, [B, n, dim], by branch.
 
-        The branches, prompts and empty prompts, are one batch; without guidance and evidence there are no empty ones.
+        The branches, prompts and empty prompts, are one batch; without guidance and features there are no empty ones.
         """
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
@@ -345,7 +345,7 @@ class MaskTokenDecoder(TokenDecoder):
     def _layers(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """What `grid_pass` gives; without verifiers that read it only the last layer's."""
         run = self._grid(tokens, unknown, prefixes)
-        return self.transformer.run(*run) if self.evidence_depths else [self.transformer.last(*run)]
+        return self.transformer.run(*run) if self.feature_layers else [self.transformer.last(*run)]
 
     def guided_logits(self, branches: Sequence[Tensor], guidance: float, where: Tensor) -> Tensor:
         """Logits [M, C] after guidance, from what a pass was read from, [B, n, dim] with the prompt and without.
@@ -389,14 +389,14 @@ class MaskTokenDecoder(TokenDecoder):
             temperature.repeat_interleave(k, 0),
             state.noise.confidence(state.step, k).flatten(0, 1),
         ).unflatten(0, (-1, k))
-        is_last, evidence = state.step + 1 == state.steps, None
-        if self.evidence_depths:
+        is_last, features = state.step + 1 == state.steps, None
+        if self.feature_layers:
             undecided = masked & (not is_last)
             seen = layers, branches, tokens, state.unknown, undecided, state.statistics
-            evidence = self._evidence(state.prompt, *seen)
-        return MaskProposal(tokens, probs, masked, evidence, is_last)
+            features = self._features(state.prompt, *seen)
+        return MaskProposal(tokens, probs, masked, features, is_last)
 
-    def _evidence(
+    def _features(
         self,
         prompt: Tensor,
         layers: Sequence[Tensor],
@@ -405,8 +405,8 @@ class MaskTokenDecoder(TokenDecoder):
         unknown: Tensor,
         undecided: Tensor,
         decided: Tensor,
-    ) -> Evidence:
-        """Evidence about k grids [B, k, n] that came from a pass (see `look`); `decided` are `MaskState.statistics`."""
+    ) -> DecoderFeatures:
+        """Features of k grids [B, k, n] that came from a pass (see `look`); `decided` are `MaskState.statistics`."""
         shape = tokens.transpose(1, 2).shape  # [B, n, k]
         where = unknown.flatten().nonzero().squeeze(1)
         log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)
@@ -419,8 +419,8 @@ class MaskTokenDecoder(TokenDecoder):
         embeddings = self.embed(tokens + self.vocabulary.first_code)
         if self.visual:
             embeddings = embeddings + self._looks()[tokens]
-        hidden = torch.cat([layers[depth - 1][:, 1:-1] for depth in self.evidence_depths], -1).chunk(2)
-        return Evidence(
+        hidden = torch.cat([layers[depth - 1][:, 1:-1] for depth in self.feature_layers], -1).chunk(2)
+        return DecoderFeatures(
             prompt=prompt,
             embeddings=embeddings.flatten(1, 2),
             hidden=hidden[0],
@@ -432,15 +432,15 @@ class MaskTokenDecoder(TokenDecoder):
         )
 
     @torch.no_grad()
-    def evidence(
+    def features(
         self,
         prompts: Sequence[str],
         tokens: Tensor,
         unknown: Tensor | None = None,
         undecided: Tensor | None = None,
         decided: Tensor | None = None,
-    ) -> Evidence:
-        """Evidence about grids, from a pass with each prompt and one without any; by default about finished images.
+    ) -> DecoderFeatures:
+        """Features of grids, from a pass with each prompt and one without any; by default about finished images.
 
         Args:
             prompts: B * c of them.
@@ -459,7 +459,7 @@ class MaskTokenDecoder(TokenDecoder):
         prefix, read = self._open(prompts)
         full = self.grid_pass(tokens, unknown, [prefix])
         layers = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
-        return self._evidence(
+        return self._features(
             read,
             layers,
             self._image_hidden(layers[-1]).chunk(2),
@@ -469,19 +469,19 @@ class MaskTokenDecoder(TokenDecoder):
             decided.repeat_interleave(copies, 1),
         )
 
-    def training_evidence(
+    def training_features(
         self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
-    ) -> Evidence:
-        """Evidence about grids at one step each; what was seen on the way takes a pass with what was unknown then."""
+    ) -> DecoderFeatures:
+        """Features of grids at one step each; what was seen on the way takes a pass with what was unknown then."""
         tokens, device = batch["tokens"], batch["tokens"].device
         decided = torch.zeros(3, *tokens.shape, device=device)
         if "trajectory" in batch:
             trajectory = Trajectory(**batch["trajectory"])
-            decided = torch.stack([batch["evidence"][name] for name in STATISTICS])
+            decided = torch.stack([batch["features"][name] for name in STATISTICS])
         else:
             trajectory = Trajectory.in_random_order(tokens, _RANDOM_STEPS, uniform_rows(*tokens.shape, device=device))
         steps = trajectory.previews.shape[1]
-        first = batch["free_from"][:: len(batch["prompt"]) // len(tokens)]
+        first = batch["first_unverified"][:: len(batch["prompt"]) // len(tokens)]
         if fraction is None:
             step = first + (uniform_rows(len(tokens), device=device) * (steps + 1 - first)).long()
             # Best-of-n, and reflection, ask of finished images.
@@ -491,7 +491,7 @@ class MaskTokenDecoder(TokenDecoder):
             decided = decided * (uniform_rows(*tokens.shape, device=device) < known)
         else:
             step = torch.full_like(first, max(0, round(fraction * steps) - 1))
-        return self.evidence(batch["prompt"], *trajectory.at(step), decided)
+        return self.features(batch["prompt"], *trajectory.at(step), decided)
 
     def preview(self, state: MaskState, proposal: MaskProposal | None = None) -> Tensor:
         return self.image_tokenizer.decode(state.tokens if proposal is None else proposal.tokens.flatten(0, 1))
@@ -504,7 +504,9 @@ class MaskTokenDecoder(TokenDecoder):
         return Frames("previews", grids[steps], None, [f"step {i + 1}" for i in steps])
 
     @torch.no_grad()
-    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+    def confidence(
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
+    ) -> Tensor:
         """Log-probability given the three quarters of the image that do not share its place in squares of 2 x 2."""
         prefix, index = self.encode(prompts), torch.arange(self.image_tokenizer.grid)
         place = (2 * (index[:, None] % 2) + index % 2).flatten().to(tokens.device)
@@ -513,18 +515,24 @@ class MaskTokenDecoder(TokenDecoder):
         return torch.stack([self.token_log_probs(prefix, tokens, masked) for masked in masks]).sum(0)
 
     def value_gains(
-        self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence, values: Values, patches: int, cost: Cost
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        features: DecoderFeatures,
+        values: Values,
+        patches: int,
+        cost: Cost,
     ) -> Tensor:
         """What each patch adds to the same grid in which it is not decided yet, which takes a pass a patch."""
-        decided = torch.stack([getattr(evidence, name) for name in STATISTICS])
+        decided = torch.stack([getattr(features, name) for name in STATISTICS])
         grid = self.image_tokenizer.grid
         without = []
         for patch in torch.eye(patches**2, dtype=torch.bool, device=tokens.device):
             here = upsample_patches(patch.view(1, patches, -1), grid).expand_as(tokens)
-            seen = self.evidence(prompts, tokens, here, here, decided)
+            seen = self.features(prompts, tokens, here, here, decided)
             cost.count_pass(2 * len(prompts), self.num_tokens)
             without.append(values(seen, [self.num_tokens]).exp())
-        gains = values(evidence, [self.num_tokens]).exp() - torch.cat(without, 1)
+        gains = values(features, [self.num_tokens]).exp() - torch.cat(without, 1)
         cost.verifier_calls += gains.numel() + len(prompts)
         return upsample_patches(gains.unflatten(1, (patches, patches)), grid)
 
@@ -534,7 +542,7 @@ class MaskTokenDecoder(TokenDecoder):
         state.tokens = proposal.tokens[rows, choice]
         state.log_probs[:, state.step] = proposal.log_probs[rows, choice]
         state.step += 1
-        state.evidence = proposal.evidence and proposal.evidence.pick(choice)
+        state.features = proposal.features and proposal.features.pick(choice)
         state.unknown = proposal.masked[rows, choice] & (not proposal.is_last)
         state.grids.append((state.tokens, state.unknown))
 

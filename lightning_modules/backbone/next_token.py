@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Cost, DecodingState, Frames, Proposal, Request, TokenDecoder, Values
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import Sampling, draw, sampling_log_probs, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
-from lightning_modules.identity import class_name, key_of
+from lightning_modules.cache_key import class_name, key_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NextTokenProposal(Proposal):
 
     tokens: Tensor
     sampled: Tensor
-    evidence: Evidence
+    features: DecoderFeatures
 
     @property
     def log_probs(self) -> Tensor:
@@ -40,11 +40,11 @@ class NextTokenProposal(Proposal):
         return (tokens[:, :, None] == tokens[:, None]).tril(-1).any(2)
 
     def select(self, rows: Tensor) -> "NextTokenProposal":
-        return NextTokenProposal(self.tokens[rows], self.sampled[rows], self.evidence.select(rows))
+        return NextTokenProposal(self.tokens[rows], self.sampled[rows], self.features.select(rows))
 
     def unfold(self) -> "NextTokenProposal":
         tokens, sampled = self.tokens.flatten(0, 1)[:, None], self.sampled.flatten()[:, None]
-        return NextTokenProposal(tokens, sampled, self.evidence.unfold())
+        return NextTokenProposal(tokens, sampled, self.features.unfold())
 
 
 @dataclass
@@ -62,7 +62,7 @@ class NextTokenState(DecodingState):
     """
 
     noise: Tensor  # uniform, [B, 1 + K, T], by step; row 0 is for choosing, row 1 + j for candidate j
-    evidence: Evidence  # about the tokens before `position`, in room for all T
+    features: DecoderFeatures  # about the tokens before `position`, in room for all T
     fixed: Tensor
     order: Tensor
     sampling: Sampling
@@ -101,7 +101,7 @@ class NextTokenState(DecodingState):
             fixed=self.fixed[rows],
             order=self.order[rows.cpu()],
             noise=self.noise[rows],
-            evidence=self.evidence.select(rows),
+            features=self.features.select(rows),
             cache=self.cache.select(both),
             hidden=self.hidden[both],
             logits=self.logits[both],
@@ -138,7 +138,7 @@ class NextTokenDecoder(TokenDecoder):
         max_words: longest prompt, words.
         transformer: sizes of the decoder.
         text_depth: layers of the prompt encoder, which has the decoder's width and heads.
-        evidence_depths: after which layers (1 = first) hidden states are read by verifiers.
+        feature_layers: after which layers (1 = first) hidden states are read by verifiers.
     """
 
     causal = True
@@ -150,14 +150,14 @@ class NextTokenDecoder(TokenDecoder):
         max_words: int,
         transformer: TransformerConfig,
         text_depth: int,
-        evidence_depths: Sequence[int],
+        feature_layers: Sequence[int],
     ) -> None:
         super().__init__()
-        if not all(1 <= depth <= transformer.depth for depth in evidence_depths):
-            raise ValueError(f"evidence_depths={list(evidence_depths)} must lie in 1..{transformer.depth}")
+        if not all(1 <= depth <= transformer.depth for depth in feature_layers):
+            raise ValueError(f"feature_layers={list(feature_layers)} must lie in 1..{transformer.depth}")
         dim = transformer.dim
         self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
-        self.evidence_depths = tuple(evidence_depths)
+        self.feature_layers = tuple(feature_layers)
         self.prompt_encoder = PromptEncoder(
             WordTokenizer(vocabulary, max_words), replace(transformer, depth=text_depth)
         )
@@ -178,7 +178,7 @@ class NextTokenDecoder(TokenDecoder):
             "weights": fingerprint(self),
             "transformer": key_of(self.transformer.config),
             "text": self.prompt_encoder.tokenizer.cache_key(),
-            "evidence_depths": list(self.evidence_depths),
+            "feature_layers": list(self.feature_layers),
         }
 
     @property
@@ -227,7 +227,7 @@ class NextTokenDecoder(TokenDecoder):
 
     def _read(self, hidden: Sequence[Tensor]) -> Tensor:
         """Hidden states of every layer [..., dim] -> those that verifiers read, side by side, [..., F]."""
-        return torch.cat([hidden[depth - 1] for depth in self.evidence_depths], dim=-1)
+        return torch.cat([hidden[depth - 1] for depth in self.feature_layers], dim=-1)
 
     def _token_logits(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of each token of images [B, T] given the prompt and the tokens before it."""
@@ -259,8 +259,8 @@ class NextTokenDecoder(TokenDecoder):
         return log_p.gather(-1, tokens.flatten()[:, None]).view_as(tokens)
 
     @torch.no_grad()
-    def evidence(self, prompts: Sequence[str], tokens: Tensor) -> Evidence:
-        """Evidence about every token of finished images, from a pass with each prompt and one without any.
+    def features(self, prompts: Sequence[str], tokens: Tensor) -> DecoderFeatures:
+        """Features of every token of finished images, from a pass with each prompt and one without any.
 
         Args:
             prompts: B * c of them.
@@ -275,7 +275,7 @@ class NextTokenDecoder(TokenDecoder):
         tokens = tokens.repeat_interleave(copies, 0)
         prompt, hidden = self._run(codes, word_ids, tokens)
         log_p = self._logits(codes, hidden[-1]).log_softmax(-1)
-        return Evidence(
+        return DecoderFeatures(
             prompt=self.prompt_encoder.read(word_ids, prompt),
             embeddings=self._embed(codes, tokens),
             hidden=self._read(hidden),
@@ -286,25 +286,25 @@ class NextTokenDecoder(TokenDecoder):
         )
 
     @torch.no_grad()
-    def recall(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> Evidence:
-        """Evidence that was stored while decoding B images [B, T], with what follows cheaply from prompts and tokens.
+    def features_from_cache(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> DecoderFeatures:
+        """Features that were stored while decoding B images [B, T], with what follows cheaply from prompts and tokens.
 
         Args:
             prompts: B of them.
             tokens: [B, T].
-            stored: the other fields of `Evidence`.
+            stored: the other fields of `DecoderFeatures`.
         """
         word_ids = self.word_ids(prompts)
         embeddings = self._embed(self._code_embeddings(), tokens)
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
-        return Evidence(prompt=prompt, embeddings=embeddings, **stored)
+        return DecoderFeatures(prompt=prompt, embeddings=embeddings, **stored)
 
-    def training_evidence(
+    def training_features(
         self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
-    ) -> Evidence:
-        if "evidence" in batch:
-            return self.recall(batch["prompt"], batch["tokens"], **batch["evidence"])
-        return self.evidence(batch["prompt"], batch["tokens"])
+    ) -> DecoderFeatures:
+        if "features" in batch:
+            return self.features_from_cache(batch["prompt"], batch["tokens"], **batch["features"])
+        return self.features(batch["prompt"], batch["tokens"])
 
     def preview(self, state: NextTokenState, proposal: NextTokenProposal | None = None) -> Tensor:
         """The tokens so far as pixels; what is not decided yet is grey. See `Decoder`."""
@@ -325,16 +325,24 @@ class NextTokenDecoder(TokenDecoder):
         shown = torch.arange(self.num_tokens) < torch.tensor(counts)[:, None]
         return Frames("tokens decided", tokens.expand(len(counts), -1), shown, [str(n) for n in counts])
 
-    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+    def confidence(
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
+    ) -> Tensor:
         """Log-probability given the tokens before it, from when it was drawn; see `Decoder`."""
-        assert evidence is not None
-        return evidence.log_probs
+        assert features is not None
+        return features.log_probs
 
     def value_gains(
-        self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence, values: Values, patches: int, cost: Cost
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        features: DecoderFeatures,
+        values: Values,
+        patches: int,
+        cost: Cost,
     ) -> Tensor:
         """What each token added when it came; see `Decoder`."""
-        after = values(evidence, range(1, self.num_tokens + 1)).exp()
+        after = values(features, range(1, self.num_tokens + 1)).exp()
         cost.verifier_calls += after.numel()
         return after.diff(dim=1, prepend=after[:, :1])
 
@@ -366,7 +374,7 @@ class NextTokenDecoder(TokenDecoder):
         cache.lengths = prompt.shape[1] + first.repeat(2)
         hidden = [h[:, prompt.shape[1] - 1 :] for h in hidden]
         read = self.prompt_encoder.read(ids, prompt[: len(ids)])
-        width = self.dim * len(self.evidence_depths)
+        width = self.dim * len(self.feature_layers)
         state = NextTokenState(
             tokens=tokens,
             fixed=fixed.to(ids.device, copy=True),
@@ -378,25 +386,25 @@ class NextTokenDecoder(TokenDecoder):
             prompt=read,
             log_probs=torch.zeros(order.shape, device=prompt.device),
             cost=Cost(),
-            evidence=Evidence.empty(read, self.num_tokens, self.dim, width),
+            features=DecoderFeatures.empty(read, self.num_tokens, self.dim, width),
             cache=cache,
             hidden=prompt.new_empty(len(prompt), width),
             logits=prompt.new_empty(len(prompt), len(codes)),
         )
         state.cost.count_pass(*known.shape[:2])
-        self._arrive(state, hidden, torch.full_like(first, -1))
+        self._advance(state, hidden, torch.full_like(first, -1))
         return state
 
-    def _evidence(
+    def _features(
         self, prompt: Tensor, codes: Tensor, tokens: Tensor, positions: Tensor, hidden: Tensor, logits: Tensor
-    ) -> Evidence:
-        """Evidence about tokens [B, S] at positions [B, S or 1], from hidden states and logits [2B, S or 1, ...]."""
+    ) -> DecoderFeatures:
+        """Features of tokens [B, S] at positions [B, S or 1], from hidden states and logits [2B, S or 1, ...]."""
         log_p, unconditional = logits.log_softmax(-1).chunk(2)
 
         def of_tokens(log_probs: Tensor) -> Tensor:
             return log_probs.expand(-1, tokens.shape[1], -1).gather(-1, tokens[..., None]).squeeze(-1)
 
-        return Evidence(
+        return DecoderFeatures(
             prompt=prompt,
             embeddings=codes[tokens] + self._positions[positions],
             hidden=hidden[: len(tokens)],
@@ -406,7 +414,7 @@ class NextTokenDecoder(TokenDecoder):
             entropy=-(log_p.exp() * log_p).sum(-1),
         )
 
-    def _arrive(self, state: NextTokenState, hidden: Sequence[Tensor], last: Tensor) -> None:
+    def _advance(self, state: NextTokenState, hidden: Sequence[Tensor], last: Tensor) -> None:
         """Note what a pass says of the tokens it read, and go on to the next one to decide.
 
         Args:
@@ -425,11 +433,11 @@ class NextTokenDecoder(TokenDecoder):
         offset = torch.arange(int(ahead.max()))
         positions = (last[:, None] + 1 + offset).clamp(max=self.num_tokens - 1).to(state.tokens.device)
         tokens = state.tokens.gather(1, positions)
-        passed = self._evidence(
+        passed = self._features(
             state.prompt, state.codes, tokens, positions, read[:, : len(offset)], logits[:, : len(offset)]
         )
         rows, columns = (offset < ahead[:, None]).nonzero(as_tuple=True)
-        state.evidence.write(rows, last[rows] + 1 + columns, passed, columns)
+        state.features.write(rows, last[rows] + 1 + columns, passed, columns)
 
     @torch.no_grad()
     def propose(self, state: NextTokenState, k: int, distinct: bool = False) -> NextTokenProposal:
@@ -445,10 +453,10 @@ class NextTokenDecoder(TokenDecoder):
         fixed = state.fixed.gather(1, position)
         tokens = torch.where(fixed, state.tokens.gather(1, position), tokens)
         log_probs = log_probs.masked_fill(fixed, 0.0)
-        evidence = self._evidence(
+        features = self._features(
             state.prompt, state.codes, tokens, position, state.hidden[:, None], state.logits[:, None]
         )
-        return NextTokenProposal(tokens[..., None], log_probs, evidence)
+        return NextTokenProposal(tokens[..., None], log_probs, features)
 
     @torch.no_grad()
     def commit(self, state: NextTokenState, proposal: NextTokenProposal, choice: Tensor) -> None:
@@ -457,7 +465,7 @@ class NextTokenDecoder(TokenDecoder):
         here = rows, last.to(choice.device)
         state.tokens[here], state.fixed[here] = proposal.tokens[rows, choice, 0], True
         state.log_probs[:, state.step] = proposal.log_probs[rows, choice]
-        state.evidence.write(*here, proposal.evidence.pick(choice), torch.zeros_like(choice))
+        state.features.write(*here, proposal.features.pick(choice), torch.zeros_like(choice))
         state.step += 1
         if state.is_done:
             return
@@ -470,4 +478,4 @@ class NextTokenDecoder(TokenDecoder):
         else:
             hidden = self.transformer.extend(x, counts.repeat(2), state.cache)
         state.cost.count_pass(*x.shape[:2])
-        self._arrive(state, hidden, last)
+        self._advance(state, hidden, last)

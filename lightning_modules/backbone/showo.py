@@ -29,9 +29,9 @@ class ShowO(MaskTokenDecoder):
     Args:
         image_tokenizer, text_tokenizer, max_text: see `MaskTokenDecoder`.
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
-        rotary_share: of each head's dimensions that carry the position.
+        partial_rotary_factor: of each head's dimensions that carry the position.
         checkpointing: see `TransformerConfig`.
-        evidence_depths, estimate, compiled: see `MaskTokenDecoder`.
+        feature_layers, estimate, compiled: see `MaskTokenDecoder`.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class ShowO(MaskTokenDecoder):
         depth: int = 24,
         heads: int = 32,
         mlp_dim: int = 8192,
-        rotary_share: float = 0.5,
+        partial_rotary_factor: float = 0.5,
         checkpointing: bool = False,
-        evidence_depths: Sequence[int] = (),
+        feature_layers: Sequence[int] = (),
         estimate: MaskEstimate | None = None,
         compiled: bool = False,
     ) -> None:
         transformer = TransformerConfig(
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
-        rotary_dims = int(rotary_share * transformer.head_dim)
+        rotary_dims = int(partial_rotary_factor * transformer.head_dim)
         super().__init__(
             image_tokenizer,
             text_tokenizer,
             max_text,
             transformer,
             rotary_dims,
-            evidence_depths,
+            feature_layers,
             estimate,
             compiled=compiled,
         )

@@ -119,7 +119,7 @@ class KVCache:
         return chosen
 
 
-class Attending(Protocol):
+class AttentionFn(Protocol):
     """How the positions of a pass attend to one another, and to others whose keys and values it holds."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
 
 
 @dataclass(frozen=True)
-class Full:
+class FullAttention:
     """Attention among all positions of the pass; with a cache, which then holds their keys and values."""
 
     causal: bool
@@ -197,7 +197,7 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepAttention:
     """Each of k alternatives for the next position attends to the cached prefix and to itself."""
 
     cache: KVCache
@@ -215,7 +215,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Extend:
+class ExtendAttention:
     """The next positions of each row attend to the cached prefix and to those before them, and join the cache."""
 
     cache: KVCache
@@ -241,7 +241,7 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, layer: int, attending: Attending) -> Tensor:
+    def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = attending(layer, self.q_norm(q), self.k_norm(k), v)
         return self.proj(attended.transpose(1, 2).flatten(2))
@@ -260,7 +260,7 @@ class Block(nn.Module):
             nn.Linear(config.dim, hidden), nn.GELU(approximate=config.gelu), nn.Linear(hidden, config.dim)
         )
 
-    def forward(self, x: Tensor, layer: int, attending: Attending) -> Tensor:
+    def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
         normed = self.attention_norm(x)
         attended = self.attention(normed, layer, attending)
         if self.mlp_norm is None:
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
-    def layers(self, x: Tensor, attending: Attending) -> Iterator[Tensor]:
+    def layers(self, x: Tensor, attending: AttentionFn) -> Iterator[Tensor]:
         """A pass over x [B, S, dim]; gives the hidden states [B, S, dim] after each layer in turn."""
         for layer, block in enumerate(self.blocks):
             if self.config.checkpointing and torch.is_grad_enabled():
@@ -293,22 +293,22 @@ class Transformer(nn.Module):
                 x = block(x, layer, attending)
             yield x
 
-    def run(self, x: Tensor, attending: Attending) -> list[Tensor]:
+    def run(self, x: Tensor, attending: AttentionFn) -> list[Tensor]:
         """A pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
         return list(self.layers(x, attending))
 
-    def last(self, x: Tensor, attending: Attending) -> Tensor:
+    def last(self, x: Tensor, attending: AttentionFn) -> Tensor:
         """A pass over x [B, S, dim]; keeps and returns only the hidden states [B, S, dim] after the last layer."""
         return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
         """Full pass over x [B, S, dim], which fills the cache, if any."""
-        return self.run(x, Full(causal, cache))
+        return self.run(x, FullAttention(causal, cache))
 
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
         """One position, k alternatives: x [B, k, dim] against the cached prefix."""
         cache.forget()
-        return self.run(x, Step(cache, cache.length, cache.unfilled()))
+        return self.run(x, StepAttention(cache, cache.length, cache.unfilled()))
 
     def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
         """Several positions in one pass, which join the cache.
@@ -323,4 +323,4 @@ class Transformer(nn.Module):
         offset = torch.arange(x.shape[1])
         positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room)
         cache.lengths = cache.lengths + counts
-        return self.run(x, Extend(cache, positions.to(x.device), cache.length))
+        return self.run(x, ExtendAttention(cache, positions.to(x.device), cache.length))

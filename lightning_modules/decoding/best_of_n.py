@@ -40,7 +40,7 @@ class BestOfN(Strategy):
         judge = judge_named(judges, self.judge)
         repeated = request.repeat(self.n)
         all_images = self.strategy.decode(decoder, judges, repeated)
-        scores = judged(judge, decoder, repeated.rows, all_images.tokens, all_images.evidence).view(-1, self.n)
+        scores = judged(judge, decoder, repeated.rows, all_images.tokens, all_images.features).view(-1, self.n)
         all_images.cost.verifier_calls += scores.numel()
         winner = scores.argmax(1)
         tokens = all_images.tokens.unflatten(0, scores.shape)

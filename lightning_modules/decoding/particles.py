@@ -73,8 +73,8 @@ class Particles(Strategy):
         weights = gained.softmax(1).cumsum(1)
         winner = (weights > chance.to(values.device)[:, None] * weights[:, -1:]).int().argmax(1)
         self._record(paths, values, one_hot(winner, self.n))
-        notes = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
-        return replace(paths.finish(first + winner), notes=notes)
+        stats = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
+        return replace(paths.finish(first + winner), stats=stats)
 
     def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
         paths.count(values.numel())

@@ -109,9 +109,11 @@ class Paths:
 
         Args:
             rows: which paths.
-            first_unverified: see `Decoded.free_from`; default: 0.
+            first_unverified: see `Decoded.first_unverified`; default: 0.
         """
         state = self.state
-        free_from = torch.zeros(len(self)) if first_unverified is None else first_unverified
-        made = Decoded(state.tokens, state.evidence, state.cost, free_from, state.trajectory, log_probs=state.log_probs)
+        first_unverified = torch.zeros(len(self)) if first_unverified is None else first_unverified
+        made = Decoded(
+            state.tokens, state.features, state.cost, first_unverified, state.trajectory, log_probs=state.log_probs
+        )
         return replace(made if rows is None else made.select(rows), trace=self.trace)

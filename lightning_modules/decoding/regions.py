@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.image_tokenizer import patch_side, upsample_patches
 from lightning_modules.backbone.sampling import uniform_noise
+from lightning_modules.cache_key import Keyed, fields_key
 from lightning_modules.decoding.strategy import Decoded, Judges, verifier_named
-from lightning_modules.identity import Keyed, fields_key
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.verifier import TokenVerifier
 
 
-class Look(Keyed):
+class TokenScorer(Keyed):
     """Scores the tokens of finished images; what is low is not satisfactory."""
 
     def cache_key(self) -> Any:
@@ -40,14 +40,14 @@ class Region(Keyed):
     """Ω: the tokens whose score lies below τ.
 
     Attributes:
-        look: scores tokens.
+        scorer: scores tokens.
         threshold: τ itself.
         quantile: or τ as a quantile of the scores of the image itself.
         patches: scores are averaged over M x M patches first.
         rewind: everything from the first such token on: what comes later was drawn in its light.
     """
 
-    look: Look
+    scorer: TokenScorer
     threshold: float | None = None
     quantile: float | None = None
     patches: int | None = None
@@ -66,11 +66,11 @@ class Region(Keyed):
     @property
     def judge_names(self) -> Sequence[str]:
         """Names of the judges that decide what is decoded again."""
-        return self.look.judge_names
+        return self.scorer.judge_names
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
-        scores = self.look(decoder, judges, request, image).float()
+        scores = self.scorer(decoder, judges, request, image).float()
         grid = decoder.image_tokenizer.grid
         if self.patches is not None:
             pooled = F.avg_pool2d(scores.view(-1, 1, grid, grid), patch_side(grid, self.patches))
@@ -81,12 +81,12 @@ class Region(Keyed):
             limit = self.threshold
         else:
             limit = scores.quantile(self.quantile, dim=1, keepdim=True)
-        omega = scores < limit
-        return omega.cumsum(1) > 0 if self.rewind else omega
+        region_mask = scores < limit
+        return region_mask.cumsum(1) > 0 if self.rewind else region_mask
 
 
 @dataclass(frozen=True)
-class CLIPPatches(Look):
+class PatchCLIPScore(TokenScorer):
     """The method's own: S_ij, the CLIPScore of the prompt and patch ij of M x M.
 
     Attributes:
@@ -113,7 +113,7 @@ class CLIPPatches(Look):
 
 
 @dataclass(frozen=True)
-class Gain(Look):
+class ValueGain(TokenScorer):
     """What tokens added to the verifier's value (a probability): where it falls, hope was lost.
 
     Of next-token decoders each token, as it came; of mask-token decoders each of M x M patches, compared with the same
@@ -134,15 +134,15 @@ class Gain(Look):
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         judge = verifier_named(judges, self.verifier, decoder)
-        if not isinstance(judge, TokenVerifier) or image.evidence is None:
+        if not isinstance(judge, TokenVerifier) or image.features is None:
             raise ValueError(f"{self.verifier!r} values no prefixes, whose gain in value a region asks for")
         return decoder.value_gains(
-            request.prompts, image.tokens, image.evidence, judge.values, self.patches, image.cost
+            request.prompts, image.tokens, image.features, judge.values, self.patches, image.cost
         )
 
 
 @dataclass(frozen=True)
-class Confidence(Look):
+class TokenConfidence(TokenScorer):
     """The decoder's own log-probability of each token; see `Decoder.confidence`."""
 
     @property
@@ -150,11 +150,11 @@ class Confidence(Look):
         return []
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        return decoder.confidence(request.prompts, image.tokens, image.evidence, image.cost)
+        return decoder.confidence(request.prompts, image.tokens, image.features, image.cost)
 
 
 @dataclass(frozen=True)
-class Chance(Look):
+class RandomScores(TokenScorer):
     """Uniform noise, as a control: with a quantile, a random Ω of that size; with `threshold: 1`, everything."""
 
     @property

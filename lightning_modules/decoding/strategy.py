@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder, Request
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.trajectory import Trajectory
-from lightning_modules.decoding.trace import Choice, Round
-from lightning_modules.identity import Keyed, fields_key
+from lightning_modules.cache_key import Keyed, fields_key
+from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.rewards.verifier import Judge, PreviewVerifier, Reward, StepJudge, TokenVerifier, Verifier
 
 Judges = Mapping[str, Judge]
@@ -23,36 +23,36 @@ class Decoded:
 
     Attributes:
         tokens: [B, T].
-        evidence: what the decoder knew about each token when it was chosen; None from decoders that do not say.
+        features: what the decoder knew about each token when it was chosen; None from decoders that do not say.
         cost: of the whole batch, candidates that were not kept included.
-        free_from: tokens (of mask-token decoders: steps) from this one on were drawn from the decoder alone, [B]; 0 in
-            plain sampling.
+        first_unverified: the token (of mask-token decoders: the step) from which on the decoder alone decided, [B];
+            0 in plain sampling.
         trajectory: of mask-token decoders: how each grid was filled.
         trace: what was chosen on the way, and what reflection did.
-        notes: numbers about how each image was made, to be logged, [B] each.
+        stats: numbers about how each image was made, to be logged, [B] each.
         log_probs: of what was taken at each step, under the distribution that it was drawn from, [B, steps]; None of
             images that were decoded again in part.
     """
 
     tokens: Tensor
-    evidence: Evidence | None
+    features: DecoderFeatures | None
     cost: Cost
-    free_from: Tensor
+    first_unverified: Tensor
     trajectory: Trajectory | None = None
-    trace: Sequence[Choice | Round] = ()
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: Sequence[Choice | ReflectionRound] = ()
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
     log_probs: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Decoded":
         """Some of the images; the cost stays that of all."""
         return Decoded(
             self.tokens[rows],
-            self.evidence and self.evidence.select(rows),
+            self.features and self.features.select(rows),
             self.cost,
-            self.free_from[rows.cpu()],
+            self.first_unverified[rows.cpu()],
             self.trajectory and self.trajectory.select(rows),
             [event.select(rows) for event in self.trace],
-            {name: note[rows] for name, note in self.notes.items()},
+            {name: note[rows] for name, note in self.stats.items()},
             None if self.log_probs is None else self.log_probs[rows],
         )
 
@@ -61,18 +61,23 @@ class Decoded:
 
         Of a trajectory it is the end that is replaced.
         """
-        tokens, free_from = self.tokens.index_put((rows,), other.tokens), self.free_from.clone()
-        free_from[rows.cpu()] = other.free_from.to(free_from.dtype)
-        evidence = self.evidence and other.evidence and self.evidence.put(rows, other.evidence)
+        tokens, first_unverified = self.tokens.index_put((rows,), other.tokens), self.first_unverified.clone()
+        first_unverified[rows.cpu()] = other.first_unverified.to(first_unverified.dtype)
+        features = self.features and other.features and self.features.put(rows, other.features)
         trajectory = self.trajectory and other.trajectory and self.trajectory.put(rows, other.trajectory)
         return replace(
-            self, tokens=tokens, evidence=evidence, free_from=free_from, trajectory=trajectory, log_probs=None
+            self,
+            tokens=tokens,
+            features=features,
+            first_unverified=first_unverified,
+            trajectory=trajectory,
+            log_probs=None,
         )
 
     def all_chosen(self, rows: Tensor) -> "Decoded":
         """With images of which nothing is left that the decoder drew without a judge's say, but the finished image."""
         last = self.tokens.shape[1] if self.trajectory is None else self.trajectory.previews.shape[1] - 1
-        return replace(self, free_from=self.free_from.index_fill(0, rows.cpu(), last))
+        return replace(self, first_unverified=self.first_unverified.index_fill(0, rows.cpu(), last))
 
 
 class Strategy(Keyed):
@@ -98,21 +103,21 @@ class Strategy(Keyed):
 
 
 def judge_named(judges: Judges, name: str) -> Judge:
-    """Look up a judge; raises ValueError with the names there are."""
+    """TokenScorer up a judge; raises ValueError with the names there are."""
     if name not in judges:
         raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
     return judges[name]
 
 
 def judged(
-    judge: Judge, decoder: Decoder, rows: Sequence[Mapping[str, Any]], tokens: Tensor, evidence: Evidence | None
+    judge: Judge, decoder: Decoder, rows: Sequence[Mapping[str, Any]], tokens: Tensor, features: DecoderFeatures | None
 ) -> Tensor:
     """What a judge says of finished images [B, T]: a verifier's log-value, or a reward, [B]."""
-    return judge.of_finished(rows, evidence, lambda: decoder.image_tokenizer.decode(tokens))
+    return judge.of_finished(rows, features, lambda: decoder.image_tokenizer.decode(tokens))
 
 
 def step_judge_named(judges: Judges, name: str) -> StepJudge:
-    """Look up a judge that must be one of unfinished images; raises ValueError with the names there are."""
+    """TokenScorer up a judge that must be one of unfinished images; raises ValueError with the names there are."""
     judge = judges.get(name)
     if not isinstance(judge, StepJudge):
         known = ", ".join(key for key, value in judges.items() if isinstance(value, StepJudge))
@@ -121,7 +126,7 @@ def step_judge_named(judges: Judges, name: str) -> StepJudge:
 
 
 def verifier_named(judges: Judges, name: str, decoder: Decoder) -> Verifier[Any]:
-    """Look up a verifier for a decoder; a reward becomes one that judges previews.
+    """TokenScorer up a verifier for a decoder; a reward becomes one that judges previews.
 
     Raises:
         ValueError: there is no judge of that name, or the decoder gives it nothing to read.

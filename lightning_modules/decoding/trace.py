@@ -34,13 +34,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Round:
+class ReflectionRound:
     """A round of reflection on b of the images.
 
     Attributes:
         judge: the name of who scored them.
         rows: which ones, [b].
-        omega: what was decoded again, bool [b, T].
+        region_mask: what was decoded again, bool [b, T].
         before, after: tokens [b, T].
         scores: of the judge, before and after, [b, 2].
         accepted: bool [b].
@@ -48,14 +48,14 @@ class Round:
 
     judge: str
     rows: Tensor
-    omega: Tensor
+    region_mask: Tensor
     before: Tensor
     after: Tensor
     scores: Tensor
     accepted: Tensor
 
-    def select(self, rows: Tensor) -> "Round":
+    def select(self, rows: Tensor) -> "ReflectionRound":
         """Of some of the images, whose numbers are those in `rows`."""
         new, old = (rows[:, None] == self.rows).nonzero(as_tuple=True)
-        parts = (part[old] for part in (self.omega, self.before, self.after, self.scores, self.accepted))
-        return Round(self.judge, new, *parts)
+        parts = (part[old] for part in (self.region_mask, self.before, self.after, self.scores, self.accepted))
+        return ReflectionRound(self.judge, new, *parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.decoding.strategy import Decoded, Judges, judged
-from lightning_modules.decoding.trace import Choice, Round
+from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.rewards.verifier import Judge, Reward
 
 _MOMENTS = 8  # drawn of what may have hundreds of steps
@@ -30,7 +30,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Strip:
+class ImageStrip:
     """Frames of one size side by side, as one PNG, transparent where nothing is decided yet."""
 
     title: str
@@ -50,29 +50,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Section:
     """A part of the story, with a title."""
 
     title: str
-    strips: list[Strip]
+    strips: list[ImageStrip]
     curve: Curve | None = None
 
 
 @dataclass(frozen=True)
-class Story:
+class TraceView:
     """What judges say of a finished image, by name, and how it was made. Values of verifiers are probabilities."""
 
     scores: dict[str, float]
-    scenes: list[Scene]
+    scenes: list[Section]
 
     @staticmethod
-    def of(plain: Mapping[str, Any]) -> "Story":
+    def of(plain: Mapping[str, Any]) -> "TraceView":
         """From its `dataclasses.asdict`."""
         scenes = []
         for scene in plain["scenes"]:
-            strips = [Strip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in scene["strips"]]
-            scenes.append(Scene(scene["title"], strips, scene["curve"] and Curve(**scene["curve"])))
-        return Story(plain["scores"], scenes)
+            strips = [
+                ImageStrip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in scene["strips"]
+            ]
+            scenes.append(Section(scene["title"], strips, scene["curve"] and Curve(**scene["curve"])))
+        return TraceView(plain["scores"], scenes)
 
 
 def stories(
@@ -82,27 +84,27 @@ def stories(
     prompts: Sequence[Mapping[str, Any]],
     decoded: Decoded,
     tell: bool,
-) -> list[Story]:
+) -> list[TraceView]:
     """A story for each of B images.
 
     Args:
         decoder: of the images.
         judges: by name.
-        asked: names of those that score the finished images; verifiers only where there is evidence.
+        asked: names of those that score the finished images; verifiers only where there is features.
         prompts: GenEval metadata.
         decoded: the images, with their trace.
         tell: how they were made; otherwise stories have scores alone.
     """
     scores = {}
     for name in asked:
-        if isinstance(judges[name], Reward) or decoded.evidence is not None:
-            values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.evidence)
+        if isinstance(judges[name], Reward) or decoded.features is not None:
+            values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.features)
             scores[name] = judges[name].as_probability(values).tolist()
     told = []
     for i in range(len(prompts)):
         image = decoded.select(torch.tensor([i], device=decoded.tokens.device))
         own = {name: values[i] for name, values in scores.items()}
-        told.append(Story(own, _scenes(decoder, judges, image) if tell else []))
+        told.append(TraceView(own, _scenes(decoder, judges, image) if tell else []))
     return told
 
 
@@ -111,24 +113,24 @@ def written(score: float) -> str:
     return f"{score:.3g}"
 
 
-def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Scene]:
+def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]:
     """The scenes of one image (B = 1)."""
-    rounds = [event for event in image.trace if isinstance(event, Round) and len(event.rows)]
+    rounds = [event for event in image.trace if isinstance(event, ReflectionRound) and len(event.rows)]
     first = rounds[0].before[0] if rounds else image.tokens[0]
     scenes = []
     if (way := decoder.frames(first, image.trajectory, _MOMENTS)) is not None:
         frames = [Frame(caption) for caption in way.captions]
-        scenes.append(Scene("On the way", [_strip(way.title, _pixels(decoder, way.tokens, way.shown), frames)]))
+        scenes.append(Section("On the way", [_strip(way.title, _pixels(decoder, way.tokens, way.shown), frames)]))
     choices = [event for event in image.trace if isinstance(event, Choice)]
     for (name, k), group in groupby(choices, key=lambda choice: (choice.judge, choice.scores.shape[1])):
         scenes.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
     for name, turns in groupby(rounds, key=lambda event: event.judge):
         strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(turns, 1)]
-        scenes.append(Scene(f"Reflection, scored by {name}", strips))
+        scenes.append(Section(f"Reflection, scored by {name}", strips))
     return scenes
 
 
-def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: Sequence[Choice]) -> Scene:
+def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: Sequence[Choice]) -> Section:
     """Choices among as many candidates: a curve of all, and pictures of those whose scores differ most.
 
     Of many, those among equal candidates are not drawn at all.
@@ -157,8 +159,8 @@ def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: S
     went_on = np.where(known & (kept > 0), scores, -np.inf).max(1)
     scored = np.isfinite(went_on)
     if scored.sum() < 3:
-        return Scene(title, strips)
-    return Scene(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist()))
+        return Section(title, strips)
+    return Section(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist()))
 
 
 def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
@@ -181,16 +183,16 @@ def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
     return pixels[:, top:bottom, left:right]
 
 
-def _round(decoder: Decoder, judge: Judge, number: int, event: Round) -> Strip:
+def _round(decoder: Decoder, judge: Judge, number: int, event: ReflectionRound) -> ImageStrip:
     """Before, Ω over it, and after."""
     before, after = judge.as_probability(event.scores[0]).tolist()
     pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
     side = pixels.shape[1] // decoder.image_tokenizer.grid
-    omega = event.omega[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
-    where = omega.repeat(side, 0).repeat(side, 1)
+    region_mask = event.region_mask[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
+    where = region_mask.repeat(side, 0).repeat(side, 1)
     pixels[1, where, :3] = pixels[1, where, :3] // 2 + np.array(_OMEGA, np.uint8) // 2
     kept = int(event.accepted[0])
-    captions = f"before {written(before)}", f"Ω: {int(omega.sum())} tokens", f"after {written(after)}"
+    captions = f"before {written(before)}", f"Ω: {int(region_mask.sum())} tokens", f"after {written(after)}"
     frames = [Frame(caption, kept * (i == 2)) for i, caption in enumerate(captions)]
     return _strip(f"round {number}: {'kept' if kept else 'not kept'}", pixels, frames)
 
@@ -207,10 +209,10 @@ def _pixels(decoder: Decoder, tokens: Tensor, shown: Tensor | None = None) -> np
     return np.concatenate([colors, opaque], 3)
 
 
-def _strip(title: str, pixels: np.ndarray, frames: list[Frame]) -> Strip:
+def _strip(title: str, pixels: np.ndarray, frames: list[Frame]) -> ImageStrip:
     """Frames from images [n, H, W, 4], made smaller where they are large."""
     pixels = np.stack([shrunk(image, _LARGEST) for image in pixels])
-    return Strip(title, png(np.concatenate(list(pixels), 1)), pixels.shape[2], pixels.shape[1], frames)
+    return ImageStrip(title, png(np.concatenate(list(pixels), 1)), pixels.shape[2], pixels.shape[1], frames)
 
 
 def shrunk(pixels: np.ndarray, largest: int) -> np.ndarray:

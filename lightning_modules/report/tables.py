@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.files import whole, write_text
-from lightning_modules.report.drawing import Story
+from lightning_modules.report.drawing import TraceView
 from lightning_modules.rewards.geneval import TASKS, Verdict
 
 BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
@@ -55,9 +55,9 @@ class StrategyResult:
         verifier_calls: values asked of a judge, an image.
         seconds: wall time an image, summed over ranks.
         objects: found in an image.
-        holdout: mean opinion of judges, by name.
+        independent: mean opinion of judges, by name.
         tokens: image tokens that went through the decoder, an image.
-        notes: means of what a strategy notes about its images, by name.
+        stats: means of what a strategy measures of its images, by name.
         stories: how the images of `thumbnails` were made.
     """
 
@@ -70,10 +70,10 @@ class StrategyResult:
     verifier_calls: float
     seconds: float
     objects: float
-    holdout: dict[str, float]
+    independent: dict[str, float]
     tokens: float = 0.0
-    notes: dict[str, float] = field(default_factory=dict)
-    stories: dict[int, Story] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
+    stories: dict[int, TraceView] = field(default_factory=dict)
 
     def row_of(self, index: int) -> dict[str, Any]:
         """The row of the first image of prompt `index`."""
@@ -130,8 +130,8 @@ def write_report(folder: Path, about: Mapping[str, Any], results: Mapping[str, S
             "tokens_per_image": result.tokens,
             "seconds_per_image": result.seconds,
             "objects_per_image": result.objects,
-            "holdout": result.holdout,
-            "notes": result.notes,
+            "independent": result.independent,
+            "stats": result.stats,
         }
         lines += [result_line(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
         save_image(contact_sheet(result), folder / "sheets" / f"{name}.png")
@@ -230,7 +230,7 @@ def print_table(results: Mapping[str, StrategyResult]) -> None:
     table = Table(title="GenEval", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     costly = any(result.decoder_forwards for result in results.values())
-    judges = list(dict.fromkeys(judge for result in results.values() for judge in result.holdout))
+    judges = list(dict.fromkeys(judge for result in results.values() for judge in result.independent))
     for heading in ("overall", "95 %", *_HEADINGS, *(("decoder", "verifier", "s/image") if costly else ()), *judges):
         table.add_column(heading, justify="right", no_wrap=True)
     untrained = False
@@ -242,7 +242,7 @@ def print_table(results: Mapping[str, StrategyResult]) -> None:
         low, high = result.interval()
         tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
         costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
-        opinions = [f"{result.holdout[judge]:.3f}" if judge in result.holdout else "-" for judge in judges]
+        opinions = [f"{result.independent[judge]:.3f}" if judge in result.independent else "-" for judge in judges]
         scores = f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks
         table.add_row(name.removesuffix(BEFORE_TRAINING), *scores, *(costs if costly else ()), *opinions)
     print_plain(table)

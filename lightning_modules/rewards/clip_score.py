@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.identity import Keyed, class_name, digest
+from lightning_modules.cache_key import Keyed, class_name, digest
 from lightning_modules.rewards.verifier import Reward
 
 _WEIGHT = 2.5  # CLIPScore's w

@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import trange
 
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.identity import Keyed, class_name
+from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.rewards.clip_score import image_features, preprocessing
 
 

@@ -88,7 +88,7 @@ class GenEvalRules:
 
     class_names: Sequence[str] = CLASS_NAMES
     threshold: float = 0.3
-    """Confidence that an object has to exceed."""
+    """TokenConfidence that an object has to exceed."""
     counting_threshold: float = 0.9
     """The same for the task "counting"."""
     max_objects: int = 16

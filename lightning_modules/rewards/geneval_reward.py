@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_modules.identity import class_name, fields_key
+from lightning_modules.cache_key import class_name, fields_key
 from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors, with_colors
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.self_test import SelfTest

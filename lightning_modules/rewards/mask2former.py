@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint, resolve
 from lightning_modules.broken_files import refuse_broken_folder
-from lightning_modules.identity import Keyed, class_name, digest, published_key
+from lightning_modules.cache_key import Keyed, class_name, digest, published_key
 from lightning_modules.rewards.geneval import CLASS_NAMES, Detections
 from lightning_modules.rewards.open_clip_loader import how_to_download
 

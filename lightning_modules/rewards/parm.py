@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.backbone.hub import Shared
-from lightning_modules.backbone.loading import Stored, copy_from, fingerprint
+from lightning_modules.backbone.features import DecoderFeatures
+from lightning_modules.backbone.hub import HubMixin
+from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
-from lightning_modules.identity import class_name, key_of
+from lightning_modules.cache_key import class_name, key_of
 from lightning_modules.rewards.geneval import CLAUSES
 from lightning_modules.rewards.verifier import TokenVerifier
 
-Features = Literal["hidden", "embeddings"]
+InputFeatures = Literal["hidden", "embeddings"]
 # log p and log p without the prompt of the token, entropy, and running sums of log p, of the pointwise mutual
 # information with the prompt, and of log p + entropy (how surprising the prefix is for this decoder).
 _STATISTICS = 6
@@ -75,15 +75,15 @@ class Matching(nn.Module):
         return logits.sigmoid().to(x.dtype) @ self.value(prompt), logits
 
 
-class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
+class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
     """Log-probability that the finished image will fulfil the prompt, for every prefix of its tokens.
 
     Args:
         transformer: sizes; the method's are width 512, 6 layers, 8 heads.
         grid: codes along each side of an image, which then has T = grid * grid tokens.
         decoder_dim: width of the shared decoder.
-        evidence_depths: the depths at which the shared decoder shows its hidden states in `Evidence`.
-        features: `hidden` reads the decoder's hidden states (with and without the prompt) and log-probabilities
+        feature_layers: the depths at which the shared decoder shows its hidden states in `DecoderFeatures`.
+        input_features: `hidden` reads the decoder's hidden states (with and without the prompt) and log-probabilities
             beside its embeddings, `embeddings` reads the embeddings alone.
         causal: for next-token decoders: values every prefix in one pass and decodes with a cache. False is for
             mask-token decoders: reads whole grids, in which undecided tokens are marked as such, one pass a grid.
@@ -94,25 +94,25 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         transformer: TransformerConfig,
         grid: int,
         decoder_dim: int,
-        evidence_depths: Sequence[int],
-        features: Features,
+        feature_layers: Sequence[int],
+        input_features: InputFeatures,
         causal: bool,
     ) -> None:
         super().__init__()
-        if features not in ("hidden", "embeddings"):
-            raise ValueError(f"parm.features must be 'hidden' or 'embeddings', not {features!r}")
+        if input_features not in ("hidden", "embeddings"):
+            raise ValueError(f"parm.input_features must be 'hidden' or 'embeddings', not {input_features!r}")
         dim, num_tokens = transformer.dim, grid**2
-        evidence_dim = decoder_dim * len(evidence_depths)
-        self.features, self.causal, self.num_tokens = features, causal, num_tokens
+        feature_dim = decoder_dim * len(feature_layers)
+        self.input_features, self.causal, self.num_tokens = input_features, causal, num_tokens
         self.prompt_proj = nn.Linear(2 * decoder_dim, dim)
         self.token_proj = nn.Linear(decoder_dim, dim)
         self.token_norm = nn.LayerNorm(decoder_dim)
         self.matching = Matching(dim)
-        if features == "hidden":
-            self.image_norm = nn.LayerNorm(evidence_dim)
-            self.image_proj = nn.Linear(evidence_dim, dim)
-            self.hidden_norm = nn.LayerNorm(evidence_dim)
-            self.hidden_proj = nn.Linear(evidence_dim, dim)
+        if input_features == "hidden":
+            self.image_norm = nn.LayerNorm(feature_dim)
+            self.image_proj = nn.Linear(feature_dim, dim)
+            self.hidden_norm = nn.LayerNorm(feature_dim)
+            self.hidden_proj = nn.Linear(feature_dim, dim)
             self.statistics_proj = nn.Linear(_STATISTICS, dim)
             self.statistics_head = nn.Linear(_STATISTICS, 1, bias=False)
             nn.init.zeros_(self.statistics_head.weight)
@@ -131,7 +131,7 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         transformer = key_of(self.transformer.config)
         return {"class": class_name(self), "weights": fingerprint(self), "transformer": transformer}
 
-    def warm_start(self, name: str, stored: Stored) -> None:
+    def warm_start(self, name: str, stored: CheckpointReader) -> None:
         """Begin training with what a PARM of next-token decoders has learnt: all but the mark of undecided tokens.
 
         Args:
@@ -150,16 +150,16 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         return (self.rows + self.columns).flatten(0, 1)
 
     def _inputs(
-        self, prompt: Tensor, evidence: Evidence, statistics: Tensor, trust: Tensor | float = 1.0
+        self, prompt: Tensor, features: DecoderFeatures, statistics: Tensor, trust: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Projected tokens, without positions, [B, S, dim], and which words of the projected prompt they match."""
-        x = self.token_proj(self.token_norm(evidence.embeddings))
-        if self.features == "hidden":
-            x = self._shared(x, self.image_proj(self.image_norm(evidence.unconditional_hidden)))
+        x = self.token_proj(self.token_norm(features.embeddings))
+        if self.input_features == "hidden":
+            x = self._shared(x, self.image_proj(self.image_norm(features.unconditional_hidden)))
         matched, match_logits = self.matching(x, prompt)
         x = x + matched
-        if self.features == "hidden":
-            x = self._shared(x, trust * self.hidden_proj(self.hidden_norm(evidence.hidden)))
+        if self.input_features == "hidden":
+            x = self._shared(x, trust * self.hidden_proj(self.hidden_norm(features.hidden)))
             x = x + trust * self.statistics_proj(statistics)
         return x, match_logits
 
@@ -175,28 +175,28 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         """
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would tie values that differ
             logits = self.head(hidden.float())
-            if self.features == "hidden":
+            if self.input_features == "hidden":
                 logits = logits + trust * self.statistics_head(statistics.float())
         return logits.squeeze(-1)
 
     @staticmethod
-    def _statistics(evidence: Evidence, sums: Tensor) -> Tensor:
+    def _statistics(features: DecoderFeatures, sums: Tensor) -> Tensor:
         """Numbers about each token, [B, S, 6]; the running `sums` [B, S, 3] include the token itself."""
-        entropy = evidence.entropy.repeat(1, evidence.candidates)
-        own = torch.stack([evidence.log_probs, evidence.unconditional_log_probs, entropy], dim=-1)
+        entropy = features.entropy.repeat(1, features.candidates)
+        own = torch.stack([features.log_probs, features.unconditional_log_probs, entropy], dim=-1)
         return torch.cat([own, _SUM_SCALE * sums], dim=-1)
 
     @staticmethod
-    def _increments(evidence: Evidence) -> Tensor:
+    def _increments(features: DecoderFeatures) -> Tensor:
         """What each token adds to the running sums, [B, S, 3]."""
-        log_p, entropy = evidence.log_probs, evidence.entropy.repeat(1, evidence.candidates)
-        return torch.stack([log_p, log_p - evidence.unconditional_log_probs, log_p + entropy], dim=-1)
+        log_p, entropy = features.log_probs, features.entropy.repeat(1, features.candidates)
+        return torch.stack([log_p, log_p - features.unconditional_log_probs, log_p + entropy], dim=-1)
 
-    def forward(self, evidence: Evidence, trusted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: DecoderFeatures, trusted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that the image will be right, that each clause will hold, and that a token shows what a word names.
 
         Args:
-            evidence: about all T tokens of images; if not causal, at any step on the way.
+            features: about all T tokens of images; if not causal, at any step on the way.
             trusted: bool [B]; in rows in which it is false, what the decoder thinks of the image given the prompt is
                 not read: its hidden states with the prompt, and all log-probabilities. Default: all true.
 
@@ -204,26 +204,26 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
             [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses]; and [B, T, L] (see `grounding`).
         """
         trust = 1.0 if trusted is None else trusted[:, None, None].float()
-        prompt = self.prompt_proj(evidence.prompt)
+        prompt = self.prompt_proj(features.prompt)
         if not self.causal:
-            return self._read_grids(prompt, evidence, trust)
-        statistics = self._statistics(evidence, self._increments(evidence).cumsum(1))
-        x, match_logits = self._inputs(prompt, evidence, statistics, trust)
+            return self._read_grids(prompt, features, trust)
+        statistics = self._statistics(features, self._increments(features).cumsum(1))
+        x, match_logits = self._inputs(prompt, features, statistics, trust)
         x = torch.cat([prompt, x + self._positions], dim=1)
         hidden = self.norm(self.transformer(x, causal=True)[-1][:, -self.num_tokens :])
         return self._logits(hidden, statistics, trust), self.clause_head(hidden), match_logits
 
     def _read_grids(
-        self, prompt: Tensor, evidence: Evidence, trust: Tensor | float = 1.0
+        self, prompt: Tensor, features: DecoderFeatures, trust: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`forward` for k grids each: [B, k], [B, k, clauses] and [B, k T, L]. What was decided counts in the sums."""
-        assert evidence.undecided is not None
-        k = evidence.candidates
-        undecided = evidence.undecided[..., None]
-        sums = self._increments(evidence).masked_fill(undecided, 0).unflatten(1, (k, -1))
+        assert features.undecided is not None
+        k = features.candidates
+        undecided = features.undecided[..., None]
+        sums = self._increments(features).masked_fill(undecided, 0).unflatten(1, (k, -1))
         sums = sums.sum(2, keepdim=True).expand_as(sums).flatten(1, 2)
-        statistics = self._statistics(evidence, sums)
-        x, match_logits = self._inputs(prompt, evidence, statistics, trust)
+        statistics = self._statistics(features, sums)
+        x, match_logits = self._inputs(prompt, features, statistics, trust)
         grids = (x + undecided * self.undecided).unflatten(1, (k, -1)) + self._positions
         x = torch.cat([prompt[:, None].expand(-1, k, -1, -1), grids], dim=2).flatten(0, 1)
         hidden = self.transformer(x, causal=False)[-1][:, -self.num_tokens :]
@@ -232,8 +232,8 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         return self._logits(hidden, statistics, trust), self.clause_head(hidden), match_logits
 
     @torch.no_grad()
-    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
-        logits = self(evidence)[0]
+    def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
+        logits = self(features)[0]
         if self.causal:
             logits = logits[:, torch.as_tensor(lengths, device=logits.device) - 1]
         return F.logsigmoid(logits)
@@ -250,28 +250,28 @@ class PARM(Shared, nn.Module, TokenVerifier[PARMState]):
         return PARMState(cache, sums, lengths, projected, sums[:, None])
 
     @torch.no_grad()
-    def follow(self, state: PARMState, evidence: Evidence | None, position: Tensor) -> None:
-        if evidence is None or state.cache is None or (position == state.lengths).all():
+    def sync(self, state: PARMState, features: DecoderFeatures | None, position: Tensor) -> None:
+        if features is None or state.cache is None or (position == state.lengths).all():
             return
         counts = (position - state.lengths).clamp(min=0)
         rows = torch.arange(len(position))
-        sums = F.pad(self._increments(evidence).cumsum(1), (0, 0, 1, 0))  # [B, T + 1, 3], by length of the prefix
+        sums = F.pad(self._increments(features).cumsum(1), (0, 0, 1, 0))  # [B, T + 1, 3], by length of the prefix
         state.cache.lengths = state.cache.lengths - (state.lengths - position).clamp(min=0)
         if counts.any():
             offset = torch.arange(int(counts.max()))
             positions = (state.lengths[:, None] + offset).clamp(max=self.num_tokens - 1)
-            passed = evidence.at(positions.to(sums.device))
+            passed = features.at(positions.to(sums.device))
             x, _ = self._inputs(state.prompt, passed, self._statistics(passed, sums[rows[:, None], positions + 1]))
             self.transformer.extend(x + self._positions[positions.to(x.device)], counts, state.cache)
         state.sums, state.lengths = sums[rows, position], position
 
     @torch.no_grad()
-    def score(self, state: PARMState, evidence: Evidence) -> Tensor:
+    def score(self, state: PARMState, features: DecoderFeatures) -> Tensor:
         if state.cache is None:
-            return F.logsigmoid(self._read_grids(state.prompt, evidence)[0])
-        state.candidate_sums = state.sums[:, None] + self._increments(evidence)
-        statistics = self._statistics(evidence, state.candidate_sums)
-        x, _ = self._inputs(state.prompt, evidence, statistics)
+            return F.logsigmoid(self._read_grids(state.prompt, features)[0])
+        state.candidate_sums = state.sums[:, None] + self._increments(features)
+        statistics = self._statistics(features, state.candidate_sums)
+        x, _ = self._inputs(state.prompt, features, statistics)
         position = state.lengths.to(x.device)
         hidden = self.norm(self.transformer.step(x + self._positions[position, None], state.cache)[-1])
         return F.logsigmoid(self._logits(hidden, statistics))

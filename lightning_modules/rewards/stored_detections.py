@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_modules.identity import Keyed, class_name
+from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, Detections
 

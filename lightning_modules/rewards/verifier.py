@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import DecodingState, Proposal
-from lightning_modules.backbone.evidence import Evidence
-from lightning_modules.identity import Keyed, class_name, fields_key
+from lightning_modules.backbone.features import DecoderFeatures
+from lightning_modules.cache_key import Keyed, class_name, fields_key
 
 
 class VerifierState(Protocol):
@@ -26,12 +26,12 @@ class Judge(Keyed):
 
     @abstractmethod
     def of_finished(
-        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+        self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
-        """Scores [B] of finished images, from their prompts and from the evidence about them or their pixels.
+        """Scores [B] of finished images, from their prompts and from the features about them or their pixels.
 
         Raises:
-            ValueError: it needs evidence, and there is none.
+            ValueError: it needs features, and there is none.
         """
 
     def as_probability(self, scores: Tensor) -> Tensor:
@@ -75,25 +75,25 @@ class Verifier(Judge, Generic[S]):
 class TokenVerifier(Verifier[S]):
     """Values half-made images in token space, by what the decoder knows of them.
 
-    Of a next-token decoder these are prefixes, of a mask-token decoder grids, whose evidence says what is decided.
+    Of a next-token decoder these are prefixes, of a mask-token decoder grids, whose features says what is decided.
     """
 
     @abstractmethod
-    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
+    def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
         """Log-value of the prefixes of these lengths (1..T) of images, [B, len(lengths)]; of grids, [B, 1]."""
 
     @abstractmethod
-    def follow(self, state: S, evidence: Evidence | None, position: Tensor) -> None:
+    def sync(self, state: S, features: DecoderFeatures | None, position: Tensor) -> None:
         """Go to where the decoder is: past tokens that it read without a choice, because they stay as they are.
 
         Args:
             state: of the images.
-            evidence: about all tokens of them that are decided; None of grids before their first step.
+            features: about all tokens of them that are decided; None of grids before their first step.
             position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
         """
 
     @abstractmethod
-    def score(self, state: S, evidence: Evidence) -> Tensor:
+    def score(self, state: S, features: DecoderFeatures) -> Tensor:
         """Log-value of the image extended by each of k candidates, [B, k]."""
 
     def value(
@@ -104,19 +104,19 @@ class TokenVerifier(Verifier[S]):
         proposal: Proposal,
         previews: Callable[[], Tensor],
     ) -> Tensor:
-        if proposal.evidence is None:
+        if proposal.features is None:
             raise ValueError(
-                f"{type(self).__name__} needs evidence, which this decoder does not give: no evidence_depths"
+                f"{type(self).__name__} needs features, which this decoder does not give: no feature_layers"
             )
-        self.follow(memory, state.evidence, state.position)
-        return self.score(memory, proposal.evidence)
+        self.sync(memory, state.features, state.position)
+        return self.score(memory, proposal.features)
 
     def of_finished(
-        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+        self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
-        if evidence is None:
+        if features is None:
             raise ValueError(f"{type(self).__name__} reads what the decoder does not tell; name a reward")
-        return self.values(evidence, [evidence.hidden.shape[1]])[:, 0]
+        return self.values(features, [features.hidden.shape[1]])[:, 0]
 
     def as_probability(self, scores: Tensor) -> Tensor:
         return scores.exp()
@@ -130,7 +130,7 @@ class Reward(Judge):
         """GenEval metadata of B prompts and pixels [B, 3, H, W] in [0, 1] -> rewards [B]."""
 
     def of_finished(
-        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+        self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
         return self(rows, pixels())
 
@@ -196,7 +196,7 @@ class PreviewVerifier(Verifier[Nothing]):
         """Nothing is remembered."""
 
     def of_finished(
-        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+        self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
         return self.reward(rows, pixels())
 
@@ -226,35 +226,35 @@ class Likelihood(TokenVerifier[LikelihoodState]):
     def as_probability(self, scores: Tensor) -> Tensor:
         return scores  # of whole images' tokens: as probabilities they would all be 0
 
-    def values(self, evidence: Evidence, lengths: Sequence[int]) -> Tensor:
-        if evidence.undecided is not None:
-            return self._of_grids(evidence)
-        return evidence.log_probs.cumsum(-1)[:, torch.as_tensor(lengths, device=evidence.log_probs.device) - 1]
+    def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
+        if features.undecided is not None:
+            return self._of_grids(features)
+        return features.log_probs.cumsum(-1)[:, torch.as_tensor(lengths, device=features.log_probs.device) - 1]
 
     @staticmethod
-    def _of_grids(evidence: Evidence) -> Tensor:
+    def _of_grids(features: DecoderFeatures) -> Tensor:
         """Log-probability of all that was decided, each token when it was drawn, [B, k]."""
-        assert evidence.undecided is not None
-        decided = evidence.log_probs.masked_fill(evidence.undecided, 0)
-        return decided.unflatten(1, (evidence.candidates, -1)).sum(-1)
+        assert features.undecided is not None
+        decided = features.log_probs.masked_fill(features.undecided, 0)
+        return decided.unflatten(1, (features.candidates, -1)).sum(-1)
 
     def begin(self, prompt: Tensor, capacity: int) -> LikelihoodState:
         total = prompt.new_zeros(len(prompt))
         return LikelihoodState(total, total[:, None], torch.zeros(len(prompt), dtype=torch.int64))
 
-    def follow(self, state: LikelihoodState, evidence: Evidence | None, position: Tensor) -> None:
-        if evidence is None or evidence.undecided is not None:  # a grid's evidence tells of all that was decided
+    def sync(self, state: LikelihoodState, features: DecoderFeatures | None, position: Tensor) -> None:
+        if features is None or features.undecided is not None:  # a grid's features tells of all that was decided
             return
         if (position != state.lengths).any():
-            before = torch.arange(evidence.log_probs.shape[1]) < position[:, None]
-            state.total = (evidence.log_probs * before.to(evidence.log_probs.device)).sum(1)
+            before = torch.arange(features.log_probs.shape[1]) < position[:, None]
+            state.total = (features.log_probs * before.to(features.log_probs.device)).sum(1)
             state.lengths = position
 
-    def score(self, state: LikelihoodState, evidence: Evidence) -> Tensor:
-        if evidence.undecided is not None:
-            state.candidates = self._of_grids(evidence)
+    def score(self, state: LikelihoodState, features: DecoderFeatures) -> Tensor:
+        if features.undecided is not None:
+            state.candidates = self._of_grids(features)
         else:
-            state.candidates = state.total[:, None] + evidence.log_probs
+            state.candidates = state.total[:, None] + features.log_probs
         return state.candidates
 
     def commit(self, state: LikelihoodState, choice: Tensor) -> None:

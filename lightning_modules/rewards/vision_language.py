@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.loading import fingerprint, from_hub
 from lightning_modules.broken_files import refuse_broken_folder
-from lightning_modules.identity import class_name, digest, key_of, published_key
+from lightning_modules.cache_key import class_name, digest, key_of, published_key
 from lightning_modules.rewards.verifier import Critic, StepJudge
 
 # The chat format of Qwen2, with its default system prompt; for checkpoints that come without a template.

@@ -22,7 +22,7 @@ _SIZES = ("images_per_prompt", "num_nodes", "check_val_every_n_epoch", "every_n_
           "depth", "heads", "epochs_per_round", "validation_images", "train_images",
           "accumulate_grad_batches")  # fmt: skip
 _NAMES = ("validation_strategies", "test_strategies")
-_NEVER = ("satisfied", "stop_score", "max_fall")  # infinity is for those that nothing reaches
+_NEVER = ("stop_score", "max_fall")  # infinity is for those that nothing reaches
 # Texts at the top of the config, some of which may be null.
 _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_dir": "a path", "export_dir": "a path"}
 _OR_NULL = {"ckpt_path": "a path, auto", "test_ckpt_path": "best", "images": "a path"}
@@ -69,7 +69,7 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
         config: as it is written; an interpolation may read the key.
         groups: of which a file is chosen, the user's own among them.
     """
-    known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "ladder"]
+    known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         top = key.partition(".")[0]

@@ -24,7 +24,7 @@ from lightning_modules.runs.checks import (
 )
 from lightning_modules.runs.messages import written_at
 
-TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "ladder")
+TASKS = ("fit", "evaluate", "generate", "score", "rollout", "export", "pipeline")
 # What a task builds.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
@@ -47,7 +47,7 @@ def preflight(config: DictConfig) -> None:
     preset = hydra.runtime.choices.get("debug")
     try:
         refuse_wrong_values(plain, written)
-        if config.task == "ladder":  # its jobs are checked each on its own
+        if config.task == "pipeline":  # its jobs are checked each on its own
             return
         if config.task != "export":
             refuse_missing_gpus(plain["trainer"])
@@ -77,8 +77,8 @@ def _refuse_incomplete(config: DictConfig) -> None:
     task, ckpt_path = config.task, config.ckpt_path
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    if task == "ladder" and config.get("ladder") is None:
-        raise ValueError("task=ladder needs jobs to run: use experiment=ladder")
+    if task == "pipeline" and config.get("pipeline") is None:
+        raise ValueError("task=pipeline needs jobs to run: use experiment=pipeline")
     if task == "export" and ckpt_path is None:
         raise ValueError("task=export needs ckpt_path, the checkpoint to export")
     if task in ("fit", "rollout") and config.get("data") is None:
@@ -178,7 +178,7 @@ def _refuse_mismatched_networks(
     if parm and decoder:
         reads, shows = parm["module"], decoder["module"]
         for name, meaning, value in (
-            ("evidence_depths", "decoder.module.evidence_depths", shows.get("evidence_depths")),
+            ("feature_layers", "decoder.module.feature_layers", shows.get("feature_layers")),
             ("decoder_dim", "the width of the decoder", shows.get("dim", shows.get("transformer", {}).get("dim"))),
             ("grid", "the grid of the image tokenizer", grid),
         ):

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from callbacks.geneval import GenEvalCallback
 from lightning_modules.broken_files import read_json
+from lightning_modules.cache_key import digest
 from lightning_modules.files import refuse_unwritable, whole
-from lightning_modules.identity import digest
 from lightning_modules.report.tables import print_plain, save_figure, write_csv
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint

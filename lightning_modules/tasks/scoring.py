@@ -160,7 +160,10 @@ class Scoring(LightningModule):
             verifier_calls=0,
             seconds=0,
             objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
-            holdout={**{name: float(np.mean([row[name] for row in rows])) for name in self.rewards}, **distance},
+            independent={
+                **{name: float(np.mean([row[name] for row in rows])) for name in self.rewards},
+                **distance,
+            },
         )
         low, high = result.interval()
         report = {
@@ -176,7 +179,7 @@ class Scoring(LightningModule):
             "correct_images": summary.correct_images,
             "correct_prompts": summary.correct_prompts,
             "objects_per_image": result.objects,
-            "holdout": result.holdout,
+            "independent": result.independent,
             "left_out": left_out,
             "notes": notes,
         }
@@ -191,7 +194,7 @@ class Scoring(LightningModule):
         print_table({result.name: result})
         scores = {f"score/{name}": value for name, value in result.tasks.items()} | {"score/overall": result.overall}
         for logger in trainer.loggers:
-            logger.log_metrics(scores | {f"score/{name}": value for name, value in result.holdout.items()})
+            logger.log_metrics(scores | {f"score/{name}": value for name, value in result.independent.items()})
 
     def _result(self, folder: PromptFolder) -> dict[str, Any]:
         result = self.store.load(folder)

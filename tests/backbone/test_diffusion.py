@@ -44,7 +44,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(decoder: DiffusionDecoder
     strategy = Sample(DiffusionSampling(steps=3, guidance=5.0, size=32))
     together = strategy.decode(decoder, {}, Request(ROWS, [1, 2, 3]))
     assert together.tokens.shape == (3, 3, 32, 32) and together.tokens.dtype == torch.uint8
-    assert together.cost.decoder_passes == 3 * 3 * 2 and together.evidence is None
+    assert together.cost.decoder_passes == 3 * 3 * 2 and together.features is None
     alone = strategy.decode(decoder, {}, Request(ROWS[1:2], [2]))
     assert (together.tokens[1].int() - alone.tokens[0].int()).abs().max() <= 1
     other = strategy.decode(decoder, {}, Request(ROWS[1:2], [3]))

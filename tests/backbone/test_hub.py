@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.backbone.hub import Shared
+from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, pretrained
 from lightning_modules.backbone.magvit import MagvitV2
@@ -25,7 +25,9 @@ from tests.helpers.overrides import TINY
     ("node", "kind"),
     [("parm", PARM), ("decoder", NextTokenDecoder), ("decoder", TokenDecoder), ("tokenizer", ImageTokenizer)],
 )
-def test_a_folder_is_read_and_written_again(tmp_path: Path, compose_config: Any, node: str, kind: type[Shared]) -> None:
+def test_a_folder_is_read_and_written_again(
+    tmp_path: Path, compose_config: Any, node: str, kind: type[HubMixin]
+) -> None:
     """As the bundled weights are, frozen parts included: the decoder's tokenizer is the one that its config names."""
     name = {"parm": "shapes_parm_start"}.get(node, f"shapes_{node}")
     there = kind.from_pretrained(BUNDLED / name)

@@ -10,7 +10,15 @@ from torch import nn
 from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone import loading
 from lightning_modules.backbone.image_tokenizer import PatchVQ
-from lightning_modules.backbone.loading import BUNDLED, Stored, export, fingerprint, own_state, pretrained, resolve
+from lightning_modules.backbone.loading import (
+    BUNDLED,
+    CheckpointReader,
+    export,
+    fingerprint,
+    own_state,
+    pretrained,
+    resolve,
+)
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -122,7 +130,7 @@ def started(folder: Path, dim: int = 96) -> MaskTokenDecoder:
 
 def test_a_mask_token_decoder_begins_with_what_a_next_token_decoder_knows() -> None:
     folder = resolve("bundled:shapes_decoder")
-    stored, decoder = Stored(folder), started(folder)
+    stored, decoder = CheckpointReader(folder), started(folder)
     own = dict(decoder.named_parameters())
     kept = [key for key in own if key.startswith(("transformer.", "norm.", "code_proj.", "rows", "columns"))]
     assert len(kept) == 12 * 12 + 5

@@ -8,7 +8,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder, decision_ord
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
 from tests.helpers.asked import asked
-from tests.helpers.models import EVIDENCE, make_decoder
+from tests.helpers.models import FEATURES, make_decoder
 
 SAMPLING = Sampling(temperature=0.8, guidance=0.5)
 
@@ -48,13 +48,13 @@ def test_cached_decoding_draws_the_tokens_of_uncached_decoding(decoder: NextToke
     assert len(decoded.tokens.unique()) > 5
 
 
-def test_evidence_collected_while_decoding_equals_that_of_a_full_pass(
+def test_features_collected_while_decoding_equals_that_of_a_full_pass(
     decoder: NextTokenDecoder, rows: list[dict]
 ) -> None:
     decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, list(range(len(rows)))))
-    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
-    for name in EVIDENCE:
-        torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
+    full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
+    for name in FEATURES:
+        torch.testing.assert_close(getattr(decoded.features, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     log_probs = decoder.token_log_probs(decoder.word_ids([row["prompt"] for row in rows]), decoded.tokens)
     torch.testing.assert_close(full.log_probs, log_probs, atol=1e-4, rtol=1e-4)
 
@@ -67,9 +67,9 @@ def test_redecoding_keeps_what_it_should_and_passes_over_it(
     seeds = list(range(len(rows)))
     decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, seeds, tokens, keep))
     assert torch.equal(decoded.tokens[keep], tokens[keep])
-    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
-    for name in EVIDENCE:
-        torch.testing.assert_close(getattr(decoded.evidence, name), getattr(full, name), atol=2e-4, rtol=1e-3)
+    full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
+    for name in FEATURES:
+        torch.testing.assert_close(getattr(decoded.features, name), getattr(full, name), atol=2e-4, rtol=1e-3)
     open_tokens = (~keep).sum(1).max().item()
     passes = decoded.cost.decoder_passes / (2 * len(rows))
     assert open_tokens <= passes <= max(open_tokens, 1) + 1
@@ -105,11 +105,11 @@ def test_the_order_of_decisions() -> None:
     assert decision_order(keep).tolist() == [[1, 4, 5, 5], [0, 1, 3, 5], [5, 5, 5, 5]]
 
 
-def test_evidence_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:
+def test_features_about_images_shared_by_several_prompts(decoder: NextTokenDecoder) -> None:
     prompts = ["a photo of a star", "a photo of a ring", "a photo of two stars", "a photo of a cross"]
     tokens = torch.randint(0, 32, (2, decoder.num_tokens))
-    shared, repeated = decoder.evidence(prompts, tokens), decoder.evidence(prompts, tokens.repeat_interleave(2, 0))
-    for name in EVIDENCE:
+    shared, repeated = decoder.features(prompts, tokens), decoder.features(prompts, tokens.repeat_interleave(2, 0))
+    for name in FEATURES:
         torch.testing.assert_close(getattr(shared, name), getattr(repeated, name))
 
 

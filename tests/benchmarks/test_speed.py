@@ -91,7 +91,7 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
     first = torch.zeros(BATCH, dtype=torch.int64)
     for _ in range(half):
         proposal = decoder.propose(state, 1)
-        parm.score(watch, proposal.evidence)
+        parm.score(watch, proposal.features)
         parm.commit(watch, first)
         decoder.commit(state, proposal, first)
     proposal = decoder.propose(state, k)
@@ -101,11 +101,11 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
         for j in range(k):
             tokens = state.tokens.clone()
             tokens[:, half] = proposal.tokens[:, j]
-            columns.append(parm.values(decoder.evidence(prompts, tokens), [half + 1]))
+            columns.append(parm.values(decoder.features(prompts, tokens), [half + 1]))
         return torch.cat(columns, 1)
 
     def cached() -> torch.Tensor:
-        return parm.score(watch, proposal.evidence)
+        return parm.score(watch, proposal.features)
 
     torch.testing.assert_close(cached(), anew(), atol=2e-3, rtol=1e-3)
     anew_seconds = seconds(anew)

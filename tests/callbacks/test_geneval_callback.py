@@ -48,7 +48,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
 
     def evaluate(*_: Any) -> dict[str, Any]:
         done.append(trainer.current_epoch)
-        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, holdout={})}
+        return {"sample": SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, independent={})}
 
     monkeypatch.setattr(callback, "_evaluate", evaluate)
     module: Any = SimpleNamespace(judges={}, log_dict=lambda values, **_: logged.append(dict(values)))

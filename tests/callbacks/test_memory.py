@@ -16,7 +16,7 @@ from lightning_modules.backbone.transformer import Transformer, TransformerConfi
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, Region
+from lightning_modules.decoding.regions import RandomScores, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.asked import asked
@@ -81,5 +81,5 @@ def test_candidates_within_candidates_multiply() -> None:
     assert Potential(sampling, 20, "judge").images_at_once == 20
     paths = BestOfN(Potential(sampling, 5, "judge"), 4, "judge")
     assert paths.images_at_once == 20
-    reflection = Reflection(paths, Verified(sampling, 6), Region(Chance(), 1.0), 3)
+    reflection = Reflection(paths, Verified(sampling, 6), Region(RandomScores(), 1.0), 3)
     assert reflection.images_at_once == 20  # one after the other

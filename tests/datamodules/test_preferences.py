@@ -37,7 +37,7 @@ def test_judges_are_weighed_and_summed_at_any_batch_size(
     judges = {"parm": parm, "bright": Brightness()}
     weights = {"geneval": 1.0, "clauses": 0.3, "parm": 0.5, "bright": 2.0}
     scores = ensemble(decoder, judges, weights, rollouts, batch_size)
-    value = parm.values(decoder.evidence(prompts, tokens), [decoder.num_tokens])[:, 0].exp()
+    value = parm.values(decoder.features(prompts, tokens), [decoder.num_tokens])[:, 0].exp()
     bright = Brightness()(rows, decoder.image_tokenizer.decode(tokens))
     share = torch.tensor([1.0 if i % 3 == 0 else 0.5 for i in range(12)])
     expected = torch.tensor(correct) + 0.3 * share + 0.5 * value + 2 * bright

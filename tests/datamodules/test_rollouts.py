@@ -16,7 +16,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from tests.helpers.models import EVIDENCE, make_decoder
+from tests.helpers.models import FEATURES, make_decoder
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +86,16 @@ def test_batches_hold_what_parm_trains_on(tmp_path, decoder, reward, rows) -> No
     assert batch["correct"].tolist() == [collected[0]["reward"], collected[11]["reward"]]
 
 
-def test_stored_evidence_is_that_of_a_decoder_pass(tmp_path, decoder, reward, rows) -> None:
+def test_stored_features_is_that_of_a_decoder_pass(tmp_path, decoder, reward, rows) -> None:
     spec = RolloutSpec(rows, 1, Sample(Sampling()))
-    collected = collect(spec, tmp_path, decoder, {}, reward, 0, 12, keep_evidence=True)
-    arrays = ["tokens", "clauses", "grounding", "reward", "free_from", "prompt_index"]
+    collected = collect(spec, tmp_path, decoder, {}, reward, 0, 12, store_features=True)
+    arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
     arrays += ["log_probs", "unconditional_log_probs", "entropy"]
     numpy_rows = collected.with_format("numpy", columns=arrays, output_all_columns=True)
     batch = collate([numpy_rows[i] for i in range(12)])
-    stored = decoder.recall(batch["prompt"], batch["tokens"], **batch["evidence"])
-    fresh = decoder.evidence(batch["prompt"], batch["tokens"])
-    for name in EVIDENCE:
+    stored = decoder.features_from_cache(batch["prompt"], batch["tokens"], **batch["features"])
+    fresh = decoder.features(batch["prompt"], batch["tokens"])
+    for name in FEATURES:
         torch.testing.assert_close(getattr(stored, name), getattr(fresh, name), atol=5e-3, rtol=5e-3)
 
 

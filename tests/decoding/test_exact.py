@@ -14,7 +14,7 @@ from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, Confidence, Region
+from lightning_modules.decoding.regions import RandomScores, Region, TokenConfidence
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.decoding.verified import Verified
@@ -103,7 +103,7 @@ def test_a_beam_as_wide_as_the_world_finds_an_image_that_is_right() -> None:
 
 
 def test_decoding_again_while_the_truth_is_not_satisfied_is_best_of_n() -> None:
-    again = Reflection(Sample(None), Sample(None), Region(Chance(), threshold=1.0), 2, "truth", satisfied=-0.1)
+    again = Reflection(Sample(None), Sample(None), Region(RandomScores(), threshold=1.0), 2, "truth", stop_score=-0.1)
     assert_rate(made(again), 1 - (1 - TRUTH.success) ** 3)
 
 
@@ -115,7 +115,7 @@ def test_decoding_again_while_the_truth_is_not_satisfied_is_best_of_n() -> None:
         Verified(None, k=2, verifier="glance"),
         BestOfN(Verified(None, k=2, verifier="truth"), 2, "glance"),
         Potential(None, 3, "glance"),
-        Reflection(Sample(None), Greedy(2), Region(Confidence(), quantile=0.5), 2, "glance"),
+        Reflection(Sample(None), Greedy(2), Region(TokenConfidence(), quantile=0.5), 2, "glance"),
     ],
     ids=lambda strategy: type(strategy).__name__,
 )

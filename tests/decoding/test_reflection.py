@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Request
-from lightning_modules.backbone.evidence import STATISTICS
+from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.image_tokenizer import upsample_patches
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -16,7 +16,14 @@ from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Look, Region
+from lightning_modules.decoding.regions import (
+    PatchCLIPScore,
+    RandomScores,
+    Region,
+    TokenConfidence,
+    TokenScorer,
+    ValueGain,
+)
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded
 from lightning_modules.decoding.verified import Verified
@@ -27,7 +34,7 @@ from tests.helpers.models import make_masked, make_parm, make_showo
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]
 PLAIN = Sample(SAMPLING)
-QUARTER = Region(Chance(), quantile=0.25)
+QUARTER = Region(RandomScores(), quantile=0.25)
 
 
 class Darkness(Reward):
@@ -40,7 +47,7 @@ class Darkness(Reward):
         return -pixels.mean((1, 2, 3))
 
 
-class Given(Look):
+class Given(TokenScorer):
     """Scores that the test gives, by the prompt."""
 
     judge_names = ()
@@ -69,7 +76,7 @@ def replay(decoded: Decoded) -> Tensor:
         tokens[step.rows] = step.before
     for step in decoded.trace:
         assert torch.equal(tokens[step.rows], step.before)
-        assert torch.equal(step.after[~step.omega], step.before[~step.omega])
+        assert torch.equal(step.after[~step.region_mask], step.before[~step.region_mask])
         tokens[step.rows[step.accepted]] = step.after[step.accepted]
     return tokens
 
@@ -89,9 +96,9 @@ def replay(decoded: Decoded) -> Tensor:
     "where",
     [
         QUARTER,
-        Region(Gain(), quantile=0.25, patches=2),
-        Region(Gain(), threshold=-0.02, rewind=True),
-        Region(Confidence(), threshold=-2.0),
+        Region(ValueGain(), quantile=0.25, patches=2),
+        Region(ValueGain(), threshold=-0.02, rewind=True),
+        Region(TokenConfidence(), threshold=-2.0),
     ],
     ids=lambda region: type(region.look).__name__,
 )
@@ -101,10 +108,10 @@ def test_only_omega_changes_and_the_score_never_falls(
     decoded = Reflection(PLAIN, again, where, rounds=3).decode(decoder, judges, Request(rows, SEEDS))
     assert decoded.trace
     assert torch.equal(replay(decoded), decoded.tokens)
-    values = [judges["parm"].values(i.evidence, [16])[:, 0] for i in (image, decoded)]
+    values = [judges["parm"].values(i.features, [16])[:, 0] for i in (image, decoded)]
     assert (values[1] >= values[0]).all()
-    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
-    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+    full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.features.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +120,11 @@ def test_only_omega_changes_and_the_score_never_falls(
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, again) -> None:
-    strategy = Reflection(PLAIN, again, Region(Gain(), threshold=-0.02, rewind=True), rounds=3)
+    strategy = Reflection(PLAIN, again, Region(ValueGain(), threshold=-0.02, rewind=True), rounds=3)
     together = strategy.decode(decoder, judges, Request(rows, SEEDS))
     apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
     assert torch.equal(together.tokens, torch.cat(apart))
-    assert len({int(step.omega.sum()) for step in together.trace}) > 1
+    assert len({int(step.region_mask.sum()) for step in together.trace}) > 1
 
 
 def test_accepting_always_is_the_letter(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
@@ -135,19 +142,19 @@ def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judg
     seen = Region(Given(scores), threshold=0.5)
     decoded = Reflection(PLAIN, PLAIN, seen, rounds=4).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert [step.rows.tolist() for step in decoded.trace] == [[1]] * 4
-    assert all(step.omega.nonzero()[:, 1].tolist() == [5, 6] for step in decoded.trace)
+    assert all(step.region_mask.nonzero()[:, 1].tolist() == [5, 6] for step in decoded.trace)
     nothing = Region(Given(scores), threshold=-1.0)
     assert not Reflection(PLAIN, PLAIN, nothing, rounds=4).decode(decoder, judges, Request(two, SEEDS[:2])).trace
     still = Reflection(PLAIN, PLAIN, seen, rounds=4, epsilon=1e9).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert len(still.trace) == 1
-    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, satisfied=-1e9).decode(decoder, judges, Request(two, SEEDS[:2]))
+    pleased = Reflection(PLAIN, PLAIN, seen, rounds=4, stop_score=-1e9).decode(decoder, judges, Request(two, SEEDS[:2]))
     assert not pleased.trace
 
 
 def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS)).cost
     for share in (0.25, 0.5):
-        where = Region(Chance(), quantile=share)
+        where = Region(RandomScores(), quantile=share)
         cost = Reflection(PLAIN, PLAIN, where, rounds=2).decode(decoder, judges, Request(rows, SEEDS)).cost
         extra = (cost.decoder_passes - plain.decoder_passes) / (2 * 2 * len(rows))
         assert 16 * share <= extra <= 16 * share + 1
@@ -183,17 +190,17 @@ def test_mask_token_decoders_are_least_confident_of_what_does_not_fit() -> None:
     decoder.image_tokenizer.grid = 4
     image = Sample(MaskSampling(steps=3)).decode(decoder, {}, Request(prompts, [0, 1]))
     decoder.image_tokenizer.decode = lambda tokens: tokens.float()[:, None, None].expand(-1, 3, 1, -1)
-    seen = Confidence()(decoder, {}, Request(prompts, [0, 1]), image)
+    seen = TokenConfidence()(decoder, {}, Request(prompts, [0, 1]), image)
     assert seen.shape == image.tokens.shape and (seen < 0).all()
     plain = Sample(MaskSampling(steps=3))
-    where = Region(Confidence(), quantile=0.25)
+    where = Region(TokenConfidence(), quantile=0.25)
     decoded = Reflection(plain, plain, where, rounds=2, judge="darkness").decode(
         decoder, {"darkness": Darkness()}, Request(prompts, [0, 1])
     )
     assert torch.equal(replay(decoded), decoded.tokens)
-    assert (decoded.trace[0].omega.sum(1) == 4).all()
-    with pytest.raises(ValueError, match="verification needs evidence"):
-        Gain("likelihood")(decoder, {"likelihood": Likelihood()}, Request(prompts, [0, 1]), image)
+    assert (decoded.trace[0].region_mask.sum(1) == 4).all()
+    with pytest.raises(ValueError, match="verification needs features"):
+        ValueGain("likelihood")(decoder, {"likelihood": Likelihood()}, Request(prompts, [0, 1]), image)
 
 
 def test_of_a_grid_each_patch_gained_what_its_absence_costs(rows: list) -> None:
@@ -201,7 +208,7 @@ def test_of_a_grid_each_patch_gained_what_its_absence_costs(rows: list) -> None:
     parm, plain = make_parm(decoder), Sample(MaskSampling(steps=3, guidance=0.5))
     image = plain.decode(decoder, {}, Request(rows, SEEDS))
     before = image.cost.decoder_passes
-    gain = Gain(patches=2)(decoder, {"parm": parm}, Request(rows, SEEDS), image)
+    gain = ValueGain(patches=2)(decoder, {"parm": parm}, Request(rows, SEEDS), image)
     assert image.cost.decoder_passes - before == 2 * 4 * len(rows)
     assert gain.flatten(1).unique(dim=1).shape[1] == 4  # all tokens of a patch share its score
     for row, corner in ((0, (0, 0)), (5, (2, 0)), (7, (2, 2))):
@@ -209,9 +216,9 @@ def test_of_a_grid_each_patch_gained_what_its_absence_costs(rows: list) -> None:
         absent[:, corner[0] : corner[0] + 2, corner[1] : corner[1] + 2] = True
         absent = absent.flatten(1)
         own = image.select(torch.tensor([row]))
-        decided = torch.stack([own.evidence.log_probs, own.evidence.unconditional_log_probs, own.evidence.entropy])
-        without = decoder.evidence([rows[row]["prompt"]], own.tokens, absent, absent, decided)
-        lost = parm.values(own.evidence, [16]).exp() - parm.values(without, [16]).exp()
+        decided = torch.stack([own.features.log_probs, own.features.unconditional_log_probs, own.features.entropy])
+        without = decoder.features([rows[row]["prompt"]], own.tokens, absent, absent, decided)
+        lost = parm.values(own.features, [16]).exp() - parm.values(without, [16]).exp()
         torch.testing.assert_close(gain[row][absent[0]], lost[0].expand(4), atol=1e-5, rtol=1e-4)
 
 
@@ -232,14 +239,16 @@ class Complaint(Critic):
 def test_parm_can_learn_from_grids_as_reflection_judged_them(rows: list, steps: int) -> None:
     decoder = make_masked()
     judges = {"parm": make_parm(decoder)}
-    where = Region(Confidence(), quantile=0.5)
+    where = Region(TokenConfidence(), quantile=0.5)
     reflection = Reflection(Sample(MaskSampling(6, 0.5)), Sample(MaskSampling(steps, 0.5)), where, rounds=2)
     image = reflection.decode(decoder, judges, Request(rows, SEEDS))
-    assert image.notes["accepted_rounds"].any() and not image.notes["accepted_rounds"].all()
-    assert image.trajectory is not None and (image.free_from == 5).all()  # all but the finished image was chosen
-    decided = torch.stack([getattr(image.evidence, name) for name in STATISTICS])
-    seen = decoder.evidence([row["prompt"] for row in rows], *image.trajectory.at(image.free_from.long()), decided)
-    values = [judges["parm"].values(evidence, [decoder.num_tokens]) for evidence in (seen, image.evidence)]
+    assert image.stats["accepted_rounds"].any() and not image.stats["accepted_rounds"].all()
+    assert image.trajectory is not None and (image.first_unverified == 5).all()  # all but the finished image was chosen
+    decided = torch.stack([getattr(image.features, name) for name in STATISTICS])
+    seen = decoder.features(
+        [row["prompt"] for row in rows], *image.trajectory.at(image.first_unverified.long()), decided
+    )
+    values = [judges["parm"].values(features, [decoder.num_tokens]) for features in (seen, image.features)]
     torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
     assert values[0].std() > 1e-4
 
@@ -248,26 +257,26 @@ def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
     decoder: NextTokenDecoder, rows: list, judges: dict
 ) -> None:
     plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS))
-    satisfied = judges["parm"].values(plain.evidence, [decoder.num_tokens]).median().item()
-    image = Reflection(PLAIN, PLAIN, QUARTER, rounds=1, satisfied=satisfied).decode(
+    satisfied = judges["parm"].values(plain.features, [decoder.num_tokens]).median().item()
+    image = Reflection(PLAIN, PLAIN, QUARTER, rounds=1, stop_score=satisfied).decode(
         decoder, judges, Request(rows, SEEDS)
     )
-    assert 0 < image.notes["rounds"].sum() < len(rows)
-    assert image.free_from.tolist() == [decoder.num_tokens * int(r) for r in image.notes["rounds"]]
+    assert 0 < image.stats["rounds"].sum() < len(rows)
+    assert image.first_unverified.tolist() == [decoder.num_tokens * int(r) for r in image.stats["rounds"]]
 
 
 def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     judges["critic"] = Complaint()
-    told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", tell="{prompt} {critique}")
+    told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", critique_template="{prompt} {critique}")
     decoded = told.decode(decoder, judges, Request(rows[:2], SEEDS[:2]))
     prompts = [{"prompt": row["prompt"] + " black"} for row in rows[:2]]
     step = decoded.trace[0]
     drawn = [image_seed(seed, 0, 0) for seed in SEEDS[:2]]
     assert torch.equal(
-        PLAIN.decode(decoder, {}, Request(prompts, drawn, step.before, ~step.omega)).tokens, decoded.tokens
+        PLAIN.decode(decoder, {}, Request(prompts, drawn, step.before, ~step.region_mask)).tokens, decoded.tokens
     )
     with pytest.raises(ValueError, match="judge 'darkness' cannot say what is wrong"):
-        Reflection(PLAIN, PLAIN, QUARTER, 1, "darkness", tell="{critique}").decode(
+        Reflection(PLAIN, PLAIN, QUARTER, 1, "darkness", critique_template="{critique}").decode(
             decoder, judges, Request(rows, SEEDS)
         )
 
@@ -277,10 +286,12 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, QUARTER, 0)
     with pytest.raises(ValueError, match="accept must be 'better' or 'always', not 'never'"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, accept="never")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"satisfied=0\.95 is never reached: 'parm' gives log-values"):
-        Reflection(PLAIN, PLAIN, QUARTER, 1, satisfied=0.95).decode(decoder, judges, Request(rows, SEEDS))
+    with pytest.raises(ValueError, match=r"stop_score=0\.95 is never reached: 'parm' gives log-values"):
+        Reflection(PLAIN, PLAIN, QUARTER, 1, stop_score=0.95).decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'clip' does not score patches; there are: none"):
-        Reflection(PLAIN, PLAIN, Region(CLIPPatches(2), quantile=0.5), 1).decode(decoder, judges, Request(rows, SEEDS))
+        Reflection(PLAIN, PLAIN, Region(PatchCLIPScore(2), quantile=0.5), 1).decode(
+            decoder, judges, Request(rows, SEEDS)
+        )
     with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, Request(rows, SEEDS))
 
@@ -289,9 +300,9 @@ def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
     decoder: NextTokenDecoder, judges: dict, rows: list
 ) -> None:
     def reflect(strategy, rounds: int) -> Decoded:
-        again = Reflection(strategy, PLAIN, Region(Chance(), threshold=1.0), rounds)
+        again = Reflection(strategy, PLAIN, Region(RandomScores(), threshold=1.0), rounds)
         return again.decode(decoder, judges, Request(rows, SEEDS))
 
-    twice = reflect(Reflection(PLAIN, PLAIN, Region(Chance(), threshold=1.0), 2), 3)
+    twice = reflect(Reflection(PLAIN, PLAIN, Region(RandomScores(), threshold=1.0), 2), 3)
     assert torch.equal(twice.tokens, reflect(PLAIN, 5).tokens)
     assert len({tuple(event.after.flatten().tolist()) for event in twice.trace}) == 5

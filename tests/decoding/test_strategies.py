@@ -40,14 +40,14 @@ def test_one_candidate_is_plain_sampling(decoder: NextTokenDecoder, rows: list, 
     plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS))
     verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(verified.tokens, plain.tokens)
-    torch.testing.assert_close(verified.evidence.log_probs, plain.evidence.log_probs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(verified.features.log_probs, plain.features.log_probs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, Request(rows, SEEDS))
     lanes = [Verified(SAMPLING, k=4, stride=16, verifier="likelihood", value_weight=w) for w in (1.0, -1.0)]
-    best, worst = (lane.decode(decoder, judges, Request(rows, SEEDS)).evidence.log_probs.sum(1) for lane in lanes)
-    torch.testing.assert_close(verified.evidence.log_probs.sum(1), best)
+    best, worst = (lane.decode(decoder, judges, Request(rows, SEEDS)).features.log_probs.sum(1) for lane in lanes)
+    torch.testing.assert_close(verified.features.log_probs.sum(1), best)
     assert (best > worst).all()
 
 
@@ -85,21 +85,21 @@ def test_particles_that_are_never_redrawn_are_best_of_n(
     best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, Request(rows, SEEDS))
     particles = Particles(SAMPLING, n, stride=16).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(particles.tokens, best.tokens)
-    torch.testing.assert_close(particles.evidence.log_probs, best.evidence.log_probs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(particles.features.log_probs, best.features.log_probs, atol=1e-4, rtol=1e-4)
 
 
 def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
-    """The evidence that travels with the paths is that of the tokens they ended with."""
+    """The features that travels with the paths is that of the tokens they ended with."""
     decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, Request(rows, SEEDS))
-    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
-    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+    full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.features.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
 def test_the_effective_sample_size_is_noted(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(effective_sample_size(weights.log()), torch.tensor([4.0, 1.0, 2.0]))
     noted = [
-        Particles(SAMPLING, 4, stride=4, value_weight=weight).decode(decoder, judges, Request(rows, SEEDS)).notes
+        Particles(SAMPLING, 4, stride=4, value_weight=weight).decode(decoder, judges, Request(rows, SEEDS)).stats
         for weight in (0.0, 1.0)
     ]
     even, uneven = (note["effective_sample_size"] for note in noted)
@@ -130,7 +130,7 @@ def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, j
         Sample(SAMPLING).decode(decoder, judges, Request(rows, [s if j == 0 else image_seed(s, j) for s in SEEDS]))
         for j in range(4)
     ]
-    values = torch.stack([judges["parm"].values(path.evidence, [4])[:, 0] for path in paths])
+    values = torch.stack([judges["parm"].values(path.features, [4])[:, 0] for path in paths])
     expected = torch.stack([path.tokens for path in paths])[values.argmax(0), torch.arange(len(rows))]
     assert torch.equal(pruned.tokens, expected)
 
@@ -161,7 +161,7 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
         logits = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, grid)[1][-1])
         grid[:, 3] = logits[:, 3].argmax(-1)
         best = torch.maximum(best, small.token_log_probs(ids, grid).sum(1))
-    torch.testing.assert_close(found.evidence.log_probs.sum(1), best)
+    torch.testing.assert_close(found.features.log_probs.sum(1), best)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, ju
     decoded = strategy.decode(decoder, judges, Request(rows, SEEDS, tokens, keep))
     assert torch.equal(decoded.tokens[keep], tokens[keep])
     assert (decoded.tokens[~keep] != tokens[~keep]).any()
-    full = decoder.evidence([row["prompt"] for row in rows], decoded.tokens)
-    torch.testing.assert_close(decoded.evidence.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
+    full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
+    torch.testing.assert_close(decoded.features.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
 def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenDecoder, judges: dict) -> None:
@@ -223,9 +223,9 @@ def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenD
 def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
     literal = Verified(SAMPLING, k=8).decode(decoder, judges, Request(rows, SEEDS))
     stopped = Verified(SAMPLING, k=8, random_stop=True).decode(decoder, judges, Request(rows, SEEDS))
-    for i, stop in enumerate(stopped.free_from.tolist()):
+    for i, stop in enumerate(stopped.first_unverified.tolist()):
         assert torch.equal(stopped.tokens[i, :stop], literal.tokens[i, :stop])
-    assert len(set(stopped.free_from.tolist())) > 4
+    assert len(set(stopped.first_unverified.tolist())) > 4
     assert (stopped.tokens != literal.tokens).any()
 
 

@@ -19,10 +19,10 @@ from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Gain, Region
+from lightning_modules.decoding.regions import Region, ValueGain
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded
-from lightning_modules.decoding.trace import Choice, Round
+from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import StepJudge
@@ -40,7 +40,7 @@ STRATEGIES = [
     Beam(SAMPLING, n=3, k=2),
     Pruning(SAMPLING, 3, share=0.9, stride=5),
 ]
-REFLECTION = Reflection(BestOfN(PLAIN, 2, "parm"), PLAIN, Region(Gain(), threshold=-0.02, rewind=True), rounds=2)
+REFLECTION = Reflection(BestOfN(PLAIN, 2, "parm"), PLAIN, Region(ValueGain(), threshold=-0.02, rewind=True), rounds=2)
 
 
 def check(choice: Choice, image: Decoded) -> None:
@@ -71,7 +71,7 @@ def test_what_was_kept_leads_to_the_image(decoder: NextTokenDecoder, parm: PARM,
         check(choice, image)
     final = image.trace[-1]
     won = final.scores.masked_fill(final.kept == 0, -torch.inf).amax(1)
-    torch.testing.assert_close(won, parm.values(image.evidence, [16])[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(won, parm.values(image.features, [16])[:, 0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, REFLECTION], ids=lambda strategy: type(strategy).__name__)
@@ -85,7 +85,7 @@ def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm:
         events = [event for event in own.trace if isinstance(event, Choice) or len(event.rows)]
         assert len(events) == len(alone.trace)
         for event, other in zip(events, alone.trace, strict=True):
-            for name in ("tokens", "decided", "rows", "omega", "before", "after", "accepted"):
+            for name in ("tokens", "decided", "rows", "region_mask", "before", "after", "accepted"):
                 if getattr(event, name, None) is not None:
                     assert torch.equal(getattr(event, name), getattr(other, name)), name
             if isinstance(event, Choice):
@@ -96,7 +96,7 @@ def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm:
 def test_reflection_follows_on_what_it_wraps(decoder: NextTokenDecoder, parm: PARM, rows: list) -> None:
     image = REFLECTION.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     best, *rounds = image.trace
-    assert isinstance(best, Choice) and rounds and all(isinstance(event, Round) for event in rounds)
+    assert isinstance(best, Choice) and rounds and all(isinstance(event, ReflectionRound) for event in rounds)
     swapped = image.select(torch.tensor([5, 0]))
     for event, own in zip(rounds, swapped.trace[1:], strict=True):
         assert own.rows.tolist() == [new for new, old in enumerate((5, 0)) if old in event.rows.tolist()]

@@ -12,6 +12,6 @@ def make_callback(**settings: Any) -> GenEvalCallback:
         "before_training": False,
         "test_strategies": None,
         "validation_prompts": [], "test_prompts": [], "images_per_prompt": 1, "batch_size": 1, "every_n_epochs": 1,
-        "seed": 0, "folder": "", "unfinished": "", "sheet_prompts": 0, "rewards": {}, "holdout": [],
+        "seed": 0, "folder": "", "unfinished": "", "sheet_prompts": 0, "rewards": {}, "independent_judges": [],
     }  # fmt: skip
     return GenEvalCallback(**defaults | settings)

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from datamodules.shapes.prompts import vocabulary
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
@@ -21,12 +21,12 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.text import WordTokenizer, word_spans
 from lightning_modules.backbone.transformer import TransformerConfig
-from lightning_modules.rewards.parm import PARM, Features
+from lightning_modules.rewards.parm import PARM, InputFeatures
 from tests.helpers.overrides import ROOT
 
 SHOWO = ROOT / "tests" / "golden" / "showo"
 SHOWO_CONFIG = json.loads((SHOWO / "config.json").read_text())
-EVIDENCE = [name for name in Evidence.__dataclass_fields__ if name != "undecided"]
+FEATURES = [name for name in DecoderFeatures.__dataclass_fields__ if name != "undecided"]
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 41, "width": 32, "heads": 2, "layers": 1}
 
@@ -58,7 +58,7 @@ def make_showo(**sizes: Any) -> ShowO:
         "depth": phi["num_hidden_layers"],
         "heads": phi["num_attention_heads"],
         "mlp_dim": phi["intermediate_size"],
-        "rotary_share": phi["partial_rotary_factor"],
+        "partial_rotary_factor": phi["partial_rotary_factor"],
     }
     return ShowO(tokenizer, Numbers(), **golden | sizes).eval()
 
@@ -69,7 +69,7 @@ def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
     tokenizer = PatchVQ(codebook_size=32, grid=grid, image_size=64, width=16, blocks=1)
     torch.nn.init.uniform_(tokenizer.codebook)
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
-    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, evidence_depths=[1, depth])
+    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
             if weight.ndim > 1 and name != "code_proj.weight":
@@ -84,7 +84,7 @@ def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
     torch.nn.init.uniform_(tokenizer.codebook)
     transformer = TransformerConfig(dim=32, depth=3, heads=4, parallel=True, qk_norm=True, gelu="tanh")
     text = WordTokenizer(vocabulary(), 12)
-    decoder = MaskTokenDecoder(tokenizer, text, 14, transformer, 4, evidence_depths=[1, 3], estimate=estimate)
+    decoder = MaskTokenDecoder(tokenizer, text, 14, transformer, 4, feature_layers=[1, 3], estimate=estimate)
     with torch.no_grad():
         for weight in decoder.parameters():
             if weight.ndim > 1:
@@ -92,22 +92,22 @@ def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
     return decoder.eval()
 
 
-def make_parm(decoder: NextTokenDecoder | MaskTokenDecoder, features: Features = "hidden") -> PARM:
+def make_parm(decoder: NextTokenDecoder | MaskTokenDecoder, input_features: InputFeatures = "hidden") -> PARM:
     """A PARM for one of these decoders, random weights."""
     torch.manual_seed(1)
     parm = PARM(
         TransformerConfig(dim=32, depth=2, heads=4),
         grid=decoder.image_tokenizer.grid,
         decoder_dim=decoder.dim,
-        evidence_depths=decoder.evidence_depths,
-        features=features,
+        feature_layers=decoder.feature_layers,
+        input_features=input_features,
         causal=decoder.causal,
     )
     with torch.no_grad():
         for weight in parm.parameters():
             if weight.ndim > 1:
                 weight.mul_(5)
-        if features == "hidden":
+        if input_features == "hidden":
             parm.statistics_head.weight.normal_(std=0.1)
     return parm.eval()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
-from lightning_modules.backbone.evidence import Evidence
+from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.sampling import invert, uniform_noise
 from lightning_modules.decoding.paths import Paths
@@ -68,7 +68,7 @@ class ToyState(DecodingState):
 class ToyProposal(Proposal):
     tokens: Tensor
     drawn: Tensor
-    evidence: Evidence | None = None
+    features: DecoderFeatures | None = None
 
     @property
     def log_probs(self) -> Tensor:
@@ -134,7 +134,9 @@ class ToyDecoder(Decoder):
             tokens[:, state.step] = proposal.tokens.flatten()
         return self.image_tokenizer.decode(tokens)
 
-    def confidence(self, prompts: Sequence[str], tokens: Tensor, evidence: Evidence | None, cost: Cost) -> Tensor:
+    def confidence(
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
+    ) -> Tensor:
         before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
         return self.table[torch.arange(TOKENS), before, tokens]
 
@@ -175,7 +177,7 @@ class Truth(Verifier[Nothing]):
         """Nothing is remembered."""
 
     def of_finished(
-        self, rows: Sequence[Mapping[str, Any]], evidence: Evidence | None, pixels: Callable[[], Tensor]
+        self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
         tokens = (pixels()[:, 0].flatten(1) * CODES).round().long()
         return (tokens.sum(1) % 3 == 0).float().log()

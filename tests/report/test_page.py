@@ -21,10 +21,10 @@ from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Confidence, Region
+from lightning_modules.decoding.regions import Region, TokenConfidence
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded, Strategy
-from lightning_modules.decoding.trace import Choice, Round
+from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.report.drawing import stories, written
 from lightning_modules.report.page import write_page
@@ -52,7 +52,7 @@ SAMPLING = Sampling(guidance=0.5)
 STRATEGIES: dict[str, Strategy] = {
     "plain": Sample(SAMPLING),
     "verified": BestOfN(Verified(SAMPLING, k=3), 2, "parm"),
-    "reflection": Reflection(Sample(SAMPLING), Sample(SAMPLING), Region(Confidence(), quantile=0.25), rounds=2),
+    "reflection": Reflection(Sample(SAMPLING), Sample(SAMPLING), Region(TokenConfidence(), quantile=0.25), rounds=2),
 }
 ABOUT = {"decoder": "NextTokenDecoder", "seed": 0, "prompts": 12, "images_per_prompt": 1}
 HOSTILE = "a photo of <script>alert('x')</script> & \"quotes\""
@@ -152,7 +152,7 @@ def test_scores_and_verdicts_are_those_of_the_decode(page: Page, made: Any, parm
         own = [panel for panel in panels if panel["data-strategy"] == name]
         assert [panel["data-verdict"] for panel in own] == ["right", "wrong"] * 6
         scores = torch.tensor([json.loads(panel["data-scores"])["parm"] for panel in own])
-        torch.testing.assert_close(scores, parm.values(decoded.evidence, [16])[:, 0].exp())
+        torch.testing.assert_close(scores, parm.values(decoded.features, [16])[:, 0].exp())
     choice = made[0]["verified"].trace[-1]
     assert {written(value) for value in choice.scores.exp().flatten().tolist()} <= set(page.texts)
     assert page.texts.count("✗ expected star<1, found 2") == 18
@@ -169,15 +169,15 @@ def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> 
             frames = np.asarray(Image.open(io.BytesIO(way.picture)))
             side = way.width
             assert (frames[:, :side, 3] == 0).sum() == side * side * 7 // 8  # an eighth is decided
-            rounds = [event for event in decoded.select(torch.tensor([i])).trace if isinstance(event, Round)]
+            rounds = [event for event in decoded.select(torch.tensor([i])).trace if isinstance(event, ReflectionRound)]
             before = rounds[0].before if rounds else decoded.tokens[i : i + 1]
             first = to_uint8(decoder.image_tokenizer.decode(before))[0]
             assert np.array_equal(frames[:, -side:, :3], first)
             told = [strip for strip in story.scenes[-1].strips if strip.title.startswith("round")]
             for strip, event in zip(told, rounds, strict=True):
-                before, omega, after = np.split(np.asarray(Image.open(io.BytesIO(strip.picture))), 3, axis=1)
-                cells = (omega != before).any(-1).reshape(4, 16, 4, 16).any((1, 3)).flatten()
-                assert np.array_equal(cells, event.omega[0].numpy())
+                before, region_mask, after = np.split(np.asarray(Image.open(io.BytesIO(strip.picture))), 3, axis=1)
+                cells = (region_mask != before).any(-1).reshape(4, 16, 4, 16).any((1, 3)).flatten()
+                assert np.array_equal(cells, event.region_mask[0].numpy())
                 assert np.array_equal(after, to_uint8(decoder.image_tokenizer.decode(event.after))[0])
                 assert bool(strip.frames[2].kept) == bool(event.accepted[0])
 
@@ -208,6 +208,6 @@ def test_mask_token_decoders_show_previews(rows: list) -> None:
             assert (strip.width, strip.height) == (64, 64) and Image.open(io.BytesIO(strip.picture)).mode == "RGB"
             if decoded.trajectory is None:
                 assert [frame.caption for frame in strip.frames] == ["not judged"] * 3 and scene.curve is None
-                assert list(story.scores) == ["unsure"]  # there is no evidence to read
+                assert list(story.scores) == ["unsure"]  # there is no features to read
             else:
                 assert len(story.scenes[0].strips[0].frames) == 5 and scene.curve is not None

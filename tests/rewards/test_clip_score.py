@@ -20,7 +20,7 @@ from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.decoding.regions import CLIPPatches, Region
+from lightning_modules.decoding.regions import PatchCLIPScore, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.clip_score import CLIPScore, cells
 from tests.helpers.models import TEXT, VISION, make_clip
@@ -92,7 +92,7 @@ def test_reflection_looks_at_the_patches_that_score_lowest(
     decoder: NextTokenDecoder, rows: list, score: CLIPScore
 ) -> None:
     image = Sample(Sampling()).decode(decoder, {}, Request(rows, range(len(rows))))
-    found = Region(CLIPPatches(2), quantile=0.25)(decoder, {"clip": score}, Request(rows, range(len(rows))), image)
+    found = Region(PatchCLIPScore(2), quantile=0.25)(decoder, {"clip": score}, Request(rows, range(len(rows))), image)
     patches = score.patches([row["prompt"] for row in rows], decoder.image_tokenizer.decode(image.tokens), 2)
     lowest = torch.zeros(len(rows), 4, dtype=torch.bool)
     lowest[torch.arange(len(rows)), patches.flatten(1).argmin(1)] = True

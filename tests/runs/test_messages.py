@@ -102,7 +102,10 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("trainer.max_steps= 5", "'5' is no setting; if it belongs to the one before, write trainer.max_steps=5"),
         ("name=a, b", "write 'name=\"a, b\"'"),
         ("images=cfg 7.5 [best]", "write 'images=\"cfg 7.5 [best]\"'"),
-        ("callbacks.geneval.holdout=[clip", "a list is written 'callbacks.geneval.holdout=[a,b]'"),
+        (
+            "callbacks.geneval.independent_judges=[clip",
+            "a list is written 'callbacks.geneval.independent_judges=[a,b]'",
+        ),
         ('name="abc', "write 'name=\"abc\"'"),
         ("ckpt_path=~/last.ckpt", "write ckpt_path=$HOME/last.ckpt"),
     ],
@@ -131,8 +134,8 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
     ("override", "said"),
     [
         ("callbacks.geneval.test_strategies=sample", "must be a list, [sample], not 'sample'"),
-        ("callbacks.geneval.holdout=clip", "must be a list, [clip], not 'clip'"),
-        ("decoder.module.evidence_depths=4", "must be a list, [4], not 4"),
+        ("callbacks.geneval.independent_judges=clip", "must be a list, [clip], not 'clip'"),
+        ("decoder.module.feature_layers=4", "must be a list, [4], not 4"),
         ("module.optimizer.lr=-1", "must be a number of at least 0, not -1"),
         ("module.optimizer.lr=abc", "must be a number of at least 0, not 'abc'"),
         ("module.optimizer.weight_decay=-0.1", "must be a number of at least 0, not -0.1"),
@@ -143,7 +146,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("module.objective.clause_weight=nan", "must be finite, not nan"),
         ("sampling.guidance=inf", "must be finite, not inf"),
         ("sampling.temperature=nan", "must be finite, not nan"),
-        ("strategies.verified_reflection.satisfied=nan", "must be finite, not nan"),
+        ("strategies.verified_reflection.stop_score=nan", "must be finite, not nan"),
         ("callbacks.geneval.test_strategies=[]", "must be a list of at least one name, not []"),
         ("trainer.val_check_interval=0", "must be above 0, not 0"),
         ("+trainer.accumulate_grad_batches=0", "must be a whole number of at least 1, not 0"),
@@ -228,7 +231,10 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
             ["strategies.verified_best_of_4.strategy.k=0"],
             "k of at least 1, not 0 (in strategies.verified_best_of_4.strategy)",
         ),
-        (["task=train"], "there is no task=train; there are: evaluate, export, fit, generate, ladder, rollout, score"),
+        (
+            ["task=train"],
+            "there is no task=train; there are: evaluate, export, fit, generate, pipeline, rollout, score",
+        ),
         (["ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=export"], "task=export needs ckpt_path"),
         (["logger=wandb", "logger.wandb.log_model=true"], "logger.wandb.log_model needs logger.wandb.offline=false"),
@@ -251,7 +257,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
             "; +debug=minutes sets keys too, for the job that conf/debug/minutes.yaml names",
         ),
         (["task=evaluate", "module=evaluation", "+debug=minutes"], "; +debug=minutes sets keys too"),
-        (["task=ladder"], "task=ladder needs jobs to run: use experiment=ladder"),
+        (["task=pipeline"], "task=pipeline needs jobs to run: use experiment=pipeline"),
         (["trainer.devices=99", "trainer.accelerator=cpu"], "trainer.devices=99 means as many processes on the CPU"),
         (["module.objective.finished=2"], "finished must lie in [0, 1], not 2 (in module.objective)"),
         (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
@@ -269,7 +275,10 @@ def test_bad_config_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, over
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("callbacks.geneval.holdout=[magic]", "callbacks.geneval.holdout names the judge 'magic'; there are: parm,"),
+        (
+            "callbacks.geneval.independent_judges=[magic]",
+            "callbacks.geneval.independent_judges names the judge 'magic'; there are: parm,",
+        ),
         (
             "strategies.verified_best_of_4.judge=magic",
             "strategies.verified_best_of_4 names the judge 'magic'; there are: parm, likelihood, geneval",

@@ -27,7 +27,7 @@ Compose = Callable[..., DictConfig]
             "geneval.test_prompts: 'a photo of a bench' asks for 'bench', which geneval.reward.detector does not know; "
             "it knows: circle, square,",
         ),
-        (["parm.module.evidence_depths=[4,8]"], "parm.module.evidence_depths=[4, 8] does not go with decoder.module"),
+        (["parm.module.feature_layers=[4,8]"], "parm.module.feature_layers=[4, 8] does not go with decoder.module"),
         (["parm.module.grid=16"], "parm.module.grid=16 does not go with the grid of the image tokenizer, which is 8"),
         (["parm.module.decoder_dim=64"], "parm.module.decoder_dim=64 does not go with the width of the decoder"),
         (["experiment=full_decoder"], "data.train gives images of 64x64 pixels, and the image tokenizer reads 256x256"),

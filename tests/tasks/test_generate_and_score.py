@@ -209,7 +209,7 @@ def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
 @pytest.mark.slow
 def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     best = ["strategies=best_of_n", "strategies.best_of_4_clip.n=2", "strategies.best_of_4_oracle.n=2"]
-    held_out = ["callbacks.geneval.holdout=[clip]", "fid=shapes", "fid.count=8"]
+    held_out = ["callbacks.geneval.independent_judges=[clip]", "fid=shapes", "fid.count=8"]
     done = command(tmp_path, *tiny_generator(tmp_path), *best, *held_out, "task=evaluate", *FEW)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert report["images_per_prompt"] == 2 and len(results(tmp_path / "run")) == 36
@@ -217,7 +217,11 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     assert [(name, result["decoder_forwards_per_image"]) for name, result in found.items()] == [
         ("sample", 4), ("best_of_4_clip", 8), ("best_of_4_oracle", 8)
     ]  # fmt: skip
-    assert [list(result["holdout"]) for result in found.values()] == [["clip", "fid"], ["fid"], ["clip", "fid"]]
+    assert [list(result["independent"]) for result in found.values()] == [
+        ["clip", "fid"],
+        ["fid"],
+        ["clip", "fid"],
+    ]
     assert "best_of_4_oracle chooses by what it is measured by: it is a ceiling\n" in done.stdout
 
 
@@ -290,7 +294,7 @@ def test_images_and_references_are_read_as_they_are_seen(tmp_path: Path) -> None
         "00000/samples/0000.png cannot be read: No such file or directory",
         "00001/samples/0000.png cannot be read: it has more than 89,478,485 pixels; make it smaller",
     ]
-    assert report["total_images"] == 10 and report["holdout"]["fid"] < 0.2
+    assert report["total_images"] == 10 and report["independent"]["fid"] < 0.2
     Image.new("I;16", (64, 64)).save(references / "deep.png")
     refused = command(tmp_path, *score, "fid.count=13", check=False).stderr.strip().splitlines()[-1]
     sentence = "deep.png has the mode I;16, more than 8 bits a pixel and colour"

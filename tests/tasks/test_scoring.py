@@ -172,7 +172,7 @@ def test_further_judges_are_columns(images: Path, score, capsys: pytest.CaptureF
     report, rows = score(images, rewards={"brightness": Brightness()})
     expected = np.asarray(Image.open(images / sample_path(3, 1))).mean() / 255
     assert rows[3 * SAMPLES + 1]["brightness"] == pytest.approx(expected, abs=1e-5)
-    assert report["holdout"]["brightness"] == pytest.approx(np.mean([row["brightness"] for row in rows]))
+    assert report["independent"]["brightness"] == pytest.approx(np.mean([row["brightness"] for row in rows]))
     assert "brightness" in capsys.readouterr().out
 
 
@@ -287,7 +287,7 @@ def test_the_distance_to_references_is_reported(tmp_path: Path, images: Path, sc
     def distance(folder: Path) -> float:
         clip = instantiate(compose_config().clip, _convert_="all")
         fid = FID(ShapesStream(split="train", seed=9), 64, CLIPFeatures(clip))
-        return score(folder, fid=fid)[0]["holdout"]["fid"]
+        return score(folder, fid=fid)[0]["independent"]["fid"]
 
     inverted = shutil.copytree(images, tmp_path / "inverted")
     for path in inverted.rglob("*.png"):

@@ -1,4 +1,4 @@
-"""The ladder: jobs that build on one another, run for several seeds, and one table of what each rung scores."""
+"""The pipeline: jobs that build on one another, run for several seeds, and one table of what each row scores."""
 
 import json
 import subprocess
@@ -32,38 +32,38 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Rung:
+class Row:
     """A line of the table: what the decoder of a job scores by a strategy."""
 
     job: str
     strategy: str
 
 
-class Ladder:
-    """Runs what is not there yet, in order, and writes ladder.csv, .json, .md and .png.
+class Pipeline:
+    """Runs what is not there yet, in order, and writes pipeline.csv, .json, .md and .png.
 
     A job that was killed goes on from its last checkpoint.
 
     Args:
         folder: where everything goes, <folder>/seed-<seed>/<job>.
-        seeds: of whole ladders.
+        seeds: of whole pipelines.
         jobs: by name, each after those that it builds on.
-        rungs: by title; the first is what the others are compared with.
+        rows: by title; the first is what the others are compared with.
     """
 
-    def __init__(self, folder: str, seeds: Sequence[int], jobs: Mapping[str, Job], rungs: Mapping[str, Rung]) -> None:
-        for title, rung in rungs.items():
-            if rung.job not in jobs:
-                raise ValueError(f"ladder.rungs: {title!r} names the job {rung.job!r}; there are: {', '.join(jobs)}")
+    def __init__(self, folder: str, seeds: Sequence[int], jobs: Mapping[str, Job], rows: Mapping[str, Row]) -> None:
+        for title, row in rows.items():
+            if row.job not in jobs:
+                raise ValueError(f"pipeline.rows: {title!r} names the job {row.job!r}; there are: {', '.join(jobs)}")
         if not seeds:
-            raise ValueError("ladder.seeds is empty")
-        self.folder, self.seeds, self.jobs, self.rungs = Path(folder), seeds, jobs, rungs
+            raise ValueError("pipeline.seeds is empty")
+        self.folder, self.seeds, self.jobs, self.rows = Path(folder), seeds, jobs, rows
 
     def run(self) -> None:
         """Run the jobs; the table is written anew after each seed."""
         todo = [(seed, name) for seed in self.seeds for name in self.jobs if not self._is_done(seed, name)]
         for number, (seed, name) in enumerate(todo, 1):
-            print(f"Ladder: job {number} of {len(todo)}, {name}, seed {seed}", flush=True)
+            print(f"Pipeline: job {number} of {len(todo)}, {name}, seed {seed}", flush=True)
             self._run_job(seed, name)
             if name == list(self.jobs)[-1]:
                 self.report()
@@ -85,21 +85,21 @@ class Ladder:
             overrides.append(f"ckpt_path={quoted(last)}")
         done = subprocess.run([sys.executable, sys.argv[0], *overrides])
         if done.returncode or not self._is_done(seed, name):
-            raise ValueError(f"ladder: the job {name!r} of seed {seed} ended with {done.returncode}; see {folder}")
+            raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {done.returncode}; see {folder}")
 
     def report(self) -> None:
         """Write and print the table of the seeds whose jobs are all done."""
         seeds = [seed for seed in self.seeds if all(self._is_done(seed, name) for name in self.jobs)]
         if not seeds:
             return
-        results = {title: self._result(title, rung, seeds) for title, rung in self.rungs.items()}
+        results = {title: self._result(title, row, seeds) for title, row in self.rows.items()}
         base = next(iter(results.values()))
         table = []
         for title, result in results.items():
             gain, low, high = result.gain_over(base)
             table.append(
                 {
-                    "rung": title,
+                    "row": title,
                     **{task: round(result.tasks[task], 4) for task in TASKS},
                     "overall": round(result.overall, 4),
                     **dict(zip(("low_95", "high_95"), (round(x, 4) for x in result.interval()), strict=True)),
@@ -110,26 +110,26 @@ class Ladder:
                     "objects_per_image": round(result.objects, 3),
                 }
             )
-        about = {"benchmark": "GenEval", "seeds": seeds, "images_per_rung": len(base.rows), "rungs": table}
-        write_text(self.folder / "ladder.json", json.dumps(about, indent=2) + "\n")
-        write_text(self.folder / "ladder.md", _markdown(table))
-        write_csv(table, self.folder / "ladder.csv")
-        _plot(table, self.folder / "ladder.png")
+        about = {"benchmark": "GenEval", "seeds": seeds, "images_per_row": len(base.rows), "rows": table}
+        write_text(self.folder / "pipeline.json", json.dumps(about, indent=2) + "\n")
+        write_text(self.folder / "pipeline.md", _markdown(table))
+        write_csv(table, self.folder / "pipeline.csv")
+        _plot(table, self.folder / "pipeline.png")
         print_table(results)
 
-    def _result(self, title: str, rung: Rung, seeds: Sequence[int]) -> StrategyResult:
-        """All seeds' images of a rung as one result."""
+    def _result(self, title: str, row: Row, seeds: Sequence[int]) -> StrategyResult:
+        """All seeds' images of a row as one result."""
         rows: list[dict[str, Any]] = []
         reports = []
         for seed in seeds:
-            folder = self._folder_of(seed, rung.job)
+            folder = self._folder_of(seed, row.job)
             strategies = json.loads((folder / "geneval.json").read_text(encoding="utf-8"))["strategies"]
-            if rung.strategy not in strategies:
+            if row.strategy not in strategies:
                 known = ", ".join(strategies)
-                raise ValueError(f"ladder.rungs: {title!r} names the strategy {rung.strategy!r}; there are: {known}")
-            reports.append(strategies[rung.strategy])
+                raise ValueError(f"pipeline.rows: {title!r} names the strategy {row.strategy!r}; there are: {known}")
+            reports.append(strategies[row.strategy])
             found = read_jsonl(folder / "results.jsonl")
-            rows += [row for _, row in found if row["filename"].startswith(f"{rung.strategy}/")]
+            rows += [row for _, row in found if row["filename"].startswith(f"{row.strategy}/")]
 
         def mean(key: str) -> float:
             return float(np.mean([report[key] for report in reports]))
@@ -144,24 +144,24 @@ class Ladder:
             verifier_calls=mean("verifier_calls_per_image"),
             seconds=mean("seconds_per_image"),
             objects=mean("objects_per_image"),
-            holdout={},
+            independent={},
         )
 
 
 def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    columns = [key for key in table[0] if key != "rung"]
-    lines = ["| rung | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {row['rung']} | " + " | ".join(str(row[key]) for key in columns) + " |" for row in table]
+    columns = [key for key in table[0] if key != "row"]
+    lines = ["| row | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {row['row']} | " + " | ".join(str(row[key]) for key in columns) + " |" for row in table]
     return "\n".join(lines) + "\n"
 
 
 def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A bar for each rung with its interval."""
+    """A bar for each row with its interval."""
     figure = Figure(figsize=(9, 0.5 * len(table) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     overall = np.array([row["overall"] for row in table])
     below, above = (np.array([row[key] for row in table]) for key in ("low_95", "high_95"))
-    axes.barh([row["rung"] for row in table], overall, xerr=[overall - below, above - overall], color="tab:blue")
+    axes.barh([row["row"] for row in table], overall, xerr=[overall - below, above - overall], color="tab:blue")
     axes.axvline(overall[0], color="gray", linestyle=":")
     axes.invert_yaxis()
     axes.set(xlabel="GenEval, 95 % interval over prompts", xlim=(0, 1))

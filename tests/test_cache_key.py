@@ -23,18 +23,18 @@ from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
+from lightning_modules.cache_key import Keyed, key_of
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, Confidence, Region
+from lightning_modules.decoding.regions import RandomScores, Region, TokenConfidence
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.decoding.verified import Verified
-from lightning_modules.identity import Keyed, key_of
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
+from tests.helpers.cache_key_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
 from tests.helpers.callback import make_callback
-from tests.helpers.identity_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
 from tests.helpers.models import make_parm
 
 
@@ -80,7 +80,7 @@ def test_classes_of_the_same_fields_are_told_apart_however_deep() -> None:
 
     strategies = [Verified(SAMPLING, 4), Beam(SAMPLING, 4, 2), Verified(Cooler(0.5), 4)]  # type: ignore[arg-type]
     wrapped = [Reflection(BestOfN(each, 2, "a"), PLAIN, Region(look, 0.5), 2) for each in strategies
-               for look in (Chance(), Confidence())]  # fmt: skip
+               for look in (RandomScores(), TokenConfidence())]  # fmt: skip
     assert len({plain(each) for each in wrapped}) == 6
     assert plain(Verified(SAMPLING, 4, value_weight=2)) == plain(Verified(SAMPLING, 4, value_weight=2.0))
 
@@ -103,7 +103,7 @@ def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decode
     score = CLIPScore(make_clip(), WordTokenizer(vocabulary(), 12))
     strategies = {"sample": PLAIN, "wide": BestOfN(Widest("clip", 3), 2, "parm"), "told": Widest("geneval", 3)}
     callback = make_callback(
-        reward=reward, strategies=strategies, holdout=["clip", "parm"], rewards={"clip": score}, folder="."
+        reward=reward, strategies=strategies, independent_judges=["clip", "parm"], rewards={"clip": score}, folder="."
     )
     assert [callback._held_out(strategy) for strategy in strategies.values()] == [
         ["clip", "parm"],
@@ -137,13 +137,13 @@ def test_rollouts_are_keyed_by_all_that_makes_them(decoder: NextTokenDecoder, ro
     ) -> str:  # fmt: skip
         whole = RolloutSpec(**{"prompts": rows, "samples": 2, "strategy": wide} | dict(spec))  # type: ignore[arg-type]
         judges = {"parm": parm, "clip": clip, "unused": unused}
-        settings = {"decoder": decoder, "seed": 0, "keep_evidence": False} | more
+        settings = {"decoder": decoder, "seed": 0, "store_features": False} | more
         return json.dumps(provenance(whole, judges=judges, labels=labels, **settings), sort_keys=True)
 
     others = [
         key({"prompts": rows[::-1]}), key({"samples": 3}), key({"strategy": BestOfN(Widest("clip", 2), 2, "parm")}),
         key(parm=another_weight(parm)), key(clip=clips[1]), key(decoder=another_weight(decoder)), key(seed=1),
-        key(keep_evidence=True), key(labels=GenEvalReward(ShapesDetector(), options={"threshold": 0.1})),
+        key(store_features=True), key(labels=GenEvalReward(ShapesDetector(), options={"threshold": 0.1})),
     ]  # fmt: skip
     assert len({key(), *others}) == 10
     labels = GenEvalReward(ShapesDetector(3), kind="strict")  # rows hold all kinds

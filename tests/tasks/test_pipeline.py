@@ -1,4 +1,4 @@
-"""The ladder: jobs run once, in order, with their folders filled in; the table puts seeds together."""
+"""The pipeline: jobs run once, in order, with their folders filled in; the table puts seeds together."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_modules.rewards.geneval import TASKS
-from lightning_modules.tasks.ladder import Job, Ladder, Rung
+from lightning_modules.tasks.pipeline import Job, Pipeline, Row
 
 # Stands in for train.py: leaves a report in which `sample` is right in one task more than the job before it.
 TRAIN = """
@@ -37,72 +37,72 @@ report = {
 
 
 @pytest.fixture
-def ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ladder:
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     script = tmp_path / "train.py"
     script.write_text(TRAIN % (list(TASKS),))
     monkeypatch.setattr(sys, "argv", [str(script)])
     jobs = {"base": Job(["right=2"]), "better": Job(["right=5", "parm.checkpoint='<base>/weights'"])}
-    return Ladder(
-        str(tmp_path / "ladder"), [0, 1], jobs, {"baseline": Rung("base", "sample"), "DPO": Rung("better", "sample")}
+    return Pipeline(
+        str(tmp_path / "pipeline"), [0, 1], jobs, {"baseline": Row("base", "sample"), "DPO": Row("better", "sample")}
     )
 
 
-def started(ladder: Ladder) -> list[list[str]]:
-    return [json.loads(line) for line in (ladder.folder / "log").read_text().splitlines()]
+def started(pipeline: Pipeline) -> list[list[str]]:
+    return [json.loads(line) for line in (pipeline.folder / "log").read_text().splitlines()]
 
 
-def test_jobs_run_in_order_with_the_folders_of_those_they_build_on(ladder: Ladder) -> None:
-    ladder.run()
-    runs = started(ladder)
+def test_jobs_run_in_order_with_the_folders_of_those_they_build_on(pipeline: Pipeline) -> None:
+    pipeline.run()
+    runs = started(pipeline)
     assert [item for run in runs for item in run if item.startswith(("seed", "right"))] == [
         "seed=0", "right=2", "seed=0", "right=5", "seed=1", "right=2", "seed=1", "right=5",
     ]  # fmt: skip
-    assert f"parm.checkpoint='{ladder.folder}/seed-1/base/weights'" in runs[3]
+    assert f"parm.checkpoint='{pipeline.folder}/seed-1/base/weights'" in runs[3]
 
 
-def test_what_is_there_is_not_run_again_and_what_was_killed_goes_on(ladder: Ladder) -> None:
-    ladder.run()
-    job = ladder.folder / "seed-1" / "better"
+def test_what_is_there_is_not_run_again_and_what_was_killed_goes_on(pipeline: Pipeline) -> None:
+    pipeline.run()
+    job = pipeline.folder / "seed-1" / "better"
     (job / "geneval.json").unlink()
     (job / "checkpoints").mkdir()
     (job / "checkpoints" / "last.ckpt").write_text("weights")
-    before = len(started(ladder))
-    ladder.run()
-    again = started(ladder)[before:]
+    before = len(started(pipeline))
+    pipeline.run()
+    again = started(pipeline)[before:]
     assert len(again) == 1 and f"ckpt_path='{job}/checkpoints/last.ckpt'" in again[0]
 
 
-def test_the_table_puts_seeds_together(ladder: Ladder) -> None:
-    ladder.run()
-    report = json.loads((ladder.folder / "ladder.json").read_text())
-    assert report["seeds"] == [0, 1] and report["images_per_rung"] == 12
-    base, aligned = report["rungs"]
-    assert (base["rung"], base["overall"], base["gain"]) == ("baseline", round(2 / 6, 4), 0.0)
+def test_the_table_puts_seeds_together(pipeline: Pipeline) -> None:
+    pipeline.run()
+    report = json.loads((pipeline.folder / "pipeline.json").read_text())
+    assert report["seeds"] == [0, 1] and report["images_per_row"] == 12
+    base, aligned = report["rows"]
+    assert (base["row"], base["overall"], base["gain"]) == ("baseline", round(2 / 6, 4), 0.0)
     assert (aligned["overall"], aligned["gain"], aligned["gain_low_95"]) == (round(5 / 6, 4), 0.5, 0.5)
     assert (aligned["images_per_second"], aligned["objects_per_image"]) == (2.0, 1.5)
-    with (ladder.folder / "ladder.csv").open() as file:
+    with (pipeline.folder / "pipeline.csv").open() as file:
         assert [float(row["overall"]) for row in csv.DictReader(file)] == [base["overall"], aligned["overall"]]
-    assert "| DPO | " in (ladder.folder / "ladder.md").read_text()
-    assert (ladder.folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    assert "| DPO | " in (pipeline.folder / "pipeline.md").read_text()
+    assert (pipeline.folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_job_stops_the_ladder_in_a_sentence(ladder: Ladder) -> None:
-    ladder.folder.mkdir()
-    (ladder.folder / "fail").touch()
+def test_a_failed_job_stops_the_pipeline_in_a_sentence(pipeline: Pipeline) -> None:
+    pipeline.folder.mkdir()
+    (pipeline.folder / "fail").touch()
     with pytest.raises(ValueError, match=r"the job 'base' of seed 0 ended with 3; see .*seed-0/base"):
-        ladder.run()
+        pipeline.run()
 
 
 @pytest.mark.parametrize(
-    ("seeds", "rung", "sentence"),
-    [([], Rung("base", "sample"), "seeds is empty"), ([0], Rung("nothing", "sample"), "names the job 'nothing'")],
+    ("seeds", "row", "sentence"),
+    [([], Row("base", "sample"), "seeds is empty"), ([0], Row("nothing", "sample"), "names the job 'nothing'")],
 )
-def test_impossible_ladders_are_refused(tmp_path: Path, seeds: list[int], rung: Rung, sentence: str) -> None:
+def test_impossible_pipelines_are_refused(tmp_path: Path, seeds: list[int], row: Row, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        Ladder(str(tmp_path), seeds, {"base": Job([])}, {"baseline": rung})
+        Pipeline(str(tmp_path), seeds, {"base": Job([])}, {"baseline": row})
 
 
-def test_a_rung_of_an_unknown_strategy_is_named(ladder: Ladder) -> None:
-    ladder.rungs = {"baseline": Rung("base", "magic")}
+def test_a_rung_of_an_unknown_strategy_is_named(pipeline: Pipeline) -> None:
+    pipeline.rows = {"baseline": Row("base", "magic")}
     with pytest.raises(ValueError, match="names the strategy 'magic'; there are: sample"):
-        ladder.run()
+        pipeline.run()

@@ -1,4 +1,4 @@
-"""Mask-token decoders as PARM and DPO see them: evidence along the way, estimates of log p."""
+"""Mask-token decoders as PARM and DPO see them: features along the way, estimates of log p."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
 from tests.helpers.asked import asked
-from tests.helpers.models import EVIDENCE, make_masked, make_parm
+from tests.helpers.models import FEATURES, make_masked, make_parm
 
 SAMPLING = MaskSampling(steps=5, guidance=0.5)
 PROMPTS = ["a photo of a star", "a photo of two red rings", "a photo of a cross left of a star"]
@@ -25,72 +25,72 @@ def decoder() -> MaskTokenDecoder:
 
 
 def walk(decoder: MaskTokenDecoder, k: int, choice: int) -> tuple:
-    """Evidence about the chosen candidate at each step, the proposals, and how the grids were filled."""
+    """Features of the chosen candidate at each step, the proposals, and how the grids were filled."""
     state = decoder.begin(asked(PROMPTS, SEEDS), SAMPLING, k)
-    evidence, proposals, grids, records = [], [], [], []
+    features, proposals, grids, records = [], [], [], []
     taken = torch.full((3,), choice)
     while not state.is_done:
         records.append(state.statistics)
         proposals.append(decoder.propose(state, k))
-        evidence.append(proposals[-1].evidence.pick(taken))
+        features.append(proposals[-1].features.pick(taken))
         decoder.commit(state, proposals[-1], taken)
         grids.append((state.tokens, state.unknown))
-    return evidence, proposals, Trajectory.of(grids), records, state
+    return features, proposals, Trajectory.of(grids), records, state
 
 
-def test_evidence_can_be_had_again_from_how_the_grid_was_filled(decoder: MaskTokenDecoder) -> None:
-    evidence, _, trajectory, records, state = walk(decoder, k=3, choice=1)
+def test_features_can_be_had_again_from_how_the_grid_was_filled(decoder: MaskTokenDecoder) -> None:
+    features, _, trajectory, records, state = walk(decoder, k=3, choice=1)
     assert torch.equal(trajectory.previews[:, -1], state.tokens)
-    for step, seen in enumerate(evidence):
-        again = decoder.evidence(PROMPTS, *trajectory.at(torch.full((3,), step)), records[step])
-        for name in (*EVIDENCE, "undecided"):
+    for step, seen in enumerate(features):
+        again = decoder.features(PROMPTS, *trajectory.at(torch.full((3,), step)), records[step])
+        for name in (*FEATURES, "undecided"):
             torch.testing.assert_close(getattr(seen, name), getattr(again, name), atol=1e-5, rtol=1e-5, msg=name)
-    assert not evidence[-1].undecided.any() and evidence[0].undecided.sum() > 0
-    undecided = torch.stack([seen.undecided for seen in evidence])
+    assert not features[-1].undecided.any() and features[0].undecided.sum() > 0
+    undecided = torch.stack([seen.undecided for seen in features])
     assert (undecided[1:] <= undecided[:-1]).all()  # what is decided stays so
     shown, unknown, left = trajectory.at(torch.full((3,), SAMPLING.steps))
     assert torch.equal(shown, state.tokens) and not unknown.any() and not left.any()
 
 
 def test_a_token_keeps_the_log_probability_it_was_drawn_with(decoder: MaskTokenDecoder) -> None:
-    evidence, _, trajectory, _, _ = walk(decoder, k=2, choice=0)
-    final = evidence[-1].log_probs
-    for step, seen in enumerate(evidence):
+    features, _, trajectory, _, _ = walk(decoder, k=2, choice=0)
+    final = features[-1].log_probs
+    for step, seen in enumerate(features):
         now = trajectory.fixed_at == step
         assert torch.equal(final[now], seen.log_probs[now])
-    total = sum((seen.log_probs * (trajectory.fixed_at == step)).sum(1) for step, seen in enumerate(evidence))
-    torch.testing.assert_close(Likelihood().values(evidence[-1], [16])[:, 0], total)
+    total = sum((seen.log_probs * (trajectory.fixed_at == step)).sum(1) for step, seen in enumerate(features))
+    torch.testing.assert_close(Likelihood().values(features[-1], [16])[:, 0], total)
 
 
 def test_candidates_scored_together_equal_candidates_scored_apart(decoder: MaskTokenDecoder) -> None:
     parm = make_parm(decoder)
     _, proposals, *_ = walk(decoder, k=4, choice=2)
     for proposal in proposals:
-        watch = parm.begin(proposal.evidence.prompt, 16)
-        together = parm.score(watch, proposal.evidence)
-        apart = [parm.score(watch, proposal.evidence.pick(torch.full((3,), j))) for j in range(4)]
+        watch = parm.begin(proposal.features.prompt, 16)
+        together = parm.score(watch, proposal.features)
+        apart = [parm.score(watch, proposal.features.pick(torch.full((3,), j))) for j in range(4)]
         torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=1e-5)
-        unfolded = proposal.evidence.unfold()
+        unfolded = proposal.features.unfold()
         torch.testing.assert_close(together.flatten(), parm.values(unfolded, [16])[:, 0], atol=1e-5, rtol=1e-5)
     assert together.std() > 1e-3
 
 
-def test_evidence_does_not_depend_on_the_other_prompts_of_the_batch(decoder: MaskTokenDecoder) -> None:
+def test_features_does_not_depend_on_the_other_prompts_of_the_batch(decoder: MaskTokenDecoder) -> None:
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
-    together, alone = decoder.evidence(PROMPTS, tokens), decoder.evidence(PROMPTS[:1], tokens[:1])
-    for name in EVIDENCE:
+    together, alone = decoder.features(PROMPTS, tokens), decoder.features(PROMPTS[:1], tokens[:1])
+    for name in FEATURES:
         torch.testing.assert_close(getattr(together, name)[:1], getattr(alone, name), atol=1e-5, rtol=1e-5)
-    shared = decoder.evidence([PROMPTS[0], PROMPTS[1]], tokens[:1])
+    shared = decoder.features([PROMPTS[0], PROMPTS[1]], tokens[:1])
     torch.testing.assert_close(shared.select(torch.tensor([0])).hidden, alone.hidden, atol=1e-5, rtol=1e-5)
 
 
 def test_plain_sampling_gives_what_parm_trains_on(decoder: MaskTokenDecoder) -> None:
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     decoded = Sample(SAMPLING).decode(decoder, {}, Request(rows, SEEDS))
-    evidence, _, trajectory, _, _ = walk(decoder, k=1, choice=0)
+    features, _, trajectory, _, _ = walk(decoder, k=1, choice=0)
     assert torch.equal(decoded.trajectory.previews, trajectory.previews)
     assert torch.equal(decoded.trajectory.fixed_at, trajectory.fixed_at)
-    torch.testing.assert_close(decoded.evidence.log_probs, evidence[-1].log_probs)
+    torch.testing.assert_close(decoded.features.log_probs, features[-1].log_probs)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -104,7 +104,7 @@ def test_verified_decoding_of_grids_takes_the_likeliest(decoder: MaskTokenDecode
     plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(one.decode(decoder, judges, Request(rows, SEEDS)).tokens, plain.tokens)
     high, low = (strategy.decode(decoder, judges, Request(rows, SEEDS)) for strategy in (best, worst))
-    assert (high.evidence.log_probs.sum(1) > low.evidence.log_probs.sum(1)).all()
+    assert (high.features.log_probs.sum(1) > low.features.log_probs.sum(1)).all()
     # 3 prompts and their empty twins; of two steps the second is made by each of the 6 paths
     assert high.cost.decoder_passes == {1: 5 * 6, 2: 3 * 6 + 2 * 6 * 6}[stride]
     alone = Verified(SAMPLING, k=6, stride=stride, choose="sample").decode(

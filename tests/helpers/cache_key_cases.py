@@ -34,7 +34,7 @@ from lightning_modules.decoding.particles import Particles
 from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
-from lightning_modules.decoding.regions import Chance, CLIPPatches, Confidence, Gain, Region
+from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region, TokenConfidence, ValueGain
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.clip_score import CLIPScore
@@ -100,15 +100,16 @@ by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4,
 by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False,
           reset_temperature=False)  # fmt: skip
 by_fields(BestOfN(PLAIN, 2, "parm"), strategy=Sample(hotter), n=3, judge="clip")
-by_fields(Reflection(PLAIN, PLAIN, Region(Gain(), 0.5), 2), strategy=Sample(hotter), again=Verified(SAMPLING, 2),
-          where=Region(Chance(), 0.5), rounds=3, judge="clip", satisfied=-0.05, accept="always", epsilon=0.5,
-          tell="{prompt}, {critique}")  # fmt: skip
-by_fields(Region(Chance(), threshold=0.5), look=Confidence(), threshold=0.25, patches=4, rewind=True,
+by_fields(Reflection(PLAIN, PLAIN, Region(ValueGain(), 0.5), 2),
+          strategy=Sample(hotter), redecoder=Verified(SAMPLING, 2),
+          region_selector=Region(RandomScores(), 0.5), rounds=3, judge="clip", stop_score=-0.05, accept="always",
+          epsilon=0.5, critique_template="{prompt}, {critique}")  # fmt: skip
+by_fields(Region(RandomScores(), threshold=0.5), scorer=TokenConfidence(), threshold=0.25, patches=4, rewind=True,
           free={"quantile": None})  # fmt: skip
-by_fields(CLIPPatches(4), patches=2, judge="other")
-by_fields(Gain(), verifier="likelihood", patches=2)
-by_fields(Confidence())
-by_fields(Chance())
+by_fields(PatchCLIPScore(4), patches=2, judge="other")
+by_fields(ValueGain(), verifier="likelihood", patches=2)
+by_fields(TokenConfidence())
+by_fields(RandomScores())
 by_fields(PairRule(), per_prompt=None, min_margin=0.5, surplus_penalty=0.5, weigh_margins=True, max_weight=2.0)
 by_fields(ShapesDetector(), free={"batch_size": 3})
 by_fields(ShapesStream(), split="test", seed=1, vagueness={"colors": 0.5},
@@ -129,7 +130,7 @@ def _(_: Path) -> Case:
     words = copy.deepcopy(decoder)
     words.prompt_encoder.tokenizer = WordTokenizer(list(reversed(vocabulary())), 12)
     depths, heads, eps = copy.deepcopy(decoder), copy.deepcopy(decoder), copy.deepcopy(decoder)
-    depths.evidence_depths = (2, 3)
+    depths.feature_layers = (2, 3)
     heads.transformer.config = replace(heads.transformer.config, heads=2)
     eps.norm.eps = 1e-3
     memory = copy.deepcopy(decoder)
@@ -143,7 +144,7 @@ def _(_: Path) -> Case:
     same = {"made twice": make_decoder(), "memory": memory, "frozen": make_decoder().requires_grad_(False)}
     return Case(
         decoder, others, same,
-        lambda: decoder.train().eval().evidence(prompts, torch.zeros(2, 16, dtype=torch.int64)),
+        lambda: decoder.train().eval().features(prompts, torch.zeros(2, 16, dtype=torch.int64)),
     )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def _(_: Path) -> Case:
     decoder, dims, words, depths = (make_masked() for _ in range(4))
     dims.rotary_dims = 2
     words.text_tokenizer = WordTokenizer(list(reversed(vocabulary())), 12)
-    depths.evidence_depths = (2, 3)
+    depths.feature_layers = (2, 3)
     others = {"weights": another_weight(decoder), "rotary": dims, "words": words, "depths": depths}
     return Case(decoder, others, {"estimate": make_masked(MaskEstimate(n_masks=8))})
 
@@ -171,7 +172,7 @@ def _(tmp_path: Path) -> Case:
     decoder = showo()
     return Case(
         decoder,
-        {"weights": another_weight(decoder), "rotary": showo(rotary_share=0.25), "longer": showo(max_text=5)},
+        {"weights": another_weight(decoder), "rotary": showo(partial_rotary_factor=0.25), "longer": showo(max_text=5)},
         {"made twice": showo(), "memory": showo(checkpointing=True), "compiled": showo(compiled=True)},
     )
 
@@ -225,9 +226,9 @@ def _(_: Path) -> Case:
     parm = make_parm(decoder)
     heads = copy.deepcopy(parm)
     heads.transformer.config = replace(heads.transformer.config, heads=2)
-    others = {"weights": another_weight(parm), "features": make_parm(decoder, "embeddings"), "heads": heads}
-    evidence = decoder.evidence([row["prompt"] for row in ROWS], torch.zeros(2, 16, dtype=torch.int64))
-    return Case(parm, others, {"made twice": make_parm(decoder)}, lambda: parm.values(evidence, [16]))
+    others = {"weights": another_weight(parm), "input_features": make_parm(decoder, "embeddings"), "heads": heads}
+    features = decoder.features([row["prompt"] for row in ROWS], torch.zeros(2, 16, dtype=torch.int64))
+    return Case(parm, others, {"made twice": make_parm(decoder)}, lambda: parm.values(features, [16]))
 
 
 def with_preprocessing(**changes: Any) -> nn.Module:

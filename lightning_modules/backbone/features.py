@@ -12,7 +12,7 @@ _OWN = ("embeddings", "log_probs", "unconditional_log_probs", "undecided")  # of
 
 
 @dataclass(frozen=True)
-class Evidence:
+class DecoderFeatures:
     """What the decoder knows about S tokens of each row: those of an image, or of k candidates, one after the other.
 
     Candidates have S / k tokens each: one for the next position (next-token decoders), or a whole grid (mask-token
@@ -47,44 +47,46 @@ class Evidence:
     def _present(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def pick(self, choice: Tensor) -> "Evidence":
-        """The evidence about candidate `choice` [B] of each row."""
+    def pick(self, choice: Tensor) -> "DecoderFeatures":
+        """The features about candidate `choice` [B] of each row."""
         rows = torch.arange(len(choice), device=choice.device)
         own = self._present(_OWN)
         return replace(
             self, **{name: value.unflatten(1, (self.candidates, -1))[rows, choice] for name, value in own.items()}
         )
 
-    def unfold(self) -> "Evidence":
-        """Evidence about k candidates of B rows as evidence about one candidate each of B * k rows."""
+    def unfold(self) -> "DecoderFeatures":
+        """Features of k candidates of B rows as features about one candidate each of B * k rows."""
         k = self.candidates
         own = {name: value.unflatten(1, (k, -1)).flatten(0, 1) for name, value in self._present(_OWN).items()}
         shared = self._present(("prompt", *_SHARED))
         return replace(self, **own, **{name: value.repeat_interleave(k, 0) for name, value in shared.items()})
 
-    def select(self, rows: Tensor) -> "Evidence":
+    def select(self, rows: Tensor) -> "DecoderFeatures":
         """Keep some rows."""
-        return Evidence(**{name: value[rows] for name, value in self._present(("prompt", *_SHARED, *_OWN)).items()})
+        return DecoderFeatures(
+            **{name: value[rows] for name, value in self._present(("prompt", *_SHARED, *_OWN)).items()}
+        )
 
-    def put(self, rows: Tensor, other: "Evidence") -> "Evidence":
-        """With the evidence of `other` in the place of that about some rows."""
+    def put(self, rows: Tensor, other: "DecoderFeatures") -> "DecoderFeatures":
+        """With the features of `other` in the place of that about some rows."""
         own = self._present(("prompt", *_SHARED, *_OWN))
-        return Evidence(**{name: value.index_put((rows,), getattr(other, name)) for name, value in own.items()})
+        return DecoderFeatures(**{name: value.index_put((rows,), getattr(other, name)) for name, value in own.items()})
 
-    def at(self, positions: Tensor) -> "Evidence":
-        """The evidence about the tokens at some positions [B, S] of an image."""
+    def at(self, positions: Tensor) -> "DecoderFeatures":
+        """The features about the tokens at some positions [B, S] of an image."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         return replace(self, **{name: value[rows, positions] for name, value in self._about_tokens().items()})
 
     @staticmethod
-    def empty(prompt: Tensor, length: int, dim: int, hidden_dim: int) -> "Evidence":
-        """Room for evidence about `length` tokens of each row."""
+    def empty(prompt: Tensor, length: int, dim: int, hidden_dim: int) -> "DecoderFeatures":
+        """Room for features about `length` tokens of each row."""
         token = prompt.new_zeros(len(prompt), length)
         hidden = token[..., None].expand(-1, -1, hidden_dim)
         widths = token[..., None].expand(-1, -1, dim), hidden, hidden, token, token, token
-        return Evidence(prompt, *(value.clone() for value in widths))
+        return DecoderFeatures(prompt, *(value.clone() for value in widths))
 
-    def write(self, rows: Tensor, positions: Tensor, other: "Evidence", columns: Tensor) -> None:
+    def write(self, rows: Tensor, positions: Tensor, other: "DecoderFeatures", columns: Tensor) -> None:
         """Put what `other` says of its tokens (rows[i], columns[i]) at (rows[i], positions[i]), in place."""
         for name, value in self._about_tokens().items():
             value[rows, positions] = getattr(other, name)[rows, columns]
