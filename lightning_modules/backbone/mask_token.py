@@ -330,7 +330,7 @@ class MaskTokenDecoder(TokenDecoder):
             cost=Cost(),
         )
 
-    def look(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
+    def forward_pass(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
         """One forward pass: what verifiers read of it, and what logits are read from, [B, n, dim], by branch.
 
         The branches, prompts and empty prompts, are one batch; without guidance and features there are no empty ones.
@@ -353,7 +353,7 @@ class MaskTokenDecoder(TokenDecoder):
         Logits are linear in hidden states, so these are what is guided, and the head runs once.
 
         Args:
-            branches: of `look`.
+            branches: of `forward_pass`.
             guidance: scale.
             where: positions [M] of the B * n, counted row by row.
         """
@@ -371,7 +371,7 @@ class MaskTokenDecoder(TokenDecoder):
         """
         if distinct:
             raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
-        layers, branches = self.look(state)
+        layers, branches = self.forward_pass(state)
         where = state.unknown.flatten().nonzero().squeeze(1)
         codes_of = self.guided_logits(branches, state.sampling.guidance, where).softmax(-1)
         drawn = state.noise.codes(state.step, where, codes_of, k)
@@ -406,7 +406,7 @@ class MaskTokenDecoder(TokenDecoder):
         undecided: Tensor,
         decided: Tensor,
     ) -> DecoderFeatures:
-        """Features of k grids [B, k, n] that came from a pass (see `look`); `decided` are `MaskState.statistics`."""
+        """Features of k grids [B, k, n] that came from a pass (see `forward_pass`); `decided` are `MaskState.statistics`."""
         shape = tokens.transpose(1, 2).shape  # [B, n, k]
         where = unknown.flatten().nonzero().squeeze(1)
         log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)

@@ -126,7 +126,7 @@ def test_a_whole_run_of_the_sampler(decoder: MaskTokenDecoder, words: Vocabulary
         assert torch.equal(state.tokens.masked_fill(unknown, 0), tokens)
         with torch.no_grad():
             everywhere = torch.arange(tokens.numel(), device=device)
-            logits = decoder.guided_logits(decoder.look(state)[1], sampling.guidance, everywhere)
+            logits = decoder.guided_logits(decoder.forward_pass(state)[1], sampling.guidance, everywhere)
             logits = logits.view_as(golden.logits_slice[step])
         torch.testing.assert_close(logits, golden.logits_slice[step], atol=1e-4, rtol=0)
         assert sampling.temperature_at(step) == pytest.approx(float(golden.temperature[step]), rel=1e-12, abs=1e-15)

@@ -100,7 +100,7 @@ def replay(decoded: Decoded) -> Tensor:
         Region(ValueGain(), threshold=-0.02, rewind=True),
         Region(TokenConfidence(), threshold=-2.0),
     ],
-    ids=lambda region: type(region.look).__name__,
+    ids=lambda region: type(region.scorer).__name__,
 )
 def test_only_omega_changes_and_the_score_never_falls(
     decoder: NextTokenDecoder, rows: list, judges: dict, image: Decoded, again, where: Region
