@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from callbacks.runs import checkpoint_to_resume
 from lightning_modules.backbone.loading import export as export_network
 from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
+from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
+from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.runs.checkpoints import (
     end_launched,
     forget_refused,
@@ -57,17 +60,63 @@ def leave_config(folder: Path, config: DictConfig) -> None:
     keep_metrics(folder)
 
 
-def build(node: DictConfig | None) -> Any:
-    """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects."""
+def build(node: DictConfig | None, **shared: Any) -> Any:
+    """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects.
+
+    Args:
+        node: of the config.
+        shared: parts that are there already, which take the places of the keys of their names.
+    """
+    if node is None:
+        return None
+    if shared:
+        return instantiate(node, _convert_="all", _partial_=True, **dict.fromkeys(shared))(**shared)
     return instantiate(node, _convert_="all")
 
 
-def module_of(config: DictConfig) -> LightningModule:
-    """The LightningModule, whose checkpoints keep the config."""
-    plain = OmegaConf.to_container(config, resolve=True)  # before building resolves the config itself
-    module: LightningModule = build(config.module)
-    module.save_hyperparameters(plain)
-    return module
+class Parts:
+    """The parts of a run, each built once, when it is first asked for.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def module(self) -> Any:
+        """The LightningModule, whose checkpoints keep the config."""
+        plain = OmegaConf.to_container(self.config, resolve=True)  # before building resolves the config itself
+        module: LightningModule = build(self.config.module)
+        module.save_hyperparameters(plain)
+        return module
+
+    @cached_property
+    def judges(self) -> JudgeRegistry:
+        """All judges; the folder of images that task=score judges comes without a module."""
+        return build(self.config.judges, verifiers={} if self.config.task == "score" else self.module.verifiers)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return self.build(self.config.evaluator)
+
+    @cached_property
+    def callbacks(self) -> dict[str, Any]:
+        return {name: self.build(node) for name, node in self.config.callbacks.items() if node is not None}
+
+    @cached_property
+    def data(self) -> LightningDataModule | None:
+        return self.build(self.config.get("data"))
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        return trainer_of(self.config, list(self.callbacks.values()))
+
+    def build(self, node: DictConfig | None) -> Any:
+        """Instantiate a node, whose `module`, `judges` and `evaluator` are those of the run."""
+        shared = [key for key in ("module", "judges", "evaluator") if node is not None and key in node]
+        return build(node, **{key: getattr(self, key) for key in shared})
 
 
 def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -89,15 +138,10 @@ def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
     return trainer
 
 
-def parts_of(config: DictConfig) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
-    """What fits, evaluates or rolls out."""
-    module, callbacks, data = module_of(config), build(config.callbacks), build(config.get("data"))
-    return trainer_of(config, list(callbacks.values())), module, data
-
-
 def fit(config: DictConfig) -> None:
     """Train, then test the weights that `test_ckpt_path` says."""
-    trainer, module, data = parts_of(config)
+    parts = Parts(config)
+    module, data, trainer = parts.module, parts.data, parts.trainer
     best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
@@ -111,41 +155,43 @@ def fit(config: DictConfig) -> None:
 
 def evaluate(config: DictConfig) -> None:
     """Test a checkpoint, all of a folder, or the weights that the config names."""
+    parts = Parts(config)
     if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
-        module, geneval = module_of(config), build(config.callbacks)["geneval"]
-        checkpoints = named_checkpoints(config.ckpt_path, config.task)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        CheckpointCurve(module, geneval, checkpoints, config.scores_dir, folder).run(trainer_of(config))
+        geneval, checkpoints = parts.callbacks["geneval"], named_checkpoints(config.ckpt_path, config.task)
+        curve = CheckpointCurve(
+            parts.module, parts.evaluator, geneval.test_prompts, geneval.test_strategies, checkpoints, config.scores_dir
+        )
+        curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
         return
-    trainer, module, data = parts_of(config)
     named = ("decoder.checkpoint", "parm.checkpoint")
     starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
     say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
-    trainer.test(module, data, ckpt_path=config.ckpt_path, verbose=False)
+    parts.trainer.test(parts.module, parts.data, ckpt_path=config.ckpt_path, verbose=False)
 
 
 def rollout(config: DictConfig) -> None:
     """Make what the data needs, and train on nothing."""
-    trainer, module, data = parts_of(config)
-    trainer.predict(module, data, ckpt_path=config.ckpt_path)
+    parts = Parts(config)
+    parts.trainer.predict(parts.module, parts.data, ckpt_path=config.ckpt_path)
 
 
 def generate(config: DictConfig) -> None:
     """Make a folder of images."""
-    generating = build(config.generating)
+    parts = Parts(config)
+    generating = parts.build(config.generating)
     if config.ckpt_path is not None:
-        load_checkpoint(generating.module, config.ckpt_path)
+        load_checkpoint(parts.module, config.ckpt_path)
     generating.run(trainer_of(config, [StopBetweenBatches()]))
 
 
 def score(config: DictConfig) -> None:
     """Judge a folder of images."""
-    build(config.scoring).run(trainer_of(config, [StopBetweenBatches()]))
+    Parts(config).build(config.scoring).run(trainer_of(config, [StopBetweenBatches()]))
 
 
 def export(config: DictConfig) -> None:
     """Write the networks that a checkpoint trained as weights of their own."""
-    module: Any = module_of(config)
+    module = Parts(config).module
     load_checkpoint(module, config.ckpt_path)
     parts = module.exported
     nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}

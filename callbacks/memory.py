@@ -97,9 +97,10 @@ class MemoryEstimate(Callback):
         images, judges = 0, 0.0
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenEvalCallback):
-                names = callback.validation_strategies if stage == "fit" else callback.strategies
-                images = callback.batch_size * max(callback.strategies[name].images_at_once for name in names)
-                models = [model for judge in callback.rewards.values() for model in vars(judge).values()]
+                evaluator = callback.evaluator
+                names = callback.validation_strategies if stage == "fit" else callback.test_strategies
+                images = evaluator.batch_size * max(evaluator.strategies[name].images_at_once for name in names)
+                models = [model for judge in evaluator.judges.values() for model in vars(judge).values()]
                 judges = sum(_bytes(model) for model in models if isinstance(model, nn.Module))
         return Memory(
             parameters=sum(p.numel() for p in pl_module.parameters()) * weight / shards + judges,

@@ -20,8 +20,7 @@ from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.cache_key import digest, key_of
 from lightning_modules.decoding.strategy import Judges, judged
-from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.rewards.registry import JudgeRegistry
 
 # What rollouts are labelled with anyway: whether all is right, and the share of what the prompt asks that is.
 _LABELS = {"geneval": "reward", "clauses": "clauses"}
@@ -58,11 +57,10 @@ class PreferencesDataModule(PairsDataModule):
     that it had.
 
     Args:
-        reward: labels the images (`geneval`).
-        rewards: further judges of finished images, by name.
-        scores: what makes one image better than another: weights of `geneval` (all is right), of `clauses` (the share
-            of what the prompt asks that is), of `strict` (and counts are exact), of `rewards` and of the
-            LightningModule's own judges (`parm`); a verifier's value counts as a probability.
+        judges: of the run.
+        scores: what makes one image better than another: weights of judges, such as `geneval` (all is right), `clauses`
+            (the fraction of what the prompt asks that is), `strict` (and counts are exact) or `parm`; a verifier's
+            value counts as a probability.
         train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set, so
             that a set of verified ones proposes what is chosen.
         validation: rollouts of prompts that are neither trained nor evaluated on.
@@ -78,8 +76,7 @@ class PreferencesDataModule(PairsDataModule):
 
     def __init__(
         self,
-        reward: GenEvalReward,
-        rewards: Mapping[str, Reward],
+        judges: JudgeRegistry,
         scores: Mapping[str, float],
         train: Mapping[str, RolloutSpec],
         validation: RolloutSpec,
@@ -94,8 +91,7 @@ class PreferencesDataModule(PairsDataModule):
         super().__init__(folder, batch_size, collect_batch_size)
         if reference not in ("round", "run"):
             raise ValueError(f"data.reference must be 'round' or 'run', not {reference!r}")
-        self.reward = reward
-        self.rewards = rewards
+        self.judges = judges
         self.scores = scores
         self.train = train
         self.validation = validation
@@ -125,21 +121,15 @@ class PreferencesDataModule(PairsDataModule):
         Lightning calls this before it restores a checkpoint, so that a resumed run has the same reference, and a
         checkpoint can be tested on the validation pairs of its run where these are gone.
         """
-        known = self._judges()
-        for name in self.scores:
-            if name not in known:
-                raise ValueError(f"data.scores names the judge {name!r}; there are: {', '.join(known)}")
+        self.judges.refuse_unknown({"data.scores": self.scores})
+        if stage == "fit":
+            self.judges.teachers |= self.teachers
         assert self.trainer is not None
         restored = stage == "test" and not self._folders  # a checkpoint may follow
         if restored or (self.reference == "run" and stage == "fit"):
             module: Any = self.trainer.lightning_module
             self._start = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
             self._start_key = fingerprint(module.decoder)
-
-    def _judges(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        own: Any = self.trainer.lightning_module.judges
-        return {**self.reward.kinds(), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
         assert self.trainer is not None
@@ -174,15 +164,17 @@ class PreferencesDataModule(PairsDataModule):
         assert self.trainer is not None
         trainer = self.trainer
         decoder: Any = trainer.lightning_module.decoder
-        judges = self._judges()
+        judges = self.judges
         seed = image_seed(self.seed, round_index) if round_index else self.seed
         sets, made_with = [], []
         for set_name, whole in specs.items():
             spec = whole.of_round(round_index)
-            made_with.append(provenance(spec, decoder, judges, self.reward, seed))
+            made_with.append(provenance(spec, decoder, judges, self.judges.geneval, seed))
             run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
             folder = self.folder / f"{set_name}-{digest(made_with[-1])}"
-            sets.append(collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *run))
+            sets.append(
+                collect(spec, folder, decoder, judges, self.judges.geneval, seed, self.collect_batch_size, False, *run)
+            )
         scored_by = {name: judges[name].cache_key() for name in self.scores if name not in _LABELS}
         about: list[Any] = [made_with, key_of(self.rule), key_of(self.scores), scored_by]
         if self._refers_to_start:
@@ -194,7 +186,7 @@ class PreferencesDataModule(PairsDataModule):
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]
         surplus = [max(0, found - wanted) for found, wanted in zip(columns["objects"], asked, strict=True)]
-        scores = ensemble(decoder.eval(), self._judges(), self.scores, rollouts, self.collect_batch_size)
+        scores = ensemble(decoder.eval(), self.judges, self.scores, rollouts, self.collect_batch_size)
         pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], scores.tolist(), surplus, self.rule)
         if not pairs:
             raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ; nothing to learn from")

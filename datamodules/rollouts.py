@@ -29,6 +29,7 @@ from lightning_modules.decoding.strategy import Judges, Strategy
 from lightning_modules.files import make_once
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
+from lightning_modules.rewards.registry import JudgeRegistry
 
 _FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
@@ -300,7 +301,7 @@ class RolloutsDataModule(LightningDataModule):
     """Rollouts of the LightningModule's own decoder, collected when they are first needed; a resumed run keeps its own.
 
     Args:
-        reward: labels the images.
+        judges: of the run; its GenEval labels the images.
         train: sets of rollouts; set by set they join the training data at their `from_epoch` (with the Trainer's
             `reload_dataloaders_every_n_epochs: 1`).
         validation, test: rollouts of prompts that training does not use.
@@ -315,7 +316,7 @@ class RolloutsDataModule(LightningDataModule):
 
     def __init__(
         self,
-        reward: GenEvalReward,
+        judges: JudgeRegistry,
         train: Mapping[str, RolloutSpec],
         validation: RolloutSpec,
         test: RolloutSpec,
@@ -326,7 +327,7 @@ class RolloutsDataModule(LightningDataModule):
         batch_size: int,
     ) -> None:
         super().__init__()
-        self.reward = reward
+        self.judges = judges
         self.train, self.validation, self.test = train, validation, test
         self.folder = Path(folder)
         self.seed = seed
@@ -365,7 +366,7 @@ class RolloutsDataModule(LightningDataModule):
         """The folder of a set that the models as they are would make."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        made_with = provenance(spec, module.decoder, module.judges, self.reward, self.seed, self.store_features)
+        made_with = provenance(spec, module.decoder, self.judges, self.judges.geneval, self.seed, self.store_features)
         return self.folder / f"{name}-{digest(made_with)}"
 
     def _collect_now(self, spec: RolloutSpec, folder: Path) -> Dataset:
@@ -376,8 +377,8 @@ class RolloutsDataModule(LightningDataModule):
             spec,
             folder,
             module.decoder,
-            module.judges,
-            self.reward,
+            self.judges,
+            self.judges.geneval,
             self.seed,
             self.collect_batch_size,
             self.store_features,

@@ -93,7 +93,7 @@ class DPOModule(ResumableModule):
         self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
 
     @property
-    def judges(self) -> dict[str, Verifier[Any]]:
+    def verifiers(self) -> dict[str, Verifier[Any]]:
         """The verifiers that strategies can name."""
         parm: dict[str, Verifier[Any]] = {} if self.parm is None else {"parm": self.parm}
         return {**parm, "likelihood": Likelihood()}

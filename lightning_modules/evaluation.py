@@ -24,7 +24,7 @@ class EvaluationModule(ResumableModule):
         self.parm = parm
 
     @property
-    def judges(self) -> dict[str, Verifier[Any]]:
+    def verifiers(self) -> dict[str, Verifier[Any]]:
         """The verifiers that strategies can name; decoders of pixels have none."""
         likelihood: dict[str, Verifier[Any]] = {"likelihood": Likelihood()}
         return (likelihood if self.decoder.has_likelihood else {}) | ({"parm": self.parm} if self.parm else {})

@@ -134,10 +134,10 @@ class PARMModule(ResumableModule):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.objective = objective
-        self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.judges})
+        self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.verifiers})
 
     @property
-    def judges(self) -> dict[str, TokenVerifier[Any]]:
+    def verifiers(self) -> dict[str, TokenVerifier[Any]]:
         """The verifiers that strategies can name."""
         return {"parm": self.parm, "likelihood": Likelihood()}
 
@@ -171,7 +171,7 @@ class PARMModule(ResumableModule):
             losses = self.objective.losses(self.parm, features, batch)
             named = {f"{stage}/{name}": loss for name, loss in losses.items()}
             self.log_dict(named, sync_dist=True, batch_size=len(batch["prompt"]))
-        for name, judge in self.judges.items():
+        for name, judge in self.verifiers.items():
             values = torch.cat([judge.values(features, lengths) for features in seen], dim=1)
             self.ranking[name].update(values, batch["correct"], batch["group"])  # type: ignore[operator]
 

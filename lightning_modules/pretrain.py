@@ -39,7 +39,7 @@ class DecoderModule(ResumableModule):
         self.prompt_dropout = prompt_dropout
 
     @property
-    def judges(self) -> dict[str, Verifier[Any]]:
+    def verifiers(self) -> dict[str, Verifier[Any]]:
         """The verifiers that strategies can name."""
         return {"likelihood": Likelihood()}
 

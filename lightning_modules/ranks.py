@@ -1,4 +1,6 @@
-"""What makes a training step on several ranks that of one process with the rows of all of them."""
+"""What several ranks exchange, and what makes their training step that of one process with the rows of all."""
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +10,35 @@ from torch import distributed as dist
 def is_distributed() -> bool:
     """Whether other ranks work on the same step."""
     return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process among all ranks."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in their order."""
+    values = [value] * world_size()
+    if is_distributed():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Return rank 0's value."""
+    values = [value]
+    if is_distributed():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def uniform_rows(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:

@@ -8,10 +8,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import datamodules
@@ -30,11 +30,12 @@ from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import RandomScores, Region, TokenConfidence
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.decoding.verified import Verified
+from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.rewards.clip_score import CLIPScore
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
 from tests.helpers.cache_key_cases import CASES, PLAIN, SAMPLING, another_weight, make_clip
-from tests.helpers.callback import make_callback
+from tests.helpers.evaluators import make_evaluator
 from tests.helpers.models import make_parm
 
 
@@ -99,31 +100,21 @@ class Widest(Strategy):
 
 
 def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decoder: NextTokenDecoder) -> None:
-    reward = GenEvalReward(ShapesDetector())
-    score = CLIPScore(make_clip(), WordTokenizer(vocabulary(), 12))
-    strategies = {"sample": PLAIN, "wide": BestOfN(Widest("clip", 3), 2, "parm"), "told": Widest("geneval", 3)}
-    callback = make_callback(
-        reward=reward, strategies=strategies, independent_judges=["clip", "parm"], rewards={"clip": score}, folder="."
-    )
-    assert [callback._held_out(strategy) for strategy in strategies.values()] == [
-        ["clip", "parm"],
-        [],
-        ["clip", "parm"],
-    ]
-    assert callback._incomparable() == ["told chooses by what it is measured by: it is a ceiling"]
-    assert strategies["wide"].images_at_once == 6
-    parm = make_parm(decoder)
-    module: Any = SimpleNamespace(decoder=decoder, judges={"parm": parm})
-    trainer: Any = SimpleNamespace(precision="32-true")
-    keys = [callback.test_key(trainer, module)]
-    for wide, other in ((BestOfN(Widest("clip", 4), 2, "parm"), score), (strategies["wide"], CLIPScore(
-        another_weight(make_clip()), WordTokenizer(vocabulary(), 12)))):  # fmt: skip
-        callback.strategies["wide"], callback.rewards = wide, {"clip": other}
-        keys.append(callback.test_key(trainer, module))
-    assert len({json.dumps(key, sort_keys=True) for key in keys}) == 3
-    callback.strategies["wide"] = BestOfN(Widest("nobody", 3), 2, "parm")
+    parm, score = make_parm(decoder), CLIPScore(make_clip(), WordTokenizer(vocabulary(), 12))
+    other = CLIPScore(another_weight(make_clip()), WordTokenizer(vocabulary(), 12))
+    wide, wider = (BestOfN(Widest("clip", width), 2, "parm") for width in (3, 4))
+    assert wide.images_at_once == 6
+    evaluation = Evaluation(decoder, torch.device("cpu"), [], ["wide"], {})
+
+    def evaluator(strategy: Strategy, clip: CLIPScore) -> Evaluator:
+        return make_evaluator(
+            GenEvalReward(ShapesDetector()), {"clip": clip}, {"parm": parm}, strategies={"wide": strategy}
+        )
+
+    made = [evaluator(*each) for each in ((wide, score), (wider, score), (wide, other))]
+    assert len({json.dumps(each.cache_key(evaluation), sort_keys=True) for each in made}) == 3
     with pytest.raises(ValueError, match=r"strategies\.wide names the judge 'nobody'; there are: parm, geneval, "):
-        callback.setup(trainer, module, "test")
+        evaluator(BestOfN(Widest("nobody", 3), 2, "parm"), score).prepare(evaluation)
 
 
 def test_rollouts_are_keyed_by_all_that_makes_them(decoder: NextTokenDecoder, rows: list[dict]) -> None:

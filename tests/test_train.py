@@ -24,7 +24,7 @@ from PIL import Image
 from datamodules.pairs import reference_log_probs
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.decoding.strategy import Strategy
-from lightning_modules.report.tables import BEFORE_TRAINING
+from lightning_modules.report.results import BEFORE_TRAINING
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.parm import PARM
@@ -37,7 +37,7 @@ from train import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
-ELSEWHERE = ("rewards=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
+ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
 PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice
@@ -51,11 +51,11 @@ PAIR_FILES = ["data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"]
 # What some choices need beside them; the others are built small.
 COMPANIONS = {
     "data=preference_files": [*TINY, "module=dpo", *PAIR_FILES],
-    "rewards=open_clip": [
+    "judges=open_clip": [
         *TINY,
-        "rewards.clip.clip.model_name=ViT-S-32-alt",
-        "rewards.clip.clip.pretrained=null",
-        "rewards.clip.clip.require_pretrained=false",
+        "judges.rewards.clip.clip.model_name=ViT-S-32-alt",
+        "judges.rewards.clip.clip.pretrained=null",
+        "judges.rewards.clip.clip.require_pretrained=false",
     ],
     "task=generate": [*TINY, "images=somewhere"],
     "task=score": [*TINY, "images=somewhere"],
@@ -67,7 +67,7 @@ COMPANIONS = {
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "experiment=showo_parm": ["+debug=tiny_showo"],
     "experiment=showo_dpo": ["+debug=tiny_showo", *PAIR_FILES],
-    "fid=inception": [*TINY, "callbacks.geneval.fid=null", "fid.references.folder=somewhere"],
+    "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
 
@@ -290,7 +290,7 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     names = ["sample", "best_of_8_parm", "verified_best_of_4", "reflection_clip"]
     common = [*BUNDLED, "task=evaluate", f"geneval.test_prompts.per_task={tasks}", "seed=5", "strategies=reflection",
               f"callbacks.geneval.test_strategies=[{','.join(names)}]"]  # fmt: skip
-    command(tmp_path, *common, "callbacks.geneval.batch_size=5")
+    command(tmp_path, *common, "evaluator.batch_size=5")
     command(tmp_path, *common, "devices=ddp_cpu", f"hydra.run.dir={tmp_path}/two")
     one, two = ((tmp_path / name / "results.jsonl").read_text().splitlines() for name in ("run", "two"))
     assert len(one) == len(two) == len(names) * 17 and {json.loads(row)["correct"] for row in one} == {True, False}
@@ -322,7 +322,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     tmp_path: Path, compose_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [*(item for item in BUNDLED if not item.startswith("data")), "task=evaluate", "module=evaluation", "~data",
-              "seed=5", "callbacks.geneval.batch_size=4",
+              "seed=5", "evaluator.batch_size=4",
               "callbacks.geneval.test_strategies=[sample,best_of_8_parm]"]  # fmt: skip
     left = ("results.jsonl", "sheets/sample.png", "sheets/best_of_8_parm.png")
     judge, judged = GenEvalReward.verdicts, []  # of a batch, and first of the detector's self-test
@@ -440,7 +440,7 @@ def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_pa
         objects = [sum(map(len, json.loads(json.loads(line)["details"]).values())) for line in rows]
         assert np.mean(objects) == pytest.approx(float(row["val/objects/sample"]), abs=1e-6)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")}
-    run(compose_config(*curve, "callbacks.geneval.batch_size=3"))
+    run(compose_config(*curve, "evaluator.batch_size=3"))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").rglob("*")} == times
     assert (tmp_path / "checkpoints.csv").read_bytes() == (tmp_path / "curve" / "checkpoints.csv").read_bytes()
 
@@ -487,7 +487,7 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert any(key.startswith("parm.") for key in torch.load(last, weights_only=True)["state_dict"])
     header = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0].split(",")
-    for key in ("train/parm_loss", "val/objects/sample", "val/independent_judges/clip/sample"):
+    for key in ("train/parm_loss", "val/objects/sample", "val/independent/clip/sample"):
         assert key in header
     exported = tmp_path / "aligned"
     export = ["experiment=dpo_guided", *small, "task=export", f"ckpt_path={last}", f"export_dir={exported}"]
@@ -506,9 +506,9 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
 @pytest.mark.slow
 def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
     done = command(
-        tmp_path, "experiment=dpo_guided", *SMALL_DPO, "callbacks.geneval.independent_judges=[clip,parm]", check=False
+        tmp_path, "experiment=dpo_guided", *SMALL_DPO, "evaluator.independent_judges=[clip,parm]", check=False
     )
-    sentence = "Error: callbacks.geneval.independent_judges: 'parm' decides what is trained on"
+    sentence = "Error: evaluator.independent_judges: 'parm' decides what is trained on"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
@@ -540,7 +540,7 @@ def test_preferences_are_read_as_they_are_seen(tmp_path: Path) -> None:
         Image.fromarray(stream[i].image).save(tmp_path / f"{i}.png")
     first, second, third = ((tmp_path / f"{i}.png").read_bytes() for i in range(3))
     small = ["experiment=dpo", "data=preference_files", "task=rollout", "strategies=sample", "parm.checkpoint=null",
-             "callbacks.geneval.independent_judges=[]", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
+             "evaluator.independent_judges=[]", "logger=csv", "trainer.accelerator=cpu"]  # fmt: skip
     star, labels = "a photo of a star", [1.0, 0.5, 0.0]
     rows = [{"caption": star, "jpg_0": first, "jpg_1": second, "label_0": label} for label in labels]
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "hub"))

@@ -406,7 +406,7 @@ class MaskTokenDecoder(TokenDecoder):
         undecided: Tensor,
         decided: Tensor,
     ) -> DecoderFeatures:
-        """Features of k grids [B, k, n] that came from a pass (see `forward_pass`); `decided` are `MaskState.statistics`."""
+        """Features of k grids [B, k, n] from a pass (see `forward_pass`); `decided` are `MaskState.statistics`."""
         shape = tokens.transpose(1, 2).shape  # [B, n, k]
         where = unknown.flatten().nonzero().squeeze(1)
         log_p, unconditional = (self._code_head(part.flatten(0, 1)[where]).log_softmax(-1) for part in branches)

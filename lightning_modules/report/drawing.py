@@ -18,12 +18,12 @@ from lightning_modules.rewards.verifier import Judge, Reward
 
 _MOMENTS = 8  # drawn of what may have hundreds of steps
 _LARGEST = 96  # pixels along the longer side of a frame
-_OMEGA = (255, 96, 0)  # the colour over what reflection marked
+_MARKED = (255, 96, 0)  # the colour over what reflection marked
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A caption, and how often what is shown went on."""
+    """A caption, and how often what is shown was kept."""
 
     caption: str
     kept: int = 0
@@ -42,7 +42,7 @@ class ImageStrip:
 
 @dataclass(frozen=True)
 class Curve:
-    """Scores over all steps: the lowest and the highest candidate's and that of what went on."""
+    """Scores over all steps: the lowest and the highest candidate's and that of what was kept."""
 
     low: list[float]
     high: list[float]
@@ -51,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the story, with a title."""
+    """A part of how an image was made, with a title."""
 
     title: str
     strips: list[ImageStrip]
@@ -63,71 +63,75 @@ class TraceView:
     """What judges say of a finished image, by name, and how it was made. Values of verifiers are probabilities."""
 
     scores: dict[str, float]
-    scenes: list[Section]
+    sections: list[Section]
 
     @staticmethod
     def of(plain: Mapping[str, Any]) -> "TraceView":
         """From its `dataclasses.asdict`."""
-        scenes = []
-        for scene in plain["scenes"]:
+        sections = []
+        for section in plain["sections"]:
             strips = [
-                ImageStrip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in scene["strips"]
+                ImageStrip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in section["strips"]
             ]
-            scenes.append(Section(scene["title"], strips, scene["curve"] and Curve(**scene["curve"])))
-        return TraceView(plain["scores"], scenes)
+            sections.append(Section(section["title"], strips, section["curve"] and Curve(**section["curve"])))
+        return TraceView(plain["scores"], sections)
 
 
-def stories(
+def trace_views(
     decoder: Decoder,
     judges: Judges,
     asked: Sequence[str],
     prompts: Sequence[Mapping[str, Any]],
     decoded: Decoded,
-    tell: bool,
+    with_trace: bool,
 ) -> list[TraceView]:
-    """A story for each of B images.
+    """Return a view of each of B images.
 
     Args:
         decoder: of the images.
         judges: by name.
-        asked: names of those that score the finished images; verifiers only where there is features.
+        asked: names of those that score the finished images; verifiers only where there are features.
         prompts: GenEval metadata.
         decoded: the images, with their trace.
-        tell: how they were made; otherwise stories have scores alone.
+        with_trace: draw how they were made; otherwise there are scores alone.
     """
     scores = {}
     for name in asked:
         if isinstance(judges[name], Reward) or decoded.features is not None:
             values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.features)
             scores[name] = judges[name].as_probability(values).tolist()
-    told = []
+    views = []
     for i in range(len(prompts)):
         image = decoded.select(torch.tensor([i], device=decoded.tokens.device))
         own = {name: values[i] for name, values in scores.items()}
-        told.append(TraceView(own, _scenes(decoder, judges, image) if tell else []))
-    return told
+        views.append(TraceView(own, _sections(decoder, judges, image) if with_trace else []))
+    return views
 
 
-def written(score: float) -> str:
-    """A score in few digits."""
+def format_score(score: float) -> str:
+    """Return a score in few digits."""
     return f"{score:.3g}"
 
 
-def _scenes(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]:
-    """The scenes of one image (B = 1)."""
+def _sections(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]:
+    """The sections of one image (B = 1)."""
     rounds = [event for event in image.trace if isinstance(event, ReflectionRound) and len(event.rows)]
     first = rounds[0].before[0] if rounds else image.tokens[0]
-    scenes = []
-    if (way := decoder.frames(first, image.trajectory, _MOMENTS)) is not None:
-        frames = [Frame(caption) for caption in way.captions]
-        scenes.append(Section("On the way", [_strip(way.title, _pixels(decoder, way.tokens, way.shown), frames)]))
+    sections = []
+    if (on_the_way := decoder.frames(first, image.trajectory, _MOMENTS)) is not None:
+        frames = [Frame(caption) for caption in on_the_way.captions]
+        sections.append(
+            Section(
+                "On the way", [_strip(on_the_way.title, _pixels(decoder, on_the_way.tokens, on_the_way.shown), frames)]
+            )
+        )
     choices = [event for event in image.trace if isinstance(event, Choice)]
     for (name, k), group in groupby(choices, key=lambda choice: (choice.judge, choice.scores.shape[1])):
-        scenes.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
-    for name, turns in groupby(rounds, key=lambda event: event.judge):
-        strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(turns, 1)]
-        scenes.append(Section(f"Reflection, scored by {name}", strips))
-    return scenes
+        sections.append(_choices(decoder, judges[name], f"{k} candidates, scored by {name}", first, list(group)))
+    for name, own in groupby(rounds, key=lambda event: event.judge):
+        strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(own, 1)]
+        sections.append(Section(f"Reflection, scored by {name}", strips))
+    return sections
 
 
 def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: Sequence[Choice]) -> Section:
@@ -147,7 +151,7 @@ def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: S
     for i in clearest:
         when = f"step {i + 1} of {len(group)}" if len(group) > 1 else "finished"
         frames = [
-            Frame(written(s) if s == s else "not judged", int(n)) for s, n in zip(scores[i], kept[i], strict=True)
+            Frame(format_score(s) if s == s else "not judged", int(n)) for s, n in zip(scores[i], kept[i], strict=True)
         ]
         if (decided := group[i].decided) is not None:
             when = f"{int(decided[0])} of {decoder.num_tokens} tokens"
@@ -156,11 +160,11 @@ def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: S
         title += f", {len(group)} times"
     if 0 < len(clearest) < len(group):
         title += "; drawn where they differ most"
-    went_on = np.where(known & (kept > 0), scores, -np.inf).max(1)
-    scored = np.isfinite(went_on)
+    best_kept = np.where(known & (kept > 0), scores, -np.inf).max(1)
+    scored = np.isfinite(best_kept)
     if scored.sum() < 3:
         return Section(title, strips)
-    return Section(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), went_on[scored].tolist()))
+    return Section(title, strips, Curve(low[scored].tolist(), high[scored].tolist(), best_kept[scored].tolist()))
 
 
 def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
@@ -189,10 +193,10 @@ def _round(decoder: Decoder, judge: Judge, number: int, event: ReflectionRound) 
     pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
     side = pixels.shape[1] // decoder.image_tokenizer.grid
     region_mask = event.region_mask[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
-    where = region_mask.repeat(side, 0).repeat(side, 1)
-    pixels[1, where, :3] = pixels[1, where, :3] // 2 + np.array(_OMEGA, np.uint8) // 2
+    marked = region_mask.repeat(side, 0).repeat(side, 1)
+    pixels[1, marked, :3] = pixels[1, marked, :3] // 2 + np.array(_MARKED, np.uint8) // 2
     kept = int(event.accepted[0])
-    captions = f"before {written(before)}", f"Ω: {int(region_mask.sum())} tokens", f"after {written(after)}"
+    captions = f"before {format_score(before)}", f"Ω: {int(region_mask.sum())} tokens", f"after {format_score(after)}"
     frames = [Frame(caption, kept * (i == 2)) for i, caption in enumerate(captions)]
     return _strip(f"round {number}: {'kept' if kept else 'not kept'}", pixels, frames)
 

@@ -1,14 +1,13 @@
 """What W&B shows beside numbers: the table of images, and the page of a test."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_modules.report.tables import StrategyResult
+from lightning_modules.report.results import EvaluationResult
 
 _chosen: dict[str, str] = {}  # where this process has W&B write, by the variable that says so
 
@@ -32,10 +31,11 @@ def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
 
 
-def log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResult]) -> None:
+def log_images(trainer: Trainer, stage: str, evaluation: EvaluationResult) -> None:
     """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
     import wandb
 
+    results = evaluation.strategies
     for logger in _wandb_loggers(trainer):
         rows = []
         for index in next(iter(results.values())).thumbnails:
@@ -44,7 +44,7 @@ def log_images(trainer: Trainer, stage: str, results: Mapping[str, StrategyResul
                 verdict = result.row_of(index)
                 row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
                 row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
-                row |= {f"{name} {judge}": score for judge, score in result.stories[index].scores.items()}
+                row |= {f"{name} {judge}": score for judge, score in result.traces[index].scores.items()}
             rows.append(row)
         data = [list(row.values()) for row in rows]
         logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)

@@ -2,7 +2,6 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,21 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from lightning_modules.files import write_text
-from lightning_modules.report.drawing import Curve, png, shrunk, written
-from lightning_modules.report.tables import StrategyResult
+from lightning_modules.report.drawing import Curve, format_score, png, shrunk
+from lightning_modules.report.results import EvaluationResult, StrategyResult
 from lightning_modules.rewards.geneval import TASKS
 
 _LARGEST = 256  # pixels along the longer side of an image
 
 
-def write_page(path: Path, about: Mapping[str, Any], results: Mapping[str, StrategyResult]) -> None:
+def write_page(path: Path, evaluation: EvaluationResult) -> None:
     """Write the page of the prompts that have thumbnails. It needs no server, no network, and no script to be read.
 
     Whatever comes from prompts is escaped by the template.
     """
+    results = evaluation.strategies
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"data": _data, "written": written, "curve": _curve}
+    environment.filters |= {"data": _data, "format_score": format_score, "curve": _curve}
     first = next(iter(results.values()))
     cards = []
     for index in first.thumbnails:
@@ -33,14 +33,14 @@ def write_page(path: Path, about: Mapping[str, Any], results: Mapping[str, Strat
     tasks = [task for task in TASKS if any(card["task"] == task for card in cards)]
     judges = list(dict.fromkeys(judge for card in cards for panel in card["panels"] for judge in panel["scores"]))
     page = environment.get_template("page.html").render(
-        about=about, results=results, cards=cards, tasks=tasks, judges=judges
+        about=evaluation.settings, results=results, cards=cards, tasks=tasks, judges=judges
     )
     write_text(path, page + "\n")
 
 
 def _panel(result: StrategyResult, index: int) -> dict[str, Any]:
     """What the page shows of one image."""
-    row, story, pixels = result.row_of(index), result.stories[index], result.thumbnails[index]
+    row, trace, pixels = result.row_of(index), result.traces[index], result.thumbnails[index]
     boxes = [(name, *box) for name, found in json.loads(row["details"]).items() for box in found]
     return {
         "strategy": result.name,
@@ -50,8 +50,8 @@ def _panel(result: StrategyResult, index: int) -> dict[str, Any]:
         "height": pixels.shape[0],
         "width": pixels.shape[1],
         "boxes": boxes,
-        "scores": story.scores,
-        "scenes": story.scenes,
+        "scores": trace.scores,
+        "sections": trace.sections,
     }
 
 

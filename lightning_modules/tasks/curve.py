@@ -1,19 +1,22 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from callbacks.geneval import GenEvalCallback
 from lightning_modules.broken_files import read_json
 from lightning_modules.cache_key import digest
+from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.files import refuse_unwritable, whole
-from lightning_modules.report.tables import print_plain, save_figure, write_csv
+from lightning_modules.report.pictures import save_figure
+from lightning_modules.report.report import write_report
+from lightning_modules.report.tables import print_plain, write_csv
 from lightning_modules.rewards.geneval import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
 
@@ -27,58 +30,68 @@ class CheckpointCurve(LightningModule):
 
     Args:
         module: what the checkpoints are of.
-        geneval: evaluates.
+        evaluator: decodes and judges.
+        prompts: GenEval metadata.
+        strategies: names of those that decode.
         checkpoints: their paths.
         results: where evaluations are kept.
-        folder: where checkpoints.csv and checkpoints.png go.
     """
 
     def __init__(
         self,
         module: LightningModule,
-        geneval: GenEvalCallback,
+        evaluator: Evaluator,
+        prompts: Sequence[Mapping[str, Any]],
+        strategies: Sequence[str],
         checkpoints: Sequence[str],
         results: str,
-        folder: Path,
     ) -> None:
         super().__init__()
         steps = {path: int(read_checkpoint(path)["global_step"]) for path in checkpoints}
         self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
-        self.module = module
-        self.geneval = geneval
-        self.results, self.folder = Path(results), folder
+        self.module, self.evaluator = module, evaluator
+        self.prompts, self.strategies = prompts, strategies
+        self.results = Path(results)
         self.evaluated: dict[str, Path] = {}
 
-    def run(self, trainer: Trainer) -> None:
-        """Evaluate what has not been evaluated yet, then write the table and the plot."""
+    def run(self, trainer: Trainer, folder: Path) -> None:
+        """Evaluate what has not been evaluated yet, then write checkpoints.csv and checkpoints.png into a folder."""
         trainer.test(self, verbose=False)
         if trainer.is_global_zero:
-            self._report(trainer)
+            self._report(trainer, folder)
 
     def test_dataloader(self) -> list[str]:
         """The checkpoints, all of them on every rank, which share the prompts."""
         return list(self.steps)
 
     def setup(self, stage: str) -> None:
-        self.geneval.setup(self.trainer, self.module, stage)
+        self.evaluator.prepare(self._evaluation(self.trainer.strategy.root_device))
+
+    def _evaluation(self, device: torch.device) -> Evaluation:
+        decoder: Any = self.module.decoder
+        return Evaluation(decoder, device, self.prompts, self.strategies, {})
 
     def test_step(self, batch: str, batch_idx: int) -> None:
         load_checkpoint(self.module, batch)
-        folder = self.results / f"checkpoint-{digest(self.geneval.test_key(self.trainer, self.module))}"
+        evaluation = self._evaluation(self.device)
+        folder = self.results / f"checkpoint-{digest(self.evaluator.cache_key(evaluation))}"
         if not self.trainer.strategy.broadcast(folder.is_dir()):
             refuse_unwritable(self.results)
-            results = self.geneval.test(self.trainer, self.module)
-            if self.trainer.is_global_zero:
-                with whole(folder) as partial:
-                    self.geneval.write(partial, self.module, results)
+            with self.evaluator.resumed(evaluation, lambda: self.trainer.received_sigterm) as result:
+                if self.trainer.is_global_zero:
+                    with whole(folder) as partial:
+                        write_report(partial, result)
+                    print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
         self.evaluated[batch] = folder
 
-    def _report(self, trainer: Trainer) -> None:
+    def _report(self, trainer: Trainer, folder: Path) -> None:
         table = []
-        for path, folder in self.evaluated.items():
-            report = read_json(folder / "geneval.json")
+        for path, evaluated in self.evaluated.items():
+            report = read_json(evaluated / "geneval.json")
             if not isinstance(report, dict):
-                raise ValueError(f"{folder} is broken (its geneval.json is no report): remove it, and it is made again")
+                raise ValueError(
+                    f"{evaluated} is broken (its geneval.json is no report): remove it, and it is made again"
+                )
             strategies = report["strategies"]
             log = {}
             for name, result in strategies.items():
@@ -86,15 +99,15 @@ class CheckpointCurve(LightningModule):
                 low, high = result["interval_95"]
                 scores = {"overall": result["overall"], "low_95": low, "high_95": high, **tasks}
                 about = {"checkpoint": Path(path).stem, "step": self.steps[path], "strategy": name}
-                table.append({**about, **scores, "results": str(folder)})
+                table.append({**about, **scores, "results": str(evaluated)})
                 log[f"test/geneval/{name}"] = result["overall"]
                 log |= {f"test/geneval/{name}/{task}": score for task, score in result["tasks"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics(log, self.steps[path])
         for logger in trainer.loggers:
             logger.save()
-        write_csv(table, self.folder / "checkpoints.csv")
-        _plot(table, self.folder / "checkpoints.png")
+        write_csv(table, folder / "checkpoints.csv")
+        _plot(table, folder / "checkpoints.png")
         _print(table)
 
 

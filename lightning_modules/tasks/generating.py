@@ -1,7 +1,7 @@
 """Generating: a folder of images in GenEval's layout, by any decoder and strategy."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,9 @@ from PIL import Image
 
 from datamodules.geneval import PromptsDataModule, sample_path
 from datamodules.rollouts import RolloutSpec, open_folder, provenance
-from lightning_modules.backbone.decoder import Request
-from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Judges, Strategy
+from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import refuse_unwritable, write_text
-from lightning_modules.report.tables import save_image
-from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.report.pictures import save_image
 
 
 class Generating(LightningModule):
@@ -26,47 +22,25 @@ class Generating(LightningModule):
     It is a LightningModule so that the Trainer brings device, ranks and progress.
 
     Args:
-        module: has the `decoder` and its `judges`.
-        strategies: by name.
+        module: has the `decoder`.
+        evaluator: decodes, with its seed, as many images of each prompt and as many at a time as it says.
         strategy: the name of the one that decodes.
-        reward: GenEval's, for strategies that choose by it; None needs no detector.
-        rewards: further judges of finished images, by name.
         prompts: GenEval metadata.
-        images_per_prompt: samples of each.
-        seed: of all images.
         images: the folder. One that was made with other things, or by others, is refused.
-        batch_size: images decoded at a time, per rank.
     """
 
     def __init__(
-        self,
-        module: Any,
-        strategies: Mapping[str, Strategy],
-        strategy: str,
-        reward: GenEvalReward | None,
-        rewards: Mapping[str, Reward],
-        prompts: Sequence[dict[str, Any]],
-        images_per_prompt: int,
-        seed: int,
-        images: str,
-        batch_size: int,
+        self, module: Any, evaluator: Evaluator, strategy: str, prompts: Sequence[dict[str, Any]], images: str
     ) -> None:
         super().__init__()
-        if strategy not in strategies:
-            raise ValueError(f"generating.strategy is {strategy!r}; there are: {', '.join(strategies)}")
-        self.module = module
-        self.strategy = strategies[strategy]
-        self.reward, self.rewards = reward, dict(rewards)
-        self.data = PromptsDataModule(prompts, images_per_prompt, images, batch_size)
-        self.seed = seed
+        if strategy not in evaluator.strategies:
+            raise ValueError(f"generating.strategy is {strategy!r}; there are: {', '.join(evaluator.strategies)}")
+        self.module, self.evaluator = module, evaluator
+        self.strategy = evaluator.strategies[strategy]
+        evaluator.judges.refuse_unknown({f"strategies.{strategy}": self.strategy.judge_names})
+        self.data = PromptsDataModule(prompts, evaluator.images_per_prompt, images, evaluator.batch_size)
         self.folder = Path(images)
         self.module.decoder.check_prompts([row["prompt"] for row in prompts])
-
-    @property
-    def judges(self) -> Judges:
-        """What strategies can name."""
-        truth = self.reward.kinds() if self.reward else {}
-        return {**self.module.judges, **truth, **self.rewards}
 
     def run(self, trainer: Trainer) -> None:
         """Make what is missing."""
@@ -77,11 +51,10 @@ class Generating(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Write what makes the images, or make sure that it has made those that are there."""
-        if self.reward:
-            self.reward.prepare(self.trainer.strategy.root_device)
+        self.evaluator.judges.prepare(self.trainer.strategy.root_device)
         if self.trainer.is_global_zero:
             spec = RolloutSpec(self.data.prompts, self.data.images_per_prompt, self.strategy)
-            made_with = provenance(spec, self.module.decoder, self.judges, None, self.seed)
+            made_with = provenance(spec, self.module.decoder, self.evaluator.judges, None, self.evaluator.seed)
             open_folder(self.folder, made_with | {"prompt_count": len(self.data.prompts)})  # scoring looks for as many
             self._refuse_altered()
             if self.data.missing():
@@ -106,10 +79,11 @@ class Generating(LightningModule):
     @torch.no_grad()
     def predict_step(self, batch: list[tuple[int, int, dict[str, Any]]], batch_idx: int) -> int:
         """Make and write some images; returns how many."""
-        decoder, rows = self.module.decoder, [row for *_, row in batch]
-        seeds = [image_seed(self.seed, i, j) for i, j, _ in batch]
-        decoded = self.strategy.decode(decoder, self.judges, Request(rows, seeds))
-        for (i, j, row), image in zip(batch, to_uint8(decoder.image_tokenizer.decode(decoded.tokens)), strict=True):
+        jobs = [(i, j) for i, j, _ in batch]
+        _, images = self.evaluator.decode(
+            self.module.decoder, self.strategy, self.evaluator.judges, self.data.prompts, jobs
+        )
+        for (i, j, row), image in zip(batch, images, strict=True):
             if not (about := self._metadata(i)).is_file():
                 write_text(about, json.dumps(row) + "\n")
             save_image(Image.fromarray(image), self.folder / sample_path(i, j))

@@ -14,21 +14,15 @@ from tqdm import tqdm
 from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
 from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
 from lightning_modules.broken_files import read_json
+from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
-from lightning_modules.report.tables import (
-    StrategyResult,
-    contact_sheet,
-    print_table,
-    result_line,
-    result_row,
-    save_image,
-    spread,
-)
+from lightning_modules.report.pictures import contact_sheet, pick_prompt_indices, save_image
+from lightning_modules.report.results import StrategyResult, result_line, result_row
+from lightning_modules.report.tables import print_table
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
 from lightning_modules.rewards.geneval_metric import Summary, summarize
-from lightning_modules.rewards.geneval_reward import GenEvalReward, by_size
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.rewards.geneval_reward import by_size
 
 
 class Scoring(LightningModule):
@@ -39,52 +33,40 @@ class Scoring(LightningModule):
 
     Args:
         images: the folder.
-        reward: judges the images.
-        rewards: further judges, by name; each becomes a column of results.jsonl and a mean in geneval.json.
-        fid: distance of all images to reference images, a number in geneval.json.
+        evaluator: judges the images. Each of its `independent_judges` becomes a column of results.jsonl and a mean in
+            geneval.json, and its `fid` of all images a number there.
         results: where results of single prompts are kept.
         folder: where the report goes.
         batch_size: prompts a batch, per rank.
         num_workers: processes that read images.
-        sheet_prompts: prompts on the contact sheet.
 
     Raises:
         FileNotFoundError, ValueError: the folder cannot be scored; the sentence names the file.
     """
 
     def __init__(
-        self,
-        images: str,
-        reward: GenEvalReward,
-        rewards: Mapping[str, Reward],
-        fid: FID | None,
-        results: str,
-        folder: str,
-        batch_size: int,
-        num_workers: int,
-        sheet_prompts: int,
+        self, images: str, evaluator: Evaluator, results: str, folder: str, batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
         self.images = images.rstrip("/")
-        self.reward, self.rewards, self.fid = reward, dict(rewards), fid
-        further = {name: judge.cache_key() for name, judge in self.rewards.items()}
-        self.judged_by = {**reward.judged_by, "rewards": further}
-        self.folders = scan(images, reward.detector.class_names)
-        if fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
+        self.evaluator, self.geneval = evaluator, evaluator.judges.geneval
+        evaluator.judges.refuse_unknown({"evaluator.independent_judges": evaluator.independent_judges})
+        further = evaluator.judges.keys_of(evaluator.independent_judges)
+        self.judged_by = {**self.geneval.judged_by, "independent_judges": further}
+        self.folders = scan(images, self.geneval.detector.class_names)
+        if evaluator.fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
             raise ValueError("fid: a distance needs at least two images")
-        self.store = ScoreStore(results, {**reward.verdict_key(), "rewards": further})
+        self.store = ScoreStore(results, {**self.geneval.verdict_key(), "independent_judges": further})
         made_with = Path(images) / "provenance.json"
         found = read_json(made_with) if made_with.is_file() else None
         self.made_with = found if isinstance(found, dict) else None  # another tool may call its own file so
         self.folder = Path(folder)
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.sheet_prompts = sheet_prompts
 
     def run(self, trainer: Trainer) -> None:
         """Judge what has no result yet, then write the report."""
-        data = ImageFolderDataModule(
-            self.folders, self.reward.detector.image_size, self.store, self.batch_size, self.num_workers
-        )
+        size = self.geneval.detector.image_size
+        data = ImageFolderDataModule(self.folders, size, self.store, self.batch_size, self.num_workers)
         kept = sum(self.store.load(folder) is not None for folder in self.folders)
         if trainer.is_global_zero and kept:
             print(f"{kept} of {len(self.folders)} prompts were judged before and have not changed: {self.store.folder}")
@@ -92,12 +74,13 @@ class Scoring(LightningModule):
             self.store.open()
         trainer.predict(self, data, return_predictions=False)
         trainer.strategy.barrier("scored")
-        distance = {"fid": self._distance(self.fid, trainer)} if self.fid is not None else {}
+        fid = self.evaluator.fid
+        distance = {"fid": self._distance(fid, trainer)} if fid is not None else {}
         if trainer.is_global_zero:
             self._report(trainer, distance)
 
     def setup(self, stage: str) -> None:
-        self.reward.prepare(self.trainer.strategy.root_device)
+        self.geneval.prepare(self.trainer.strategy.root_device)
 
     @torch.no_grad()
     def predict_step(self, batch: list[Images], batch_idx: int) -> int:
@@ -105,11 +88,11 @@ class Scoring(LightningModule):
         rows = [images.folder.metadata for images in batch for _ in images.files]
         names = [images.folder.name(file) for images in batch for file in images.files]
         pixels = [image for images in batch for image in images.pixels]
-        verdicts = self.reward.verdicts(rows, pixels, names) if pixels else []
-        opinions = {name: self._opinions(judge, rows, pixels) for name, judge in self.rewards.items()}
+        verdicts = self.geneval.verdicts(rows, pixels, names) if pixels else []
+        scores = {name: self._scores(name, rows, pixels) for name in self.evaluator.independent_judges}
         judged = [
             {
-                "row": result_row(name, row, verdict) | {judge: values[k] for judge, values in opinions.items()},
+                "row": result_row(name, row, verdict) | {judge: values[k] for judge, values in scores.items()},
                 "size": list(image.shape[1::-1]),
             }
             for k, (name, row, image, verdict) in enumerate(zip(names, rows, pixels, verdicts, strict=True))
@@ -119,22 +102,22 @@ class Scoring(LightningModule):
             self.store.save(images.folder, {"judged": own, "notes": images.notes, "left_out": images.left_out})
         return len(names)
 
-    def _opinions(self, judge: Reward, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
-        """What a further judge says of images, uint8 [H, W, 3]; those of one size are judged together."""
-        opinions = [0.0] * len(pixels)
+    def _scores(self, name: str, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
+        """Return what a further judge says of images, uint8 [H, W, 3]; those of one size are judged together."""
+        judge, scores = self.evaluator.judges[name], [0.0] * len(pixels)
         for indices in by_size(pixels):
             images = torch.from_numpy(np.stack([pixels[k] for k in indices])).to(self.device).permute(0, 3, 1, 2)
-            values = judge([rows[k] for k in indices], images.float() / 255)
+            values = judge.of_finished([rows[k] for k in indices], None, (images.float() / 255).clone)
             for k, value in zip(indices, values.tolist(), strict=True):
-                opinions[k] = value
-        return opinions
+                scores[k] = value
+        return scores
 
     def _distance(self, fid: FID, trainer: Trainer) -> float:
         """FID of all images. It is of the whole set, so it is not kept prompt by prompt; it takes one pass."""
         rank, world_size = trainer.global_rank, trainer.world_size
         fid.start(trainer.strategy.root_device, rank, world_size)
         for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
-            pixels = read(folder, self.reward.detector.image_size).pixels
+            pixels = read(folder, self.geneval.detector.image_size).pixels
             for indices in by_size(pixels):
                 fid.update(np.stack([pixels[k] for k in indices]))
         return fid.compute()
@@ -161,7 +144,7 @@ class Scoring(LightningModule):
             seconds=0,
             objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
             independent={
-                **{name: float(np.mean([row[name] for row in rows])) for name in self.rewards},
+                **{name: float(np.mean([row[name] for row in rows])) for name in self.evaluator.independent_judges},
                 **distance,
             },
         )
@@ -206,7 +189,7 @@ class Scoring(LightningModule):
         """What keeps the score from being comparable: prompts or images that are missing or repeated, a phrase each."""
         prompts = [folder.metadata for folder in self.folders]
         found = repeated(prompts)
-        if tuple(self.reward.detector.class_names) == CLASS_NAMES:
+        if tuple(self.geneval.detector.class_names) == CLASS_NAMES:
             found = unofficial(prompts)
             wanted = OFFICIAL_IMAGES
         else:
@@ -229,8 +212,8 @@ class Scoring(LightningModule):
     def _thumbnails(self) -> dict[int, np.ndarray]:
         """The first images of some prompts, no larger than a contact sheet has use for."""
         shown = {}
-        for index in sorted(spread(len(self.folders), self.sheet_prompts)):
-            images = read(self.folders[index], self.reward.detector.image_size)
+        for index in sorted(pick_prompt_indices(len(self.folders), self.evaluator.sheet_prompts)):
+            images = read(self.folders[index], self.geneval.detector.image_size)
             if images.pixels:
                 shown[int(self.folders[index].path.name)] = images.pixels[0]
         return shown

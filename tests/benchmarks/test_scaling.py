@@ -17,7 +17,7 @@ JOBS = {
                  "~data.train.verified", "~data.train.verified_again"],
     "evaluation": ["task=evaluate", "data.test.samples=1",
                    "callbacks.geneval.test_strategies=[sample,verified_best_of_4]",
-                   "callbacks.geneval.batch_size=25"],
+                   "evaluator.batch_size=25"],
 }  # fmt: skip
 
 

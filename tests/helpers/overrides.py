@@ -27,7 +27,7 @@ SMALL = [
     "geneval.validation_prompts.per_task=1",
     "geneval.test_prompts.per_task=1",
     "strategies.best_of_8_likelihood.n=2",
-    "callbacks.geneval.batch_size=8",
+    "evaluator.batch_size=8",
 ]
 SMALL_PARM = [
     *SMALL,

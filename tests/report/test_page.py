@@ -26,9 +26,9 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded, Strategy
 from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.decoding.verified import Verified
-from lightning_modules.report.drawing import stories, written
+from lightning_modules.report.drawing import format_score, trace_views
 from lightning_modules.report.page import write_page
-from lightning_modules.report.tables import StrategyResult
+from lightning_modules.report.results import EvaluationResult, StrategyResult
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, StepJudge
@@ -91,7 +91,7 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
     images, results = {}, {}
     for name, strategy in STRATEGIES.items():
         decoded = strategy.decode(decoder, judges, Request(rows, list(range(12))))
-        told = stories(decoder, judges, ["parm", "likelihood"], rows, decoded, tell=True)
+        told = trace_views(decoder, judges, ["parm", "likelihood"], rows, decoded, with_trace=True)
         found = [
             {
                 "filename": f"{i:05d}/samples/0000.png",
@@ -106,7 +106,7 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
         pixels = to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
         tasks = dict.fromkeys([row["tag"] for row in rows], 0.5)
         results[name] = StrategyResult(
-            name, 0.5, tasks, found, dict(enumerate(pixels)), 1, 1, 1, 1, {}, stories=dict(enumerate(told))
+            name, 0.5, tasks, found, dict(enumerate(pixels)), 1, 1, 1, 1, {}, traces=dict(enumerate(told))
         )
         images[name] = decoded
     return images, results
@@ -115,7 +115,7 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
 @pytest.fixture(scope="module")
 def page(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Page:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(path, ABOUT, made[1])
+    write_page(path, EvaluationResult(ABOUT, [], made[1]))
     assert [file.name for file in path.parent.iterdir()] == ["page.html"]
     text = path.read_text()
     assert "http:" not in text and "https:" not in text
@@ -154,7 +154,7 @@ def test_scores_and_verdicts_are_those_of_the_decode(page: Page, made: Any, parm
         scores = torch.tensor([json.loads(panel["data-scores"])["parm"] for panel in own])
         torch.testing.assert_close(scores, parm.values(decoded.features, [16])[:, 0].exp())
     choice = made[0]["verified"].trace[-1]
-    assert {written(value) for value in choice.scores.exp().flatten().tolist()} <= set(page.texts)
+    assert {format_score(value) for value in choice.scores.exp().flatten().tolist()} <= set(page.texts)
     assert page.texts.count("✗ expected star<1, found 2") == 18
     labels = [text for text in page.texts if re.fullmatch(r"star 0\.\d\d", text)]
     assert labels == ["star 0.91", "star 0.50"] * 3 and len(page.all("rect")) == 6
@@ -164,8 +164,8 @@ def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> 
     """The last frame on the way is the image as it was before reflection; its rounds go on from there."""
     for name, decoded in made[0].items():
         result = made[1][name]
-        for i, story in result.stories.items():
-            way = story.scenes[0].strips[0]
+        for i, view in result.traces.items():
+            way = view.sections[0].strips[0]
             frames = np.asarray(Image.open(io.BytesIO(way.picture)))
             side = way.width
             assert (frames[:, :side, 3] == 0).sum() == side * side * 7 // 8  # an eighth is decided
@@ -173,7 +173,7 @@ def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> 
             before = rounds[0].before if rounds else decoded.tokens[i : i + 1]
             first = to_uint8(decoder.image_tokenizer.decode(before))[0]
             assert np.array_equal(frames[:, -side:, :3], first)
-            told = [strip for strip in story.scenes[-1].strips if strip.title.startswith("round")]
+            told = [strip for strip in view.sections[-1].strips if strip.title.startswith("round")]
             for strip, event in zip(told, rounds, strict=True):
                 before, region_mask, after = np.split(np.asarray(Image.open(io.BytesIO(strip.picture))), 3, axis=1)
                 cells = (region_mask != before).any(-1).reshape(4, 16, 4, 16).any((1, 3)).flatten()
@@ -187,13 +187,13 @@ def test_candidates_are_drawn_where_their_scores_differ_most(made: Any) -> None:
     steps = [event for event in decoded.trace if isinstance(event, Choice)][:-1]
     values = torch.stack([event.scores[0].exp() for event in steps])
     spread = values.amax(1) - values.amin(1)
-    scene = result.stories[0].scenes[1]
+    section = result.traces[0].sections[1]
     chance = [bool((event.tokens[0] != event.tokens[0, :1]).any()) for event in steps]
     wanted = sorted([i for i in spread.argsort(descending=True, stable=True).tolist() if chance[i]][:8])
-    assert [strip.title for strip in scene.strips] == [f"{i + 1} of 16 tokens" for i in wanted]
+    assert [strip.title for strip in section.strips] == [f"{i + 1} of 16 tokens" for i in wanted]
     kept = [int(steps[i].kept[0].argmax()) for i in wanted]
-    assert [[bool(frame.kept) for frame in strip.frames].index(True) for strip in scene.strips] == kept
-    assert scene.curve is not None and scene.curve.high == pytest.approx(values.amax(1).tolist())
+    assert [[bool(frame.kept) for frame in strip.frames].index(True) for strip in section.strips] == kept
+    assert section.curve is not None and section.curve.high == pytest.approx(values.amax(1).tolist())
 
 
 def test_mask_token_decoders_show_previews(rows: list) -> None:
@@ -202,12 +202,12 @@ def test_mask_token_decoders_show_previews(rows: list) -> None:
     judges = {"parm": make_parm(masked), "unsure": Unsure()}
     for strategy in (Verified(sampling, k=3), Potential(sampling, 3, "unsure")):
         decoded = strategy.decode(masked, judges, Request(rows[:2], [0, 1]))
-        for story in stories(masked, judges, list(judges), rows[:2], decoded, tell=True):
-            scene = story.scenes[-1]
-            strip = scene.strips[-1]
+        for view in trace_views(masked, judges, list(judges), rows[:2], decoded, with_trace=True):
+            section = view.sections[-1]
+            strip = section.strips[-1]
             assert (strip.width, strip.height) == (64, 64) and Image.open(io.BytesIO(strip.picture)).mode == "RGB"
             if decoded.trajectory is None:
-                assert [frame.caption for frame in strip.frames] == ["not judged"] * 3 and scene.curve is None
-                assert list(story.scores) == ["unsure"]  # there is no features to read
+                assert [frame.caption for frame in strip.frames] == ["not judged"] * 3 and section.curve is None
+                assert list(view.scores) == ["unsure"]  # there is no features to read
             else:
-                assert len(story.scenes[0].strips[0].frames) == 5 and scene.curve is not None
+                assert len(view.sections[0].strips[0].frames) == 5 and section.curve is not None

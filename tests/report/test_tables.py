@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_modules.report.tables import StrategyResult, contact_sheet, print_table, spread, write_report
+from lightning_modules.report.drawing import TraceView
+from lightning_modules.report.pictures import contact_sheet, pick_prompt_indices
+from lightning_modules.report.report import write_report
+from lightning_modules.report.results import EvaluationResult, StrategyResult
+from lightning_modules.report.tables import print_table
 
 
 def result(correct: list[bool], per_prompt: int = 2) -> StrategyResult:
@@ -27,15 +31,26 @@ def result(correct: list[bool], per_prompt: int = 2) -> StrategyResult:
     tasks = {"colors": float(np.mean(correct[:half])), "position": float(np.mean(correct[half:]))}
     image = np.full((64, 64, 3), 128, np.uint8)
     return StrategyResult(
-        "parm", float(np.mean(list(tasks.values()))), tasks, rows, {0: image, 3: image}, 128, 8, 0.1, 1.5, {}
+        "parm",
+        float(np.mean(list(tasks.values()))),
+        tasks,
+        rows,
+        {0: image, 3: image},
+        128,
+        8,
+        0.1,
+        1.5,
+        {},
+        traces={i: TraceView({}, []) for i in (0, 3)},
     )
 
 
 def test_report_files(tmp_path: Path) -> None:
     results = {"sample": result([True] * 10 + [False] * 10), "parm": result([True] * 20)}
-    write_report(tmp_path, {"seed": 3}, results)
+    about = {"prompts": 10, "images_per_prompt": 2, "seed": 3, "decoder": "Decoder"}
+    write_report(tmp_path, EvaluationResult(about, ["odd"], results))
     report = json.loads((tmp_path / "geneval.json").read_text())
-    assert report["benchmark"] == "GenEval" and report["seed"] == 3
+    assert report["benchmark"] == "GenEval" and report["seed"] == 3 and report["warnings"] == ["odd"]
     assert report["strategies"]["sample"]["overall"] == 0.5
     assert report["strategies"]["sample"]["interval_95"] == [0.5, 0.5]
     assert report["strategies"]["parm"]["tasks"] == {"colors": 1.0, "position": 1.0}
@@ -44,7 +59,7 @@ def test_report_files(tmp_path: Path) -> None:
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert Image.open(tmp_path / "sheets" / "parm.png").size[0] > 300
     assert not list(tmp_path.rglob("*.partial"))
-    write_report(tmp_path, {}, {"parm": results["parm"]})
+    write_report(tmp_path, EvaluationResult(about, [], {"parm": results["parm"]}))
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["parm.png"]
 
 
@@ -84,7 +99,7 @@ def test_the_gain_over_another_strategy_is_paired_by_prompt() -> None:
 
 
 def test_sheets_show_different_prompts_where_prompts_repeat_in_turn() -> None:
-    shown = spread(300, 36)
+    shown = pick_prompt_indices(300, 36)
     assert len(shown) == 36 and max(shown) < 300
     assert len({index % 8 for index in shown if index < 50}) > 2  # 50 rows of the 8 single-object prompts
-    assert spread(5, 36) == set(range(5)) and spread(5, 0) == set()
+    assert pick_prompt_indices(5, 36) == set(range(5)) and pick_prompt_indices(5, 0) == set()

@@ -58,7 +58,7 @@ def test_weights_of_another_activation_are_refused(
     monkeypatch: pytest.MonkeyPatch, model: str, tag: str, fitting: str
 ) -> None:
     monkeypatch.setattr("open_clip.create_model", lambda *given, **_: pytest.fail(f"{given} was built"))
-    for key, load in (("rewards.clip.clip", load_clip), ("geneval.reward.colors", CLIPColors)):
+    for key, load in (("judges.rewards.clip.clip", load_clip), ("geneval.reward.colors", CLIPColors)):
         with pytest.raises(ValueError, match=f"^{key}: {tag} weights need {fitting}, not {model}: they were trained"):
             load(model, tag)
 
@@ -69,14 +69,14 @@ def test_files_and_folders_pass_and_what_is_missing_is_named(tmp_path: Path, mon
     weights = tmp_path / "weights.safetensors"
     save_file(open_clip.create_model("ViT-S-32-alt").state_dict(), weights)
     assert load_clip("ViT-S-32-alt", str(weights)).visual.conv1.weight.isfinite().all()
-    unfit = r"^rewards.clip.clip.pretrained: .*weights.safetensors has no weights of"
+    unfit = r"^judges.rewards.clip.clip.pretrained: .*weights.safetensors has no weights of"
     with pytest.raises(ValueError, match=rf"{unfit} ViT-S-32 \(text pos_embed width changed!\)"):
         load_clip("ViT-S-32", str(weights))
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=rf"{unfit} ViT-S-32-alt \(Error while deserializing header"):
         load_clip("ViT-S-32-alt", str(weights))
     with pytest.raises(
-        ValueError, match=r"^rewards.clip.clip: open_clip has no model 'ViT-L14'; close to it: ViT-L-14"
+        ValueError, match=r"^judges.rewards.clip.clip: open_clip has no model 'ViT-L14'; close to it: ViT-L-14"
     ):
         load_clip("ViT-L14", "openai")
     with pytest.raises(FileNotFoundError, match=r"'opnai' is neither a file nor weights of ViT-B-16 .*\(openai, laion"):
@@ -85,7 +85,7 @@ def test_files_and_folders_pass_and_what_is_missing_is_named(tmp_path: Path, mon
     with pytest.raises(FileNotFoundError) as error:
         load_clip("ViT-B-16", "laion2b_s34b_b88k")
     assert str(error.value) == (
-        "rewards.clip.clip: Failed to download weights for tag 'laion2b_s34b_b88k': division by zero; where there is "
-        "network run `hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K --include 'open_clip_*' --local-dir CLIP`, "
-        "then set rewards.clip.clip.pretrained to the file of weights in CLIP"
+        "judges.rewards.clip.clip: Failed to download weights for tag 'laion2b_s34b_b88k': division by zero; "
+        "where there is network run `hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K --include 'open_clip_*' --local-dir CLIP`, "
+        "then set judges.rewards.clip.clip.pretrained to the file of weights in CLIP"
     )

@@ -85,7 +85,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("+seed=1", "seed is there already: write seed=1"),
         ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
         ("strategies.verified_best_of_3.n=3", "did you mean strategies.verified_best_of_4.n=3?"),
-        ("generating.batch_size=3", "there is no key generating.batch_size; there is with task=generate"),
+        ("evaluator.batch_size=3", "there is no key evaluator.batch_size; there is with task=generate"),
         ("strategy=beam", "a strategy is chosen for a name: write +strategy@strategies.NAME=beam"),
         ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
@@ -103,8 +103,8 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("name=a, b", "write 'name=\"a, b\"'"),
         ("images=cfg 7.5 [best]", "write 'images=\"cfg 7.5 [best]\"'"),
         (
-            "callbacks.geneval.independent_judges=[clip",
-            "a list is written 'callbacks.geneval.independent_judges=[a,b]'",
+            "evaluator.independent_judges=[clip",
+            "a list is written 'evaluator.independent_judges=[a,b]'",
         ),
         ('name="abc', "write 'name=\"abc\"'"),
         ("ckpt_path=~/last.ckpt", "write ckpt_path=$HOME/last.ckpt"),
@@ -134,7 +134,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
     ("override", "said"),
     [
         ("callbacks.geneval.test_strategies=sample", "must be a list, [sample], not 'sample'"),
-        ("callbacks.geneval.independent_judges=clip", "must be a list, [clip], not 'clip'"),
+        ("evaluator.independent_judges=clip", "must be a list, [clip], not 'clip'"),
         ("decoder.module.feature_layers=4", "must be a list, [4], not 4"),
         ("module.optimizer.lr=-1", "must be a number of at least 0, not -1"),
         ("module.optimizer.lr=abc", "must be a number of at least 0, not 'abc'"),
@@ -163,7 +163,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("trainer.precision=foo", "must be one of 64, 32, 16, transformer-engine"),
         ("trainer.check_val_every_n_epoch=0", "must be a whole number of at least 1, not 0"),
         ("data.batch_size=0", "must be a whole number of at least 1, not 0"),
-        ("callbacks.geneval.batch_size=many", "must be a whole number of at least 1, not 'many'"),
+        ("evaluator.batch_size=many", "must be a whole number of at least 1, not 'many'"),
         ("logger.wandb.offline=maybe", "must be true or false, not 'maybe'"),
         ("geneval.test_prompts.per_task=many", "must be a whole number or named values, {a: 1}, not 'many'"),
         ("geneval.test_prompts.per_task=-1", "must be a whole number of at least 0, not -1"),
@@ -262,8 +262,8 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["module.objective.finished=2"], "finished must lie in [0, 1], not 2 (in module.objective)"),
         (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
         (
-            ["rewards=open_clip", "rewards.clip.clip.model_name=ViT-B-32"],
-            "rewards.clip.clip: openai weights need ViT-B-32-quickgelu, not ViT-B-32: they were trained with QuickGELU",
+            ["judges=open_clip", "judges.rewards.clip.clip.model_name=ViT-B-32"],
+            "judges.rewards.clip.clip: openai weights need ViT-B-32-quickgelu, not ViT-B-32: they were trained with",
         ),
     ],
 )
@@ -276,8 +276,8 @@ def test_bad_config_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, over
     ("override", "said"),
     [
         (
-            "callbacks.geneval.independent_judges=[magic]",
-            "callbacks.geneval.independent_judges names the judge 'magic'; there are: parm,",
+            "evaluator.independent_judges=[magic]",
+            "evaluator.independent_judges names the judge 'magic'; there are: parm,",
         ),
         (
             "strategies.verified_best_of_4.judge=magic",

@@ -41,16 +41,16 @@ Compose = Callable[..., DictConfig]
             "geneval.reward.colors: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu: they were ",
         ),
         (
-            ["rewards=open_clip", "rewards.clip.clip.pretrained=laion2b_s32b_b82k"],
-            "rewards.clip.clip: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu",
+            ["judges=open_clip", "judges.rewards.clip.clip.pretrained=laion2b_s32b_b82k"],
+            "judges.rewards.clip.clip: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu",
         ),
         (
             [
-                "rewards=open_clip",
-                "rewards.clip.clip._target_=open_clip.create_model",
-                "rewards.clip.clip.model_name=RN50",
+                "judges=open_clip",
+                "judges.rewards.clip.clip._target_=open_clip.create_model",
+                "judges.rewards.clip.clip.model_name=RN50",
             ],
-            "rewards.clip.clip: openai weights need RN50-quickgelu, not RN50",
+            "judges.rewards.clip.clip: openai weights need RN50-quickgelu, not RN50",
         ),
     ],
 )
@@ -75,7 +75,7 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
         "decoder.checkpoint",
         "geneval.reward.detector.checkpoint",
         "geneval.reward.colors.pretrained",
-        "rewards.vision_language.checkpoint",
+        "judges.rewards.vision_language.checkpoint",
     ]
     assert lines[2].endswith(
         "showlab/show-o (*.safetensors or *.bin, 5.8 GB): `hf download showlab/show-o --local-dir FOLDER`, then "

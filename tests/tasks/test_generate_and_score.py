@@ -31,9 +31,9 @@ from tests.helpers.pictures import HUGE, write_folder
 
 Compose = Callable[..., DictConfig]
 # The bundled decoder, on few prompts.
-FEW = ["geneval.test_prompts.per_task=1", "seed=3", "callbacks.geneval.images_per_prompt=2", "logger=csv",
+FEW = ["geneval.test_prompts.per_task=1", "seed=3", "evaluator.images_per_prompt=2", "logger=csv",
        "trainer.accelerator=cpu"]  # fmt: skip
-GENERATE = [*FEW, "task=generate", "generating.images_per_prompt=2", "generating.batch_size=3"]
+GENERATE = [*FEW, "task=generate", "evaluator.images_per_prompt=2", "evaluator.batch_size=3"]
 SCORE = [*FEW, "task=score", "scoring.num_workers=0"]
 
 
@@ -75,7 +75,7 @@ def test_generated_images_score_as_in_an_evaluation(
     about = lost.parents[1] / "metadata.jsonl"
     prompt = about.read_text()
     about.unlink()  # killed between the folder and what it is about
-    generate("generating.batch_size=5")
+    generate("evaluator.batch_size=5")
     assert about.read_text() == prompt
     assert lost.read_bytes() == pixels and empty.read_bytes() == torn
     del made[lost], made[empty]
@@ -143,7 +143,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 ) -> None:
     images = tmp_path / "images"
     tasks = {
-        "generating": [*GENERATE, f"images={images}", "generating.batch_size=4", "generating.reward=null"],
+        "generating": [*GENERATE, f"images={images}", "evaluator.batch_size=4", "generating.reward=null"],
         "scoring": [*SCORE, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.batch_size=1"],
     }
 
@@ -187,7 +187,7 @@ def test_two_processes_make_and_score_what_one_does(compose_config: Compose, tmp
 
 def tiny_generator(tmp_path: Path) -> list[str]:
     """Overrides that make decoder=sd3 a tiny random one."""
-    return ["decoder=sd3", "geneval=shapes", "rewards=shapes",
+    return ["decoder=sd3", "geneval=shapes", "judges=shapes",
             f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", "decoder.dtype=float32",
             f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
     made, tiny = [], [*GENERATE, *tiny_generator(tmp_path)]
     for size in (1, 5):
         folder = tmp_path / str(size)
-        config = compose_config(*tiny, f"images={folder}", f"generating.batch_size={size}")
+        config = compose_config(*tiny, f"images={folder}", f"evaluator.batch_size={size}")
         instantiate(config.generating, _convert_="all").run(trainer())
         made.append(np.stack([np.asarray(Image.open(folder / sample_path(i, j))) for i in range(6) for j in (0, 1)]))
     alone, together = np.array(made, int)
@@ -209,7 +209,7 @@ def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
 @pytest.mark.slow
 def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     best = ["strategies=best_of_n", "strategies.best_of_4_clip.n=2", "strategies.best_of_4_oracle.n=2"]
-    held_out = ["callbacks.geneval.independent_judges=[clip]", "fid=shapes", "fid.count=8"]
+    held_out = ["evaluator.independent_judges=[clip]", "fid=shapes", "fid.count=8"]
     done = command(tmp_path, *tiny_generator(tmp_path), *best, *held_out, "task=evaluate", *FEW)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert report["images_per_prompt"] == 2 and len(results(tmp_path / "run")) == 36

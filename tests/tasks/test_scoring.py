@@ -20,12 +20,13 @@ from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import ShapesStream, scene_for
 from datamodules.shapes.world import render
-from lightning_modules.report.tables import result_line
+from lightning_modules.report.results import result_line
 from lightning_modules.rewards.fid import FID, CLIPFeatures
 from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
 from lightning_modules.tasks.scoring import Scoring
+from tests.helpers.evaluators import make_evaluator
 from tests.helpers.pictures import write_folder
 
 PER_TASK, SAMPLES = 5, 2
@@ -60,10 +61,10 @@ def score(tmp_path: Path) -> Callable[..., tuple[dict[str, Any], list[dict[str, 
     def score_(images: Path, detector: Any = None, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         settings: dict[str, Any] = {"rewards": {}, "fid": None, "batch_size": 4, "results": str(tmp_path / "scores")}
         settings |= changes
-        scoring = Scoring(
-            str(images), GenEvalReward(detector or ShapesDetector()), folder=str(tmp_path / "out"),
-            num_workers=0, sheet_prompts=4, **settings,
-        )  # fmt: skip
+        rewards, fid = settings.pop("rewards"), settings.pop("fid")
+        geneval = GenEvalReward(detector or ShapesDetector())
+        evaluator = make_evaluator(geneval, rewards, independent_judges=list(rewards), fid=fid)
+        scoring = Scoring(str(images), evaluator, folder=str(tmp_path / "out"), num_workers=0, **settings)
         scoring.run(Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False))
         assert Image.open(tmp_path / "out" / "sheet.png").size[0] > 300
         lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()

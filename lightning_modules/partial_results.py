@@ -1,0 +1,157 @@
+"""Results of a part of the prompts: of a batch, kept until an evaluation is complete, or of a rank, gathered."""
+
+import json
+import shutil
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lightning_modules.backbone.decoder import Cost
+from lightning_modules.files import is_read_only, refuse_unwritable, write_text
+from lightning_modules.ranks import broadcast, gather, rank
+from lightning_modules.report.drawing import TraceView
+from lightning_modules.report.results import StrategyResult
+
+
+@dataclass
+class PartialResult:
+    """Sums over some images of one strategy; see `StrategyResult`."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
+    traces: dict[int, TraceView] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    seconds: float = 0.0
+    objects: int = 0
+    independent: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: "PartialResult") -> None:
+        """Add the results of other images."""
+        self.rows += other.rows
+        self.thumbnails |= other.thumbnails
+        self.traces |= other.traces
+        self.cost.add(other.cost)
+        self.seconds += other.seconds
+        self.objects += other.objects
+        for own, others in ((self.independent, other.independent), (self.stats, other.stats)):
+            for name, total in others.items():
+                own[name] = own.get(name, 0.0) + total
+
+    def to_json(self) -> str:
+        """Return all of it as text, pictures included."""
+        return json.dumps(asdict(self), default=_packed)
+
+    @staticmethod
+    def from_json(text: str) -> "PartialResult":
+        """Read what `to_json` wrote."""
+        plain = json.loads(text, object_hook=_unpacked)
+        plain["thumbnails"] = {int(index): pixels for index, pixels in plain["thumbnails"].items()}
+        plain["traces"] = {int(index): TraceView.of(trace) for index, trace in plain["traces"].items()}
+        return PartialResult(**plain | {"cost": Cost(**plain["cost"])})
+
+
+def _packed(value: Any) -> dict[str, Any]:
+    """Return bytes and pictures, which JSON does not know, as text."""
+    if isinstance(value, bytes):
+        return {"base64": b64encode(value).decode()}
+    if isinstance(value, np.ndarray):
+        return {"base64": b64encode(value.tobytes()).decode(), "shape": value.shape}
+    raise TypeError(f"{type(value).__name__} cannot be kept")
+
+
+def _unpacked(value: dict[str, Any]) -> Any:
+    if "base64" not in value:
+        return value
+    data = b64decode(value["base64"])
+    return np.frombuffer(data, np.uint8).reshape(value["shape"]) if "shape" in value else data
+
+
+def gather_results(name: str, partial: PartialResult, scores: Mapping[str, float]) -> StrategyResult:
+    """Return the result of a strategy, the same on every rank, from the partial results of all of them."""
+    whole = PartialResult()
+    for each in gather(partial):
+        whole.add(each)
+    images = len(whole.rows)
+    return StrategyResult(
+        name=name,
+        overall=scores["overall"],
+        tasks={task: score for task, score in scores.items() if task != "overall"},
+        rows=sorted(whole.rows, key=lambda row: row["filename"]),
+        thumbnails=dict(sorted(whole.thumbnails.items())),
+        decoder_forwards=whole.cost.decoder_passes / images,
+        verifier_calls=whole.cost.verifier_calls / images,
+        tokens=whole.cost.tokens / images,
+        seconds=whole.seconds / images,
+        objects=whole.objects / images,
+        independent={judge: total / images for judge, total in whole.independent.items()},
+        stats={name: total / images for name, total in whole.stats.items()},
+        traces=whole.traces,
+    )
+
+
+class KeptBatches:
+    """Results of the batches of one evaluation, a file each, until the `with` block ends without an error.
+
+    While one run is at work, others with the same evaluation keep nothing. Where nothing can be written, what is
+    there is read.
+
+    Args:
+        folder: of this evaluation; all ranks share it.
+
+    Attributes:
+        access: what this run may do there: all, read (nobody can write to it), or nothing (another run has it).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock_file = folder.with_name(f".{folder.name}.lock")
+        self._lock = FileLock(self._lock_file)
+        self.access: Literal["all", "read", "nothing"] = "nothing"
+
+    def __enter__(self) -> Self:
+        self.access = broadcast(self._take() if rank() == 0 else "nothing")
+        if rank() == 0 and self.access != "nothing" and (count := len(list(self.folder.glob("*.json")))):
+            print(f"The evaluation resumes; batches decoded and judged before: {count} ({self.folder})")
+        if rank() == 0 and self.access == "read":
+            print(f"scores_dir: nothing can be written to {self.folder.parent}: no batch of this evaluation is kept")
+        return self
+
+    def _take(self) -> Literal["all", "read", "nothing"]:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            refuse_unwritable(self.folder)
+        except Timeout:
+            return "nothing"
+        except OSError as error:
+            if not is_read_only(error):
+                raise
+            return "read"
+        return "all"
+
+    def get(self, name: str, make: Callable[[], PartialResult]) -> PartialResult:
+        """Return the result of this rank's batch of that name, which is made if it is not there."""
+        path = self.folder / f"{name}.{rank()}.json"
+        if self.access != "nothing":
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what is broken is made again
+                return PartialResult.from_json(path.read_text(encoding="utf-8"))
+        result = make()
+        if self.access == "all":
+            write_text(path, result.to_json())
+        return result
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.access == "all" and rank() == 0:
+            shutil.rmtree(self.folder)
+            self._lock_file.unlink(missing_ok=True)
+        self._lock.release()

@@ -1,0 +1,129 @@
+"""Results of an evaluation: rows of results.jsonl, scores of strategies with their intervals."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lightning_modules.report.drawing import TraceView
+from lightning_modules.rewards.geneval import Verdict
+
+BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
+
+
+def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """An image's row of results.jsonl, in the official columns."""
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(verdict.details),
+    }
+
+
+def result_line(row: Mapping[str, Any]) -> str:
+    """A row as the official evaluation writes it, byte for byte: compact, with its slashes escaped."""
+    return json.dumps(row, separators=(",", ":")).replace("/", r"\/")
+
+
+@dataclass(frozen=True)
+class StrategyResult:
+    """One strategy's images and scores.
+
+    Attributes:
+        name: of the strategy.
+        overall: mean of the task means.
+        tasks: fraction of correct images of each task.
+        rows: one an image, with the columns of GenEval's results.jsonl.
+        thumbnails: uint8 [H, W, 3] of some prompts' first images, by prompt index.
+        decoder_forwards: forward passes of the decoder an image, with and without the prompt counted apart.
+        verifier_calls: values asked of a judge, an image.
+        seconds: wall time an image, summed over ranks.
+        objects: found in an image.
+        independent: mean scores of `independent_judges`, by name, and FID.
+        tokens: image tokens that went through the decoder, an image.
+        stats: means of what a strategy measures of its images, by name.
+        traces: how the images of `thumbnails` were made.
+    """
+
+    name: str
+    overall: float
+    tasks: dict[str, float]
+    rows: list[dict[str, Any]]
+    thumbnails: dict[int, np.ndarray]
+    decoder_forwards: float
+    verifier_calls: float
+    seconds: float
+    objects: float
+    independent: dict[str, float]
+    tokens: float = 0.0
+    stats: dict[str, float] = field(default_factory=dict)
+    traces: dict[int, TraceView] = field(default_factory=dict)
+
+    def row_of(self, index: int) -> dict[str, Any]:
+        """The row of the first image of prompt `index`."""
+        return next(row for row in self.rows if int(row["filename"].split("/")[0]) == index)
+
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of `overall` over prompts; 0 to 1 where a task has only one, which says nothing."""
+        prompts = {(row["tag"], row["prompt"]) for row in self.rows}
+        if min(Counter(tag for tag, _ in prompts).values()) == 1:
+            return 0.0, 1.0
+        low, high = np.quantile(_resampled([self]), [0.025, 0.975])
+        return float(low), float(high)
+
+    def gain_over(self, base: "StrategyResult") -> tuple[float, float, float]:
+        """`overall` above that of another result on the same prompts, with its 95 % bootstrap interval."""
+        own, other = _resampled([self, base])
+        low, high = np.quantile(own - other, [0.025, 0.975])
+        return self.overall - base.overall, float(low), float(high)
+
+
+def _resampled(results: Sequence[StrategyResult], resamples: int = 2000) -> np.ndarray:
+    """Bootstrap samples of `overall` of results on the same prompts, [len(results), resamples].
+
+    Distinct prompts are resampled within their task, with all their images: images of one prompt are not independent,
+    and neither are rows that repeat a prompt. All results are given the same prompts, so that differences are paired.
+    """
+    rng = np.random.default_rng(0)
+    means = []
+    for task in results[0].tasks:
+        counts: dict[str, np.ndarray] = {}  # of a prompt: correct images and images, of each result
+        for i, result in enumerate(results):
+            for row in result.rows:
+                if row["tag"] == task:
+                    entry = counts.setdefault(row["prompt"], np.zeros((len(results), 2), np.int64))
+                    entry[i] += (row["correct"], 1)
+        table = np.stack(list(counts.values()))
+        drawn = table[rng.integers(0, len(table), (resamples, len(table)))].sum(1)
+        means.append(drawn[..., 0] / drawn[..., 1])
+    return np.mean(means, axis=0).T
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found, the same on all ranks.
+
+    Attributes:
+        settings: how images were made and judged, for reports.
+        warnings: why scores are ceilings, or not those of the official benchmark, a sentence each.
+        strategies: results by name.
+    """
+
+    settings: Mapping[str, Any]
+    warnings: Sequence[str]
+    strategies: Mapping[str, StrategyResult]
+
+    def scores(self, stage: str) -> dict[str, float]:
+        """Return the scores of every strategy, overall and in each task, by the names under which they are logged."""
+        scores = {}
+        for name, result in self.strategies.items():
+            scores[f"{stage}/geneval/{name}"] = result.overall
+            scores |= {f"{stage}/geneval/{name}/{task}": score for task, score in result.tasks.items()}
+        return scores

@@ -1,0 +1,89 @@
+"""JudgeRegistry: the judges of a run by name, each built once."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.verifier import Judge, Reward, Verifier
+
+
+class JudgeRegistry(Mapping[str, Judge]):
+    """All judges that strategies, data and evaluations can name; each name means one judge.
+
+    Args:
+        geneval: GenEval's rules, which label images; they judge as `geneval`, `strict` and `clauses`. None where
+            nothing is labelled.
+        rewards: further judges of finished images.
+        verifiers: judges of unfinished images, which the LightningModule has.
+
+    Attributes:
+        oracles: names of the judges by which results are measured.
+        teachers: names of the judges that decide what is trained on; the data adds them.
+
+    Raises:
+        ValueError: two judges have one name.
+    """
+
+    def __init__(
+        self,
+        geneval: GenEvalReward | None,
+        rewards: Mapping[str, Reward],
+        verifiers: Mapping[str, Verifier[Any]] | None = None,
+    ) -> None:
+        self._geneval = geneval
+        kinds = geneval.kinds() if geneval else {}
+        self.oracles = frozenset(kinds)
+        self.teachers: set[str] = set()
+        self._verifiers = dict(verifiers or {})
+        self._judges: dict[str, Judge] = {}
+        for group in (self._verifiers, kinds, rewards):
+            for name, judge in group.items():
+                if name in self._judges:
+                    raise ValueError(
+                        f"judges: there are two called {name!r}: give the one in judges.rewards another name"
+                    )
+                self._judges[name] = judge
+
+    def __getitem__(self, name: str) -> Judge:
+        return self._judges[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._judges)
+
+    def __len__(self) -> int:
+        return len(self._judges)
+
+    @property
+    def geneval(self) -> GenEvalReward:
+        """GenEval's rules; raises ValueError if there are none."""
+        if self._geneval is None:
+            raise ValueError("judges.geneval is null, and what is made here is labelled by it")
+        return self._geneval
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Move GenEval's detector, if there is one, to a device, and test it there."""
+        if self._geneval is not None:
+            self._geneval.prepare(device)
+
+    def refuse_unknown(self, named: Mapping[str, Iterable[str]]) -> None:
+        """Raise ValueError if a name, of those that each config key gives, is no judge's."""
+        for key, names in named.items():
+            for name in names:
+                if name not in self:
+                    raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(self)}")
+
+    def keys_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the cache keys of some judges, by name."""
+        return {name: self[name].cache_key() for name in sorted({*names})}
+
+    def copy_trained(self) -> dict[str, Any]:
+        """Return copies of the verifiers that have weights to train, as they are now."""
+        return {
+            name: copy.deepcopy(judge)
+            for name, judge in self._verifiers.items()
+            if isinstance(judge, nn.Module) and any(p.requires_grad for p in judge.parameters())
+        }

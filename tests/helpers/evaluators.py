@@ -1,0 +1,23 @@
+"""Evaluators that need no config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_modules.evaluator import Evaluator
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.registry import JudgeRegistry
+from lightning_modules.rewards.verifier import Reward
+
+
+def make_evaluator(
+    geneval: GenEvalReward | None,
+    rewards: Mapping[str, Reward],
+    verifiers: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Evaluator:
+    """An evaluator with as little as it can do with."""
+    defaults: dict[str, Any] = {
+        "strategies": {}, "images_per_prompt": 1, "batch_size": 1, "seed": 0, "sheet_prompts": 4,
+        "independent_judges": [], "fid": None, "unfinished": "",
+    }  # fmt: skip
+    return Evaluator(JudgeRegistry(geneval, rewards, verifiers), **defaults | settings)

@@ -1,0 +1,117 @@
+"""The Evaluator by itself: no Trainer, no config."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.diffusion import DiffusionSampling
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.evaluator import Evaluation, Evaluator
+from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult
+from lightning_modules.rewards.geneval import CLASS_NAMES
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.registry import JudgeRegistry
+from lightning_modules.rewards.verifier import Likelihood
+from tests.helpers.evaluators import make_evaluator
+from tests.helpers.models import make_parm
+
+PLAIN = Sample(Sampling())
+
+
+@pytest.fixture
+def evaluator(decoder: NextTokenDecoder, tmp_path: Path) -> Evaluator:
+    strategies = {"sample": PLAIN, "best": BestOfN(PLAIN, 2, "parm"), "oracle": BestOfN(PLAIN, 2, "clauses")}
+    verifiers = {"parm": make_parm(decoder), "likelihood": Likelihood()}
+    return make_evaluator(
+        GenEvalReward(ShapesDetector()), {}, verifiers, strategies=strategies, images_per_prompt=2, batch_size=5,
+        independent_judges=["parm"], unfinished=str(tmp_path),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def evaluation(decoder: NextTokenDecoder, rows: list) -> Evaluation:
+    return Evaluation(decoder, torch.device("cpu"), rows[:4], ["sample", "best", "oracle"], {})
+
+
+def rows_of(result: EvaluationResult) -> dict[str, list[dict[str, Any]]]:
+    return {name: strategy.rows for name, strategy in result.strategies.items()}
+
+
+def test_every_strategy_decodes_every_prompt(evaluator: Evaluator, evaluation: Evaluation) -> None:
+    evaluator.prepare(evaluation)
+    result = evaluator.evaluate(evaluation)
+    assert list(result.strategies) == ["sample", "best", "oracle"]
+    for name, found in result.strategies.items():
+        assert [row["prompt"] for row in found.rows] == [row["prompt"] for row in evaluation.prompts for _ in range(2)]
+        assert list(found.independent) == ([] if name == "best" else ["parm"])  # what chooses is not independent
+        assert list(found.thumbnails) == list(found.traces) == [0, 1, 2, 3]
+        assert list(found.traces[0].scores) == ["parm", "clauses"]
+    sample, best = result.strategies["sample"], result.strategies["best"]
+    assert best.decoder_forwards == 2 * sample.decoder_forwards and best.verifier_calls == 2
+    assert result.settings["prompts"] == 4 and result.settings["images_per_prompt"] == 2
+    assert result.warnings == ["oracle chooses by what it is measured by: it is a ceiling"]
+    assert "val/geneval/best" in result.scores("val") and f"val/geneval/best/{best.rows[0]['tag']}" in result.scores(
+        "val"
+    )
+    evaluator.batch_size = 3
+    assert rows_of(evaluator.evaluate(evaluation)) == rows_of(result)
+
+
+def test_what_training_has_added_is_shown_by_the_verifier_as_it_was(
+    evaluator: Evaluator, evaluation: Evaluation, decoder: NextTokenDecoder
+) -> None:
+    untrained = evaluator.judges.copy_trained()
+    assert list(untrained) == ["parm"] and untrained["parm"] is not evaluator.judges["parm"]
+    result = evaluator.evaluate(replace(evaluation, untrained=untrained))
+    assert list(result.strategies) == ["sample", "best" + BEFORE_TRAINING, "best", "oracle"]
+    assert result.strategies["best" + BEFORE_TRAINING].rows == result.strategies["best"].rows  # the copy says the same
+
+
+def test_an_evaluation_that_stops_resumes_where_it_was(
+    evaluator: Evaluator, evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = rows_of(evaluator.evaluate(evaluation))
+    asked = iter([False, False, True])
+    with pytest.raises(SIGTERMException), evaluator.resumed(evaluation, lambda: next(asked)):
+        pass
+    kept = sorted(tmp_path.glob("unfinished-*/*.json"))
+    assert len(kept) == 2 and "The evaluation stops; the same command resumes it" in capsys.readouterr().out
+    with evaluator.resumed(evaluation, bool) as result:
+        assert rows_of(result) == whole
+    assert "The evaluation resumes; batches decoded and judged before: 2" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*"))
+
+
+def test_what_is_not_the_official_evaluation_is_said() -> None:
+    sample = Sample(DiffusionSampling(steps=1, guidance=1.0, size=64))
+    strategies = {"sample": sample, "best": BestOfN(sample, n=2, judge="clauses")}
+    decoder: Any = torch.nn.Module()
+
+    def warnings(class_names: tuple[str, ...]) -> Any:
+        kinds: Any = {"geneval": None, "strict": None, "clauses": None}
+        detector = SimpleNamespace(class_names=class_names)
+        geneval: Any = SimpleNamespace(detector=detector, kinds=lambda: kinds, judged_by={})
+        evaluator = make_evaluator(geneval, {}, strategies=strategies, images_per_prompt=2)
+        return evaluator.evaluate(Evaluation(decoder, torch.device("cpu"), [], [], {})).warnings
+
+    assert warnings(("star",)) == []
+    assert warnings(CLASS_NAMES)[:2] == [
+        "2 images of each prompt instead of the official 4",
+        "not the official prompt set: 0 of 80 single_object prompts",
+    ]
+
+
+def test_each_name_means_one_judge() -> None:
+    with pytest.raises(ValueError, match=r"judges: there are two called 'geneval': give the one in judges\.rewards"):
+        JudgeRegistry(GenEvalReward(ShapesDetector()), {"geneval": GenEvalReward(ShapesDetector())})
+    with pytest.raises(ValueError, match=r"judges\.geneval is null"):
+        JudgeRegistry(None, {}).geneval  # noqa: B018
