@@ -18,7 +18,10 @@ _FAILURES = (OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFErr
 
 
 def load_clip(
-    model_name: str, pretrained: str | None = None, require_pretrained: bool = True, key: str = "rewards.clip.clip"
+    model_name: str,
+    pretrained: str | None = None,
+    require_pretrained: bool = True,
+    key: str = "judges.rewards.clip.clip",
 ) -> nn.Module:
     """The open_clip model of a name with its weights.
 

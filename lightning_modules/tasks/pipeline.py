@@ -131,7 +131,7 @@ class Pipeline:
                 raise ValueError(f"pipeline.rows: {title!r} names the strategy {row.strategy!r}; there are: {known}")
             reports.append(strategies[row.strategy])
             found = read_jsonl(folder / "results.jsonl")
-            rows += [row for _, row in found if row["filename"].startswith(f"{row.strategy}/")]
+            rows += [each for _, each in found if each["filename"].startswith(f"{row.strategy}/")]
 
         def mean(key: str) -> float:
             return float(np.mean([report[key] for report in reports]))

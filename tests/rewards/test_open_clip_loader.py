@@ -22,7 +22,7 @@ CONF = Path(__file__).parents[2] / "conf"
 def test_what_the_configs_name_is_openais_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "weights")
     monkeypatch.setattr("open_clip.factory.load_checkpoint", lambda *_, **__: None)
-    score = OmegaConf.load(CONF / "rewards" / "open_clip.yaml").clip.clip
+    score = OmegaConf.load(CONF / "judges" / "open_clip.yaml").clip.clip
     colors = OmegaConf.load(CONF / "geneval" / "coco.yaml").reward.colors
     assert (colors.model, colors.pretrained) == (score.model_name, score.pretrained) == ("ViT-L-14-quickgelu", "openai")
     monkeypatch.setattr("open_clip.create_model", partial(open_clip.create_model, device="meta"))
@@ -86,6 +86,7 @@ def test_files_and_folders_pass_and_what_is_missing_is_named(tmp_path: Path, mon
         load_clip("ViT-B-16", "laion2b_s34b_b88k")
     assert str(error.value) == (
         "judges.rewards.clip.clip: Failed to download weights for tag 'laion2b_s34b_b88k': division by zero; "
-        "where there is network run `hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K --include 'open_clip_*' --local-dir CLIP`, "
+        "where there is network run `hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K "
+        "--include 'open_clip_*' --local-dir CLIP`, "
         "then set judges.rewards.clip.clip.pretrained to the file of weights in CLIP"
     )

@@ -143,7 +143,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 ) -> None:
     images = tmp_path / "images"
     tasks = {
-        "generating": [*GENERATE, f"images={images}", "evaluator.batch_size=4", "generating.reward=null"],
+        "generating": [*GENERATE, f"images={images}", "evaluator.batch_size=4", "judges.geneval=null"],
         "scoring": [*SCORE, f"images={images}", f"scores_dir={tmp_path}/scores", "scoring.batch_size=1"],
     }
 
