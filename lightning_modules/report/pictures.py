@@ -47,7 +47,7 @@ def plot_compute(results: Mapping[str, StrategyResult], path: Path) -> None:
 
 
 def contact_sheet(result: StrategyResult, columns: int = 6, scale: int = 2, largest: int = 256) -> Image.Image:
-    """Draw images, `scale` times as large but `largest` pixels at most, with prompts; wrong ones with reasons, in red."""
+    """Draw images, `scale` times as large but `largest` pixels at most, with prompts; wrong ones say why, in red."""
     font = ImageFont.load_default(11)
     side = min(scale * next(iter(result.thumbnails.values())).shape[0], largest)
     width = side + 60
