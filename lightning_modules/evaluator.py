@@ -210,7 +210,7 @@ class Evaluator:
         shown = {i: place for place, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet}
         return PartialResult(
             rows=[result_row(*each) for each in zip(files, rows, verdicts, strict=True)],
-            thumbnails={i: images[place] for i, place in shown.items()},
+            thumbnails={i: torch.from_numpy(images[place]) for i, place in shown.items()},
             traces=self._traces(evaluation, judges, decoded, shown),
             cost=decoded.cost,
             seconds=seconds,

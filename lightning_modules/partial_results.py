@@ -1,22 +1,22 @@
 """Results of a part of the prompts: of a batch, kept until an evaluation is complete, or of a rank, gathered."""
 
-import json
 import shutil
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
+import torch
 from filelock import FileLock, Timeout
+from torch.serialization import safe_globals
 
 from lightning_modules.backbone.decoder import Cost
-from lightning_modules.files import is_read_only, refuse_unwritable, write_text
+from lightning_modules.broken_files import read_torch
+from lightning_modules.files import is_read_only, refuse_unwritable, whole
 from lightning_modules.ranks import broadcast, gather, rank
-from lightning_modules.report.drawing import TraceView
+from lightning_modules.report.drawing import Curve, Frame, ImageStrip, Section, TraceView
 from lightning_modules.report.results import StrategyResult
 
 
@@ -25,7 +25,7 @@ class PartialResult:
     """Sums over some images of one strategy; see `StrategyResult`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    thumbnails: dict[int, np.ndarray] = field(default_factory=dict)
+    thumbnails: dict[int, torch.Tensor] = field(default_factory=dict)
     traces: dict[int, TraceView] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
@@ -45,55 +45,38 @@ class PartialResult:
             for name, total in others.items():
                 own[name] = own.get(name, 0.0) + total
 
-    def to_json(self) -> str:
-        """Return all of it as text, pictures included."""
-        return json.dumps(asdict(self), default=_packed)
 
-    @staticmethod
-    def from_json(text: str) -> "PartialResult":
-        """Read what `to_json` wrote."""
-        plain = json.loads(text, object_hook=_unpacked)
-        plain["thumbnails"] = {int(index): pixels for index, pixels in plain["thumbnails"].items()}
-        plain["traces"] = {int(index): TraceView.of(trace) for index, trace in plain["traces"].items()}
-        return PartialResult(**plain | {"cost": Cost(**plain["cost"])})
-
-
-def _packed(value: Any) -> dict[str, Any]:
-    """Return bytes and pictures, which JSON does not know, as text."""
-    if isinstance(value, bytes):
-        return {"base64": b64encode(value).decode()}
-    if isinstance(value, np.ndarray):
-        return {"base64": b64encode(value.tobytes()).decode(), "shape": value.shape}
-    raise TypeError(f"{type(value).__name__} cannot be kept")
-
-
-def _unpacked(value: dict[str, Any]) -> Any:
-    if "base64" not in value:
-        return value
-    data = b64decode(value["base64"])
-    return np.frombuffer(data, np.uint8).reshape(value["shape"]) if "shape" in value else data
+_CLASSES: list[Any] = [
+    PartialResult,
+    Cost,
+    TraceView,
+    Section,
+    ImageStrip,
+    Frame,
+    Curve,
+]  # what files of batches may hold
 
 
 def gather_results(name: str, partial: PartialResult, scores: Mapping[str, float]) -> StrategyResult:
     """Return the result of a strategy, the same on every rank, from the partial results of all of them."""
-    whole = PartialResult()
+    total = PartialResult()
     for each in gather(partial):
-        whole.add(each)
-    images = len(whole.rows)
+        total.add(each)
+    images = len(total.rows)
     return StrategyResult(
         name=name,
         overall=scores["overall"],
         tasks={task: score for task, score in scores.items() if task != "overall"},
-        rows=sorted(whole.rows, key=lambda row: row["filename"]),
-        thumbnails=dict(sorted(whole.thumbnails.items())),
-        decoder_forwards=whole.cost.decoder_passes / images,
-        verifier_calls=whole.cost.verifier_calls / images,
-        tokens=whole.cost.tokens / images,
-        seconds=whole.seconds / images,
-        objects=whole.objects / images,
-        independent={judge: total / images for judge, total in whole.independent.items()},
-        stats={name: total / images for name, total in whole.stats.items()},
-        traces=whole.traces,
+        rows=sorted(total.rows, key=lambda row: row["filename"]),
+        thumbnails={i: pixels.numpy() for i, pixels in sorted(total.thumbnails.items())},
+        decoder_forwards=total.cost.decoder_passes / images,
+        verifier_calls=total.cost.verifier_calls / images,
+        tokens=total.cost.tokens / images,
+        seconds=total.seconds / images,
+        objects=total.objects / images,
+        independent={judge: value / images for judge, value in total.independent.items()},
+        stats={name: value / images for name, value in total.stats.items()},
+        traces=total.traces,
     )
 
 
@@ -118,7 +101,7 @@ class KeptBatches:
 
     def __enter__(self) -> Self:
         self.access = broadcast(self._take() if rank() == 0 else "nothing")
-        if rank() == 0 and self.access != "nothing" and (count := len(list(self.folder.glob("*.json")))):
+        if rank() == 0 and self.access != "nothing" and (count := len(list(self.folder.glob("*.pt")))):
             print(f"The evaluation resumes; batches decoded and judged before: {count} ({self.folder})")
         if rank() == 0 and self.access == "read":
             print(f"scores_dir: nothing can be written to {self.folder.parent}: no batch of this evaluation is kept")
@@ -139,13 +122,14 @@ class KeptBatches:
 
     def get(self, name: str, make: Callable[[], PartialResult]) -> PartialResult:
         """Return the result of this rank's batch of that name, which is made if it is not there."""
-        path = self.folder / f"{name}.{rank()}.json"
+        path = self.folder / f"{name}.{rank()}.pt"
         if self.access != "nothing":
-            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # what is broken is made again
-                return PartialResult.from_json(path.read_text(encoding="utf-8"))
+            with suppress(FileNotFoundError, ValueError), safe_globals(_CLASSES):  # what is broken is made again
+                return read_torch(path)
         result = make()
         if self.access == "all":
-            write_text(path, result.to_json())
+            with whole(path) as partial:
+                torch.save(result, partial)
         return result
 
     def __exit__(

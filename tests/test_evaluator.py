@@ -83,8 +83,9 @@ def test_an_evaluation_that_stops_resumes_where_it_was(
     asked = iter([False, False, True])
     with pytest.raises(SIGTERMException), evaluator.resumed(evaluation, lambda: next(asked)):
         pass
-    kept = sorted(tmp_path.glob("unfinished-*/*.json"))
+    kept = sorted(tmp_path.glob("unfinished-*/*.pt"))
     assert len(kept) == 2 and "The evaluation stops; the same command resumes it" in capsys.readouterr().out
+    kept[0].write_bytes(b"broken")  # is made again
     with evaluator.resumed(evaluation, bool) as result:
         assert rows_of(result) == whole
     assert "The evaluation resumes; batches decoded and judged before: 2" in capsys.readouterr().out

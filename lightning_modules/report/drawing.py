@@ -65,17 +65,6 @@ class TraceView:
     scores: dict[str, float]
     sections: list[Section]
 
-    @staticmethod
-    def of(plain: Mapping[str, Any]) -> "TraceView":
-        """From its `dataclasses.asdict`."""
-        sections = []
-        for section in plain["sections"]:
-            strips = [
-                ImageStrip(**{**each, "frames": [Frame(**one) for one in each["frames"]]}) for each in section["strips"]
-            ]
-            sections.append(Section(section["title"], strips, section["curve"] and Curve(**section["curve"])))
-        return TraceView(plain["scores"], sections)
-
 
 def trace_views(
     decoder: Decoder,

@@ -99,7 +99,7 @@ class Scoring(LightningModule):
         ]
         for images in batch:
             own, judged = judged[: len(images.files)], judged[len(images.files) :]
-            self.store.save(images.folder, {"judged": own, "notes": images.notes, "left_out": images.left_out})
+            self.store.save(images.folder, {"judged": own, "warnings": images.notes, "left_out": images.left_out})
         return len(names)
 
     def _scores(self, name: str, rows: Sequence[Mapping[str, Any]], pixels: Sequence[np.ndarray]) -> list[float]:
@@ -123,17 +123,28 @@ class Scoring(LightningModule):
         return fid.compute()
 
     def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
-        results = [self._result(folder) for folder in self.folders]
+        results = [self._load(folder) for folder in self.folders]
         judged = [image for result in results for image in result["judged"]]
         left_out = [f"{name} has no name like 00000" for name in unnumbered(self.images)]
         left_out += [sentence for result in results for sentence in result["left_out"]]
         if not judged:
             raise ValueError(f"images: none of the images of {self.images} can be judged; {left_out[0]}")
-        rows = [image["row"] for image in judged]
-        summary = summarize(rows)
-        notes = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
-        notes += [sentence for result in results for sentence in result["notes"]]
-        result = StrategyResult(
+        summary = summarize([image["row"] for image in judged])
+        result = self._result([image["row"] for image in judged], summary, distance)
+        warnings = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
+        warnings += [sentence for each in results for sentence in each["warnings"]]
+        self._write(result, summary, {"left_out": left_out, "warnings": warnings})
+        for sentence in [*(f"Left out: {sentence}" for sentence in left_out), *warnings]:
+            print(sentence)
+        print(summary)
+        print_table({result.name: result})
+        scores = {**result.tasks, "overall": result.overall, **result.independent}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"score/{name}": value for name, value in scores.items()})
+
+    def _result(self, rows: list[dict[str, Any]], summary: Summary, distance: Mapping[str, float]) -> StrategyResult:
+        means = {name: float(np.mean([row[name] for row in rows])) for name in self.evaluator.independent_judges}
+        return StrategyResult(
             name=Path(self.images).resolve().name,  # of `.` as well
             overall=summary.overall,
             tasks={task: score.score for task, score in summary.tasks.items()},
@@ -143,19 +154,17 @@ class Scoring(LightningModule):
             verifier_calls=0,
             seconds=0,
             objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
-            independent={
-                **{name: float(np.mean([row[name] for row in rows])) for name in self.evaluator.independent_judges},
-                **distance,
-            },
+            independent={**means, **distance},
         )
-        low, high = result.interval()
+
+    def _write(self, result: StrategyResult, summary: Summary, said: Mapping[str, Any]) -> None:
         report = {
             "benchmark": "GenEval",
             "images": self.images,
             "judged_by": self.judged_by,
             "made_with": self.made_with,
             "overall": result.overall,
-            "interval_95": [low, high],
+            "interval_95": list(result.interval()),
             "tasks": {task: vars(score) | {"score": score.score} for task, score in summary.tasks.items()},
             "total_images": summary.total_images,
             "total_prompts": summary.total_prompts,
@@ -163,23 +172,15 @@ class Scoring(LightningModule):
             "correct_prompts": summary.correct_prompts,
             "objects_per_image": result.objects,
             "independent": result.independent,
-            "left_out": left_out,
-            "notes": notes,
+            **said,
         }
-        lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in rows]
+        lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in result.rows]
         write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
         write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")
         if result.thumbnails:
             save_image(contact_sheet(result), self.folder / "sheet.png")
-        for sentence in [*(f"Left out: {sentence}" for sentence in left_out), *notes]:
-            print(sentence)
-        print(summary)
-        print_table({result.name: result})
-        scores = {f"score/{name}": value for name, value in result.tasks.items()} | {"score/overall": result.overall}
-        for logger in trainer.loggers:
-            logger.log_metrics(scores | {f"score/{name}": value for name, value in result.independent.items()})
 
-    def _result(self, folder: PromptFolder) -> dict[str, Any]:
+    def _load(self, folder: PromptFolder) -> dict[str, Any]:
         result = self.store.load(folder)
         if result is None:
             raise ValueError(f"images: {folder.path} has changed while it was scored")

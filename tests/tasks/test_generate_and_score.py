@@ -149,7 +149,7 @@ def test_what_sigterm_stops_goes_on_and_is_not_taken_for_all(
 
     def run(part: str, *callbacks: Callback) -> list[str]:
         instantiate(compose_config(*tasks[part])[part], _convert_="all").run(trainer(callbacks=list(callbacks)))
-        return json.loads((tmp_path / "geneval.json").read_text())["notes"] if part == "scoring" else []
+        return json.loads((tmp_path / "geneval.json").read_text())["warnings"] if part == "scoring" else []
 
     def files() -> int:
         return len(list(images.rglob("*.png")))
@@ -267,7 +267,7 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
     score = ["task=score", "geneval=detections", f"images={images}", f"scores_dir={tmp_path}/scores", "logger=csv"]
     command(tmp_path, *score, f"geneval.reward.detector.path={path}")
     assert [row["correct"] for row in results(tmp_path / "run")] == [i == 2 for i in range(12)]
-    notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["notes"]
+    notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["warnings"]
     assert "not the official prompt set: 1 of 80 single_object prompts" in notes
 
 

@@ -81,7 +81,7 @@ def test_drawings_are_right_and_drawings_of_other_prompts_are_not(tmp_path: Path
     ]
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert [json.loads(row["metadata"]) for row in rows[::SAMPLES]] == truth[0]
-    assert report["total_images"] == len(rows) == 60 and not report["left_out"] and not report["notes"]
+    assert report["total_images"] == len(rows) == 60 and not report["left_out"] and not report["warnings"]
     places = list(truth[1])
     random.Random(0).shuffle(places)
     shuffled = dict(zip(places, truth[1].values(), strict=True))
@@ -195,7 +195,7 @@ def test_unusual_images_are_judged_and_named(images: Path, score) -> None:
     Image.open(images / sample_path(5, 0)).save(images / sample_path(5, 0), transparency=corner)
     report, rows = score(images)
     assert report["total_images"] == len(rows) == 60
-    assert report["notes"] == [
+    assert report["warnings"] == [
         "00000/samples/0000.jpg is a JPEG image; lossy compression changes what is detected",
         "00001/samples/0000.png has the mode RGBA and was converted to RGB",
         "00002/samples/0000.png has the mode L and was converted to RGB",
@@ -222,7 +222,7 @@ def test_images_that_cannot_be_judged_are_left_out_and_named(images: Path, score
     assert third == "00002/samples/0000.png has 32x64 pixels, and the detector needs 64x64"
     assert deep == "00003/samples/0000.png has the mode I;16, more than 8 bits a pixel and colour"
     assert other == "00004/samples/0000.png.tmp has no name like 0000.png"
-    assert report["notes"] == [f"0000{i} has 1 images instead of 2" for i in range(4)]
+    assert report["warnings"] == [f"0000{i} has 1 images instead of 2" for i in range(4)]
 
 
 def test_missing_and_repeated_prompts_are_said(images: Path, score) -> None:
@@ -231,7 +231,7 @@ def test_missing_and_repeated_prompts_are_said(images: Path, score) -> None:
     (images / sample_path(7, 1)).unlink()
     report, _ = score(images)
     prompt = json.loads((images / "00003" / "metadata.jsonl").read_text())["prompt"]
-    assert report["notes"] == [
+    assert report["warnings"] == [
         f"prompts that occur more than once: 1, such as {prompt!r} 2 times",
         "from 00000 to 00100 the folders of 71 numbers are missing, 00004 first",
         "00007 has 1 images instead of 2",
@@ -243,7 +243,7 @@ def test_tasks_that_the_overall_score_leaves_out_are_said(images: Path, score) -
         shutil.rmtree(images / f"{i:05d}")
     report, _ = score(images)
     assert report["overall"] == 1 and len(report["tasks"]) == 4
-    assert report["notes"] == ["no image of position, color_attr was judged: the overall score leaves that out"]
+    assert report["warnings"] == ["no image of position, color_attr was judged: the overall score leaves that out"]
 
 
 def star(**changes: Any) -> str:
