@@ -95,7 +95,8 @@ class Parts:
     @cached_property
     def judges(self) -> JudgeRegistry:
         """All judges; the folder of images that task=score judges comes without a module."""
-        return build(self.config.judges, verifiers={} if self.config.task == "score" else self.module.verifiers)
+        networks = {} if self.config.task == "score" else dict(self.module.named_children())
+        return build(self.config.judges, decoder=networks.get("decoder"), parm=networks.get("parm"))
 
     @cached_property
     def evaluator(self) -> Evaluator:

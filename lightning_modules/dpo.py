@@ -15,7 +15,6 @@ from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable
 from lightning_modules.parm import PARMObjective
 from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.parm import PARM
-from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 if TYPE_CHECKING:  # needs peft, which only those who use it install
     from lightning_modules.backbone.lora import LoRA
@@ -91,12 +90,6 @@ class DPOModule(ResumableModule):
         self.refit_lr = refit_lr
         self.lora = lora
         self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
-
-    @property
-    def verifiers(self) -> dict[str, Verifier[Any]]:
-        """The verifiers that strategies can name."""
-        parm: dict[str, Verifier[Any]] = {} if self.parm is None else {"parm": self.parm}
-        return {**parm, "likelihood": Likelihood()}
 
     @property
     def exported(self) -> dict[str, torch.nn.Module]:

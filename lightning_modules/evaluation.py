@@ -5,7 +5,6 @@ from typing import Any
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.optim import ResumableModule
 from lightning_modules.rewards.parm import PARM
-from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
 class EvaluationModule(ResumableModule):
@@ -22,12 +21,6 @@ class EvaluationModule(ResumableModule):
         super().__init__()
         self.decoder = decoder
         self.parm = parm
-
-    @property
-    def verifiers(self) -> dict[str, Verifier[Any]]:
-        """The verifiers that strategies can name; decoders of pixels have none."""
-        likelihood: dict[str, Verifier[Any]] = {"likelihood": Likelihood()}
-        return (likelihood if self.decoder.has_likelihood else {}) | ({"parm": self.parm} if self.parm else {})
 
     def test_dataloader(self) -> list[int]:
         """One empty batch: without any, the Trainer would not test at all."""

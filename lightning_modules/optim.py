@@ -54,11 +54,6 @@ class ResumableModule(LightningModule):
     learns_from: str | None = "images"
     _epoch_steps: int | None = None
 
-    @property
-    def verifiers(self) -> dict[str, Any]:
-        """The judges of unfinished images that strategies can name."""
-        return {}
-
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_keep_frozen)

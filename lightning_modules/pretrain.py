@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
 from lightning_modules.ranks import uniform_rows
-from lightning_modules.rewards.verifier import Likelihood, Verifier
 
 
 class DecoderModule(ResumableModule):
@@ -37,11 +36,6 @@ class DecoderModule(ResumableModule):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.prompt_dropout = prompt_dropout
-
-    @property
-    def verifiers(self) -> dict[str, Verifier[Any]]:
-        """The verifiers that strategies can name."""
-        return {"likelihood": Likelihood()}
 
     @property
     def exported(self) -> dict[str, torch.nn.Module]:

@@ -107,9 +107,7 @@ def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decode
     evaluation = Evaluation(decoder, torch.device("cpu"), [], ["wide"], {})
 
     def evaluator(strategy: Strategy, clip: CLIPScore) -> Evaluator:
-        return make_evaluator(
-            GenEvalReward(ShapesDetector()), {"clip": clip}, {"parm": parm}, strategies={"wide": strategy}
-        )
+        return make_evaluator(GenEvalReward(ShapesDetector()), {"clip": clip}, parm=parm, strategies={"wide": strategy})
 
     made = [evaluator(*each) for each in ((wide, score), (wider, score), (wide, other))]
     assert len({json.dumps(each.cache_key(evaluation), sort_keys=True) for each in made}) == 3

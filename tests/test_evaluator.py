@@ -20,7 +20,6 @@ from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult
 from lightning_modules.rewards.geneval import CLASS_NAMES
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.rewards.verifier import Likelihood
 from tests.helpers.evaluators import make_evaluator
 from tests.helpers.models import make_parm
 
@@ -30,9 +29,9 @@ PLAIN = Sample(Sampling())
 @pytest.fixture
 def evaluator(decoder: NextTokenDecoder, tmp_path: Path) -> Evaluator:
     strategies = {"sample": PLAIN, "best": BestOfN(PLAIN, 2, "parm"), "oracle": BestOfN(PLAIN, 2, "clauses")}
-    verifiers = {"parm": make_parm(decoder), "likelihood": Likelihood()}
     return make_evaluator(
-        GenEvalReward(ShapesDetector()), {}, verifiers, strategies=strategies, images_per_prompt=2, batch_size=5,
+        GenEvalReward(ShapesDetector()), {}, decoder, make_parm(decoder), strategies=strategies,
+        images_per_prompt=2, batch_size=5,
         independent_judges=["parm"], unfinished=str(tmp_path),
     )  # fmt: skip
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.verifier import Judge, Reward, Verifier
+from lightning_modules.rewards.parm import PARM
+from lightning_modules.rewards.verifier import Judge, Likelihood
 
 
 class JudgeRegistry(Mapping[str, Judge]):
@@ -17,8 +18,9 @@ class JudgeRegistry(Mapping[str, Judge]):
     Args:
         geneval: GenEval's rules, which label images; they judge as `geneval`, `strict` and `clauses`. None where
             nothing is labelled.
-        rewards: further judges of finished images.
-        verifiers: judges of unfinished images, which the LightningModule has.
+        rewards: further judges.
+        decoder: judges its own images as `likelihood`, if it can.
+        parm: the reward model.
 
     Attributes:
         oracles: names of the judges by which results are measured.
@@ -31,16 +33,19 @@ class JudgeRegistry(Mapping[str, Judge]):
     def __init__(
         self,
         geneval: GenEvalReward | None,
-        rewards: Mapping[str, Reward],
-        verifiers: Mapping[str, Verifier[Any]] | None = None,
+        rewards: Mapping[str, Judge],
+        decoder: Decoder | None = None,
+        parm: PARM | None = None,
     ) -> None:
-        self._geneval = geneval
+        self._geneval, self._parm = geneval, parm
         kinds = geneval.kinds() if geneval else {}
         self.oracles = frozenset(kinds)
         self.teachers: set[str] = set()
-        self._verifiers = dict(verifiers or {})
+        verifiers: dict[str, Judge] = {} if parm is None else {"parm": parm}
+        if decoder is not None and decoder.has_likelihood:
+            verifiers["likelihood"] = Likelihood()
         self._judges: dict[str, Judge] = {}
-        for group in (self._verifiers, kinds, rewards):
+        for group in (verifiers, kinds, rewards):
             for name, judge in group.items():
                 if name in self._judges:
                     raise ValueError(
@@ -81,9 +86,6 @@ class JudgeRegistry(Mapping[str, Judge]):
         return {name: self[name].cache_key() for name in sorted({*names})}
 
     def copy_trained(self) -> dict[str, Any]:
-        """Return copies of the verifiers that have weights to train, as they are now."""
-        return {
-            name: copy.deepcopy(judge)
-            for name, judge in self._verifiers.items()
-            if isinstance(judge, nn.Module) and any(p.requires_grad for p in judge.parameters())
-        }
+        """Return a copy of PARM as it is now, by name, if it is trained."""
+        trained = self._parm is not None and any(weight.requires_grad for weight in self._parm.parameters())
+        return {"parm": copy.deepcopy(self._parm)} if trained else {}
