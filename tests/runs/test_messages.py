@@ -85,7 +85,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("+seed=1", "seed is there already: write seed=1"),
         ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
         ("strategies.verified_best_of_3.n=3", "did you mean strategies.verified_best_of_4.n=3?"),
-        ("evaluator.batch_size=3", "there is no key evaluator.batch_size; there is with task=generate"),
+        ("generating.strategy=beam", "there is no key generating.strategy; there is with task=generate"),
         ("strategy=beam", "a strategy is chosen for a name: write +strategy@strategies.NAME=beam"),
         ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
