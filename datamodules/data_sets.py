@@ -5,8 +5,6 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
-from lightning_modules.broken_files import first_line
-
 
 def load_split(path: str, split: str) -> Dataset:
     """The rows of a folder written by `datasets` (of its split, where it has several), or of OWNER/NAME on the hub.
@@ -27,15 +25,3 @@ def load_split(path: str, split: str) -> Dataset:
             raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
         found = found[split]
     return found.with_format(None)  # rows are to be plain values, whatever they were when they were written
-
-
-def load_rows(folder: Path) -> Dataset:
-    """The rows of a folder that this project has written.
-
-    Raises:
-        ValueError: a file of it is broken; the sentence names the folder.
-    """
-    try:
-        return datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is broken ({first_line(error)}): remove it, and it is made again") from error

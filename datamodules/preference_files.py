@@ -17,8 +17,9 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from datamodules.data_sets import load_rows, load_split
+from datamodules.data_sets import load_split
 from datamodules.pairs import SIDES, PairsDataModule
+from datamodules.stored import load_rows
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
@@ -269,7 +270,7 @@ class PreferenceFilesDataModule(PairsDataModule):
 
     Args:
         train, validation: where they are; images are encoded once.
-        folder, collect_batch_size, batch_size: see `PairsDataModule`.
+        folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
 
     def __init__(
@@ -281,18 +282,15 @@ class PreferenceFilesDataModule(PairsDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, check, encode and score everything before training starts."""
-        assert self.trainer is not None
         decoder: Any = self.trainer.lightning_module.decoder
         for name, source in self.files.items():
             if name in self._made:
                 continue
             key = source.cache_key() if self.trainer.is_global_zero else ""
-            about = [self.trainer.strategy.broadcast(key), decoder.cache_key()]
-            pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
-            self._made[name] = load_rows(pairs)
+            made_with = {"file": self.trainer.strategy.broadcast(key), "decoder": decoder.cache_key()}
+            self._made[name] = load_rows(self._stored(f"{name}-pairs", made_with, partial(self._read, source, decoder)))
 
     def _read(self, source: PreferenceFile, decoder: TokenDecoder) -> Dataset:
-        assert self.trainer is not None
         decoder.to(self.trainer.strategy.root_device)  # where Lightning puts it later anyway
         return self._with_reference(source.encode(decoder, self.collect_batch_size), decoder)
 

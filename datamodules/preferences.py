@@ -12,13 +12,13 @@ from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.data_sets import load_rows
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
-from datamodules.rollouts import RolloutSpec, collect, find, gone, provenance
+from datamodules.rollouts import RolloutCollector, RolloutSpec
+from datamodules.stored import load_rows
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.cache_key import digest, key_of
+from lightning_modules.cache_key import key_of
 from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.verifier import Reward
@@ -71,7 +71,7 @@ class PreferencesDataModule(PairsDataModule):
         epochs_per_round: epochs after which new rollouts are made (the Trainer's
             `reload_dataloaders_every_n_epochs`); null for one round.
         seed: of all images.
-        folder, collect_batch_size, batch_size: see `PairsDataModule`.
+        folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
 
     trains_sharded = False  # the policy decodes its rollouts with whole weights
@@ -103,7 +103,6 @@ class PreferencesDataModule(PairsDataModule):
         self.reference = reference
         self.epochs_per_round = epochs_per_round
         self.seed = seed
-        self._folders: dict[str, str] = {}  # where pairs are or were; the last part of the path says what made them
         self._start: dict[str, Tensor] | None = None  # all weights before training, where they are needed again
         self._start_key = ""
 
@@ -112,12 +111,6 @@ class PreferencesDataModule(PairsDataModule):
         """Names of the judges that have a say in what is trained on."""
         proposing = {name for spec in self.train.values() for name in spec.strategy.judge_names}
         return {name for name, weight in self.scores.items() if weight} | proposing
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"folders": dict(self._folders)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._folders = dict(state_dict["folders"])
 
     def setup(self, stage: str) -> None:
         """Refuse scores of unknown judges; keep the weights before training, if they are a reference.
@@ -129,7 +122,6 @@ class PreferencesDataModule(PairsDataModule):
         for name in self.scores:
             if name not in known:
                 raise ValueError(f"data.scores names the judge {name!r}; there are: {', '.join(known)}")
-        assert self.trainer is not None
         restored = stage == "test" and not self._folders  # a checkpoint may follow
         if restored or (self.reference == "run" and stage == "fit"):
             module: Any = self.trainer.lightning_module
@@ -137,21 +129,19 @@ class PreferencesDataModule(PairsDataModule):
             self._start_key = fingerprint(module.decoder)
 
     def _judges(self) -> dict[str, Any]:
-        assert self.trainer is not None
         own: Any = self.trainer.lightning_module.judges
         return {**self.reward.kinds(), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
-        assert self.trainer is not None
         round_length = self.epochs_per_round if name == "train" else None
         round_index = self.trainer.current_epoch // round_length if round_length else 0
         key = f"{name}-{round_index}"
         known = self._folders.get(key)
-        folder = find(known, self.folder) if known else None
+        folder = self.cache.find(known) if known else None
         if folder is None:
             specs = self.train if name == "train" else {"plain": self.validation}
             if known and (round_index or self._start is None):
-                raise gone(known, self.folder)
+                raise self.cache.gone(known)
             with self._before_training() if known else nullcontext():
                 folder = self._make(name, specs, round_index)
         self._folders[key] = str(folder.absolute())
@@ -160,7 +150,7 @@ class PreferencesDataModule(PairsDataModule):
     @contextmanager
     def _before_training(self) -> Iterator[None]:
         """All weights as they were before training, in the place of the present ones: there is one model in memory."""
-        assert self.trainer is not None and self._start is not None
+        assert self._start is not None
         module = self.trainer.lightning_module
         present = {key: value.clone() for key, value in module.state_dict().items()}
         module.load_state_dict(self._start)
@@ -171,23 +161,25 @@ class PreferencesDataModule(PairsDataModule):
 
     def _make(self, name: str, specs: Mapping[str, RolloutSpec], round_index: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
-        assert self.trainer is not None
-        trainer = self.trainer
-        decoder: Any = trainer.lightning_module.decoder
+        decoder: Any = self.trainer.lightning_module.decoder
         judges = self._judges()
         seed = image_seed(self.seed, round_index) if round_index else self.seed
-        sets, made_with = [], []
-        for set_name, whole in specs.items():
-            spec = whole.of_round(round_index)
-            made_with.append(provenance(spec, decoder, judges, self.reward, seed))
-            run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
-            folder = self.folder / f"{set_name}-{digest(made_with[-1])}"
-            sets.append(collect(spec, folder, decoder, judges, self.reward, seed, self.collect_batch_size, False, *run))
-        scored_by = {name: judges[name].cache_key() for name in self.scores if name not in _LABELS}
-        about: list[Any] = [made_with, key_of(self.rule), key_of(self.scores), scored_by]
-        if self._refers_to_start:
-            about.append(self._start_key)
-        return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))
+        collector = RolloutCollector(decoder, judges, self.reward, seed, self.collect_batch_size)
+        sets = {set_name: spec.of_round(round_index) for set_name, spec in specs.items()}
+        rollouts = concatenate_datasets(
+            [
+                collector.collect(spec, collector.parts(self.cache.root, set_name, spec), self.trainer)
+                for set_name, spec in sets.items()
+            ]
+        )
+        made_with = {
+            "rollouts": [collector.key(spec) for spec in sets.values()],
+            "rule": key_of(self.rule),
+            "scores": key_of(self.scores),
+            "judges": {name: judges[name].cache_key() for name in self.scores if name not in _LABELS},
+            "reference": self._start_key if self._refers_to_start else None,
+        }
+        return self._stored(f"{name}-pairs", made_with, lambda: self._pair(name, rollouts, decoder))
 
     def _pair(self, name: str, rollouts: Dataset, decoder: TokenDecoder) -> Dataset:
         columns: Mapping[str, list[Any]] = rollouts.to_dict()
