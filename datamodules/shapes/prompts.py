@@ -16,14 +16,11 @@ from datamodules.prompt_templates import (
     Metadata,
     Split,
     check_split,
-    color_attr,
-    colors,
-    counting,
+    clause,
     pick,
     plural,
     position,
-    single_object,
-    two_object,
+    prompt_row,
 )
 from datamodules.shapes.world import CLASSES, PALETTE
 from lightning_modules.rewards.geneval import RELATIONS
@@ -60,12 +57,12 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     triples = ((a, r, b) for a, r, b in product(CLASSES, RELATIONS, CLASSES) if a != b)
     different = [(a, b) for a, b in product(colored, colored) if a[0] != b[0] and a[1] != b[1]]
     pool = {
-        "single_object": [single_object(name) for name in CLASSES],
-        "two_object": [two_object(a, b) for pair in pairs for a, b in (pair, pair[::-1])],
-        "counting": [counting(name, n) for name, n in product(CLASSES, NUMBERS)],
-        "colors": [colors(name, color) for name, color in colored],
+        "single_object": [prompt_row("single_object", clause(name)) for name in CLASSES],
+        "two_object": [prompt_row("two_object", clause(a), clause(b)) for pair in pairs for a, b in (pair, pair[::-1])],
+        "counting": [prompt_row("counting", clause(name, count=n)) for name, n in product(CLASSES, NUMBERS)],
+        "colors": [prompt_row("colors", clause(*pair)) for pair in colored],
         "position": [position(*triple) for triple in _divide("triple", triples, split)],
-        "color_attr": [color_attr(a, b) for a, b in different],
+        "color_attr": [prompt_row("color_attr", clause(*a), clause(*b)) for a, b in different],
     }
     for task, prompts in pool.items():
         random.Random(f"order {task}").shuffle(prompts)
