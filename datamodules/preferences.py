@@ -29,11 +29,13 @@ _LABELS = {"geneval": "reward", "clauses": "clauses"}
 
 @torch.no_grad()
 def ensemble(
-    decoder: TokenDecoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
+    decoder: TokenDecoder,
+    judges: Judges,
+    weights: Mapping[str, float],
+    columns: Mapping[str, list[Any]],
+    batch_size: int,
 ) -> np.ndarray:
     """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
-    wanted = ["prompt", "metadata", "tokens", *_LABELS.values()]
-    columns: Mapping[str, list[Any]] = rollouts.select_columns(wanted).to_dict()
     metadata = [json.loads(text) for text in columns["metadata"]]
     tokens = torch.tensor(columns["tokens"], device=next(decoder.parameters()).device)
     scores = np.zeros(len(tokens))
@@ -42,20 +44,19 @@ def ensemble(
             label = np.array(columns[_LABELS[name]]).reshape(len(tokens), -1)
             scores += weight * np.nanmean(label, axis=1)
             continue
-        judge = judges[name]
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
             features = decoder.features(columns["prompt"][part], tokens[part])
-            values = judged(judge, decoder, metadata[part], tokens[part], features)
-            scores[part] += weight * judge.as_probability(values).cpu().numpy()
+            values = judged(judges[name], decoder, metadata[part], tokens[part], features)
+            scores[part] += weight * judges[name].as_probability(values).cpu().numpy()
     return scores
 
 
 class PreferencesDataModule(PairsDataModule):
     """Pairs of the LightningModule's own decoder's rollouts.
 
-    In iterative DPO a new round of rollouts comes from the policy as it then is. A resumed run goes on with the pairs
-    that it had.
+    Iterative DPO makes new rollouts, with the policy as it then is, whenever the Trainer reloads its data
+    (`reload_dataloaders_every_n_epochs`; 0: never). A resumed run keeps the pairs that it had.
 
     Args:
         reward: labels the images (`geneval`).
@@ -68,8 +69,6 @@ class PreferencesDataModule(PairsDataModule):
         validation: rollouts of prompts that are neither trained nor evaluated on.
         rule: how rollouts become pairs.
         reference: whose log-probabilities pairs are given: the policy's at the start of the `round` or of the `run`.
-        epochs_per_round: epochs after which new rollouts are made (the Trainer's
-            `reload_dataloaders_every_n_epochs`); null for one round.
         seed: of all images.
         folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
@@ -85,7 +84,6 @@ class PreferencesDataModule(PairsDataModule):
         validation: RolloutSpec,
         rule: PairRule,
         reference: Literal["round", "run"],
-        epochs_per_round: int | None,
         seed: int,
         folder: str,
         collect_batch_size: int,
@@ -94,15 +92,9 @@ class PreferencesDataModule(PairsDataModule):
         super().__init__(folder, batch_size, collect_batch_size)
         if reference not in ("round", "run"):
             raise ValueError(f"data.reference must be 'round' or 'run', not {reference!r}")
-        self.reward = reward
-        self.rewards = rewards
-        self.scores = scores
-        self.train = train
-        self.validation = validation
-        self.rule = rule
-        self.reference = reference
-        self.epochs_per_round = epochs_per_round
-        self.seed = seed
+        self.reward, self.rewards, self.scores = reward, rewards, scores
+        self.train, self.validation = train, validation
+        self.rule, self.reference, self.seed = rule, reference, seed
         self._start: dict[str, Tensor] | None = None  # all weights before training, where they are needed again
         self._start_key = ""
 
@@ -133,8 +125,8 @@ class PreferencesDataModule(PairsDataModule):
         return {**self.reward.kinds(), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
-        round_length = self.epochs_per_round if name == "train" else None
-        round_index = self.trainer.current_epoch // round_length if round_length else 0
+        epochs = self.trainer.reload_dataloaders_every_n_epochs if name == "train" else 0
+        round_index = self.trainer.current_epoch // epochs if epochs else 0
         key = f"{name}-{round_index}"
         known = self._folders.get(key)
         folder = self.cache.find(known) if known else None
@@ -149,7 +141,7 @@ class PreferencesDataModule(PairsDataModule):
 
     @contextmanager
     def _before_training(self) -> Iterator[None]:
-        """All weights as they were before training, in the place of the present ones: there is one model in memory."""
+        """Put the weights as they were before training in the place of the present ones: one model is in memory."""
         assert self._start is not None
         module = self.trainer.lightning_module
         present = {key: value.clone() for key, value in module.state_dict().items()}
@@ -166,12 +158,9 @@ class PreferencesDataModule(PairsDataModule):
         seed = image_seed(self.seed, round_index) if round_index else self.seed
         collector = RolloutCollector(decoder, judges, self.reward, seed, self.collect_batch_size)
         sets = {set_name: spec.of_round(round_index) for set_name, spec in specs.items()}
-        rollouts = concatenate_datasets(
-            [
-                collector.collect(spec, collector.parts(self.cache.root, set_name, spec), self.trainer)
-                for set_name, spec in sets.items()
-            ]
-        )
+        parts = {set_name: collector.parts(self.cache.root, set_name, spec) for set_name, spec in sets.items()}
+        collected = [collector.collect(spec, parts[set_name], self.trainer) for set_name, spec in sets.items()]
+        rollouts = concatenate_datasets(collected)
         made_with = {
             "rollouts": [collector.key(spec) for spec in sets.values()],
             "rule": key_of(self.rule),
@@ -186,12 +175,12 @@ class PreferencesDataModule(PairsDataModule):
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]
         surplus = [max(0, found - wanted) for found, wanted in zip(columns["objects"], asked, strict=True)]
-        scores = ensemble(decoder.eval(), self._judges(), self.scores, rollouts, self.collect_batch_size)
+        scores = ensemble(decoder.eval(), self._judges(), self.scores, columns, self.collect_batch_size)
         pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], scores.tolist(), surplus, self.rule)
         if not pairs:
             raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ; nothing to learn from")
         rank_zero_info(f"{name}: {len(pairs)} pairs; dropped: {dict(dropped)}")
-        rows = {"chosen": [pair.chosen for pair in pairs], "rejected": [pair.rejected for pair in pairs]}
+        rows = {side: [getattr(pair, side) for pair in pairs] for side in SIDES}
         shares = [pair.margin if self.rule.weigh_margins else 1.0 for pair in pairs]
         made = {
             "prompt": [columns["prompt"][row] for row in rows["chosen"]],
@@ -200,10 +189,8 @@ class PreferencesDataModule(PairsDataModule):
         }
         for side in SIDES:
             made[side] = [columns["tokens"][row] for row in rows[side]]
-            for source, label in LABELS.items():
+            for source, label in {**LABELS, "settings": "settings", "seed": "seed"}.items():
                 made[f"{side}_{label}"] = [columns[source][row] for row in rows[side]]
-            for source in ("settings", "seed"):
-                made[f"{side}_{source}"] = [columns[source][row] for row in rows[side]]
         with self._before_training() if self._refers_to_start else nullcontext():
             return self._with_reference(Dataset.from_dict(made), decoder)
 
