@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable
 from functools import cache
 from itertools import combinations, product
 
-from datamodules.prompt_templates import NUMBERS, Metadata, Split, check_split, clause, position, prompt_row
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, by_task, check_split, clause, make_row, position
 from lightning_modules.backbone.loading import BUNDLED
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, RELATIONS
@@ -42,12 +42,11 @@ def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
 
 
 @cache
-def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
+def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
     """All prompts of a split, by task; but for the official ones in an order that is shuffled once and for all."""
     check_split(split)
     if split == "evaluation":
-        tasks = dict.fromkeys(row["tag"] for row in official_prompts())
-        return {task: tuple(row for row in official_prompts() if row["tag"] == task) for task in tasks}
+        return by_task(official_prompts())
     held_out = {combination for row in official_prompts() for combination in _combinations(row)}
 
     def own(kind: str, items: Iterable[tuple]) -> list[tuple]:
@@ -63,19 +62,19 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     partners = ((a, b) for i, a in enumerate(colored) for b in (colored[i + 1 :] + colored[:i])[:_PARTNERS])
     pool = {
         "two_object": [
-            prompt_row("two_object", *map(clause, names))
+            make_row("two_object", *map(clause, names))
             for pair in own("pair", combinations(CLASS_NAMES, 2))
             for names in (pair, pair[::-1])
         ],
         "counting": [
-            prompt_row("counting", clause(name, count=n)) for name, n in own("count", product(CLASS_NAMES, NUMBERS))
+            make_row("counting", clause(name, count=n)) for name, n in own("count", product(CLASS_NAMES, NUMBERS))
         ],
-        "colors": [prompt_row("colors", clause(*pair)) for pair in colored],
+        "colors": [make_row("colors", clause(*pair)) for pair in colored],
         "position": [position(*triple) for triple in own("triple", triples)],
         "color_attr": [
-            prompt_row("color_attr", clause(*a), clause(*b)) for a, b in partners if a[0] != b[0] and a[1] != b[1]
+            make_row("color_attr", clause(*a), clause(*b)) for a, b in partners if a[0] != b[0] and a[1] != b[1]
         ],
     }
     for task, prompts in pool.items():
         random.Random(f"coco order {task}").shuffle(prompts)
-    return {task: tuple(prompts) for task, prompts in pool.items()}
+    return pool

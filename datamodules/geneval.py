@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.coco_prompts import OFFICIAL_FILE, prompt_pool
 from datamodules.data_sets import load_split
-from datamodules.prompt_templates import Metadata, Split, pick
+from datamodules.prompt_templates import Metadata, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval import CLASS_NAMES, read_prompts, validate_metadata
 
@@ -99,11 +99,7 @@ def _checked(
 ) -> list[Metadata]:
     if official and (found := differences(rows)):
         raise ValueError(f"{where}: these are not the official prompts: {'; '.join(found)}")
-    if per_task is None:
-        return rows
-    return pick(
-        {task: [row for row in rows if row["tag"] == task] for task in {row["tag"]: 0 for row in rows}}, per_task
-    )
+    return rows if per_task is None else pick(by_task(rows), per_task)
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:

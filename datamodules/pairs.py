@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.stored import StoredDataModule, get_rows
+from datamodules.data_sets import StoredDataModule, get_rows
 from lightning_modules.artifacts import Key
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint

@@ -18,10 +18,9 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from datamodules.data_sets import load_split
+from datamodules.data_sets import load_rows, load_split
 from datamodules.images import as_pixels
 from datamodules.pairs import SIDES, PairsDataModule
-from datamodules.stored import load_rows
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint

@@ -12,9 +12,9 @@ from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from datamodules.data_sets import load_rows
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
 from datamodules.rollouts import RolloutCollector, RolloutSpec
-from datamodules.stored import load_rows
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
@@ -125,8 +125,8 @@ class PreferencesDataModule(PairsDataModule):
         return {**self.reward.kinds(), **self.rewards, **own}
 
     def _pairs(self, name: str) -> Dataset:
-        epochs = self.trainer.reload_dataloaders_every_n_epochs if name == "train" else 0
-        round_index = self.trainer.current_epoch // epochs if epochs else 0
+        epochs: int = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        round_index = self.trainer.current_epoch // epochs if epochs and name == "train" else 0
         key = f"{name}-{round_index}"
         known = self._folders.get(key)
         folder = self.cache.find(known) if known else None

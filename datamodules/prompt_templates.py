@@ -30,7 +30,7 @@ def _phrase(part: Metadata) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def prompt_row(task: str, *include: Metadata) -> Metadata:
+def make_row(task: str, *include: Metadata) -> Metadata:
     """Return GenEval metadata of a task with the sentence that says its clauses; `counting` asks for no more than that.
 
     In `position` the second clause says where its object is, seen from that of the first: 'a photo of a SECOND left of
@@ -47,14 +47,14 @@ def prompt_row(task: str, *include: Metadata) -> Metadata:
 
 def position(name: str, relation: str, target: str) -> Metadata:
     """Return GenEval metadata for 'a photo of a NAME RELATION a TARGET'."""
-    return prompt_row("position", clause(target), clause(name) | {"position": [relation, 0]})
+    return make_row("position", clause(target), clause(name) | {"position": [relation, 0]})
 
 
 def change_clause(row: Metadata, index: int, **changes: Any) -> Metadata:
     """Return the prompt of the same task with other values in one of its clauses."""
     include = list(row["include"])
     include[index] = include[index] | changes
-    return prompt_row(row["tag"], *include)
+    return make_row(row["tag"], *include)
 
 
 def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, int] | None) -> list[Metadata]:
@@ -74,6 +74,11 @@ def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, in
         if count < 1:
             raise ValueError(f"per_task must be at least 1, not {count} ({task})")
     return [pool[task][i % len(pool[task])] for task, count in counts.items() for i in range(count)]
+
+
+def by_task(rows: Sequence[Metadata]) -> dict[str, list[Metadata]]:
+    """Sort prompts by their task, in the order in which tasks first occur."""
+    return {task: [row for row in rows if row["tag"] == task] for task in dict.fromkeys(row["tag"] for row in rows)}
 
 
 def check_split(split: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.stored import StoredDataModule, get_rows, load_rows
+from datamodules.data_sets import StoredDataModule, get_rows, load_rows
 from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.artifacts import open_folder as open_folder
 from lightning_modules.artifacts import refuse_unmarked as refuse_unmarked
@@ -124,7 +124,7 @@ class RolloutCollector:
 
     def is_whole(self, spec: RolloutSpec, folder: Path) -> bool:
         """Tell whether a folder holds all batches of a set."""
-        return all(_path(ArtifactCache(folder), rows).is_dir() for rows in self._batches(spec))
+        return all(ArtifactCache(folder).path(*_part(rows)).is_dir() for rows in self._batches(spec))
 
     def collect(self, spec: RolloutSpec, parts: ArtifactCache, trainer: Trainer) -> Dataset:
         """Collect what is still missing of a set, together with the other ranks, and return all of it.
@@ -138,7 +138,7 @@ class RolloutCollector:
         """
         batches, rank = self._batches(spec), trainer.global_rank
         # Which batches are a rank's own must not depend on what the other ranks have finished by now.
-        missing = [rows for rows in batches[rank :: trainer.world_size] if not _path(parts, rows).is_dir()]
+        missing = [rows for rows in batches[rank :: trainer.world_size] if not parts.path(*_part(rows)).is_dir()]
         if missing:
             self.labels.prepare(next(self.decoder.parameters()).device)
         with tqdm(total=sum(map(len, missing)), desc="Rollouts", unit="image", disable=rank > 0 or not missing) as bar:
@@ -148,7 +148,7 @@ class RolloutCollector:
                 get_rows(parts, *_part(rows), partial(self._decode, spec, rows))
                 bar.update(len(rows))
         trainer.strategy.barrier("collected")
-        return concatenate_datasets([load_rows(_path(parts, rows)) for rows in batches])
+        return concatenate_datasets([load_rows(parts.path(*_part(rows))) for rows in batches])
 
     def _batches(self, spec: RolloutSpec) -> list[range]:
         """Return the rows of each batch; row r is sample r % samples of prompt r // samples."""
@@ -204,10 +204,6 @@ class RolloutCollector:
 def _part(rows: range) -> tuple[str, Key]:
     """Return the name and the key of a batch among the parts of a set."""
     return f"part-{rows.start:06d}", {"rows": [rows.start, rows.stop]}
-
-
-def _path(parts: ArtifactCache, rows: range) -> Path:
-    return parts.path(*_part(rows))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from datamodules.prompt_templates import NUMBERS, Metadata, Split, change_clause, prompt_row
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, change_clause, make_row
 from datamodules.shapes.prompts import ANYTHING, COLORS, RELATIONS, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import CLASSES, SIZE
@@ -57,7 +57,7 @@ def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
         yield from (("count", change_clause(row, 0, count=count)) for count in NUMBERS)
     if row["tag"] in ("position", "color_attr"):
         swapped = [own | {"class": other["class"]} for own, other in zip(clauses, clauses[::-1], strict=True)]
-        yield "order", prompt_row(row["tag"], *swapped)
+        yield "order", make_row(row["tag"], *swapped)
 
 
 @cache

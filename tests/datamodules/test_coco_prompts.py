@@ -6,7 +6,7 @@ import pytest
 
 from datamodules.coco_prompts import official_prompts, prompt_pool
 from datamodules.geneval import differences, prompts_from_coco, prompts_from_file
-from datamodules.prompt_templates import SPLITS, prompt_row
+from datamodules.prompt_templates import SPLITS, make_row
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS, validate_metadata
 
 
@@ -28,7 +28,7 @@ def named(rows: Any) -> tuple[set, ...]:
 
 def test_the_bundled_prompts_are_the_official_ones_and_say_what_the_templates_say() -> None:
     assert differences(official_prompts()) == []
-    assert [prompt_row(row["tag"], *row["include"]) for row in official_prompts()] == list(official_prompts())
+    assert [make_row(row["tag"], *row["include"]) for row in official_prompts()] == list(official_prompts())
     assert prompts_from_file("bundled:geneval_prompts", official=True) == list(official_prompts())
     few = prompts_from_file("bundled:geneval_prompts", official=True, per_task={"colors": 2})
     assert few == [row for row in official_prompts() if row["tag"] == "colors"][:2]
