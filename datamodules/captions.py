@@ -107,8 +107,7 @@ class CaptionsDataModule(StreamDataModule[CaptionPair]):
         }
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        trainer = self.trainer
-        if self.repaint is None or trainer is None or not trainer.training:
+        if self.repaint is None or not self.trainer.training:
             return batch
-        module: Any = trainer.lightning_module
+        module: Any = self.trainer.lightning_module
         return self.repaint(module.decoder, batch)

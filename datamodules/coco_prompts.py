@@ -7,22 +7,11 @@ keeps some of the others to itself. "a photo of a bench" and the like have no ot
 """
 
 import random
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from functools import cache
 from itertools import combinations, product
 
-from datamodules.prompt_templates import (
-    NUMBERS,
-    Metadata,
-    Split,
-    check_split,
-    color_attr,
-    colors,
-    counting,
-    pick,
-    position,
-    two_object,
-)
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, by_task, check_split, clause, make_row, position
 from lightning_modules.backbone.loading import BUNDLED
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, RELATIONS
@@ -53,12 +42,11 @@ def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
 
 
 @cache
-def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
+def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
     """All prompts of a split, by task; but for the official ones in an order that is shuffled once and for all."""
     check_split(split)
     if split == "evaluation":
-        tasks = dict.fromkeys(row["tag"] for row in official_prompts())
-        return {task: tuple(row for row in official_prompts() if row["tag"] == task) for task in tasks}
+        return by_task(official_prompts())
     held_out = {combination for row in official_prompts() for combination in _combinations(row)}
 
     def own(kind: str, items: Iterable[tuple]) -> list[tuple]:
@@ -74,18 +62,19 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     partners = ((a, b) for i, a in enumerate(colored) for b in (colored[i + 1 :] + colored[:i])[:_PARTNERS])
     pool = {
         "two_object": [
-            two_object(*names) for pair in own("pair", combinations(CLASS_NAMES, 2)) for names in (pair, pair[::-1])
+            make_row("two_object", *map(clause, names))
+            for pair in own("pair", combinations(CLASS_NAMES, 2))
+            for names in (pair, pair[::-1])
         ],
-        "counting": [counting(*count) for count in own("count", product(CLASS_NAMES, NUMBERS))],
-        "colors": [colors(*pair) for pair in colored],
+        "counting": [
+            make_row("counting", clause(name, count=n)) for name, n in own("count", product(CLASS_NAMES, NUMBERS))
+        ],
+        "colors": [make_row("colors", clause(*pair)) for pair in colored],
         "position": [position(*triple) for triple in own("triple", triples)],
-        "color_attr": [color_attr(a, b) for a, b in partners if a[0] != b[0] and a[1] != b[1]],
+        "color_attr": [
+            make_row("color_attr", clause(*a), clause(*b)) for a, b in partners if a[0] != b[0] and a[1] != b[1]
+        ],
     }
     for task, prompts in pool.items():
         random.Random(f"coco order {task}").shuffle(prompts)
-    return {task: tuple(prompts) for task, prompts in pool.items()}
-
-
-def coco_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """GenEval metadata for prompts of each task that a split has; see `prompt_templates.pick`."""
-    return pick(prompt_pool(split), per_task)
+    return pool

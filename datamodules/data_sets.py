@@ -1,10 +1,16 @@
-"""Data sets of `datasets`, from a folder or from the Hugging Face hub."""
+"""Data sets of `datasets`: from a folder or the Hugging Face hub, or made by runs and stored by what made them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
+from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 
+from datamodules.loaders import make_loader
+from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.broken_files import first_line
 
 
@@ -29,8 +35,19 @@ def load_split(path: str, split: str) -> Dataset:
     return found.with_format(None)  # rows are to be plain values, whatever they were when they were written
 
 
+def get_rows(cache: ArtifactCache, name: str, key: Key, make: Callable[[], Dataset]) -> Path:
+    """Return the folder of a data set in a cache, which is made first if it is not there; see `ArtifactCache.get`."""
+
+    def write(partial: Path) -> None:
+        rows = make()
+        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
+        rows.save_to_disk(str(partial))
+
+    return cache.get(name, key, write)
+
+
 def load_rows(folder: Path) -> Dataset:
-    """The rows of a folder that this project has written.
+    """Load the data set of a folder that this project has written.
 
     Raises:
         ValueError: a file of it is broken; the sentence names the folder.
@@ -39,3 +56,35 @@ def load_rows(folder: Path) -> Dataset:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is broken ({first_line(error)}): remove it, and it is made again") from error
+
+
+class StoredDataModule(LightningDataModule):
+    """Loaders of stored rows, and the folders of these in a checkpoint.
+
+    Args:
+        folder: where rows are stored.
+        batch_size: rows a training batch, per rank.
+        collect_batch_size: images decoded, encoded or scored at a time; rows a batch of validation and test.
+    """
+
+    trainer: Trainer  # it calls the hooks, so there is one
+
+    def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
+        super().__init__()
+        self.cache = ArtifactCache(folder, type(self).__module__)
+        self.batch_size = batch_size
+        self.collect_batch_size = collect_batch_size
+        self._folders: dict[str, str] = {}  # of each set, as the run has seen it; the name says what made it
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folders": dict(self._folders)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._folders = dict(state_dict["folders"])
+
+    def _loader(
+        self, rows: Dataset, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], train: bool
+    ) -> DataLoader[dict[str, Any]]:
+        """Load batches of training in a new order every epoch, others in the order of the rows."""
+        batch_size = self.batch_size if train else self.collect_batch_size
+        return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)

@@ -1,36 +1,26 @@
 """GenEval prompts: the embedded shapes prompts, or files and data sets in the official format."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from datamodules.coco_prompts import OFFICIAL_FILE, coco_prompts
+from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
 from datamodules.data_sets import load_split
-from datamodules.loaders import make_loader
-from datamodules.prompt_templates import Metadata, Split, pick
-from datamodules.shapes.prompts import shapes_prompts
+from datamodules.prompt_templates import Metadata, Split, by_task, pick
+from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval import CLASS_NAMES, read_prompts, validate_metadata
 
-# The official prompts of each task, 553 in all, and a digest of them, whatever their order.
-OFFICIAL = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 OFFICIAL_IMAGES = 4  # of each prompt
-_OFFICIAL_DIGEST = "ac3c481628128939793c13827f94fb83c9bc0a7efef1c29bfbe1c117c8c99e5e"
-
-
-def prompts_from_shapes(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """`per_task` prompts of each task, or of those that it names, from a split of the shapes world; null for all."""
-    return shapes_prompts(split, per_task)
 
 
 def prompts_from_coco(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """`per_task` prompts of each task, or of those that it names, about COCO's classes; null for all."""
-    return coco_prompts(split, per_task)
+    """Return `per_task` prompts of each task, or of those that it names, about COCO's classes; null for all."""
+    return pick(prompt_pool(split), per_task)
 
 
 def prompts_from_file(
@@ -105,11 +95,7 @@ def _checked(
 ) -> list[Metadata]:
     if official and (found := differences(rows)):
         raise ValueError(f"{where}: these are not the official prompts: {'; '.join(found)}")
-    if per_task is None:
-        return rows
-    return pick(
-        {task: [row for row in rows if row["tag"] == task] for task in {row["tag"]: 0 for row in rows}}, per_task
-    )
+    return rows if per_task is None else pick(by_task(rows), per_task)
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -122,11 +108,13 @@ def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What sets prompts apart from the official 553, a phrase each: missing, surplus, repeated, altered."""
-    distinct = {json.dumps(row, sort_keys=True): row["tag"] for row in rows}
-    counts = Counter(distinct.values())
-    found = [f"{counts[task]} of {total} {task} prompts" for task, total in OFFICIAL.items() if counts[task] != total]
+    official, distinct = (
+        {json.dumps(row, sort_keys=True): row["tag"] for row in each} for each in (official_prompts(), rows)
+    )
+    totals, counts = Counter(official.values()), Counter(distinct.values())
+    found = [f"{counts[task]} of {total} {task} prompts" for task, total in totals.items() if counts[task] != total]
     found += repeated(rows)
-    if not found and hashlib.sha256("\n".join(sorted(distinct)).encode()).hexdigest() != _OFFICIAL_DIGEST:
+    if not found and distinct.keys() != official.keys():
         found.append("some have other words or clauses")
     return found
 
@@ -149,39 +137,33 @@ class PromptsDataModule(LightningDataModule):
     Args:
         prompts: GenEval metadata.
         images_per_prompt: samples of each.
-        folder: in GenEval's layout; null makes every image.
+        folder: in GenEval's layout.
         batch_size: images a batch, per rank.
     """
 
-    def __init__(
-        self, prompts: Sequence[Metadata], images_per_prompt: int, folder: str | None, batch_size: int
-    ) -> None:
+    trainer: Trainer
+
+    def __init__(self, prompts: Sequence[Metadata], images_per_prompt: int, folder: str, batch_size: int) -> None:
         super().__init__()
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
         self.prompts, self.images_per_prompt = prompts, images_per_prompt
-        self.folder = folder
+        self.folder = Path(folder)
         self.batch_size = batch_size
 
     def jobs(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
-        """All of a rank's images."""
+        """Return all of a rank's images."""
         own = range(rank, len(self.prompts), world_size)
         return [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
-        """Those that are not there yet; an empty file is what a full disk or a broken copy leaves."""
-        jobs = self.jobs(rank, world_size)
-        if self.folder is None:
-            return jobs
-        paths = [Path(self.folder) / sample_path(*job[:2]) for job in jobs]
-        return [job for job, path in zip(jobs, paths, strict=True) if not path.is_file() or not path.stat().st_size]
+        """Return those that are not there yet; an empty file is what a full disk or a broken copy leaves."""
+        return [
+            job
+            for job in self.jobs(rank, world_size)
+            if not (path := self.folder / sample_path(*job[:2])).is_file() or not path.stat().st_size
+        ]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None
         jobs = self.missing(self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(jobs, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The prompts; a model that is only evaluated has nothing else to be tested on."""
-        assert self.trainer is not None
-        return make_loader(self.prompts, self.trainer, self.batch_size, list, train=False)  # type: ignore[arg-type]

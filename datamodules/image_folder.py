@@ -7,22 +7,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 
+from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.broken_files import read_json
-from lightning_modules.cache_key import digest
-from lightning_modules.files import refuse_unwritable, write_text
+from lightning_modules.files import write_text
 from lightning_modules.image_reader import UnreadableImage, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval import validate_metadata
 
-_FORMAT = 2  # of stored results; another one when they change, so that older ones are not taken for new ones
 _NUMBER = "[0-9]+"  # what folders of prompts are called
 _NAMED = 5  # faulty folders that an error names
 
@@ -48,10 +47,10 @@ class PromptFolder:
         return f"{self.path.name}/samples/{file}"
 
     @cached_property
-    def stamp(self) -> str:
-        """A hash of the prompt and of the bytes of its images, as they are when it is first asked."""
+    def key(self) -> dict[str, Any]:
+        """What is judged: the prompt, and the bytes of its images as they are when this is first asked."""
         images = {file: _content(self.path / "samples" / file) for file in self.files}
-        return digest([self.metadata, images, self.others])
+        return {"prompt": self.metadata, "images": images, "others": self.others}
 
 
 def _content(path: Path) -> str | None:
@@ -164,25 +163,31 @@ def read(folder: PromptFolder, side: int | None) -> Images:
     return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
 
 
+def _read_all(side: int | None, folders: Sequence[PromptFolder]) -> list[Images]:
+    return [read(folder, side) for folder in folders]
+
+
 class ScoreStore:
-    """Results of prompts, a file each, written whole or not at all, so that scoring goes on where it was killed.
+    """Results of prompts, a file each, written whole or not at all, so that a killed scoring is resumed.
 
     Several processes can use it at once. What is complete can be read where nothing can be written.
 
     Args:
-        folder: of all results.
+        root: of all results.
         judged_by: what decides the results; with anything else they are other results.
+        module: name of the module that judges; see `ArtifactCache`.
     """
 
-    def __init__(self, folder: str, judged_by: Mapping[str, Any]) -> None:
-        self.folder = Path(folder) / digest([_FORMAT, judged_by])
+    def __init__(self, root: str, judged_by: Mapping[str, Any], module: str = __name__) -> None:
+        self._parts = ArtifactCache(root, module).parts("scores", judged_by)
+        self.folder = self._parts.root
 
     def open(self) -> None:
         """Create the folder; raises OSError, naming it, if results cannot be kept there."""
-        refuse_unwritable(self.folder)
+        self._parts.open()
 
     def load(self, folder: PromptFolder) -> dict[str, Any] | None:
-        """The result of a prompt; None if there is none of these images yet, or none that can be read."""
+        """Return the result of a prompt; None if there is none of these images yet, or none that can be read."""
         path = self._path(folder)
         result = read_json(path) if path.is_file() else None
         return result if isinstance(result, dict) else None
@@ -192,20 +197,7 @@ class ScoreStore:
         write_text(self._path(folder), json.dumps(result))
 
     def _path(self, folder: PromptFolder) -> Path:
-        return self.folder / f"{folder.path.name}-{folder.stamp}.json"
-
-
-class _Reader(Dataset[list[Images]]):
-    """Whole batches of prompts."""
-
-    def __init__(self, batches: Sequence[Sequence[PromptFolder]], side: int | None) -> None:
-        self.batches, self.side = batches, side
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> list[Images]:
-        return [read(folder, self.side) for folder in self.batches[index]]
+        return self._parts.path(f"{folder.path.name}.json", folder.key)
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -222,18 +214,13 @@ class ImageFolderDataModule(LightningDataModule):
         num_workers: processes that read images.
     """
 
+    trainer: Trainer
+
     def __init__(
-        self,
-        folders: Sequence[PromptFolder],
-        side: int | None,
-        store: ScoreStore,
-        batch_size: int,
-        num_workers: int,
+        self, folders: Sequence[PromptFolder], side: int | None, store: ScoreStore, batch_size: int, num_workers: int
     ) -> None:
         super().__init__()
-        self.folders = folders
-        self.side = side
-        self.store = store
+        self.folders, self.side, self.store = folders, side, store
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
@@ -241,8 +228,9 @@ class ImageFolderDataModule(LightningDataModule):
         return batch
 
     def predict_dataloader(self) -> DataLoader[list[Images]]:
-        assert self.trainer is not None
         own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
         batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
-        missing = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
-        return DataLoader(_Reader(missing, self.side), batch_size=None, num_workers=self.num_workers)
+        missing: Any = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
+        return DataLoader(
+            missing, batch_size=None, collate_fn=partial(_read_all, self.side), num_workers=self.num_workers
+        )

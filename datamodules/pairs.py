@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.loaders import make_loader
-from datamodules.rollouts import store
+from datamodules.data_sets import StoredDataModule, get_rows
+from lightning_modules.artifacts import Key
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.cache_key import digest
 
 SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
@@ -140,38 +138,23 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-class PairsDataModule(LightningDataModule):
-    """Pairs with the log-probabilities that the reference gives them, stored by what made them and made once.
-
-    Args:
-        folder: where rollouts, pairs and log-probabilities are kept.
-        batch_size: pairs a training batch, per rank.
-        collect_batch_size: images decoded, encoded or scored at a time.
-    """
+class PairsDataModule(StoredDataModule):
+    """Pairs with the log-probabilities that the reference gives them, stored and made once."""
 
     gives = "pairs"
 
-    def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
-        super().__init__()
-        self.folder = Path(folder)
-        self.batch_size = batch_size
-        self.collect_batch_size = collect_batch_size
-
     @abstractmethod
     def _pairs(self, name: str) -> Dataset:
-        """The pairs of `train` (of this epoch) or `validation`, with reference log-probabilities."""
+        """Return the pairs of `train` (of this epoch) or `validation`, with reference log-probabilities."""
 
-    def _stored(self, name: str, about: Any, make: Callable[[], Dataset]) -> Path:
-        """The folder of a data set that `about` determines; rank 0 makes it if it is not there yet."""
-        assert self.trainer is not None
+    def _stored(self, name: str, key: Key, make: Callable[[], Dataset]) -> Path:
+        """Return the folder of pairs that `key` determines; rank 0 makes them if they are not there yet."""
         decoder: Any = self.trainer.lightning_module.decoder
-        about = [about, str(self.trainer.precision), decoder.likelihood_key]
-        folder = self.folder / f"{name}-{digest(about)}"
+        key = {**key, "precision": str(self.trainer.precision), "likelihood": decoder.likelihood_key}
         if self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            store(folder, make)
+            get_rows(self.cache, name, key, make)
         self.trainer.strategy.barrier()
-        return folder
+        return self.cache.path(name, key)
 
     def _with_reference(self, pairs: Dataset, decoder: TokenDecoder) -> Dataset:
         """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is.
@@ -179,10 +162,8 @@ class PairsDataModule(LightningDataModule):
         They are computed where and in the precision in which the policy will be trained: where that is the reference,
         they are the same to the last bit.
         """
-        assert self.trainer is not None
-        pairs = pairs.add_column("seed", list(range(len(pairs)))).add_column(
-            "decoder", [fingerprint(decoder)] * len(pairs)
-        )
+        made_for = [fingerprint(decoder)] * len(pairs)
+        pairs = pairs.add_column("seed", list(range(len(pairs)))).add_column("decoder", made_for)
         strategy = self.trainer.strategy
         strategy.precision_plugin.convert_module(decoder.eval().to(strategy.root_device))
         starts = range(0, len(pairs), self.collect_batch_size)
@@ -203,13 +184,11 @@ class PairsDataModule(LightningDataModule):
         return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
         self._pairs("validation")  # against the policy as it is before training
-        return make_loader(self._pairs("train"), self.trainer, self.batch_size, collate, train=True, shuffle=True)
+        return self._loader(self._pairs("train"), collate, train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
-        return make_loader(self._pairs("validation"), self.trainer, self.collect_batch_size, collate, train=False)
+        return self._loader(self._pairs("validation"), collate, train=False)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self.val_dataloader()

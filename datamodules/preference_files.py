@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,35 +19,46 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from datamodules.data_sets import load_rows, load_split
+from datamodules.images import as_pixels
 from datamodules.pairs import SIDES, PairsDataModule
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.image_reader import ImageSource, UnreadableImage, fit_square, hash_image, read_image
+from lightning_modules.image_reader import ImageSource, fit_square, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
 
 _LARGEST_WEIGHT = 1e6  # what is larger is a mistake, and overflows sooner or later
-_FIRST_IS_CHOSEN = {1: True, 0: False, 0.5: None}  # by the label
+_ORDER = {1: 1, 0: -1, 0.5: None}  # step through (`chosen`, `rejected`) that gives the better one first, by the label
 
 
 @dataclass(frozen=True)
 class _Image:
-    """An image that has yet to be read, and what sentences call it."""
+    """An image that has yet to be read, and its name in errors."""
 
     source: ImageSource
     name: str
 
 
+_Side = _Image | list[int]
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """A row whose form is right; what it holds has yet to be looked at. `place` is where it stands."""
+    """A row whose form is right; its images have yet to be read. The chosen side comes first."""
 
-    place: str
     prompt: str
-    chosen: _Image | list[int]
-    rejected: _Image | list[int]
+    sides: list[_Side]
     weight: float
     decoder: str | None
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Begin the sentences of errors with the place in the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -96,16 +108,15 @@ class PreferenceFile:
         return {name: column for name, column in self.columns.items() if column is not None}
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
-        """Rows with the place where they stand, for sentences about them."""
+        """Read rows, each with its place in the file."""
         if self._is_jsonl:
             yield from read_jsonl(self.path)
             return
         rows = load_split(self.path, self.split)
-        for column in self._named.values():
-            if column not in rows.column_names:
-                raise ValueError(
-                    f"{self.path}: there is no {column!r}; the columns are: {', '.join(rows.column_names)}"
-                )
+        with _naming(self.path):
+            for column in self._named.values():
+                if column not in rows.column_names:
+                    raise ValueError(f"there is no {column!r}; the columns are: {', '.join(rows.column_names)}")
         used = {*self._named.values(), "weight", "decoder"}
         rows = rows.select_columns([name for name in rows.column_names if name in used])
         # Undecoded, so that a broken image is found here, with its row.
@@ -115,22 +126,46 @@ class PreferenceFile:
         for number, row in enumerate(rows):
             yield f"{self.path}, row {number}", row
 
-    def _pairs(self, doing: str) -> Iterator[_Pair | None]:
-        """Rows of the right form; None for a tie. Says how far it is with what it is `doing`."""
+    def _pairs(self, doing: str) -> Iterator[tuple[str, _Pair | None]]:
+        """Read pairs of the right form with their places; None for a tie. The progress bar says what is `doing`."""
         for place, row in tqdm(self._rows(), desc=f"{doing} {self.path}", unit="pair", delay=1):
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{place}: not an object but {short(row)}")
-            for column in self._named.values():
-                if row.get(column) is None:
-                    raise ValueError(f"{place}: there is no {column!r}; the row has: {', '.join(row)}")
-            first, second = (self._image(place, row, self._named[side]) for side in SIDES)
-            prompt, decoder = self._prompt(place, row[self._named["prompt"]]), row.get("decoder")
-            weight, in_order = self._weight(place, row.get("weight", 1.0)), self._in_order(place, row)
-            if in_order is None:
-                yield None
-            else:
-                chosen, rejected = (first, second) if in_order else (second, first)
-                yield _Pair(place, prompt, chosen, rejected, weight, decoder)
+            with _naming(place):
+                pair = self._pair(row)
+            yield place, pair
+
+    def _pair(self, row: Any) -> _Pair | None:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"not an object but {short(row)}")
+        for column in self._named.values():
+            if row.get(column) is None:
+                raise ValueError(f"there is no {column!r}; the row has: {', '.join(row)}")
+        sides = [self._side(row, self._named[side]) for side in SIDES]
+        prompt, weight = _prompt(row[self._named["prompt"]]), row.get("weight", 1.0)
+        if not isinstance(weight, int | float) or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise ValueError(f"the weight {short(weight)} is not a number from 0 to {_LARGEST_WEIGHT:,.0f}")
+        label_column = self.columns.get("label")
+        label = row[label_column] if label_column else 1
+        if not isinstance(label, int | float) or label not in _ORDER:
+            raise ValueError(f"the label {short(label)} is not 1, 0 or .5")
+        order = _ORDER[label]
+        return None if order is None else _Pair(prompt, sides[::order], float(weight), row.get("decoder"))
+
+    def _side(self, row: Mapping[str, Any], column: str) -> _Side:
+        """Take the image or the tokens of a column."""
+        value = row[column]
+        if isinstance(value, list):
+            for token in value:
+                if type(token) is not int:
+                    raise ValueError(f"token {short(token)} is not a whole number")
+            return value
+        is_stored = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
+        if is_stored and value["bytes"] is None:
+            value = value["path"]
+        if isinstance(value, str):
+            return _Image(Path(self.path).parent / value, value)
+        if isinstance(value, bytes) or is_stored:
+            return _Image(value, f"the image in {column!r}")
+        raise ValueError(f"{column!r} holds neither an image nor tokens but {short(value)}")
 
     def cache_key(self) -> str:
         """A hash of all that pairs are made of: prompts, the bytes of images, tokens, weights, and their order.
@@ -139,19 +174,12 @@ class PreferenceFile:
             ValueError: see `encode`.
         """
         digest = hashlib.sha256()
-        for pair in self._pairs("Looking for changes in"):
+        for place, pair in self._pairs("Looking for changes in"):
             if pair is not None:
-                sides = [self._key(pair.place, side) for side in (pair.chosen, pair.rejected)]
+                with _naming(place):
+                    sides = [hash_image(s.source, s.name) if isinstance(s, _Image) else s for s in pair.sides]
                 digest.update(json.dumps([pair.prompt, *sides, pair.weight, pair.decoder]).encode())
         return digest.hexdigest()[:16]
-
-    def _key(self, place: str, side: _Image | list[int]) -> str | list[int]:
-        if isinstance(side, list):
-            return side
-        try:
-            return hash_image(side.source, side.name)
-        except UnreadableImage as error:
-            raise ValueError(f"{place}: {error}") from None
 
     def encode(self, decoder: TokenDecoder, batch_size: int) -> Dataset:
         """Check every row and encode its images: `prompt`, `chosen`, `rejected` (tokens) and `weight`.
@@ -161,107 +189,69 @@ class PreferenceFile:
                 unreadable image, tokens that are out of range or too few or many, an unknown label, twice the same
                 image, or made for another decoder; it names file and row.
         """
-        tokenizer = decoder.image_tokenizer
-        made: dict[str, list[Any]] = {"prompt": [], "chosen": [], "rejected": [], "weight": []}
-        policy = fingerprint(decoder)
+        tokenizer, policy = decoder.image_tokenizer, fingerprint(decoder)
+        made: dict[str, list[Any]] = {"prompt": [], "weight": []}
         places: list[str] = []
+        tokens: list[list[int]] = []  # chosen and rejected in turn
         pending: list[list[int] | np.ndarray] = []
         ties = 0
-        for pair in self._pairs("Reading"):
+        for place, pair in self._pairs("Reading"):
             if pair is None:
                 ties += 1
                 continue
-            if pair.decoder not in (None, policy):
-                raise ValueError(f"{pair.place}: this pair was made for another decoder")
-            try:
+            with _naming(place):
+                if pair.decoder not in (None, policy):
+                    raise ValueError("this pair was made for another decoder")
                 decoder.check_prompts([pair.prompt])
-            except ValueError as error:
-                raise ValueError(f"{pair.place}: {error}") from None
+                pending += [_content(side, tokenizer) for side in pair.sides]
+            places.append(place)
             made["prompt"].append(pair.prompt)
             made["weight"].append(pair.weight)
-            places.append(pair.place)
-            pending += [self._side(pair.place, side, tokenizer) for side in (pair.chosen, pair.rejected)]
             if len(pending) >= batch_size:
-                self._flush(pending, made, tokenizer)
+                tokens += _encode(pending, tokenizer)
+                pending = []
+        tokens += _encode(pending, tokenizer)
         if not places:
             raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
         if ties:
             rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(places)} pairs")
         if not any(made["weight"]):
             raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
-        self._flush(pending, made, tokenizer)
-        for place, chosen, rejected in zip(places, made["chosen"], made["rejected"], strict=True):
+        for place, chosen, rejected in zip(places, tokens[::2], tokens[1::2], strict=True):
             if chosen == rejected:
                 raise ValueError(f"{place}: chosen and rejected are the same image, token by token")
-        return Dataset.from_dict(made)
+        return Dataset.from_dict({**made, "chosen": tokens[::2], "rejected": tokens[1::2]})
 
-    def _prompt(self, place: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"{place}: the prompt is not a text but {short(value)}")
-        if not value.strip():
-            raise ValueError(f"{place}: the prompt is empty")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # half a character, which JSON can write
-            raise ValueError(f"{place}: the prompt {value!r} is not valid Unicode")
-        return value
 
-    def _in_order(self, place: str, row: Mapping[str, Any]) -> bool | None:
-        """Whether the image of the column `chosen` is the chosen one; None in a tie."""
-        if (column := self.columns.get("label")) is None:
-            return True
-        label = row[column]
-        if not isinstance(label, int | float) or label not in _FIRST_IS_CHOSEN:
-            raise ValueError(f"{place}: the label {short(label)} is not 1, 0 or .5")
-        return _FIRST_IS_CHOSEN[label]
+def _prompt(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the prompt is not a text but {short(value)}")
+    if not value.strip():
+        raise ValueError("the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # half a character, which JSON can write
+        raise ValueError(f"the prompt {value!r} is not valid Unicode")
+    return value
 
-    def _image(self, place: str, row: Mapping[str, Any], column: str) -> _Image | list[int]:
-        value = row[column]
-        if isinstance(value, list):
-            for token in value:
-                if type(token) is not int:
-                    raise ValueError(f"{place}: token {short(token)} is not a whole number")
-            return value
-        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
-            value = value["path"]
-        if isinstance(value, str):
-            return _Image(Path(self.path).parent / value, value)
-        if isinstance(value, bytes) or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"}):
-            return _Image(value, f"the image in {column!r}")
-        raise ValueError(f"{place}: {column!r} holds neither an image nor tokens but {short(value)}")
 
-    def _weight(self, place: str, value: Any) -> float:
-        if not isinstance(value, int | float) or not 0 <= value <= _LARGEST_WEIGHT:
-            raise ValueError(f"{place}: the weight {short(value)} is not a number from 0 to {_LARGEST_WEIGHT:,.0f}")
-        return float(value)
+def _content(side: _Side, tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
+    """Read an image, uint8 [H, W, 3], or check tokens."""
+    if isinstance(side, _Image):
+        return fit_square(read_image(side.source, side.name).pixels, tokenizer.image_size)
+    if len(side) != tokenizer.num_tokens:
+        raise ValueError(f"{len(side)} tokens, where an image has {tokenizer.num_tokens}")
+    for token in side:
+        if not 0 <= token < tokenizer.codebook_size:
+            raise ValueError(f"token {token} is not in 0..{tokenizer.codebook_size - 1}")
+    return side
 
-    def _side(self, place: str, side: _Image | list[int], tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
-        """Tokens as they are, or pixels, uint8 [H, W, 3]."""
-        if isinstance(side, _Image):
-            try:
-                return fit_square(read_image(side.source, side.name).pixels, tokenizer.image_size)
-            except UnreadableImage as error:
-                raise ValueError(f"{place}: {error}") from None
-        if len(side) != tokenizer.num_tokens:
-            raise ValueError(f"{place}: {len(side)} tokens, where an image has {tokenizer.num_tokens}")
-        for token in side:
-            if not 0 <= token < tokenizer.codebook_size:
-                raise ValueError(f"{place}: token {token} is not in 0..{tokenizer.codebook_size - 1}")
-        return side
 
-    @torch.no_grad()
-    def _flush(
-        self, pending: list[list[int] | np.ndarray], made: dict[str, list[Any]], tokenizer: ImageTokenizer
-    ) -> None:
-        """Encode what is pending in one batch, chosen and rejected in turn."""
-        images = [item for item in pending if isinstance(item, np.ndarray)]
-        encoded: Iterator[list[int]] = iter(())
-        if images:
-            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-            device = next(tokenizer.parameters()).device
-            encoded = iter(tokenizer.encode(pixels.to(device)).tolist())
-        tokens = [next(encoded) if isinstance(item, np.ndarray) else item for item in pending]
-        made["chosen"] += tokens[::2]
-        made["rejected"] += tokens[1::2]
-        pending.clear()
+@torch.no_grad()
+def _encode(sides: list[list[int] | np.ndarray], tokenizer: ImageTokenizer) -> list[list[int]]:
+    """Replace pixels by tokens, all in one batch."""
+    images = [side for side in sides if isinstance(side, np.ndarray)]
+    device = next(tokenizer.parameters()).device
+    encoded = iter(tokenizer.encode(as_pixels(images).to(device)).tolist() if images else ())
+    return [next(encoded) if isinstance(side, np.ndarray) else side for side in sides]
 
 
 class PreferenceFilesDataModule(PairsDataModule):
@@ -269,7 +259,7 @@ class PreferenceFilesDataModule(PairsDataModule):
 
     Args:
         train, validation: where they are; images are encoded once.
-        folder, collect_batch_size, batch_size: see `PairsDataModule`.
+        folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
 
     def __init__(
@@ -281,18 +271,15 @@ class PreferenceFilesDataModule(PairsDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, check, encode and score everything before training starts."""
-        assert self.trainer is not None
         decoder: Any = self.trainer.lightning_module.decoder
         for name, source in self.files.items():
             if name in self._made:
                 continue
             key = source.cache_key() if self.trainer.is_global_zero else ""
-            about = [self.trainer.strategy.broadcast(key), decoder.cache_key()]
-            pairs = self._stored(f"{name}-pairs", about, partial(self._read, source, decoder))
-            self._made[name] = load_rows(pairs)
+            made_with = {"file": self.trainer.strategy.broadcast(key), "decoder": decoder.cache_key()}
+            self._made[name] = load_rows(self._stored(f"{name}-pairs", made_with, partial(self._read, source, decoder)))
 
     def _read(self, source: PreferenceFile, decoder: TokenDecoder) -> Dataset:
-        assert self.trainer is not None
         decoder.to(self.trainer.strategy.root_device)  # where Lightning puts it later anyway
         return self._with_reference(source.encode(decoder, self.collect_batch_size), decoder)
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from datamodules.data_sets import load_rows
 from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
-from datamodules.rollouts import RolloutSpec, collect, find, gone, provenance
+from datamodules.rollouts import RolloutCollector, RolloutSpec
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.cache_key import digest, key_of
+from lightning_modules.cache_key import key_of
 from lightning_modules.decoding.strategy import Judges, judged
 from lightning_modules.rewards.registry import JudgeRegistry
 
@@ -28,11 +28,13 @@ _LABELS = {"geneval": "reward", "clauses": "clauses"}
 
 @torch.no_grad()
 def ensemble(
-    decoder: TokenDecoder, judges: Judges, weights: Mapping[str, float], rollouts: Dataset, batch_size: int
+    decoder: TokenDecoder,
+    judges: Judges,
+    weights: Mapping[str, float],
+    columns: Mapping[str, list[Any]],
+    batch_size: int,
 ) -> np.ndarray:
     """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
-    wanted = ["prompt", "metadata", "tokens", *_LABELS.values()]
-    columns: Mapping[str, list[Any]] = rollouts.select_columns(wanted).to_dict()
     metadata = [json.loads(text) for text in columns["metadata"]]
     tokens = torch.tensor(columns["tokens"], device=next(decoder.parameters()).device)
     scores = np.zeros(len(tokens))
@@ -41,20 +43,19 @@ def ensemble(
             label = np.array(columns[_LABELS[name]]).reshape(len(tokens), -1)
             scores += weight * np.nanmean(label, axis=1)
             continue
-        judge = judges[name]
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
             features = decoder.features(columns["prompt"][part], tokens[part])
-            values = judged(judge, decoder, metadata[part], tokens[part], features)
-            scores[part] += weight * judge.as_probability(values).cpu().numpy()
+            values = judged(judges[name], decoder, metadata[part], tokens[part], features)
+            scores[part] += weight * judges[name].as_probability(values).cpu().numpy()
     return scores
 
 
 class PreferencesDataModule(PairsDataModule):
     """Pairs of the LightningModule's own decoder's rollouts.
 
-    In iterative DPO a new round of rollouts comes from the policy as it then is. A resumed run goes on with the pairs
-    that it had.
+    Iterative DPO makes new rollouts, with the policy as it then is, whenever the Trainer reloads its data
+    (`reload_dataloaders_every_n_epochs`; 0: never). A resumed run keeps the pairs that it had.
 
     Args:
         judges: of the run.
@@ -66,10 +67,8 @@ class PreferencesDataModule(PairsDataModule):
         validation: rollouts of prompts that are neither trained nor evaluated on.
         rule: how rollouts become pairs.
         reference: whose log-probabilities pairs are given: the policy's at the start of the `round` or of the `run`.
-        epochs_per_round: epochs after which new rollouts are made (the Trainer's
-            `reload_dataloaders_every_n_epochs`); null for one round.
         seed: of all images.
-        folder, collect_batch_size, batch_size: see `PairsDataModule`.
+        folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
 
     trains_sharded = False  # the policy decodes its rollouts with whole weights
@@ -82,7 +81,6 @@ class PreferencesDataModule(PairsDataModule):
         validation: RolloutSpec,
         rule: PairRule,
         reference: Literal["round", "run"],
-        epochs_per_round: int | None,
         seed: int,
         folder: str,
         collect_batch_size: int,
@@ -91,15 +89,9 @@ class PreferencesDataModule(PairsDataModule):
         super().__init__(folder, batch_size, collect_batch_size)
         if reference not in ("round", "run"):
             raise ValueError(f"data.reference must be 'round' or 'run', not {reference!r}")
-        self.judges = judges
-        self.scores = scores
-        self.train = train
-        self.validation = validation
-        self.rule = rule
-        self.reference = reference
-        self.epochs_per_round = epochs_per_round
-        self.seed = seed
-        self._folders: dict[str, str] = {}  # where pairs are or were; the last part of the path says what made them
+        self.judges, self.scores = judges, scores
+        self.train, self.validation = train, validation
+        self.rule, self.reference, self.seed = rule, reference, seed
         self._start: dict[str, Tensor] | None = None  # all weights before training, where they are needed again
         self._start_key = ""
 
@@ -108,12 +100,6 @@ class PreferencesDataModule(PairsDataModule):
         """Names of the judges that have a say in what is trained on."""
         proposing = {name for spec in self.train.values() for name in spec.strategy.judge_names}
         return {name for name, weight in self.scores.items() if weight} | proposing
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"folders": dict(self._folders)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._folders = dict(state_dict["folders"])
 
     def setup(self, stage: str) -> None:
         """Refuse scores of unknown judges; keep the weights before training, if they are a reference.
@@ -124,7 +110,6 @@ class PreferencesDataModule(PairsDataModule):
         self.judges.refuse_unknown({"data.scores": self.scores})
         if stage == "fit":
             self.judges.teachers |= self.teachers
-        assert self.trainer is not None
         restored = stage == "test" and not self._folders  # a checkpoint may follow
         if restored or (self.reference == "run" and stage == "fit"):
             module: Any = self.trainer.lightning_module
@@ -132,16 +117,15 @@ class PreferencesDataModule(PairsDataModule):
             self._start_key = fingerprint(module.decoder)
 
     def _pairs(self, name: str) -> Dataset:
-        assert self.trainer is not None
-        round_length = self.epochs_per_round if name == "train" else None
-        round_index = self.trainer.current_epoch // round_length if round_length else 0
+        epochs: int = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        round_index = self.trainer.current_epoch // epochs if epochs and name == "train" else 0
         key = f"{name}-{round_index}"
         known = self._folders.get(key)
-        folder = find(known, self.folder) if known else None
+        folder = self.cache.find(known) if known else None
         if folder is None:
             specs = self.train if name == "train" else {"plain": self.validation}
             if known and (round_index or self._start is None):
-                raise gone(known, self.folder)
+                raise self.cache.gone(known)
             with self._before_training() if known else nullcontext():
                 folder = self._make(name, specs, round_index)
         self._folders[key] = str(folder.absolute())
@@ -149,8 +133,8 @@ class PreferencesDataModule(PairsDataModule):
 
     @contextmanager
     def _before_training(self) -> Iterator[None]:
-        """All weights as they were before training, in the place of the present ones: there is one model in memory."""
-        assert self.trainer is not None and self._start is not None
+        """Put the weights as they were before training in the place of the present ones: one model is in memory."""
+        assert self._start is not None
         module = self.trainer.lightning_module
         present = {key: value.clone() for key, value in module.state_dict().items()}
         module.load_state_dict(self._start)
@@ -161,37 +145,33 @@ class PreferencesDataModule(PairsDataModule):
 
     def _make(self, name: str, specs: Mapping[str, RolloutSpec], round_index: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
-        assert self.trainer is not None
-        trainer = self.trainer
-        decoder: Any = trainer.lightning_module.decoder
-        judges = self.judges
+        decoder: Any = self.trainer.lightning_module.decoder
         seed = image_seed(self.seed, round_index) if round_index else self.seed
-        sets, made_with = [], []
-        for set_name, whole in specs.items():
-            spec = whole.of_round(round_index)
-            made_with.append(provenance(spec, decoder, judges, self.judges.geneval, seed))
-            run = self.trainer.global_rank, self.trainer.world_size, lambda: trainer.received_sigterm
-            folder = self.folder / f"{set_name}-{digest(made_with[-1])}"
-            sets.append(
-                collect(spec, folder, decoder, judges, self.judges.geneval, seed, self.collect_batch_size, False, *run)
-            )
-        scored_by = {name: judges[name].cache_key() for name in self.scores if name not in _LABELS}
-        about: list[Any] = [made_with, key_of(self.rule), key_of(self.scores), scored_by]
-        if self._refers_to_start:
-            about.append(self._start_key)
-        return self._stored(f"{name}-pairs", about, lambda: self._pair(name, concatenate_datasets(sets), decoder))
+        collector = RolloutCollector(decoder, self.judges, self.judges.geneval, seed, self.collect_batch_size)
+        sets = {set_name: spec.of_round(round_index) for set_name, spec in specs.items()}
+        parts = {set_name: collector.parts(self.cache.root, set_name, spec) for set_name, spec in sets.items()}
+        collected = [collector.collect(spec, parts[set_name], self.trainer) for set_name, spec in sets.items()]
+        rollouts = concatenate_datasets(collected)
+        made_with = {
+            "rollouts": [collector.key(spec) for spec in sets.values()],
+            "rule": key_of(self.rule),
+            "scores": key_of(self.scores),
+            "judges": self.judges.keys_of(name for name in self.scores if name not in _LABELS),
+            "reference": self._start_key if self._refers_to_start else None,
+        }
+        return self._stored(f"{name}-pairs", made_with, lambda: self._pair(name, rollouts, decoder))
 
     def _pair(self, name: str, rollouts: Dataset, decoder: TokenDecoder) -> Dataset:
         columns: Mapping[str, list[Any]] = rollouts.to_dict()
         metadata = [json.loads(text) for text in columns["metadata"]]
         asked = [sum(clause["count"] for clause in row["include"]) for row in metadata]
         surplus = [max(0, found - wanted) for found, wanted in zip(columns["objects"], asked, strict=True)]
-        scores = ensemble(decoder.eval(), self.judges, self.scores, rollouts, self.collect_batch_size)
+        scores = ensemble(decoder.eval(), self.judges, self.scores, columns, self.collect_batch_size)
         pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], scores.tolist(), surplus, self.rule)
         if not pairs:
             raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ; nothing to learn from")
         rank_zero_info(f"{name}: {len(pairs)} pairs; dropped: {dict(dropped)}")
-        rows = {"chosen": [pair.chosen for pair in pairs], "rejected": [pair.rejected for pair in pairs]}
+        rows = {side: [getattr(pair, side) for pair in pairs] for side in SIDES}
         shares = [pair.margin if self.rule.weigh_margins else 1.0 for pair in pairs]
         made = {
             "prompt": [columns["prompt"][row] for row in rows["chosen"]],
@@ -200,10 +180,8 @@ class PreferencesDataModule(PairsDataModule):
         }
         for side in SIDES:
             made[side] = [columns["tokens"][row] for row in rows[side]]
-            for source, label in LABELS.items():
+            for source, label in {**LABELS, "settings": "settings", "seed": "seed"}.items():
                 made[f"{side}_{label}"] = [columns[source][row] for row in rows[side]]
-            for source in ("settings", "seed"):
-                made[f"{side}_{source}"] = [columns[source][row] for row in rows[side]]
         with self._before_training() if self._refers_to_start else nullcontext():
             return self._with_reference(Dataset.from_dict(made), decoder)
 

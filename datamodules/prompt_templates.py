@@ -12,75 +12,49 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
 def plural(noun: str) -> str:
     """The noun with an s, or with es after an s."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def single_object(name: str) -> Metadata:
-    """'a photo of a NAME'."""
-    include = [{"class": name, "count": 1}]
-    return {"tag": "single_object", "include": include, "prompt": f"a photo of {_article(name)}"}
+def clause(name: str, color: str | None = None, count: int = 1) -> Metadata:
+    """What a prompt asks of one class: how many objects, and of which colour."""
+    return {"class": name, "count": count, **({"color": color} if color else {})}
 
 
-def two_object(first: str, second: str) -> Metadata:
-    """'a photo of a FIRST and a SECOND'."""
-    include = [{"class": first, "count": 1}, {"class": second, "count": 1}]
-    prompt = f"a photo of {_article(first)} and {_article(second)}"
-    return {"tag": "two_object", "include": include, "prompt": prompt}
+def _phrase(part: Metadata) -> str:
+    """'a NAME', 'an ORANGE NAME', 'two NAMEs'."""
+    if part["count"] > 1:
+        return f"{NUMBERS[part['count']]} {plural(part['class'])}"
+    noun = f"{part['color']} {part['class']}" if "color" in part else part["class"]
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def counting(name: str, count: int) -> Metadata:
-    """'a photo of COUNT NAMEs', exactly that many."""
-    return {
-        "tag": "counting",
-        "include": [{"class": name, "count": count}],
-        "exclude": [{"class": name, "count": count + 1}],
-        "prompt": f"a photo of {NUMBERS[count]} {plural(name)}",
-    }
+def make_row(task: str, *include: Metadata) -> Metadata:
+    """Return GenEval metadata of a task with the sentence that says its clauses; `counting` asks for no more than that.
+
+    In `position` the second clause says where its object is, seen from that of the first: 'a photo of a SECOND left of
+    a FIRST'.
+    """
+    phrases = [_phrase(part) for part in include]
+    joined = " and ".join(phrases)
+    if task == "position":
+        joined = f"{phrases[1]} {include[1]['position'][0]} {phrases[0]}"
+    surplus = [part | {"count": part["count"] + 1} for part in include]
+    exclude = {"exclude": surplus} if task == "counting" else {}
+    return {"tag": task, "include": list(include), **exclude, "prompt": f"a photo of {joined}"}
 
 
-def colors(name: str, color: str) -> Metadata:
-    """'a photo of a COLOR NAME'."""
-    include = [{"class": name, "count": 1, "color": color}]
-    return {"tag": "colors", "include": include, "prompt": f"a photo of {_article(f'{color} {name}')}"}
+def position(name: str, relation: str, target: str) -> Metadata:
+    """Return GenEval metadata for 'a photo of a NAME RELATION a TARGET'."""
+    return make_row("position", clause(target), clause(name) | {"position": [relation, 0]})
 
 
-def position(first: str, relation: str, second: str) -> Metadata:
-    """'a photo of a FIRST RELATION a SECOND'; the target (SECOND) is include[0], as in GenEval."""
-    include = [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [relation, 0]}]
-    prompt = f"a photo of {_article(first)} {relation} {_article(second)}"
-    return {"tag": "position", "include": include, "prompt": prompt}
-
-
-def color_attr(first: tuple[str, str], second: tuple[str, str]) -> Metadata:
-    """'a photo of a COLOR NAME and a COLOR NAME', each given as (class, colour)."""
-    include = [{"class": name, "count": 1, "color": color} for name, color in (first, second)]
-    a, b = (_article(f"{color} {name}") for name, color in (first, second))
-    return {"tag": "color_attr", "include": include, "prompt": f"a photo of {a} and {b}"}
-
-
-def with_clauses(row: Metadata, include: list[Metadata]) -> Metadata:
-    """The prompt of the same task with other classes, colours or counts in its clauses."""
-    names = [clause["class"] for clause in include]
-    match row["tag"]:
-        case "single_object":
-            return single_object(names[0])
-        case "two_object":
-            return two_object(names[0], names[1])
-        case "counting":
-            return counting(names[0], include[0]["count"])
-        case "colors":
-            return colors(names[0], include[0]["color"])
-        case "position":
-            return position(names[1], include[1]["position"][0], names[0])
-        case _:
-            first, second = ((clause["class"], clause["color"]) for clause in include)
-            return color_attr(first, second)
+def change_clause(row: Metadata, index: int, **changes: Any) -> Metadata:
+    """Return the prompt of the same task with other values in one of its clauses."""
+    include = list(row["include"])
+    include[index] = include[index] | changes
+    return make_row(row["tag"], *include)
 
 
 def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, int] | None) -> list[Metadata]:
@@ -100,6 +74,11 @@ def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, in
         if count < 1:
             raise ValueError(f"per_task must be at least 1, not {count} ({task})")
     return [pool[task][i % len(pool[task])] for task, count in counts.items() for i in range(count)]
+
+
+def by_task(rows: Sequence[Metadata]) -> dict[str, list[Metadata]]:
+    """Sort prompts by their task, in the order in which tasks first occur."""
+    return {task: [row for row in rows if row["tag"] == task] for task in dict.fromkeys(row["tag"] for row in rows)}
 
 
 def check_split(split: str) -> None:

@@ -1,40 +1,36 @@
 """Rollouts: images sampled from the decoder with GenEval's verdict, collected once, stored with `datasets`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from lightning import LightningDataModule
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.data_sets import load_rows
-from datamodules.loaders import make_loader
+from datamodules.data_sets import StoredDataModule, get_rows, load_rows
+from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.broken_files import read_json
 from lightning_modules.cache_key import digest
-from lightning_modules.decoding.strategy import Judges, Strategy
-from lightning_modules.files import make_once
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.grounding import grounding
 from lightning_modules.rewards.registry import JudgeRegistry
 
-_FORMAT = 2  # of the stored rows; another one when columns change, so that older rollouts are not taken for new ones
 _HIDDEN = ("hidden", "unconditional_hidden")
 _TRAJECTORY = ("previews", "fixed_at")
-_NAMED = 3  # things in a folder that an error names
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class RolloutSpec:
             raise ValueError(f"per_round names {min(missing)!r}, a task of which there are no prompts")
 
     def of_round(self, round_index: int) -> "RolloutSpec":
-        """What round `round_index` collects: it takes up each task's prompts where the round before left them."""
+        """Return what a round collects: each task's prompts from where the round before left them."""
         if self.per_round is None:
             return self
         prompts = []
@@ -80,7 +76,7 @@ def provenance(
     seed: int,
     store_features: bool = False,
 ) -> dict[str, Any]:
-    """What makes a set of rollouts: equal provenance, equal rollouts."""
+    """Return what makes a set of rollouts: equal provenance, equal rollouts."""
     named = sorted({*spec.strategy.judge_names} & {*judges})
     return {
         "decoder": decoder.cache_key(),
@@ -91,182 +87,122 @@ def provenance(
         "samples": spec.samples,
         "seed": seed,
         "features": store_features,
-        "format": _FORMAT,
     }
 
 
-def refuse_unmarked(folder: Path) -> None:
-    """Raise ValueError if a folder holds more than hidden files, and no provenance.json that says what made them."""
-    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    # In this order: another process may be opening it at this moment.
-    if found and not (folder / "provenance.json").is_file():
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise ValueError(
-            f"{folder} holds {', '.join(found[:_NAMED])}{more}, and no provenance.json that says it was made here: "
-            "name another folder"
-        )
+@dataclass(frozen=True)
+class RolloutCollector:
+    """Decodes prompts and labels the images.
 
-
-def open_folder(folder: Path, made_with: Mapping[str, Any]) -> None:
-    """Create a folder of rollouts or images, or make sure that an existing one was made with the same things.
-
-    What these were is written there before anything else is, so a folder that does not say so is another's.
-
-    Raises:
-        OSError: it cannot be created; the error names it.
-        ValueError: it was made with other things, or by others; the sentence names what differs, or what is there.
-    """
-    refuse_unmarked(folder)
-    about = folder / "provenance.json"
-    make_once(about, lambda partial: partial.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8"))
-    if not isinstance(stored := read_json(about), dict) or not made_with.keys() <= stored.keys():
-        raise ValueError(f"{about} is not of this project, or of another version: name another folder")
-    if different := [key for key in made_with if stored[key] != json.loads(json.dumps(made_with[key]))]:
-        others = " and another ".join(different)
-        raise ValueError(f"what is in {folder} was made with another {others}: name another folder")
-
-
-def _parts(spec: RolloutSpec, folder: Path, batch_size: int) -> dict[Path, list[tuple[int, int]]]:
-    """The batches in which a set of rollouts is stored: folder -> (prompt, sample) of its rows."""
-    jobs = [(i, j) for i in range(len(spec.prompts)) for j in range(spec.samples)]
-    starts = range(0, len(jobs), batch_size)
-    return {folder / f"part-{batch_size}-{n:05d}": jobs[start : start + batch_size] for n, start in enumerate(starts)}
-
-
-def load(spec: RolloutSpec, folder: Path, batch_size: int) -> Dataset:
-    """A set of rollouts that was collected before."""
-    return concatenate_datasets([load_rows(part) for part in _parts(spec, folder, batch_size)])
-
-
-def find(known: str, folder: Path, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path | None:
-    """TokenScorer for what a checkpoint knows by its name: in a folder, then where it was; None if it is in neither.
-
-    Args:
-        known: where it was; the last part of the path is its name.
-        folder: where such things are kept now.
-        is_whole: says whether all of it is at a path.
-    """
-    return next((path for path in (folder / Path(known).name, Path(known)) if is_whole(path)), None)
-
-
-def gone(known: str, folder: Path) -> FileNotFoundError:
-    """Return the error for what is in neither place, and cannot be made again."""
-    name, before = Path(known).name, Path(known).parent
-    return FileNotFoundError(
-        f"{name}, on which the run of this checkpoint was trained, is neither in {folder} nor in {before}, and the "
-        "models that made it have changed since: set rollouts_dir to the folder where it is now"
-    )
-
-
-def collect(
-    spec: RolloutSpec,
-    folder: Path,
-    decoder: TokenDecoder,
-    judges: Judges,
-    reward: GenEvalReward,
-    seed: int,
-    batch_size: int,
-    store_features: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    asked_to_stop: Callable[[], bool] = bool,
-) -> Dataset:
-    """Collect what is still missing of a set of rollouts, and return all of it.
-
-    Batches are stored one by one, each whole or not at all, so that a killed collection goes on where it was.
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
-    Between batches SIGTERMException is raised once `asked_to_stop` says so.
 
-    With `store_features` rows also hold what the decoder knew of each token: PARM trains without decoder passes. That
-    is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store how the
-    grid was filled, and the log-probabilities.
-
-    Returns:
-        Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, first_unverified, objects (found in the
-        image), seed, prompt_index, sample, settings.
+    Attributes:
+        decoder, judges: what decodes; judges by name.
+        labels: judges the images.
+        seed: of all images.
+        batch_size: images decoded at a time.
+        store_features: rows also hold what the decoder knew of each token, so that PARM trains without decoder passes.
+            That is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store
+            how the grid was filled, and the log-probabilities.
     """
-    made_with = provenance(spec, decoder, judges, reward, seed, store_features)
-    reward.prepare(next(decoder.parameters()).device)
-    if rank == 0:
-        open_folder(folder, made_with)
-    if world_size > 1:
-        torch.distributed.barrier()  # the others must not write the same file at the same moment
-    # Which parts are a rank's own must not depend on what the other ranks have finished by now.
-    own = list(_parts(spec, folder, batch_size).items())[rank::world_size]
-    missing = [(part, chunk) for part, chunk in own if not part.is_dir()]
-    settings = json.dumps(made_with["strategy"])
-    tokenizer = decoder.eval().image_tokenizer
-    ground = partial(
-        grounding,
-        class_names=reward.detector.class_names,
-        threshold=reward.rules.threshold,
-        max_words=decoder.max_words,
-        grid=tokenizer.grid,
-        image_size=tokenizer.image_size,
-    )
 
-    def decoded_rows(chunk: Sequence[tuple[int, int]]) -> Dataset:
-        rows = [spec.prompts[i] for i, _ in chunk]
-        seeds = [image_seed(seed, i, j) for i, j in chunk]
-        decoded = spec.strategy.decode(decoder, judges, Request(rows, seeds))
-        images = to_uint8(tokenizer.decode(decoded.tokens))
-        found = reward.detect(images)
-        verdicts = reward.judge(rows, found)
+    decoder: TokenDecoder
+    judges: Judges
+    labels: GenEvalReward
+    seed: int
+    batch_size: int
+    store_features: bool = False
+
+    def key(self, spec: RolloutSpec) -> dict[str, Any]:
+        """Return what makes a set, apart from the code."""
+        return provenance(spec, self.decoder, self.judges, self.labels, self.seed, self.store_features)
+
+    def parts(self, root: Path, name: str, spec: RolloutSpec) -> ArtifactCache:
+        """Return where the batches of a set are stored, below a folder of rollouts."""
+        return ArtifactCache(root, __name__).parts(name, self.key(spec))
+
+    def is_whole(self, spec: RolloutSpec, folder: Path) -> bool:
+        """Tell whether a folder holds all batches of a set."""
+        return all(ArtifactCache(folder).path(*_part(rows)).is_dir() for rows in self._batches(spec))
+
+    def collect(self, spec: RolloutSpec, parts: ArtifactCache, trainer: Trainer) -> Dataset:
+        """Collect what is still missing of a set, together with the other ranks, and return all of it.
+
+        Batches are stored one by one, so that a killed collection is resumed. Between batches SIGTERMException is
+        raised once the Trainer has been asked to stop.
+
+        Returns:
+            Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, first_unverified, objects (found in
+            the image), seed, prompt_index, sample, settings.
+        """
+        batches, rank = self._batches(spec), trainer.global_rank
+        # Which batches are a rank's own must not depend on what the other ranks have finished by now.
+        missing = [rows for rows in batches[rank :: trainer.world_size] if not parts.path(*_part(rows)).is_dir()]
+        if missing:
+            self.labels.prepare(next(self.decoder.parameters()).device)
+        with tqdm(total=sum(map(len, missing)), desc="Rollouts", unit="image", disable=rank > 0 or not missing) as bar:
+            for rows in missing:
+                if trainer.received_sigterm:
+                    raise SIGTERMException  # what is stored is kept
+                get_rows(parts, *_part(rows), partial(self._decode, spec, rows))
+                bar.update(len(rows))
+        trainer.strategy.barrier("collected")
+        return concatenate_datasets([load_rows(parts.path(*_part(rows))) for rows in batches])
+
+    def _batches(self, spec: RolloutSpec) -> list[range]:
+        """Return the rows of each batch; row r is sample r % samples of prompt r // samples."""
+        rows = range(len(spec.prompts) * spec.samples)
+        return [rows[start : start + self.batch_size] for start in rows[:: self.batch_size]]
+
+    def _decode(self, spec: RolloutSpec, numbers: range) -> Dataset:
+        """Decode and label the images of some rows."""
+        jobs = [divmod(number, spec.samples) for number in numbers]
+        prompts = [spec.prompts[i] for i, _ in jobs]
+        seeds = [image_seed(self.seed, i, j) for i, j in jobs]
+        tokenizer = self.decoder.eval().image_tokenizer
+        decoded = spec.strategy.decode(self.decoder, self.judges, Request(prompts, seeds))
+        found = self.labels.detect(to_uint8(tokenizer.decode(decoded.tokens)))
+        verdicts = self.labels.judge(prompts, found)
         columns = {
-            "prompt": [row["prompt"] for row in rows],
-            "metadata": [json.dumps(row) for row in rows],
+            "prompt": [row["prompt"] for row in prompts],
+            "metadata": [json.dumps(row) for row in prompts],
             "tokens": decoded.tokens.cpu().numpy().astype("int32"),
             "reward": [float(verdict.correct) for verdict in verdicts],
             "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
-            "grounding": [
-                ground(row, detections, words=decoder.word_spans(row["prompt"]))
-                for row, detections in zip(rows, found, strict=True)
-            ],
+            "grounding": [self._ground(row, each) for row, each in zip(prompts, found, strict=True)],
             "first_unverified": decoded.first_unverified.long().tolist(),
             "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
             "seed": seeds,
-            "prompt_index": [i for i, _ in chunk],
-            "sample": [j for _, j in chunk],
-            "settings": [settings] * len(chunk),
+            "prompt_index": [i for i, _ in jobs],
+            "sample": [j for _, j in jobs],
+            "settings": [json.dumps(spec.strategy.cache_key())] * len(jobs),
         }
+        return Dataset.from_dict(columns | self._features(decoded))
+
+    def _ground(self, row: Mapping[str, Any], found: Detections) -> np.ndarray:
+        """Return the words of a prompt that each token of its image shows, [T, max_words]; see `grounding`."""
+        names, threshold = self.labels.detector.class_names, self.labels.rules.threshold
+        words, tokenizer = self.decoder.word_spans(row["prompt"]), self.decoder.image_tokenizer
+        sizes = self.decoder.max_words, tokenizer.grid, tokenizer.image_size
+        return grounding(row, found, names, threshold, words, *sizes)
+
+    def _features(self, decoded: Decoded) -> dict[str, Any]:
+        """Return columns of what the decoder knew of each token, and of how a grid was filled."""
+        columns: dict[str, Any] = {}
         if decoded.trajectory is not None:
             for name in _TRAJECTORY:
                 columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
-        elif store_features:
+        elif self.store_features:
             for name in _HIDDEN:
-                stored = getattr(decoded.features, name).half().cpu().numpy()
-                columns[name] = [row.tobytes() for row in stored]
-        if store_features:
+                columns[name] = [row.tobytes() for row in getattr(decoded.features, name).half().cpu().numpy()]
+        if self.store_features:
             columns |= {name: getattr(decoded.features, name).cpu().numpy() for name in STATISTICS}
-        return Dataset.from_dict(columns)
-
-    with tqdm(total=sum(len(chunk) for _, chunk in missing), desc="Rollouts", unit="image",
-              disable=rank > 0 or not missing) as bar:  # fmt: skip
-        for part, chunk in missing:
-            if asked_to_stop():
-                raise SIGTERMException  # what is stored is kept
-            store(part, partial(decoded_rows, chunk))
-            bar.update(len(chunk))
-    if world_size > 1:
-        torch.distributed.barrier()
-    return load(spec, folder, batch_size)
+        return columns
 
 
-def store(folder: Path, make: Callable[[], Dataset]) -> None:
-    """Write the data set that `make` gives to a folder, whole or not at all, unless it is there.
-
-    Of several runs that want the same one at the same moment, one makes it and the others wait.
-
-    Raises:
-        OSError: it cannot be written; the error names the folder.
-    """
-
-    def write(partial: Path) -> None:
-        rows = make()
-        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-        rows.save_to_disk(str(partial))
-
-    make_once(folder, write)
+def _part(rows: range) -> tuple[str, Key]:
+    """Return the name and the key of a batch among the parts of a set."""
+    return f"part-{rows.start:06d}", {"rows": [rows.start, rows.stop]}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -297,7 +233,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class RolloutsDataModule(LightningDataModule):
+class RolloutsDataModule(StoredDataModule):
     """Rollouts of the LightningModule's own decoder, collected when they are first needed; a resumed run keeps its own.
 
     Args:
@@ -305,11 +241,8 @@ class RolloutsDataModule(LightningDataModule):
         train: sets of rollouts; set by set they join the training data at their `from_epoch` (with the Trainer's
             `reload_dataloaders_every_n_epochs: 1`).
         validation, test: rollouts of prompts that training does not use.
-        folder: where rollouts are kept; each set has a sub-folder named by what made it.
-        seed: of all images.
-        store_features: store what the decoder knew of each token with it; see `collect`.
-        collect_batch_size: images decoded at a time.
-        batch_size: rollouts a training batch, per rank.
+        folder, collect_batch_size, batch_size: see `StoredDataModule`.
+        seed, store_features: see `RolloutCollector`.
     """
 
     gives = "rollouts"
@@ -326,73 +259,32 @@ class RolloutsDataModule(LightningDataModule):
         collect_batch_size: int,
         batch_size: int,
     ) -> None:
-        super().__init__()
+        super().__init__(folder, batch_size, collect_batch_size)
         self.judges = judges
         self.train, self.validation, self.test = train, validation, test
-        self.folder = Path(folder)
-        self.seed = seed
-        self.store_features = store_features
-        self.collect_batch_size = collect_batch_size
-        self.batch_size = batch_size
-        self._folders: dict[str, str] = {}  # where each set is or was; the last part of the path says what made it
+        self.seed, self.store_features = seed, store_features
         self._collected: dict[str, Dataset] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"folders": dict(self._folders)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._folders = dict(state_dict["folders"])
-
     def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
-        """A named set of rollouts, collected with the models as they are when the run first asks for it."""
+        """Return a named set, collected with the models as they are when the run first asks for it."""
         if name not in self._collected:
+            module: Any = self.trainer.lightning_module
+            settings = self.seed, self.collect_batch_size, self.store_features
+            collector = RolloutCollector(module.decoder, self.judges, self.judges.geneval, *settings)
             known = self._folders.get(name)
-            place = find(known, self.folder, lambda folder: self._is_whole(spec, folder)) if known else None
-            if place:  # the models may have learned since
-                rows = load(spec, place, self.collect_batch_size)
-            else:
-                place = self._named(name, spec)
-                if known and place.name != Path(known).name:
-                    raise gone(known, self.folder)
-                rows = self._collect_now(spec, place)
-            self._folders[name] = str(place.absolute())
-            self._collected[name] = rows
+            # The models may have learned since a known set was collected.
+            place = self.cache.find(known, partial(collector.is_whole, spec)) if known else None
+            parts = ArtifactCache(place) if place else collector.parts(self.cache.root, name, spec)
+            if known and parts.root.name != Path(known).name:
+                raise self.cache.gone(known)
+            self._collected[name] = collector.collect(spec, parts, self.trainer)
+            self._folders[name] = str(parts.root.absolute())
         return self._collected[name]
 
-    def _is_whole(self, spec: RolloutSpec, folder: Path) -> bool:
-        return all(part.is_dir() for part in _parts(spec, folder, self.collect_batch_size))
-
-    def _named(self, name: str, spec: RolloutSpec) -> Path:
-        """The folder of a set that the models as they are would make."""
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        made_with = provenance(spec, module.decoder, self.judges, self.judges.geneval, self.seed, self.store_features)
-        return self.folder / f"{name}-{digest(made_with)}"
-
-    def _collect_now(self, spec: RolloutSpec, folder: Path) -> Dataset:
-        trainer = self.trainer
-        assert trainer is not None
-        module: Any = trainer.lightning_module
-        return collect(
-            spec,
-            folder,
-            module.decoder,
-            self.judges,
-            self.judges.geneval,
-            self.seed,
-            self.collect_batch_size,
-            self.store_features,
-            trainer.global_rank,
-            trainer.world_size,
-            lambda: trainer.received_sigterm,
-        )
-
-    def _loader(self, rows: Dataset, batch_size: int, train: bool) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
+    def _rollouts(self, rows: Dataset, train: bool) -> DataLoader[dict[str, Any]]:
         arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
         arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
-        rows = rows.with_format("numpy", columns=arrays, output_all_columns=True)
-        return make_loader(rows, self.trainer, batch_size, collate, train=train, shuffle=train)
+        return self._loader(rows.with_format("numpy", columns=arrays, output_all_columns=True), collate, train)
 
     def predict_dataloader(self) -> list[Any]:
         """Collect every set with the models as they are and say how much is correct; no batches are left to predict."""
@@ -402,13 +294,11 @@ class RolloutsDataModule(LightningDataModule):
         return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        assert self.trainer is not None
         due = [(name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
-        rows = concatenate_datasets([self._collect(name, spec) for name, spec in due])
-        return self._loader(rows, self.batch_size, train=True)
+        return self._rollouts(concatenate_datasets([self._collect(name, spec) for name, spec in due]), train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._collect("validation", self.validation), self.collect_batch_size, train=False)
+        return self._rollouts(self._collect("validation", self.validation), train=False)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._collect("test", self.test), self.collect_batch_size, train=False)
+        return self._rollouts(self._collect("test", self.test), train=False)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any, Generic, Protocol, TypeVar
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loaders import make_loader
@@ -42,6 +42,8 @@ class StreamDataModule(LightningDataModule, Generic[Sample]):
         num_workers: processes that render; 0 renders in the main process.
     """
 
+    trainer: Trainer
+
     def __init__(
         self,
         train: Stream[Sample],
@@ -64,7 +66,6 @@ class StreamDataModule(LightningDataModule, Generic[Sample]):
 
     def _loader(self, dataset: StreamDataset[Sample], train: bool) -> DataLoader[dict[str, Any]]:
         # A stream is random by itself: shuffling would only cost the reproducible order.
-        assert self.trainer is not None
         return make_loader(
             dataset, self.trainer, self.batch_size, self.collate, train=train, num_workers=self.num_workers
         )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
+from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.cache_key import digest
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judged
 from lightning_modules.partial_results import KeptBatches, PartialResult, gather_results
 from lightning_modules.ranks import rank, world_size
@@ -28,7 +27,6 @@ from lightning_modules.rewards.geneval import CLASS_NAMES, Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.runs.checkpoints import code
 
 Prompts = Sequence[Mapping[str, Any]]
 Jobs = Sequence[tuple[int, int]]  # the number of a prompt, and that of its sample
@@ -98,7 +96,7 @@ class Evaluator:
         self.sheet_prompts = sheet_prompts
         self.independent_judges = list(independent_judges)
         self.fid = fid
-        self.unfinished = Path(unfinished)
+        self.unfinished = unfinished
 
     def prepare(self, evaluation: Evaluation) -> None:
         """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
@@ -148,9 +146,9 @@ class Evaluator:
 
         An evaluation that is killed resumes where it was, unless it measures FID, which is of all images together.
         """
-        batches = self.sheet_prompts, self.batch_size, world_size()
-        name = f"unfinished-{digest([code(), self.cache_key(evaluation), *batches])}"
-        with KeptBatches(self.unfinished / name) if self.fid is None else nullcontext() as kept:
+        key = {**self.cache_key(evaluation), "sheet_prompts": self.sheet_prompts}
+        parts = ArtifactCache(self.unfinished, __name__).parts("unfinished", key)
+        with KeptBatches(parts) if self.fid is None else nullcontext() as kept:
             yield self.evaluate(evaluation, kept, asked_to_stop)
 
     @torch.no_grad()
@@ -179,7 +177,7 @@ class Evaluator:
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                    total.add(kept.get(f"{name}-{start}", make) if kept else make())
+                    total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
                     bar.update(len(batch))
             results[name] = self._gather(name, total, evaluation.device)
         return EvaluationResult(self._settings(evaluation), self._warnings(evaluation), results)

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -12,9 +11,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch.serialization import safe_globals
 
+from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.broken_files import read_torch
-from lightning_modules.files import is_read_only, refuse_unwritable, whole
+from lightning_modules.files import is_read_only, whole
 from lightning_modules.ranks import broadcast, gather, rank
 from lightning_modules.report.drawing import Curve, Frame, ImageStrip, Section, TraceView
 from lightning_modules.report.results import StrategyResult
@@ -87,15 +87,15 @@ class KeptBatches:
     there is read.
 
     Args:
-        folder: of this evaluation; all ranks share it.
+        parts: of this evaluation; all ranks share them.
 
     Attributes:
         access: what this run may do there: all, read (nobody can write to it), or nothing (another run has it).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock_file = folder.with_name(f".{folder.name}.lock")
+    def __init__(self, parts: ArtifactCache) -> None:
+        self.parts, self.folder = parts, parts.root
+        self._lock_file = self.folder.with_name(f".{self.folder.name}.run")
         self._lock = FileLock(self._lock_file)
         self.access: Literal["all", "read", "nothing"] = "nothing"
 
@@ -111,7 +111,7 @@ class KeptBatches:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            refuse_unwritable(self.folder)
+            self.parts.open()
         except Timeout:
             return "nothing"
         except OSError as error:
@@ -120,9 +120,9 @@ class KeptBatches:
             return "read"
         return "all"
 
-    def get(self, name: str, make: Callable[[], PartialResult]) -> PartialResult:
-        """Return the result of this rank's batch of that name, which is made if it is not there."""
-        path = self.folder / f"{name}.{rank()}.pt"
+    def get(self, key: Key, make: Callable[[], PartialResult]) -> PartialResult:
+        """Return the result of the batch of that key, which is made if it is not there."""
+        path = self.parts.path("batch.pt", key)
         if self.access != "nothing":
             with suppress(FileNotFoundError, ValueError), safe_globals(_CLASSES):  # what is broken is made again
                 return read_torch(path)

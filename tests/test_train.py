@@ -276,8 +276,8 @@ def test_a_run_resumes_from_its_checkpoint_and_tests_the_best_weights_of_both(tm
     (verified,) = (name for name in made if name.startswith("verified-"))
     assert done.stderr.strip().splitlines()[-1] == (
         f"Error: {verified}, on which the run of this checkpoint was trained, is neither in {tmp_path}/disk2 nor in "
-        f"{tmp_path}/rollouts, and the models that made it have changed since: set rollouts_dir to the folder where it "
-        "is now"
+        f"{tmp_path}/rollouts, and the models or the code that made it have changed since: set rollouts_dir to the "
+        "folder where it is now"
     )
     (plain,) = (path.name for path in (tmp_path / "disk2").iterdir())
     assert plain in made and plain.startswith("plain-")

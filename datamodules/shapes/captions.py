@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from typing import Any
 
 import numpy as np
 
-from datamodules.prompt_templates import NUMBERS, Metadata, Split, with_clauses
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, change_clause, make_row
 from datamodules.shapes.prompts import ANYTHING, COLORS, RELATIONS, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import CLASSES, SIZE
@@ -49,21 +47,17 @@ def labels(found: Detections, row: Metadata, max_words: int, grid: int) -> tuple
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
     """Every prompt of the same task with one thing changed, and what was changed."""
     clauses = row["include"]
-
-    def changed(i: int, key: str, value: Any) -> Metadata:
-        return with_clauses(row, [clause | {key: value} if i == j else clause for j, clause in enumerate(clauses)])
-
     for i, clause in enumerate(clauses):
-        yield from (("class", changed(i, "class", name)) for name in CLASSES)
+        yield from (("class", change_clause(row, i, **{"class": name})) for name in CLASSES)
         if "color" in clause:
-            yield from (("color", changed(i, "color", color)) for color in COLORS)
+            yield from (("color", change_clause(row, i, color=color)) for color in COLORS)
         if "position" in clause:
-            yield from (("relation", changed(i, "position", [relation, 0])) for relation in RELATIONS)
+            yield from (("relation", change_clause(row, i, position=[relation, 0])) for relation in RELATIONS)
     if row["tag"] == "counting":
-        yield from (("count", changed(0, "count", count)) for count in NUMBERS)
+        yield from (("count", change_clause(row, 0, count=count)) for count in NUMBERS)
     if row["tag"] in ("position", "color_attr"):
         swapped = [own | {"class": other["class"]} for own, other in zip(clauses, clauses[::-1], strict=True)]
-        yield "order", with_clauses(row, swapped)
+        yield "order", make_row(row["tag"], *swapped)
 
 
 @cache
@@ -71,12 +65,11 @@ def _train_prompts() -> frozenset[str]:
     """The training prompts, and what `vague` makes of those with colours or two classes."""
     rows = [row for pool in prompt_pool("train").values() for row in pool]
     vague = (
-        with_clauses(row, [clause | change if i == j else clause for j, clause in enumerate(clauses)])
+        change_clause(row, i, **{"class": ANYTHING}, **({"color": color} if "color" in clause else {}))
         for row in rows
-        for clauses in [row["include"]]
-        for i, color in product(range(len(clauses)), COLORS)
-        for change in [{"class": ANYTHING} | ({"color": color} if "color" in clauses[i] else {})]
         if row["tag"] not in ("single_object", "counting")
+        for i, clause in enumerate(row["include"])
+        for color in COLORS
     )
     return frozenset(row["prompt"] for row in (*rows, *vague))
 

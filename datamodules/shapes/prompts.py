@@ -11,38 +11,22 @@ from functools import cache
 from itertools import combinations, product
 from typing import Any
 
-from datamodules.prompt_templates import (
-    NUMBERS,
-    Metadata,
-    Split,
-    check_split,
-    color_attr,
-    colors,
-    counting,
-    pick,
-    plural,
-    position,
-    single_object,
-    two_object,
-)
+from datamodules.prompt_templates import NUMBERS, Metadata, Split, check_split, clause, make_row, pick, plural, position
 from datamodules.shapes.world import CLASSES, PALETTE
 from lightning_modules.rewards.geneval import RELATIONS
 from lightning_modules.rewards.grounding import ANYTHING
 
 COLORS = tuple(PALETTE)
 
-_HELD_OUT = {  # combinations a split keeps to itself, the rest is for training
-    "color": {"validation": 6, "evaluation": 10},
-    "pair": {"validation": 3, "evaluation": 6},
-    "triple": {"validation": 24, "evaluation": 50},
-}
+# Combinations that validation keeps to itself, and evaluation; the rest is for training.
+_HELD_OUT = {"color": (6, 10), "pair": (3, 6), "triple": (24, 50)}
 
 
 def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
     """The part of all combinations of a kind that belongs to a split; the same in every process."""
     shuffled = list(items)
     random.Random(f"shapes {kind}").shuffle(shuffled)
-    validation, evaluation = (_HELD_OUT[kind][name] for name in ("validation", "evaluation"))
+    validation, evaluation = _HELD_OUT[kind]
     bounds = {
         "train": slice(0, -evaluation - validation),
         "validation": slice(-evaluation - validation, -evaluation),
@@ -52,7 +36,7 @@ def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
 
 
 @cache
-def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
+def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
     """All distinct prompts of a split, by task, in an order that is shuffled once and for all."""
     check_split(split)
     pairs = _divide("pair", combinations(CLASSES, 2), split)
@@ -60,16 +44,16 @@ def prompt_pool(split: Split) -> dict[str, tuple[Metadata, ...]]:
     triples = ((a, r, b) for a, r, b in product(CLASSES, RELATIONS, CLASSES) if a != b)
     different = [(a, b) for a, b in product(colored, colored) if a[0] != b[0] and a[1] != b[1]]
     pool = {
-        "single_object": [single_object(name) for name in CLASSES],
-        "two_object": [two_object(a, b) for pair in pairs for a, b in (pair, pair[::-1])],
-        "counting": [counting(name, n) for name, n in product(CLASSES, NUMBERS)],
-        "colors": [colors(name, color) for name, color in colored],
+        "single_object": [make_row("single_object", clause(name)) for name in CLASSES],
+        "two_object": [make_row("two_object", clause(a), clause(b)) for pair in pairs for a, b in (pair, pair[::-1])],
+        "counting": [make_row("counting", clause(name, count=n)) for name, n in product(CLASSES, NUMBERS)],
+        "colors": [make_row("colors", clause(*pair)) for pair in colored],
         "position": [position(*triple) for triple in _divide("triple", triples, split)],
-        "color_attr": [color_attr(a, b) for a, b in different],
+        "color_attr": [make_row("color_attr", clause(*a), clause(*b)) for a, b in different],
     }
     for task, prompts in pool.items():
         random.Random(f"order {task}").shuffle(prompts)
-    return {task: tuple(prompts) for task, prompts in pool.items()}
+    return pool
 
 
 def shapes_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:

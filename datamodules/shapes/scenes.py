@@ -6,17 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.prompt_templates import Metadata, Split, with_clauses
+from datamodules.prompt_templates import Metadata, Split, change_clause
 from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
 from lightning_modules.cache_key import Keyed, fields_key
 
-_DIRECTION = {
-    "left of": (0, -1),
-    "right of": (0, 1),
-    "above": (1, -1),
-    "below": (1, 1),
-}  # axis, sign of the offset
+# Axis and sign of the offset.
+_DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+_WEIGHTS = {"single_object": 0.5, "two_object": 1, "counting": 2, "colors": 4, "position": 3, "color_attr": 4}
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
@@ -51,11 +48,9 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 def vague(row: Metadata, rng: np.random.Generator) -> Metadata:
     """A prompt one of whose clauses now says "shape" for the class and, if it names a colour, any colour."""
-    include = list(row["include"])
     color = COLORS[rng.integers(len(COLORS))]
-    i = rng.integers(len(include))
-    include[i] = include[i] | {"class": ANYTHING} | ({"color": color} if "color" in include[i] else {})
-    return with_clauses(row, include)
+    i = int(rng.integers(len(row["include"])))
+    return change_clause(row, i, **{"class": ANYTHING}, **({"color": color} if "color" in row["include"][i] else {}))
 
 
 @dataclass(frozen=True)
@@ -81,16 +76,7 @@ class ShapesStream(Keyed):
 
     split: Split = "train"
     seed: int = 0
-    task_weights: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "single_object": 0.5,
-            "two_object": 1,
-            "counting": 2,
-            "colors": 4,
-            "position": 3,
-            "color_attr": 4,
-        }
-    )
+    task_weights: Mapping[str, float] = field(default_factory=_WEIGHTS.copy)
     vagueness: Mapping[str, float] = field(default_factory=dict)
 
     def cache_key(self) -> dict[str, Any]:

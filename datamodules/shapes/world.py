@@ -13,6 +13,7 @@ import numpy as np
 SIZE = 64
 GRID = 8
 RADII = (8, 12)
+TRIES = 32  # placements drawn at a time, until one fits
 GAP = 4  # pixels of background that always remain between two objects
 CLASSES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 PALETTE = {
@@ -108,18 +109,14 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def place(
-    rng: np.random.Generator,
-    radii: Sequence[int],
-    accept: Callable[[np.ndarray], np.ndarray] | None = None,
-    tries: int = 32,
+    rng: np.random.Generator, radii: Sequence[int], accept: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
-    """Centres for objects of the given radii that neither touch nor leave the image.
+    """Draw centres for objects of the given radii that neither touch nor leave the image.
 
     Args:
         rng: source of randomness.
         radii: one radius per object, pixels.
-        accept: given candidate centres [tries, n, 2], says which fulfil a further wish (a relation) as bool [tries].
-        tries: placements drawn at a time; drawing repeats until one fits.
+        accept: given candidate centres [TRIES, n, 2], says which fulfil a further wish (a relation) as bool [TRIES].
 
     Returns:
         Centres on the grid, int [n, 2] as (x, y), pixels.
@@ -130,7 +127,7 @@ def place(
     first, second = np.triu_indices(len(radii), 1)
     needed = reach[first] + reach[second] + GAP
     while True:
-        centres = rng.integers(low[:, None], high[:, None] + 1, (tries, len(radii), 2)) * GRID
+        centres = rng.integers(low[:, None], high[:, None] + 1, (TRIES, len(radii), 2)) * GRID
         distance = np.abs(centres[:, first] - centres[:, second]).max(-1)
         fits = (distance >= needed).all(-1)
         if accept is not None:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from datamodules.rollouts import refuse_unmarked
+from lightning_modules.artifacts import refuse_unmarked
 from lightning_modules.backbone.published import Published, clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_foreign, refuse_other_config

@@ -1,6 +1,7 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.broken_files import read_json
-from lightning_modules.cache_key import digest
 from lightning_modules.evaluator import Evaluation, Evaluator
-from lightning_modules.files import refuse_unwritable, whole
 from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.report import write_report
 from lightning_modules.report.tables import print_plain, write_csv
@@ -51,7 +51,7 @@ class CheckpointCurve(LightningModule):
         self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
         self.module, self.evaluator = module, evaluator
         self.prompts, self.strategies = prompts, strategies
-        self.results = Path(results)
+        self.results = ArtifactCache(results, __name__)
         self.evaluated: dict[str, Path] = {}
 
     def run(self, trainer: Trainer, folder: Path) -> None:
@@ -74,13 +74,13 @@ class CheckpointCurve(LightningModule):
     def test_step(self, batch: str, batch_idx: int) -> None:
         load_checkpoint(self.module, batch)
         evaluation = self._evaluation(self.device)
-        folder = self.results / f"checkpoint-{digest(self.evaluator.cache_key(evaluation))}"
+        key = self.evaluator.cache_key(evaluation)
+        folder = self.results.path("checkpoint", key)
         if not self.trainer.strategy.broadcast(folder.is_dir()):
-            refuse_unwritable(self.results)
+            self.results.open()
             with self.evaluator.resumed(evaluation, lambda: self.trainer.received_sigterm) as result:
                 if self.trainer.is_global_zero:
-                    with whole(folder) as partial:
-                        write_report(partial, result)
+                    self.results.get("checkpoint", key, partial(write_report, evaluation=result))
                     print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
         self.evaluated[batch] = folder
 

@@ -10,7 +10,8 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 
 from datamodules.geneval import PromptsDataModule, sample_path
-from datamodules.rollouts import RolloutSpec, open_folder, provenance
+from datamodules.rollouts import RolloutSpec, provenance
+from lightning_modules.artifacts import open_folder
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import refuse_unwritable, write_text
 from lightning_modules.report.pictures import save_image

@@ -56,7 +56,7 @@ class Scoring(LightningModule):
         self.folders = scan(images, self.geneval.detector.class_names)
         if evaluator.fid is not None and sum(len(folder.files) for folder in self.folders) < 2:
             raise ValueError("fid: a distance needs at least two images")
-        self.store = ScoreStore(results, {**self.geneval.verdict_key(), "independent_judges": further})
+        self.store = ScoreStore(results, {**self.geneval.verdict_key(), "independent_judges": further}, __name__)
         made_with = Path(images) / "provenance.json"
         found = read_json(made_with) if made_with.is_file() else None
         self.made_with = found if isinstance(found, dict) else None  # another tool may call its own file so

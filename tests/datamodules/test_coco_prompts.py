@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.coco_prompts import coco_prompts, official_prompts, prompt_pool
+from datamodules.coco_prompts import official_prompts, prompt_pool
 from datamodules.geneval import differences, prompts_from_coco, prompts_from_file
-from datamodules.prompt_templates import SPLITS, with_clauses
+from datamodules.prompt_templates import SPLITS, make_row
 from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS, validate_metadata
 
 
@@ -28,15 +28,15 @@ def named(rows: Any) -> tuple[set, ...]:
 
 def test_the_bundled_prompts_are_the_official_ones_and_say_what_the_templates_say() -> None:
     assert differences(official_prompts()) == []
-    assert [with_clauses(row, row["include"]) for row in official_prompts()] == list(official_prompts())
+    assert [make_row(row["tag"], *row["include"]) for row in official_prompts()] == list(official_prompts())
     assert prompts_from_file("bundled:geneval_prompts", official=True) == list(official_prompts())
     few = prompts_from_file("bundled:geneval_prompts", official=True, per_task={"colors": 2})
     assert few == [row for row in official_prompts() if row["tag"] == "colors"][:2]
-    assert coco_prompts("evaluation", None) == list(official_prompts())
+    assert prompts_from_coco("evaluation", None) == list(official_prompts())
 
 
 def test_no_split_shares_a_prompt_or_a_combination_with_another_one() -> None:
-    found = [named(coco_prompts(split, None)) for split in SPLITS]
+    found = [named(prompts_from_coco(split, None)) for split in SPLITS]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         for mine, other in zip(found[first], found[second], strict=True):
             assert mine and other and not mine & other

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 
 from datamodules.preferences import ensemble
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -31,9 +30,13 @@ def test_judges_are_weighed_and_summed_at_any_batch_size(
     prompts, correct = [row["prompt"] for row in rows], [float(i % 2) for i in range(12)]
     metadata = [json.dumps(row) for row in rows]
     clauses = [[1.0, i % 3 == 0, math.nan] for i in range(12)]
-    rollouts = Dataset.from_dict(
-        {"prompt": prompts, "metadata": metadata, "tokens": tokens.tolist(), "reward": correct, "clauses": clauses}
-    )
+    rollouts = {
+        "prompt": prompts,
+        "metadata": metadata,
+        "tokens": tokens.tolist(),
+        "reward": correct,
+        "clauses": clauses,
+    }
     judges = {"parm": parm, "bright": Brightness()}
     weights = {"geneval": 1.0, "clauses": 0.3, "parm": 0.5, "bright": 2.0}
     scores = ensemble(decoder, judges, weights, rollouts, batch_size)
