@@ -70,25 +70,10 @@ class DiffusionState(DecodingState):
         return 1
 
     @property
-    def is_complete(self) -> Tensor:
-        return torch.full((len(self.prompts),), self.is_done)
-
-    @property
-    def position(self) -> Tensor:
-        return torch.full((len(self.prompts),), self.step)
-
-    @property
-    def decided(self) -> None:
-        return None
-
-    @property
     def choice_noise(self) -> NoReturn:
         raise ValueError(_ONE_STEP)
 
     def select(self, rows: Tensor) -> NoReturn:
-        raise ValueError(_ONE_STEP)
-
-    def fork(self, k: int) -> NoReturn:
         raise ValueError(_ONE_STEP)
 
 
@@ -97,18 +82,11 @@ class DiffusionProposal(Proposal):
     """Whole images as candidates, uint8 [B, 1, 3, H, W], of which no probability is known."""
 
     tokens: Tensor
+    log_probs: Tensor
     features: None = None
 
-    @property
-    def log_probs(self) -> Tensor:
-        return self.tokens.new_full(self.tokens.shape[:2], torch.nan, dtype=torch.float32)
-
-    @property
-    def repeats(self) -> Tensor:
-        return self.tokens.new_zeros(self.tokens.shape[:2], dtype=torch.bool)
-
     def select(self, rows: Tensor) -> "DiffusionProposal":
-        return DiffusionProposal(self.tokens[rows])
+        return DiffusionProposal(self.tokens[rows], self.log_probs[rows])
 
     def unfold(self) -> "DiffusionProposal":
         return self
@@ -243,7 +221,8 @@ class DiffusionDecoder(Decoder):
         finally:
             for hook in hooks:
                 hook.remove()
-        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None])
+        unknown = torch.full((len(images), 1), torch.nan, device=images.device)
+        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None], unknown)
 
     def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]

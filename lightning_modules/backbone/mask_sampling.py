@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.sampling import invert, uniform_noise
+from lightning_modules.backbone.sampling import Noise, invert, uniform_noise
 
 _KNOWN = torch.finfo(torch.float32).max  # stands for the probability of a token that is known: more than any other's
 
@@ -77,67 +76,24 @@ def least_confident(
     return confidence < cut
 
 
-class MaskNoise(Protocol):
-    """The randomness of B images, k candidates a step."""
-
-    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
-        """Draw k codes [M, k] from probabilities [M, C] at positions `where` [M] of the B * n, counted row by row."""
-        ...
-
-    def confidence(self, step: int, k: int) -> Tensor:
-        """Uniform noise [B, k, n] for the confidences."""
-        ...
-
-    def choice(self, step: int) -> Tensor:
-        """Uniform noise [B] for choosing among the candidates."""
-        ...
-
-    def select(self, rows: Tensor) -> "MaskNoise":
-        """The noise of rows `rows` [B'], in that order and as often as they occur."""
-        ...
-
-    def fork(self, k: int) -> "MaskNoise":
-        """The noise of k paths a row; path j has that of candidate j."""
-        ...
-
-    def to(self, device: torch.device) -> "MaskNoise":
-        """The same on another device."""
-        ...
-
-
 @dataclass(frozen=True)
-class SeededNoise:
-    """Noise that belongs to the image: the same whatever else is in the batch.
+class SeededNoise(Noise):
+    """Noise of grids of n tokens, filled in T steps.
 
     Attributes:
-        uniform: [B, 2K + 1, T, n] for K candidates: a row for codes and one for confidences each; the last one is for
-            choosing.
+        candidates: [B, K, 2, T, n]: for the codes of each candidate, and for the confidences.
     """
-
-    uniform: Tensor
 
     @staticmethod
     def draw(seeds: Sequence[int], k: int, steps: int, tokens: int) -> "SeededNoise":
         """The noise of images with these seeds; more candidates leave the first ones' as it is."""
-        return SeededNoise(uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens)))
+        uniform = uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens))
+        return SeededNoise(uniform[:, :-1].unflatten(1, (k, 2)), uniform[:, -1, :, 0])
 
-    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
-        noise = self.uniform[:, : 2 * k : 2, step].transpose(1, 2).flatten(0, 1)
-        return invert(probs, noise[where])
+    def codes(self, step: int, positions: Tensor, probs: Tensor, k: int) -> Tensor:
+        """Draw k codes [M, k] from probabilities [M, C] at positions [M] of the B * n, counted row by row."""
+        return invert(probs, self.candidates[:, :k, 0, step].transpose(1, 2).flatten(0, 1)[positions])
 
     def confidence(self, step: int, k: int) -> Tensor:
-        return self.uniform[:, 1 : 2 * k : 2, step]
-
-    def choice(self, step: int) -> Tensor:
-        return self.uniform[:, -1, step, 0]
-
-    def fork(self, k: int) -> "SeededNoise":
-        own = self.uniform[:, : 2 * k].unflatten(1, (k, 2)).flatten(0, 1)
-        choosing = self.uniform[:, -1:].repeat_interleave(k, 0)
-        return SeededNoise(torch.cat([own, choosing], 1))
-
-    def to(self, device: torch.device) -> "SeededNoise":
-        return SeededNoise(self.uniform.to(device))
-
-    def select(self, rows: Tensor) -> "SeededNoise":
-        return SeededNoise(self.uniform[rows.to(self.uniform.device)])
+        """Uniform noise [B, k, n] for the confidences."""
+        return self.candidates[:, :k, 1, step]

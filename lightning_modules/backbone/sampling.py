@@ -1,7 +1,8 @@
 """Drawing tokens from logits with noise that belongs to the image, not to the batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -48,6 +49,31 @@ def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
     generator, shape = torch.Generator(), (1 + candidates, steps)
     rows = [torch.rand(shape, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The randomness of B images: each row comes from the seed of its image alone.
+
+    Attributes:
+        candidates: uniform numbers for drawing each of K candidates, [B, K, ...]; a later index is the step.
+        choice: uniform numbers for choosing among them at each step, [B, steps].
+    """
+
+    candidates: Tensor
+    choice: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        return replace(self, candidates=self.candidates[rows], choice=self.choice[rows])
+
+    def fork(self, k: int) -> Self:
+        """The noise of k paths a row, neighbours; path j has that of candidate j."""
+        own = self.candidates[:, :k].flatten(0, 1)[:, None]
+        return replace(self, candidates=own, choice=self.choice.repeat_interleave(k, 0))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 
 
 def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
