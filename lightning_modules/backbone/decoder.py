@@ -298,13 +298,7 @@ class Decoder(nn.Module, Keyed):
         raise ValueError(f"{type(self).__name__} gives tokens no probability")
 
     def value_gains(
-        self,
-        prompts: Sequence[str],
-        tokens: Tensor,
-        features: DecoderFeatures,
-        values: Values,
-        patches: int,
-        cost: Cost,
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures, value: Values, patches: int, cost: Cost
     ) -> Tensor:
         """What each token of finished images, or its patch of M x M, adds to their value (a probability), [B, T]."""
         raise ValueError(f"{type(self).__name__} has no values before an image is finished")

@@ -6,6 +6,7 @@ with it: plain sampling, best-of-n by any reward, GenEval.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint, from_hub
+from lightning_modules.backbone.sampling import refuse_below
 from lightning_modules.broken_files import first_line, refuse_broken_folder
 from lightning_modules.cache_key import class_name, digest, published_key
 
@@ -40,8 +42,7 @@ class DiffusionSampling:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps must be at least 1, not {self.steps}")
+        refuse_below(1, steps=self.steps)
 
 
 class Pixels(ImageTokenizer):
@@ -115,10 +116,10 @@ class DiffusionDecoder(Decoder):
         load: Any = AutoPipelineForText2Image.from_pretrained
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **dict.fromkeys(without)}
         try:
-            if not Path(checkpoint).exists():
-                from_hub(checkpoint, ["model_index.json"])  # which, unlike diffusers, says what is the matter
-            else:
+            if Path(checkpoint).exists():
                 refuse_broken_folder(Path(checkpoint))
+            else:
+                from_hub(checkpoint, ["model_index.json"])  # unlike diffusers, it says what is the matter
             self.pipeline: Any = load(checkpoint, **options)
         except OSError as error:
             raise FileNotFoundError(f"decoder.checkpoint: {first_line(error)}") from error
@@ -183,18 +184,11 @@ class DiffusionDecoder(Decoder):
 
     def begin(self, request: Request, sampling: DiffusionSampling, k: int = 1) -> DiffusionState:
         if request.fixed_mask is not None:
-            raise ValueError("pipelines of diffusers decide whole images: none of their tokens can be kept")
+            raise ValueError("pipelines of diffusers decide whole images: none of their tokens can stay")
         nothing = torch.empty(len(request.rows), 0, dtype=torch.uint8, device=self.pipeline.device)
+        noise = self.noise(request.seeds, k, sampling)
         return DiffusionState(
-            tokens=nothing,
-            step=0,
-            noise=self.noise(request.seeds, k, sampling),
-            prompt=nothing,
-            features=None,
-            log_probs=nothing.float(),
-            cost=Cost(),
-            prompts=request.prompts,
-            sampling=sampling,
+            nothing, 0, noise, nothing, None, nothing.float(), Cost(), prompts=request.prompts, sampling=sampling
         )
 
     @torch.no_grad()
@@ -207,8 +201,9 @@ class DiffusionDecoder(Decoder):
         def count(network: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             state.cost.decoder_passes += len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
 
-        hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in self._denoisers]
-        try:
+        with ExitStack() as hooks:
+            for network in self._denoisers:
+                hooks.callback(network.register_forward_pre_hook(count, with_kwargs=True).remove)
             images = self.pipeline(
                 prompt=list(state.prompts),
                 **guided,
@@ -218,9 +213,6 @@ class DiffusionDecoder(Decoder):
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.noise],
                 output_type="pt",
             ).images
-        finally:
-            for hook in hooks:
-                hook.remove()
         unknown = torch.full((len(images), 1), torch.nan, device=images.device)
         return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None], unknown)
 

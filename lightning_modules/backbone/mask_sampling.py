@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.sampling import Noise, invert, uniform_noise
+from lightning_modules.backbone.sampling import Noise, invert, refuse_below, uniform_noise
 
 _KNOWN = torch.finfo(torch.float32).max  # stands for the probability of a token that is known: more than any other's
 
@@ -27,12 +27,8 @@ class MaskSampling:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps must be at least 1, not {self.steps}")
-        if self.guidance < 0:
-            raise ValueError(f"sampling.guidance must be at least 0, not {self.guidance}")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature must be at least 0, not {self.temperature}")
+        refuse_below(1, steps=self.steps)
+        refuse_below(0, guidance=self.guidance, temperature=self.temperature)
 
     def temperature_at(self, step: int) -> float:
         """Show-o's schedule: what is left of the temperature shrinks by (step + 1) / T at every step."""
@@ -40,10 +36,10 @@ class MaskSampling:
 
 
 def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
-    """How many tokens of each row stay masked after a step, int64 [B]: cosine schedule (MaskGIT, arXiv 2202.04200).
+    """Count the tokens of each row that stay masked after a step, int64 [B], by MaskGIT's cosine (arXiv 2202.04200).
 
-    Of the tokens that are unknown before the step one at least is fixed, and one at least stays masked. In single
-    precision, as Show-o computes it: in double precision some counts are others.
+    Of the tokens that are unknown before the step one at least is fixed, and one at least stays masked. Single
+    precision, as in Show-o: in double precision some counts differ.
 
     Args:
         step: 0-based.
@@ -58,9 +54,9 @@ def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
 def least_confident(
     probs: Tensor, unknown: Tensor, count: Tensor, temperature: Tensor | float, noise: Tensor
 ) -> Tensor:
-    """Which tokens are masked for the next step: the `count` [B] least confident ones, bool [B, n].
+    """Choose the `count` [B] least confident tokens, to be masked for the next step, bool [B, n].
 
-    TokenConfidence is log p + temperature x Gumbel noise; ties at the cut are kept.
+    Confidence is log p + temperature x Gumbel noise; tokens that tie at the cut are fixed.
 
     Args:
         probs: of the drawn codes, [B, n].

@@ -264,13 +264,7 @@ class MaskTokenDecoder(MaskNetwork):
         return torch.stack([self.token_log_probs(prefix, tokens, masked) for masked in masks]).sum(0)
 
     def value_gains(
-        self,
-        prompts: Sequence[str],
-        tokens: Tensor,
-        features: DecoderFeatures,
-        values: Values,
-        patches: int,
-        cost: Cost,
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures, value: Values, patches: int, cost: Cost
     ) -> Tensor:
         """The value minus that of the same grid in which the patch is undecided, from a pass a patch; see `Decoder`."""
         grid = self.image_tokenizer.grid
@@ -279,8 +273,8 @@ class MaskTokenDecoder(MaskNetwork):
             masked = upsample_patches(patch.view(1, patches, -1), grid).expand_as(tokens)
             seen = self.features(prompts, tokens, masked, masked, features.statistics)
             cost.count_pass(2 * len(prompts), self.num_tokens)
-            without.append(values(seen, [self.num_tokens]).exp())
-        gains = values(features, [self.num_tokens]).exp() - torch.cat(without, 1)
+            without.append(value(seen, [self.num_tokens]).exp())
+        gains = value(features, [self.num_tokens]).exp() - torch.cat(without, 1)
         cost.verifier_calls += gains.numel() + len(prompts)
         return upsample_patches(gains.unflatten(1, (patches, patches)), grid)
 

@@ -201,16 +201,10 @@ class NextTokenDecoder(TokenDecoder):
         return features.log_probs
 
     def value_gains(
-        self,
-        prompts: Sequence[str],
-        tokens: Tensor,
-        features: DecoderFeatures,
-        values: Values,
-        patches: int,
-        cost: Cost,
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures, value: Values, patches: int, cost: Cost
     ) -> Tensor:
         """The value of each prefix minus that of the one before; see `Decoder`."""
-        after = values(features, range(1, self.num_tokens + 1)).exp()
+        after = value(features, range(1, self.num_tokens + 1)).exp()
         cost.verifier_calls += after.numel()
         return after.diff(dim=1, prepend=after[:, :1])
 

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def refuse_below(least: int, **settings: float) -> None:
+    """Raise ValueError for a setting of sampling that is too small, by its name in the config."""
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"sampling.{name} must be at least {least}, not {value}")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
@@ -28,12 +35,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature must be above 0, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"sampling.top_k must be 0 (off) or positive, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
-        if self.guidance < 0:
-            raise ValueError(f"sampling.guidance must be at least 0, not {self.guidance}")
+        refuse_below(0, top_k=self.top_k, guidance=self.guidance)
 
 
 def image_seed(*parts: int) -> int:
@@ -105,17 +109,17 @@ def draw(
         Tokens [B, k] and their log-probabilities [B, k] under the sampling distribution.
     """
     log_p = sampling_log_probs(conditional, unconditional, sampling)
-    probs = log_p.exp()
-    if not distinct:
-        tokens = invert(probs, noise)
-        return tokens, log_p.gather(-1, tokens)
+    tokens = _distinct(log_p.exp(), noise) if distinct else invert(log_p.exp(), noise)
+    return tokens, log_p.gather(-1, tokens)
+
+
+def _distinct(probs: Tensor, noise: Tensor) -> Tensor:
     drawn = [invert(probs, noise[:, :1])]
     for j in range(1, noise.shape[1]):
         probs = probs.scatter(-1, drawn[-1], 0.0)
         token = invert(probs, noise[:, j : j + 1])
         drawn.append(torch.where(probs.sum(-1, keepdim=True) > 0, token, drawn[-1]))
-    tokens = torch.cat(drawn, dim=-1)
-    return tokens, log_p.gather(-1, tokens)
+    return torch.cat(drawn, dim=-1)
 
 
 def invert(probs: Tensor, noise: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,21 @@ from torch.utils.checkpoint import checkpoint
 
 _BLOCK = 4  # positions by which caches grow
 
+# How the positions of a pass attend to one another, and to others whose keys and values the function holds: a layer's
+# index, its queries, keys and values, [B, heads, S, head_dim] -> the attended values, of the same shape.
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
 
 class KVCache:
-    """Keys and values of decoded prefixes, with those of the candidates for their next positions.
+    """Keys and values of decoded prefixes, of different lengths, and of the candidates for their next positions.
 
-    A prefix is stored once; candidates attend to it without copying it. `commit` keeps one of them. Rows may have
-    prefixes of different lengths.
+    A prefix is stored once; candidates attend to it without copying it. `commit` takes one of them.
 
     Args:
         capacity: positions that a prefix will have at most, so that memory is asked for once.
 
     Attributes:
-        keys, values: per layer, [B, heads, room + 1, head_dim]; the last position is for what nobody reads.
+        keys, values: per layer, [B, heads, room + 1, head_dim]; padding is written to the last position.
         lengths: positions filled in each row, [B], on the CPU.
     """
 
@@ -47,11 +50,10 @@ class KVCache:
         return self.keys[0].shape[2] - 1
 
     def reserve(self, length: int) -> None:
-        """Make room for prefixes of some length.
+        """Make room for prefixes of some length, but never much more.
 
-        There is never much more room than is filled: on CPUs, reading prefixes with gaps between them takes up to four
-        times as long, much more than to move them now and then. A layer moves to memory that another one has left, for
-        to touch new memory takes longer than to copy.
+        On CPUs, reading prefixes with gaps between them takes up to four times as long, much more than to move them now
+        and then. A layer moves to memory that another one has left: to touch new memory takes longer than to copy.
         """
         if length <= self.room:
             return
@@ -61,7 +63,7 @@ class KVCache:
                 self._spare = filled.new_empty(0).set_(filled.untyped_storage())
 
     def _place(self, filled: Tensor, length: int) -> Tensor:
-        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one that nobody reads."""
+        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one for padding."""
 
         def shape(positions: int) -> tuple[int, ...]:
             return *filled.shape[:2], -(-positions // _BLOCK) * _BLOCK + 1, filled.shape[3]
@@ -71,15 +73,13 @@ class KVCache:
             self._spare = filled.new_empty(math.prod(shape(max(length, self.capacity))))
         room, self._spare = self._spare[:size].view(shape(length)), None
         room[:, :, : filled.shape[2]] = filled
-        room[:, :, filled.shape[2] :] = (
-            0  # no weight is on what is not filled, but 0 times what memory held may not be 0
-        )
+        # No attention goes to what is not filled, but 0 times what memory held may not be 0.
+        room[:, :, filled.shape[2] :] = 0
         return room
 
     def unfilled(self) -> Tensor | None:
-        """Which of the first `length` positions are not filled, bool [B, 1, 1, length]; None where all are."""
-        positions = torch.arange(self.length)
-        unfilled = positions >= self.lengths[:, None, None, None]
+        """Those of the first `length` positions that are not filled, bool [B, 1, 1, length]; None if all are."""
+        unfilled = torch.arange(self.length) >= self.lengths[:, None, None, None]
         return unfilled.to(self.keys[0].device) if unfilled.any() else None
 
     def prefill(self, key: Tensor, value: Tensor) -> None:
@@ -119,14 +119,6 @@ class KVCache:
         return chosen
 
 
-class AttentionFn(Protocol):
-    """How the positions of a pass attend to one another, and to others whose keys and values it holds."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries, keys and values of a layer, [B, heads, S, head_dim] -> what they attend to, of the same shape."""
-        ...
-
-
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of a pre-norm Transformer, and where models differ.
@@ -164,14 +156,13 @@ class TransformerConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    In training on CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three
-    times so.
-    Without a backward pass it is the faster one where a mask is needed.
+    In training on CPUs by plain matrix products: there the backward pass of the fused kernel is up to three times as
+    slow, though without a backward pass it is the faster one.
 
     Args:
         q, k, v: queries, keys and values.
         causal: a position attends to itself and to those before it.
-        allowed: bool, [B, 1, S or 1, K]: which keys a query may attend to.
+        allowed: keys that a query may attend to, bool [B, 1, S or 1, K].
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
@@ -219,7 +210,7 @@ class ExtendAttention:
     """The next positions of each row attend to the cached prefix and to those before them, and join the cache."""
 
     cache: KVCache
-    positions: Tensor  # where each goes, [B, S]
+    positions: Tensor  # in the cache, [B, S]
     length: int  # of the longest row afterwards
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -285,7 +276,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(weight)
 
     def layers(self, x: Tensor, attending: AttentionFn) -> Iterator[Tensor]:
-        """A pass over x [B, S, dim]; gives the hidden states [B, S, dim] after each layer in turn."""
+        """A pass over x [B, S, dim]; yields the hidden states [B, S, dim] after each layer."""
         for layer, block in enumerate(self.blocks):
             if self.config.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, attending, use_reentrant=False, preserve_rng_state=False)
@@ -314,7 +305,7 @@ class Transformer(nn.Module):
         """Several positions in one pass, which join the cache.
 
         Args:
-            x: [B, S, dim]; of row b the first counts[b] are meant, the others are padding.
+            x: [B, S, dim]; of row b the first counts[b] are read, the others are padding.
             counts: [B], on the CPU.
             cache: of the prefixes.
         """
