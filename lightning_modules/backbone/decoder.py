@@ -137,10 +137,7 @@ class DecodingState(ABC):
 
     @property
     def position(self) -> Tensor:
-        """The position in the image that verifiers must be at before this step, [B], on the CPU.
-
-        It is the number of tokens before the next one where they are decided in order, otherwise the step.
-        """
+        """Position of verifiers before this step, [B], on the CPU: number of tokens before the next one, or the step."""
         return torch.full((len(self.tokens),), self.step)
 
     @property
@@ -159,7 +156,7 @@ class DecodingState(ABC):
         return self.noise.choice[:, self.step]
 
     def select(self, rows: Tensor) -> Self:
-        """Take rows `rows` [B'], in that order and as often as they occur; fields that a subclass adds are its own."""
+        """Take rows `rows` [B'], in that order and as often as they occur; a subclass adds the fields of its own."""
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -179,16 +176,12 @@ class DecodingState(ABC):
         return replace(self, noise=noise.to(self.tokens.device))
 
     def without_order_noise(self, rows: Tensor) -> Self:
-        """Let rows `rows`, bool [B], decide their likeliest tokens first, without noise in that order.
-
-        Raises:
-            ValueError: tokens are decided in a fixed order.
-        """
+        """Let rows `rows`, bool [B], decide their likeliest tokens first; ValueError if the order is fixed."""
         raise ValueError(f"{type(self).__name__} decides its tokens in a fixed order: there is no noise to leave out")
 
 
 class Proposal(ABC):
-    """k candidates for the next step of B images, all from one forward pass.
+    """k candidates for the next step of B images, from one forward pass: a dataclass of tensors [B, k, ...].
 
     Attributes:
         tokens: what each candidate decides: the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
@@ -205,13 +198,17 @@ class Proposal(ABC):
         """Candidates that equal an earlier one of their row, bool [B, k]."""
         return equal_to_earlier(self.tokens.flatten(2))
 
-    @abstractmethod
     def select(self, rows: Tensor) -> Self:
         """Take rows `rows` [B'], in that order and as often as they occur."""
+        return self._map(lambda part: part[rows], self.features and self.features.select(rows))
 
-    @abstractmethod
     def unfold(self) -> Self:
         """Turn k candidates of B rows into one candidate each of B * k rows."""
+        return self._map(lambda part: part.flatten(0, 1)[:, None], self.features and self.features.unfold())
+
+    def _map(self, change: Callable[[Tensor], Tensor], features: DecoderFeatures | None) -> Self:
+        tensors = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors, features=features)  # type: ignore[type-var]
 
 
 def equal_to_earlier(candidates: Tensor) -> Tensor:
@@ -280,7 +277,7 @@ class Decoder(nn.Module, Keyed):
         """Take candidate `choice` [B] of each row into the state, in place."""
 
     def preview(self, state: Any, proposal: Any = None) -> Tensor:
-        """Guess the finished images, pixels [B, 3, H, W]; with a proposal, that of each candidate, [B k, 3, H, W].
+        """Guess the finished images, pixels [B, 3, H, W], or with a proposal those of its candidates, [B k, 3, H, W].
 
         Raises:
             ValueError: images cannot be seen before they are finished.
@@ -381,13 +378,8 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding.
-
-        Args:
-            prompts: of the images.
-            tokens: the images.
-            sampling: how they were drawn.
-            trajectory: how grids were filled; None where tokens are decided one after the other.
+        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding. `trajectory` says how
+        grids were filled; None where tokens are decided one after the other.
         """
 
     @abstractmethod

@@ -86,12 +86,6 @@ class DiffusionProposal(Proposal):
     log_probs: Tensor
     features: None = None
 
-    def select(self, rows: Tensor) -> "DiffusionProposal":
-        return DiffusionProposal(self.tokens[rows], self.log_probs[rows])
-
-    def unfold(self) -> "DiffusionProposal":
-        return self
-
 
 class DiffusionDecoder(Decoder):
     """Any text-to-image pipeline of diffusers.

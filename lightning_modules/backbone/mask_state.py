@@ -85,20 +85,6 @@ class MaskProposal(Proposal):
     def repeats(self) -> Tensor:
         return equal_to_earlier(torch.cat([self.tokens, self.masked.long()], -1))
 
-    def select(self, rows: Tensor) -> "MaskProposal":
-        tokens, log_probs, probs, masked = (part[rows] for part in self._tensors)
-        return MaskProposal(
-            tokens, log_probs, self.features and self.features.select(rows), probs, masked, self.is_last
-        )
-
-    def unfold(self) -> "MaskProposal":
-        tokens, log_probs, probs, masked = (part.flatten(0, 1)[:, None] for part in self._tensors)
-        return MaskProposal(tokens, log_probs, self.features and self.features.unfold(), probs, masked, self.is_last)
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.log_probs, self.probs, self.masked
-
 
 @dataclass
 class MaskState(DecodingState):

@@ -33,13 +33,6 @@ class NextTokenProposal(Proposal):
     log_probs: Tensor
     features: DecoderFeatures
 
-    def select(self, rows: Tensor) -> "NextTokenProposal":
-        return NextTokenProposal(self.tokens[rows], self.log_probs[rows], self.features.select(rows))
-
-    def unfold(self) -> "NextTokenProposal":
-        tokens, log_probs = (part.flatten(0, 1)[:, None] for part in (self.tokens, self.log_probs))
-        return NextTokenProposal(tokens, log_probs, self.features.unfold())
-
 
 @dataclass
 class NextTokenState(DecodingState):

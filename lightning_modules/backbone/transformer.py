@@ -1,4 +1,4 @@
-"""The one Transformer of the project; how its positions attend to one another is handed to each pass."""
+"""The Transformer of the project, and the keys and values that its passes leave behind."""
 
 import math
 from collections import deque
@@ -83,7 +83,7 @@ class KVCache:
         return unfilled.to(self.keys[0].device) if unfilled.any() else None
 
     def prefill(self, key: Tensor, value: Tensor) -> None:
-        """Add a layer whose first positions are these keys and values, [B, heads, S, head_dim]."""
+        """Add a layer that begins with these keys and values, [B, heads, S, head_dim]."""
         self.lengths = torch.full((len(key),), key.shape[2])
         self.keys.append(self._place(key, key.shape[2]))
         self.values.append(self._place(value, key.shape[2]))
@@ -174,53 +174,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-@dataclass(frozen=True)
-class FullAttention:
-    """Attention among all positions of the pass; with a cache, which then holds their keys and values."""
-
-    causal: bool
-    cache: KVCache | None = None
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.cache is not None:
-            self.cache.prefill(k, v)
-        return attend(q, k, v, self.causal)
-
-
-@dataclass(frozen=True)
-class StepAttention:
-    """Each of k alternatives for the next position attends to the cached prefix and to itself."""
-
-    cache: KVCache
-    length: int
-    unfilled: Tensor | None
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache.propose(k, v)
-        q = q * q.shape[-1] ** -0.5
-        prefix = q @ self.cache.keys[layer][:, :, : self.length].transpose(2, 3)  # [B, heads, k, length]
-        if self.unfilled is not None:
-            prefix = prefix.masked_fill(self.unfilled, -torch.inf)
-        weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
-        return weights[..., :-1] @ self.cache.values[layer][:, :, : self.length] + weights[..., -1:] * v
-
-
-@dataclass(frozen=True)
-class ExtendAttention:
-    """The next positions of each row attend to the cached prefix and to those before them, and join the cache."""
-
-    cache: KVCache
-    positions: Tensor  # in the cache, [B, S]
-    length: int  # of the longest row afterwards
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[rows, :, self.positions], values[rows, :, self.positions] = k.transpose(1, 2), v.transpose(1, 2)
-        allowed = torch.arange(self.length, device=q.device) <= self.positions[:, None, :, None]
-        return attend(q, keys[:, :, : self.length], values[:, :, : self.length], allowed=allowed)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -293,16 +246,33 @@ class Transformer(nn.Module):
         return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
-        """Full pass over x [B, S, dim], which fills the cache, if any."""
-        return self.run(x, FullAttention(causal, cache))
+        """Full pass over x [B, S, dim], whose positions attend to one another; it fills the cache, if any."""
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is not None:
+                cache.prefill(k, v)
+            return attend(q, k, v, causal)
+
+        return self.run(x, attention)
 
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
-        """One position, k alternatives: x [B, k, dim] against the cached prefix."""
+        """One position: each of k alternatives x [B, k, dim] attends to the cached prefix and to itself."""
         cache.forget()
-        return self.run(x, StepAttention(cache, cache.length, cache.unfilled()))
+        length, unfilled = cache.length, cache.unfilled()
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.propose(k, v)
+            q = q * q.shape[-1] ** -0.5
+            prefix = q @ cache.keys[layer][:, :, :length].transpose(2, 3)  # [B, heads, k, length]
+            if unfilled is not None:
+                prefix = prefix.masked_fill(unfilled, -torch.inf)
+            weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
+            return weights[..., :-1] @ cache.values[layer][:, :, :length] + weights[..., -1:] * v
+
+        return self.run(x, attention)
 
     def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
-        """Several positions in one pass, which join the cache.
+        """The next positions of each row attend to the cached prefix and to those before them, and join the cache.
 
         Args:
             x: [B, S, dim]; of row b the first counts[b] are read, the others are padding.
@@ -311,7 +281,15 @@ class Transformer(nn.Module):
         """
         cache.forget()
         cache.reserve(int((cache.lengths + counts).max()))
-        offset = torch.arange(x.shape[1])
-        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room)
+        offset, rows = torch.arange(x.shape[1]), torch.arange(len(x), device=x.device)[:, None]
+        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room).to(x.device)
         cache.lengths = cache.lengths + counts
-        return self.run(x, ExtendAttention(cache, positions.to(x.device), cache.length))
+        length = cache.length
+        allowed = torch.arange(length, device=x.device) <= positions[:, None, :, None]
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+            return attend(q, keys[:, :, :length], values[:, :, :length], allowed=allowed)
+
+        return self.run(x, attention)
