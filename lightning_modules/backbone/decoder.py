@@ -137,7 +137,7 @@ class DecodingState(ABC):
 
     @property
     def position(self) -> Tensor:
-        """Position of verifiers before this step, [B], on the CPU: number of tokens before the next one, or the step."""
+        """Position of verifiers before this step, [B], on the CPU: tokens before the next one, by default the step."""
         return torch.full((len(self.tokens),), self.step)
 
     @property
@@ -251,9 +251,8 @@ class Decoder(nn.Module, Keyed):
         """Tokens of an image, T."""
         return self.image_tokenizer.num_tokens
 
-    @abstractmethod
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError if a prompt cannot be read."""
+        """Raise ValueError if a prompt cannot be read; by default any can."""
 
     def check_readable(self) -> None:
         """Raise ValueError if verifiers in token space have nothing to read."""
@@ -277,11 +276,7 @@ class Decoder(nn.Module, Keyed):
         """Take candidate `choice` [B] of each row into the state, in place."""
 
     def preview(self, state: Any, proposal: Any = None) -> Tensor:
-        """Guess the finished images, pixels [B, 3, H, W], or with a proposal those of its candidates, [B k, 3, H, W].
-
-        Raises:
-            ValueError: images cannot be seen before they are finished.
-        """
+        """Guess the finished images, pixels [B, 3, H, W]; with a proposal, those of its candidates, [B k, 3, H, W]."""
         raise ValueError(f"{type(self).__name__} shows no image before it is finished")
 
     def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
@@ -378,8 +373,8 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding. `trajectory` says how
-        grids were filled; None where tokens are decided one after the other.
+        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding. The `trajectory` of
+        grids is needed; it is None where tokens are decided one after the other.
         """
 
     @abstractmethod

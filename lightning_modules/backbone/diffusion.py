@@ -97,8 +97,7 @@ class DiffusionDecoder(Decoder):
             `tokenizer_3`, the large text encoder of Stable Diffusion 3.
 
     Raises:
-        ImportError: diffusers is not installed.
-        FileNotFoundError: there is no such checkpoint.
+        ImportError, FileNotFoundError: diffusers is not installed; there is no such checkpoint.
     """
 
     def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
@@ -134,15 +133,8 @@ class DiffusionDecoder(Decoder):
             "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
         }
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Any text can be read."""
-
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
-        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU.
-
-        Raises:
-            ValueError: `sampling` asks for what the pipeline cannot do.
-        """
+        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU. See `_guidance`."""
         if k != 1:
             raise ValueError(f"pipelines of diffusers decide an image in one step, so k must be 1, not {k}")
         if sampling is not None:
@@ -155,11 +147,7 @@ class DiffusionDecoder(Decoder):
         return [self.networks[name] for name in ("transformer", "transformer_2", "unet") if name in self.networks]
 
     def _guidance(self, sampling: DiffusionSampling) -> dict[str, Any]:
-        """The arguments of the pipeline that guide it.
-
-        Raises:
-            ValueError: it cannot be guided, or has no use for a negative prompt.
-        """
+        """The arguments that guide the pipeline; ValueError if it cannot be, or has no use for a negative prompt."""
         name = type(self.pipeline).__name__
         distilled = any(
             getattr(network.config, "guidance_embeds", False) or getattr(network.config, "time_cond_proj_dim", None)
@@ -216,10 +204,13 @@ class DiffusionDecoder(Decoder):
 
 
 def _part_key(part: Any) -> dict[str, Any]:
-    """What decides the work of a part of a pipeline, beside the weights: its config, or a tokenizer's vocabulary."""
-    if isinstance(part, nn.Module) or hasattr(part, "set_timesteps"):
-        config = part.config
+    """All that decides the work of a part of a pipeline beside the weights: its config, or a tokenizer's vocabulary."""
+    from diffusers import ConfigMixin
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(part, nn.Module | ConfigMixin):
+        config: Any = part.config
         return published_key(config if isinstance(config, Mapping) else config.to_dict())
-    if hasattr(part, "get_vocab"):
+    if isinstance(part, PreTrainedTokenizerBase):
         return {"vocabulary": digest(part.get_vocab()), "length": part.model_max_length}
     return {}

@@ -28,8 +28,7 @@ class HubMixin(ModelHubMixin, library_name="image-cot"):
 
         Raises:
             FileNotFoundError: there are no weights.
-            ValueError: `task=export` did not write the config, it names anything but this package's own, or it is
-                another network's; a tensor does not fit.
+            ValueError: a tensor does not fit, or the config is not one that `task=export` writes for such a network.
         """
         folder = Path(model_id)
         if not folder.is_dir():

@@ -25,8 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 def resolve(checkpoint: str, advice: str | None = None) -> Path:
     """Find the folder of a checkpoint: a path, `bundled:NAME` for the package's own, or OWNER/NAME on the hub.
 
-    Raises:
-        FileNotFoundError: there are no weights; for `advice` see `from_hub`.
+    Raises FileNotFoundError if there are no weights; for the `advice` in it see `from_hub`.
     """
     name = checkpoint.removeprefix("bundled:")
     folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
@@ -61,7 +60,7 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
 
 
 class CheckpointReader:
-    """The tensors of a folder with weights, in one file or several, read one at a time.
+    """Reads the tensors of a folder with weights, in one file or several, one at a time.
 
     Pickled weights are read only where there are no safetensors, and only as tensors.
 
@@ -71,9 +70,18 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        files = [name for name in _WEIGHTS if (folder / name).is_file()][:1]
+        if index.is_file():
+            names = read_settings(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise ValueError(f"{index} has no 'weight_map', which says which file holds which tensor")
+            files = sorted(set(names.values()))
         self._shapes: dict[str, list[int]] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
-        for path in self._files(folder):
+        for path in (folder / file for file in files):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which {index.name} names")
             if path.suffix == ".bin":
                 pickled = read_torch(path)
                 if not isinstance(pickled, dict):
@@ -88,20 +96,6 @@ class CheckpointReader:
                 raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
             self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
             self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
-
-    @staticmethod
-    def _files(folder: Path) -> list[Path]:
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            return [next(path for name in _WEIGHTS if (path := folder / name).is_file())]
-        names = read_settings(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{index} has no 'weight_map', which says which file holds which tensor")
-        files = [folder / name for name in sorted(set(names.values()))]
-        for path in files:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, which {index.name} names")
-        return files
 
     @property
     def keys(self) -> set[str]:
@@ -119,11 +113,7 @@ class CheckpointReader:
 
 @torch.no_grad()
 def copy_from(stored: CheckpointReader, targets: Mapping[str, Sequence[Tensor]], source: str) -> None:
-    """Copy each stored tensor into the targets under its name.
-
-    Raises:
-        ValueError: one is missing or of another shape; the sentence names it and the `source` of the weights.
-    """
+    """Copy stored tensors into the targets under their names; ValueError if one is missing or of another shape."""
     for key, tensors in targets.items():
         if key not in stored.keys or stored.shape([key]) != list(tensors[0].shape):
             raise ValueError(f"{source} has no tensor {key!r} of shape {list(tensors[0].shape)}")
@@ -180,11 +170,7 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
 
 
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write a module's own weights and the config that builds it, whole or not at all.
-
-    Raises:
-        ValueError: the folder holds weights of something else.
-    """
+    """Write a module's own weights and the config that builds it, whole or not at all; see `refuse_other_weights`."""
     refuse_other_weights(folder, config)
     tensors = {
         key: value.detach().to(dtype if value.is_floating_point() else value.dtype).contiguous()

@@ -216,10 +216,5 @@ class MagvitV2(ImageTokenizer):
         return (self.decoder(self.quantize.entries(indices)).float() + 1) / 2  # half precision has fewer than 256 greys
 
     def decode(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Tokens [B, h * w] -> pixels [B, 3, H, W] in [0, 1].
-
-        Args:
-            tokens: row by row.
-            shape: (h, w), if not grid x grid.
-        """
+        """Tokens [B, h * w], row by row -> pixels [B, 3, H, W] in [0, 1]; `shape` is (h, w), if not grid x grid."""
         return self.reconstruct(tokens, shape).clamp(0, 1)

@@ -80,25 +80,21 @@ class MaskNetwork(TokenDecoder):
         return super().cache_key() | {"rotary_dims": self.rotary_dims, "vocabulary": vocabulary, "text": text}
 
     def warm_start(self, name: str, stored: CheckpointReader) -> None:
-        """Begin training with what a next-token decoder has learnt; Show-o begins with a language model's weights.
+        """Begin training with the weights of a next-token decoder, as Show-o begins with those of a language model.
 
         What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
         the part of each code that is its own. To have predicted the next token helps to fill gaps.
 
-        Args:
-            name: of the weights, for errors.
-            stored: weights of a `NextTokenDecoder` with the same sizes, vocabulary and image tokenizer.
-
         Raises:
-            ValueError: a tensor is missing or of another shape; the sentence names it.
+            ValueError: a tensor is missing or of another shape; the sentence names it, and the `name` of the weights.
         """
         codes, words = slice(self.vocabulary.first_code, self.vocabulary.mask), slice(self.vocabulary.text)
         other = ("image_tokenizer.", "embed.", "head.")
-        begin: dict[str, list[Tensor]]
-        begin = {key: [weight] for key, weight in self.named_parameters() if not key.startswith(other)}
-        begin["codes"] = [self.embed.weight[codes], self.head.weight[codes]]
-        begin["prompt_encoder.words.weight"] = [self.embed.weight[words]]
-        copy_from(stored, begin, f"decoder.start={name!r}")
+        targets: dict[str, list[Tensor]]
+        targets = {key: [weight] for key, weight in self.named_parameters() if not key.startswith(other)}
+        targets["codes"] = [self.embed.weight[codes], self.head.weight[codes]]
+        targets["prompt_encoder.words.weight"] = [self.embed.weight[words]]
+        copy_from(stored, targets, f"decoder.start={name!r}")
 
     @property
     def max_words(self) -> int:
@@ -172,10 +168,7 @@ class MaskNetwork(TokenDecoder):
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer.
 
-        Args:
-            tokens: codes [R, n].
-            unknown: which of them are masked, bool [R, n].
-            prefixes: each has the prompts of an equal part of the rows.
+        Of the codes [R, n] those that are `unknown` are masked. Each prefix has the prompts of as many rows.
         """
         return self.transformer.run(*self._grid(tokens, unknown, prefixes))
 
@@ -194,14 +187,10 @@ class MaskNetwork(TokenDecoder):
         return self.code_head(self.image_hidden(tokens, unknown, prefixes))
 
     def guided_logits(self, branches: Sequence[Tensor], guidance: float, positions: Tensor) -> Tensor:
-        """Logits [M, C] after guidance.
+        """Guided logits [M, C] at positions [M] of the B * n, counted row by row.
 
-        Logits are linear in hidden states, so these are guided, and the head runs once.
-
-        Args:
-            branches: normalised hidden states [B, n, dim], with the prompt and without.
-            guidance: scale.
-            positions: [M] of the B * n, counted row by row.
+        The branches are normalised hidden states [B, n, dim], with the prompt and without. Logits are linear in them,
+        so these are guided, and the head runs once.
         """
         conditional, *unconditional = (branch.flatten(0, 1)[positions] for branch in branches)
         if unconditional and guidance:
@@ -209,14 +198,10 @@ class MaskNetwork(TokenDecoder):
         return self.code_head(conditional)
 
     def token_log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
-        """log p(token | prompt, tokens that are not masked) where `masked`, else 0, [B, n]. Differentiable.
+        """log p(token | prompt, tokens that are not masked) of codes where `masked`, else 0, [B, n]. Differentiable.
 
-        Args:
-            prefix: of B prompts.
-            tokens: codes [B, n].
-            masked: bool [B, n].
-            as_trained: among all ids instead of the image codes, and of soi and eoi as well, [B, n + 2]: Show-o's own
-                training never excludes these.
+        With `as_trained` among all ids instead of the image codes, and of soi and eoi as well, [B, n + 2]: Show-o's own
+        training never excludes these.
         """
         if not as_trained:
             log_p = self.code_logits(tokens, masked, [prefix]).log_softmax(-1)

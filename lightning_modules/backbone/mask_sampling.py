@@ -38,13 +38,8 @@ class MaskSampling:
 def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
     """Count the tokens of each row that stay masked after a step, int64 [B], by MaskGIT's cosine (arXiv 2202.04200).
 
-    Of the tokens that are unknown before the step one at least is fixed, and one at least stays masked. Single
-    precision, as in Show-o: in double precision some counts differ.
-
-    Args:
-        step: 0-based.
-        steps: T.
-        unknown: bool [B, n].
+    Of the tokens that are `unknown` [B, n] before the step (0-based) one at least is fixed, and one at least stays
+    masked. Single precision, as in Show-o: in double precision some counts differ.
     """
     ratio = torch.tensor((step + 1) / steps, dtype=torch.float32)
     count = torch.floor(unknown.shape[1] * torch.cos(ratio * math.pi * 0.5)).to(unknown.device)
@@ -56,14 +51,9 @@ def least_confident(
 ) -> Tensor:
     """Choose the `count` [B] least confident tokens, to be masked for the next step, bool [B, n].
 
-    Confidence is log p + temperature x Gumbel noise; tokens that tie at the cut are fixed.
-
-    Args:
-        probs: of the drawn codes, [B, n].
-        unknown: tokens that were masked before the step, bool [B, n].
-        count: [B].
-        temperature: a number, or one for each row, [B, 1].
-        noise: uniform noise [B, n].
+    Confidence is log p + temperature x Gumbel noise; tokens that tie at the cut are fixed. `probs` [B, n] are those of
+    the drawn codes; tokens that were not `unknown` [B, n] stay fixed. The temperature is a number or [B, 1], the noise
+    uniform, [B, n].
     """
     log_p = torch.where(unknown, probs, _KNOWN).clamp(min=1e-20).log()
     gumbel = -(-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()

@@ -118,11 +118,7 @@ class MaskTokenDecoder(MaskNetwork):
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
-        """k candidates for the next step, whole grids; see `Decoder`.
-
-        Raises:
-            ValueError: `distinct`; what is drawn are whole grids.
-        """
+        """k candidates for the next step, whole grids, which are never `distinct` (ValueError); see `Decoder`."""
         if distinct:
             raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
         layers, branches = self.forward_pass(state)
@@ -205,9 +201,8 @@ class MaskTokenDecoder(MaskNetwork):
             statistics: `MaskState.statistics` before the pass, [3, B, n].
         """
         copies = len(prompts) // len(tokens)
-        unknown, undecided = (
-            torch.zeros_like(tokens, dtype=torch.bool) if x is None else x for x in (unknown, undecided)
-        )
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        unknown, undecided = (nothing if mask is None else mask for mask in (unknown, undecided))
         statistics = torch.zeros(3, *tokens.shape, device=tokens.device) if statistics is None else statistics
         bare = self.grid_pass(tokens, unknown, [self.encode([""])])
         tokens, unknown, undecided = (x.repeat_interleave(copies, 0) for x in (tokens, unknown, undecided))

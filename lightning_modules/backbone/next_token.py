@@ -253,12 +253,9 @@ class NextTokenDecoder(TokenDecoder):
         return state
 
     def _advance(self, state: NextTokenState, hidden: Sequence[Tensor], last: Tensor) -> None:
-        """Take what a pass predicts for the next token, and the features of fixed tokens that it read on the way.
+        """Take what a pass predicts for `state.position`, and the features of fixed tokens that it read on the way.
 
-        Args:
-            state: whose `position` is the next one to decide.
-            hidden: of every layer, [2B, S, dim]; entry i of row b predicts position last[b] + 1 + i.
-            last: position decided before, [B], on the CPU.
+        Entry i of row b of the hidden states of every layer, [2B, S, dim], predicts position last[b] + 1 + i.
         """
         passed = (state.position - last - 1).clamp(min=0)  # number of fixed tokens before the next one
         logits, hidden_states = self._logits(state.codes, hidden[-1]), self._feature_states(hidden)

@@ -109,17 +109,14 @@ def draw(
         Tokens [B, k] and their log-probabilities [B, k] under the sampling distribution.
     """
     log_p = sampling_log_probs(conditional, unconditional, sampling)
-    tokens = _distinct(log_p.exp(), noise) if distinct else invert(log_p.exp(), noise)
+    probs = log_p.exp()
+    tokens = invert(probs, noise[:, :1] if distinct else noise)
+    for j in range(1, noise.shape[1] if distinct else 0):
+        last = tokens[:, -1:]
+        probs = probs.scatter(-1, last, 0.0)
+        token = torch.where(probs.sum(-1, keepdim=True) > 0, invert(probs, noise[:, j : j + 1]), last)
+        tokens = torch.cat([tokens, token], dim=-1)
     return tokens, log_p.gather(-1, tokens)
-
-
-def _distinct(probs: Tensor, noise: Tensor) -> Tensor:
-    drawn = [invert(probs, noise[:, :1])]
-    for j in range(1, noise.shape[1]):
-        probs = probs.scatter(-1, drawn[-1], 0.0)
-        token = invert(probs, noise[:, j : j + 1])
-        drawn.append(torch.where(probs.sum(-1, keepdim=True) > 0, token, drawn[-1]))
-    return torch.cat(drawn, dim=-1)
 
 
 def invert(probs: Tensor, noise: Tensor) -> Tensor:

@@ -52,8 +52,7 @@ class PublishedTokenizer(Keyed):
         end_of_text: the token that opens and closes a prompt.
 
     Raises:
-        FileNotFoundError: there is no `tokenizer.json`.
-        ValueError: it is broken, or has no such token.
+        FileNotFoundError, ValueError: there is no `tokenizer.json`; it is broken, or has no such token.
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
@@ -108,11 +107,7 @@ class WordTokenizer(Keyed):
         return word_spans(prompt)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Word ids, int64 [B, max_words].
-
-        Raises:
-            ValueError: a prompt has an unknown word or more than `max_words` words.
-        """
+        """Word ids, int64 [B, max_words]; ValueError for unknown words, or more than `max_words`."""
         rows = []
         for prompt in prompts:
             words = prompt.split()

@@ -23,10 +23,8 @@ class KVCache:
 
     A prefix is stored once; candidates attend to it without copying it. `commit` takes one of them.
 
-    Args:
-        capacity: positions that a prefix will have at most, so that memory is asked for once.
-
     Attributes:
+        capacity: positions that a prefix will have at most, so that memory is asked for once.
         keys, values: per layer, [B, heads, room + 1, head_dim]; padding is written to the last position.
         lengths: positions filled in each row, [B], on the CPU.
     """
@@ -76,11 +74,6 @@ class KVCache:
         # No attention goes to what is not filled, but 0 times what memory held may not be 0.
         room[:, :, filled.shape[2] :] = 0
         return room
-
-    def unfilled(self) -> Tensor | None:
-        """Those of the first `length` positions that are not filled, bool [B, 1, 1, length]; None if all are."""
-        unfilled = torch.arange(self.length) >= self.lengths[:, None, None, None]
-        return unfilled.to(self.keys[0].device) if unfilled.any() else None
 
     def prefill(self, key: Tensor, value: Tensor) -> None:
         """Add a layer that begins with these keys and values, [B, heads, S, head_dim]."""
@@ -157,12 +150,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
     In training on CPUs by plain matrix products: there the backward pass of the fused kernel is up to three times as
-    slow, though without a backward pass it is the faster one.
-
-    Args:
-        q, k, v: queries, keys and values.
-        causal: a position attends to itself and to those before it.
-        allowed: keys that a query may attend to, bool [B, 1, S or 1, K].
+    slow, though without a backward pass it is the faster one. `allowed` are the keys that a query may attend to, bool
+    [B, 1, S or 1, K]; with `causal`, those of its own position and before.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
@@ -258,14 +247,16 @@ class Transformer(nn.Module):
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
         """One position: each of k alternatives x [B, k, dim] attends to the cached prefix and to itself."""
         cache.forget()
-        length, unfilled = cache.length, cache.unfilled()
+        length = cache.length
+        unfilled = torch.arange(length) >= cache.lengths[:, None, None, None]  # [B, 1, 1, length]
+        masked = unfilled.to(x.device) if unfilled.any() else None
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.propose(k, v)
             q = q * q.shape[-1] ** -0.5
             prefix = q @ cache.keys[layer][:, :, :length].transpose(2, 3)  # [B, heads, k, length]
-            if unfilled is not None:
-                prefix = prefix.masked_fill(unfilled, -torch.inf)
+            if masked is not None:
+                prefix = prefix.masked_fill(masked, -torch.inf)
             weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
             return weights[..., :-1] @ cache.values[layer][:, :, :length] + weights[..., -1:] * v
 
@@ -274,10 +265,7 @@ class Transformer(nn.Module):
     def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
         """The next positions of each row attend to the cached prefix and to those before them, and join the cache.
 
-        Args:
-            x: [B, S, dim]; of row b the first counts[b] are read, the others are padding.
-            counts: [B], on the CPU.
-            cache: of the prefixes.
+        Of row b of x [B, S, dim] the first counts[b] are read, the others are padding; counts [B] are on the CPU.
         """
         cache.forget()
         cache.reserve(int((cache.lengths + counts).max()))
