@@ -1,4 +1,16 @@
-"""The contract of decoders: prompts in, image tokens out, one step at a time."""
+"""The contract of decoders: prompts in, images out, one step at a time.
+
+A step decides one token (next-token decoders), a set of tokens (mask-token decoders) or the whole image (diffusion).
+Every strategy drives every decoder by the same loop:
+
+    state = decoder.begin(request, sampling, k)
+    while not state.is_done:
+        proposal = decoder.propose(state, k)      # k candidates for the next step, from one forward pass
+        decoder.commit(state, proposal, choice)   # one of them for each image
+
+A new decoder is three classes: a `DecodingState`, a `Proposal` and a `Decoder`. What only some decoders can do has a
+default here, which refuses in one sentence. `TokenDecoder` adds what training and verifiers in token space need.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +23,52 @@ from torch import Tensor, nn
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.trajectory import Trajectory
-from lightning_modules.cache_key import Keyed
+from lightning_modules.backbone.transformer import Transformer
+from lightning_modules.cache_key import Keyed, class_name, key_of
 
-Values = Callable[[DecoderFeatures, Sequence[int]], Tensor]  # of a verifier; see `Verifier.values`
+Values = Callable[[DecoderFeatures, Sequence[int]], Tensor]  # of a verifier; see `TokenVerifier.values`
+
+
+@dataclass(frozen=True)
+class Request:
+    """B images to decode.
+
+    Attributes:
+        rows: GenEval metadata, with the prompt.
+        seeds: one an image; all noise of an image comes from its own.
+        tokens, fixed_mask: images [B, T] and which of their tokens stay as they are, bool [B, T]; None: none.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    seeds: Sequence[int]
+    tokens: Tensor | None = None
+    fixed_mask: Tensor | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts of the prompts."""
+        return [row["prompt"] for row in self.rows]
+
+    def initial(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T] to begin with, and which of them stay, bool [B, T]; copies, all 0 where nothing stays."""
+        if self.tokens is None or self.fixed_mask is None:
+            tokens = torch.zeros(len(self.rows), num_tokens, dtype=torch.int64, device=device)
+            return tokens, torch.zeros_like(tokens, dtype=torch.bool)
+        return self.tokens.to(device, copy=True), self.fixed_mask.to(device, copy=True)
+
+    def repeat(self, n: int) -> "Request":
+        """Ask for n images of each, neighbours; the first has the image's own seed."""
+        seeds = [seed if j == 0 else image_seed(seed, j) for seed in self.seeds for j in range(n)]
+        return replace(self.select(torch.arange(len(self.rows)).repeat_interleave(n)), seeds=seeds)
+
+    def select(self, rows: Tensor) -> "Request":
+        """Ask for some of the images."""
+        picked = rows.tolist()
+        tokens, fixed_mask = (part if part is None else part[rows] for part in (self.tokens, self.fixed_mask))
+        return Request([self.rows[i] for i in picked], [self.seeds[i] for i in picked], tokens, fixed_mask)
 
 
 @dataclass
@@ -33,7 +86,7 @@ class Cost:
     tokens: int = 0
 
     def count_pass(self, rows: int, tokens: int) -> None:
-        """Count a forward pass of some rows, each with as many image tokens."""
+        """Count a forward pass of some rows with this many image tokens each."""
         self.decoder_passes += rows
         self.tokens += rows * tokens
 
@@ -44,86 +97,19 @@ class Cost:
         self.tokens += other.tokens
 
 
-@dataclass(frozen=True)
-class Request:
-    """B images to decode.
-
-    Attributes:
-        rows: GenEval metadata, with the prompt.
-        seeds: of the images; each image's noise comes from its own alone.
-        tokens, fixed_mask: images [B, T] and which of their tokens stay as they are, bool [B, T]; None: none.
-    """
-
-    rows: Sequence[Mapping[str, Any]]
-    seeds: Sequence[int]
-    tokens: Tensor | None = None
-    fixed_mask: Tensor | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        """The texts of the prompts."""
-        return [row["prompt"] for row in self.rows]
-
-    def repeat(self, n: int) -> "Request":
-        """Ask for n images of each, neighbours; the first has the image's own seed."""
-        tokens, fixed = (part if part is None else part.repeat_interleave(n, 0) for part in self._fixed)
-        seeds = [seed if j == 0 else image_seed(seed, j) for seed in self.seeds for j in range(n)]
-        return Request([row for row in self.rows for _ in range(n)], seeds, tokens, fixed)
-
-    def select(self, rows: Tensor) -> "Request":
-        """Ask for some of the images."""
-        picked = rows.tolist()
-        tokens, fixed = (part if part is None else part[rows] for part in self._fixed)
-        return Request([self.rows[i] for i in picked], [self.seeds[i] for i in picked], tokens, fixed)
-
-    @property
-    def _fixed(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.tokens, self.fixed_mask
-
-
-class Proposal(ABC):
-    """k candidates for the next step of B images, all from one forward pass.
-
-    Attributes:
-        tokens: what each decides: the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
-        features: what the decoder knows of each candidate, for verifiers; None from decoders that do not say.
-    """
-
-    tokens: Tensor
-    features: DecoderFeatures | None
-
-    @property
-    @abstractmethod
-    def log_probs(self) -> Tensor:
-        """Log-probability of each candidate under the distribution that it was drawn from, [B, k]."""
-
-    @property
-    @abstractmethod
-    def repeats(self) -> Tensor:
-        """Candidates that equal an earlier one of their row, bool [B, k]."""
-
-    @abstractmethod
-    def select(self, rows: Tensor) -> Self:
-        """A proposal of rows `rows` [B'], in that order and as often as they occur."""
-
-    @abstractmethod
-    def unfold(self) -> Self:
-        """k candidates of B rows as one candidate each of B * k rows."""
-
-
 @dataclass
 class DecodingState(ABC):
-    """B half-decoded images, which are at the same step.
+    """B half-decoded images, all at the same step.
 
     Attributes:
-        tokens: [B, T]; those that are not decided are previews, or anything.
-        step: steps done.
-        noise: of the images.
-        prompt: what verifiers read of the prompt, [B, L, 2 dim]; empty from decoders without features.
-        features: what the decoder knows of the tokens decided so far; None before there are any, or without features.
-        log_probs: of the candidate that was taken at each step, under the distribution that it was drawn from,
-            [B, steps]; 0 of steps to come.
-        cost: shared by all states that come from one `begin`.
+        tokens: [B, T]; those that are not decided yet are a preview, or anything.
+        step: number of steps done.
+        noise: the randomness of the images, as `Decoder.noise` draws it; the defaults below expect a `Noise`.
+        prompt: features of the prompt for verifiers, [B, L, 2 dim]; empty from decoders without features.
+        features: features of the tokens decided so far; None before there are any, and from decoders without features.
+        log_probs: log-probability of the candidate taken at each step, under the distribution that it was drawn from,
+            [B, steps]; 0 for steps to come.
+        cost: what decoding took; shared by all states that come from one `begin`.
     """
 
     tokens: Tensor
@@ -137,7 +123,7 @@ class DecodingState(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Steps in all."""
+        """Number of steps in all."""
 
     @property
     def is_done(self) -> bool:
@@ -145,49 +131,89 @@ class DecodingState(ABC):
         return self.step == self.steps
 
     @property
-    @abstractmethod
     def is_complete(self) -> Tensor:
-        """Rows whose tokens are all decided and that wait for others, bool [B]."""
+        """Images whose tokens are all decided while others are still at work, bool [B]."""
+        return torch.full((len(self.tokens),), self.is_done, device=self.tokens.device)
 
     @property
-    @abstractmethod
     def position(self) -> Tensor:
-        """Where verifiers have to be before this step, [B], on the CPU: tokens before the next one, or steps done."""
+        """Position of verifiers before this step, [B], on the CPU: tokens before the next one, by default the step."""
+        return torch.full((len(self.tokens),), self.step)
 
     @property
-    @abstractmethod
     def decided(self) -> Tensor | None:
-        """Tokens decided so far, from the first on, [B], on the CPU; None where they are not decided in this order."""
-
-    @property
-    @abstractmethod
-    def choice_noise(self) -> Tensor:
-        """Uniform noise [B] for choosing among the candidates of this step."""
+        """Number of tokens decided so far, [B], on the CPU; None where they are not decided from the first on."""
+        return None
 
     @property
     def trajectory(self) -> Trajectory | None:
-        """How whole images were filled, step by step; None where tokens are decided one after the other."""
+        """How grids were filled, step by step; None where tokens are decided one after the other."""
         return None
 
-    @abstractmethod
-    def select(self, rows: Tensor) -> Self:
-        """A state of rows `rows` [B'], in that order and as often as they occur."""
+    @property
+    def choice_noise(self) -> Tensor:
+        """Uniform noise [B] for choosing among the candidates of this step."""
+        return self.noise.choice[:, self.step]
 
-    @abstractmethod
+    def select(self, rows: Tensor) -> Self:
+        """Take rows `rows` [B'], in that order and as often as they occur; a subclass adds the fields of its own."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            noise=self.noise[rows],
+            prompt=self.prompt[rows],
+            features=self.features and self.features.select(rows),
+            log_probs=self.log_probs[rows],
+        )
+
     def fork(self, k: int) -> Self:
-        """k paths of each row, neighbours; path j draws with the noise of candidate j."""
+        """Make k paths of each row, neighbours; path j draws with the noise of candidate j."""
+        rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(k)
+        return replace(self.select(rows), noise=self.noise.fork(k))
 
     def with_noise(self, noise: Any) -> Self:
-        """The same images, which continue with other noise."""
+        """Continue the same images with other noise."""
         return replace(self, noise=noise.to(self.tokens.device))
 
-    def reassign(self, rows: Tensor) -> Self:
-        """The images of rows `rows` [B] take the places of these; the noise of each place stays."""
-        return self.select(rows).with_noise(self.noise)
-
     def without_order_noise(self, rows: Tensor) -> Self:
-        """Rows `rows`, bool [B], decide their most likely tokens first, without noise; only sets have an order."""
+        """Let rows `rows`, bool [B], decide their likeliest tokens first; ValueError if the order is fixed."""
         raise ValueError(f"{type(self).__name__} decides its tokens in a fixed order: there is no noise to leave out")
+
+
+class Proposal(ABC):
+    """k candidates for the next step of B images, from one forward pass: a dataclass of tensors [B, k, ...].
+
+    Attributes:
+        tokens: what each candidate decides: the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
+        log_probs: log-probability of each under the distribution that it was drawn from, [B, k].
+        features: features of each candidate, for verifiers; None from decoders without features.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    features: DecoderFeatures | None
+
+    @property
+    def repeats(self) -> Tensor:
+        """Candidates that equal an earlier one of their row, bool [B, k]."""
+        return equal_to_earlier(self.tokens.flatten(2))
+
+    def select(self, rows: Tensor) -> Self:
+        """Take rows `rows` [B'], in that order and as often as they occur."""
+        return self._map(lambda part: part[rows], self.features and self.features.select(rows))
+
+    def unfold(self) -> Self:
+        """Turn k candidates of B rows into one candidate each of B * k rows."""
+        return self._map(lambda part: part.flatten(0, 1)[:, None], self.features and self.features.unfold())
+
+    def _map(self, change: Callable[[Tensor], Tensor], features: DecoderFeatures | None) -> Self:
+        tensors = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors, features=features)  # type: ignore[type-var]
+
+
+def equal_to_earlier(candidates: Tensor) -> Tensor:
+    """Which of k candidates [B, k, S] equal an earlier one of their row, bool [B, k]."""
+    return (candidates[:, :, None] == candidates[:, None]).all(-1).tril(-1).any(2)
 
 
 @dataclass(frozen=True)
@@ -195,10 +221,10 @@ class Frames:
     """Moments on the way to an image, to be drawn.
 
     Attributes:
-        title: what is seen.
+        title: of all of them.
         tokens: the image at each moment, [F, T].
         shown: which tokens are decided, bool [F, T]; None: whole images.
-        captions: of the moments.
+        captions: one a moment.
     """
 
     title: str
@@ -208,10 +234,11 @@ class Frames:
 
 
 class Decoder(nn.Module, Keyed):
-    """Turns prompts into image tokens; a step decides one token, a set of them, or the whole image.
+    """Turns prompts into image tokens.
 
     Attributes:
-        feature_layers: the layers after which verifiers look at it; without any, those in token space cannot read it.
+        feature_layers: the layers (1 = first) after which hidden states become features; without any, verifiers in
+            token space have nothing to read.
     """
 
     frozen_parts = ("image_tokenizer",)
@@ -224,41 +251,36 @@ class Decoder(nn.Module, Keyed):
         """Tokens of an image, T."""
         return self.image_tokenizer.num_tokens
 
-    @abstractmethod
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError if a prompt cannot be read."""
+        """Raise ValueError if a prompt cannot be read; by default any can."""
 
     def check_readable(self) -> None:
-        """Raise ValueError if it gives verifiers in token space nothing to read."""
+        """Raise ValueError if verifiers in token space have nothing to read."""
         if not self.feature_layers:
             raise ValueError(f"verification needs features, and this {type(self).__name__} has no feature_layers")
 
     @abstractmethod
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Any:
-        """The randomness of images with these seeds, for k candidates a step; each image's is its own seed's alone."""
+        """Draw the randomness of images with these seeds, for k candidates a step; each image's from its seed alone."""
 
     @abstractmethod
     def begin(self, request: Request, sampling: Any, k: int = 1) -> DecodingState:
-        """The state before the first step, with noise for up to k candidates a step; prompts are encoded once."""
+        """Encode each prompt once and return the state before the first step, for up to k candidates a step."""
 
     @abstractmethod
     def propose(self, state: Any, k: int, distinct: bool = False) -> Proposal:
-        """k candidates for the next step of each row, all from one forward pass; independent or `distinct` draws."""
+        """Draw k candidates for the next step of each row from one forward pass, independently or `distinct` ones."""
 
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:
-        """Candidate `choice` [B] of each row becomes part of the state."""
+        """Take candidate `choice` [B] of each row into the state, in place."""
 
     def preview(self, state: Any, proposal: Any = None) -> Tensor:
-        """The best guess at the finished images, pixels [B, 3, H, W]; with a proposal at each candidate's, [B k, ...].
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Guess the finished images, pixels [B, 3, H, W]; with a proposal, those of its candidates, [B k, 3, H, W]."""
         raise ValueError(f"{type(self).__name__} shows no image before it is finished")
 
     def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
-        """At most so many moments on the way to an image [T]; None if there are none."""
+        """Up to `most` moments on the way to an image [T]; None if there are none."""
         return None
 
     def confidence(
@@ -268,32 +290,49 @@ class Decoder(nn.Module, Keyed):
         raise ValueError(f"{type(self).__name__} gives tokens no probability")
 
     def value_gains(
-        self,
-        prompts: Sequence[str],
-        tokens: Tensor,
-        features: DecoderFeatures,
-        values: Values,
-        patches: int,
-        cost: Cost,
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures, value: Values, patches: int, cost: Cost
     ) -> Tensor:
-        """What each token of finished images [B, T], or its patch of M x M, adds to their value (a probability)."""
+        """What each token of finished images, or its patch of M x M, adds to their value (a probability), [B, T]."""
         raise ValueError(f"{type(self).__name__} has no values before an image is finished")
 
 
 class TokenDecoder(HubMixin, Decoder):
-    """A decoder of image tokens, which has a likelihood and can be trained.
+    """A decoder of image tokens, which has a likelihood, can be trained, and has features for verifiers.
+
+    Args:
+        image_tokenizer: fixes the number of tokens and the codebook; turns tokens into pixels. It is frozen.
+        depth: layers of the decoder's Transformer.
+        feature_layers: see `Decoder`.
 
     Attributes:
-        causal: tokens are decided from the first to the last, one a step; else grids are filled.
+        transformer: the one that its tokens go through.
+        causal: tokens are decided from the first to the last, one a step; otherwise grids are filled.
     """
 
+    transformer: Transformer
     causal: ClassVar[bool]
     has_likelihood = True
 
+    def __init__(self, image_tokenizer: ImageTokenizer, depth: int, feature_layers: Sequence[int]) -> None:
+        super().__init__()
+        if not all(1 <= layer <= depth for layer in feature_layers):
+            raise ValueError(f"feature_layers={list(feature_layers)} must lie in 1..{depth}")
+        self.image_tokenizer = image_tokenizer.eval().requires_grad_(False)
+        self.feature_layers = tuple(feature_layers)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Its weights and sizes, and the layers of its features; subclasses add what else decides images."""
+        return {
+            "class": class_name(self),
+            "weights": fingerprint(self),
+            "transformer": key_of(self.transformer.config),
+            "feature_layers": list(self.feature_layers),
+        }
+
     @property
-    @abstractmethod
     def dim(self) -> int:
         """Width of the embeddings."""
+        return self.transformer.config.dim
 
     @property
     @abstractmethod
@@ -306,7 +345,7 @@ class TokenDecoder(HubMixin, Decoder):
 
     @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """What pre-training minimises: negative log-likelihood of images [B, T], nats a predicted token."""
+        """The loss of pre-training: negative log-likelihood of images [B, T], nats a predicted token."""
 
     @abstractmethod
     def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -325,7 +364,7 @@ class TokenDecoder(HubMixin, Decoder):
 
     @property
     def likelihood_key(self) -> Any:
-        """What decides `log_probs` beside the weights: how they are estimated; None where they are exact."""
+        """All that decides `log_probs` beside the weights: how they are estimated; None where they are exact."""
         return None
 
     @abstractmethod
@@ -334,27 +373,22 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable, and equal to the `log_probs` of the decoding state but for rounding; for policy gradients.
-
-        Args:
-            prompts: of the images.
-            tokens: the images.
-            sampling: how they were drawn.
-            trajectory: how grids were filled; None where tokens are decided one after the other.
+        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding. The `trajectory` of
+        grids is needed; it is None where tokens are decided one after the other.
         """
 
     @abstractmethod
     def features(self, prompts: Sequence[str], tokens: Tensor) -> DecoderFeatures:
-        """What the decoder knows of finished images [B, T]; each stands for as many prompts, which are neighbours."""
+        """Features of finished images [B, T], from passes over them; each has as many prompts, which are neighbours."""
 
     @abstractmethod
     def training_features(
-        self, batch: Mapping[str, Any], finished: float = 0.0, fraction: float | None = None
+        self, batch: Mapping[str, Any], last_step: float = 0.0, fraction: float | None = None
     ) -> DecoderFeatures:
-        """What verifiers learn from.
+        """Features that verifiers learn from.
 
         Args:
             batch: `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`.
-            finished: fraction of grids that are read as they are after the last step, the others after any step.
+            last_step: fraction of grids that are read as they are after the last step, the others after any step.
             fraction: of the way at which grids are read; None draws a step for each. All prefixes are read at once.
         """

@@ -6,6 +6,7 @@ with it: plain sampling, best-of-n by any reward, GenEval.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint, from_hub
+from lightning_modules.backbone.sampling import refuse_below
 from lightning_modules.broken_files import first_line, refuse_broken_folder
 from lightning_modules.cache_key import class_name, digest, published_key
 
@@ -40,8 +42,7 @@ class DiffusionSampling:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps must be at least 1, not {self.steps}")
+        refuse_below(1, steps=self.steps)
 
 
 class Pixels(ImageTokenizer):
@@ -70,25 +71,10 @@ class DiffusionState(DecodingState):
         return 1
 
     @property
-    def is_complete(self) -> Tensor:
-        return torch.full((len(self.prompts),), self.is_done)
-
-    @property
-    def position(self) -> Tensor:
-        return torch.full((len(self.prompts),), self.step)
-
-    @property
-    def decided(self) -> None:
-        return None
-
-    @property
     def choice_noise(self) -> NoReturn:
         raise ValueError(_ONE_STEP)
 
     def select(self, rows: Tensor) -> NoReturn:
-        raise ValueError(_ONE_STEP)
-
-    def fork(self, k: int) -> NoReturn:
         raise ValueError(_ONE_STEP)
 
 
@@ -97,21 +83,8 @@ class DiffusionProposal(Proposal):
     """Whole images as candidates, uint8 [B, 1, 3, H, W], of which no probability is known."""
 
     tokens: Tensor
+    log_probs: Tensor
     features: None = None
-
-    @property
-    def log_probs(self) -> Tensor:
-        return self.tokens.new_full(self.tokens.shape[:2], torch.nan, dtype=torch.float32)
-
-    @property
-    def repeats(self) -> Tensor:
-        return self.tokens.new_zeros(self.tokens.shape[:2], dtype=torch.bool)
-
-    def select(self, rows: Tensor) -> "DiffusionProposal":
-        return DiffusionProposal(self.tokens[rows])
-
-    def unfold(self) -> "DiffusionProposal":
-        return self
 
 
 class DiffusionDecoder(Decoder):
@@ -124,8 +97,7 @@ class DiffusionDecoder(Decoder):
             `tokenizer_3`, the large text encoder of Stable Diffusion 3.
 
     Raises:
-        ImportError: diffusers is not installed.
-        FileNotFoundError: there is no such checkpoint.
+        ImportError, FileNotFoundError: diffusers is not installed; there is no such checkpoint.
     """
 
     def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
@@ -137,10 +109,10 @@ class DiffusionDecoder(Decoder):
         load: Any = AutoPipelineForText2Image.from_pretrained
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **dict.fromkeys(without)}
         try:
-            if not Path(checkpoint).exists():
-                from_hub(checkpoint, ["model_index.json"])  # which, unlike diffusers, says what is the matter
-            else:
+            if Path(checkpoint).exists():
                 refuse_broken_folder(Path(checkpoint))
+            else:
+                from_hub(checkpoint, ["model_index.json"])  # unlike diffusers, it says what is the matter
             self.pipeline: Any = load(checkpoint, **options)
         except OSError as error:
             raise FileNotFoundError(f"decoder.checkpoint: {first_line(error)}") from error
@@ -161,15 +133,8 @@ class DiffusionDecoder(Decoder):
             "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
         }
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Any text can be read."""
-
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
-        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU.
-
-        Raises:
-            ValueError: `sampling` asks for what the pipeline cannot do.
-        """
+        """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU. See `_guidance`."""
         if k != 1:
             raise ValueError(f"pipelines of diffusers decide an image in one step, so k must be 1, not {k}")
         if sampling is not None:
@@ -182,11 +147,7 @@ class DiffusionDecoder(Decoder):
         return [self.networks[name] for name in ("transformer", "transformer_2", "unet") if name in self.networks]
 
     def _guidance(self, sampling: DiffusionSampling) -> dict[str, Any]:
-        """The arguments of the pipeline that guide it.
-
-        Raises:
-            ValueError: it cannot be guided, or has no use for a negative prompt.
-        """
+        """The arguments that guide the pipeline; ValueError if it cannot be, or has no use for a negative prompt."""
         name = type(self.pipeline).__name__
         distilled = any(
             getattr(network.config, "guidance_embeds", False) or getattr(network.config, "time_cond_proj_dim", None)
@@ -205,18 +166,11 @@ class DiffusionDecoder(Decoder):
 
     def begin(self, request: Request, sampling: DiffusionSampling, k: int = 1) -> DiffusionState:
         if request.fixed_mask is not None:
-            raise ValueError("pipelines of diffusers decide whole images: none of their tokens can be kept")
+            raise ValueError("pipelines of diffusers decide whole images: none of their tokens can stay")
         nothing = torch.empty(len(request.rows), 0, dtype=torch.uint8, device=self.pipeline.device)
+        noise = self.noise(request.seeds, k, sampling)
         return DiffusionState(
-            tokens=nothing,
-            step=0,
-            noise=self.noise(request.seeds, k, sampling),
-            prompt=nothing,
-            features=None,
-            log_probs=nothing.float(),
-            cost=Cost(),
-            prompts=request.prompts,
-            sampling=sampling,
+            nothing, 0, noise, nothing, None, nothing.float(), Cost(), prompts=request.prompts, sampling=sampling
         )
 
     @torch.no_grad()
@@ -229,8 +183,9 @@ class DiffusionDecoder(Decoder):
         def count(network: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             state.cost.decoder_passes += len(next(x for x in (*given, *named.values()) if isinstance(x, Tensor)))
 
-        hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in self._denoisers]
-        try:
+        with ExitStack() as hooks:
+            for network in self._denoisers:
+                hooks.callback(network.register_forward_pre_hook(count, with_kwargs=True).remove)
             images = self.pipeline(
                 prompt=list(state.prompts),
                 **guided,
@@ -240,10 +195,8 @@ class DiffusionDecoder(Decoder):
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in state.noise],
                 output_type="pt",
             ).images
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None])
+        unknown = torch.full((len(images), 1), torch.nan, device=images.device)
+        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None], unknown)
 
     def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]
@@ -251,10 +204,13 @@ class DiffusionDecoder(Decoder):
 
 
 def _part_key(part: Any) -> dict[str, Any]:
-    """What decides the work of a part of a pipeline, beside the weights: its config, or a tokenizer's vocabulary."""
-    if isinstance(part, nn.Module) or hasattr(part, "set_timesteps"):
-        config = part.config
+    """All that decides the work of a part of a pipeline beside the weights: its config, or a tokenizer's vocabulary."""
+    from diffusers import ConfigMixin
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(part, nn.Module | ConfigMixin):
+        config: Any = part.config
         return published_key(config if isinstance(config, Mapping) else config.to_dict())
-    if hasattr(part, "get_vocab"):
+    if isinstance(part, PreTrainedTokenizerBase):
         return {"vocabulary": digest(part.get_vocab()), "length": part.model_max_length}
     return {}

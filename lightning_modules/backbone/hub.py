@@ -11,7 +11,8 @@ from torch import nn
 from lightning_modules.backbone.loading import export, from_hub, pretrained
 from lightning_modules.broken_files import read_settings
 
-_OWN = ("lightning_modules.", "datamodules.")  # what a config of somebody else's may name
+_OWN = ("lightning_modules.", "datamodules.")  # all that somebody else's config may name
+_DOWNLOAD = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
 class HubMixin(ModelHubMixin, library_name="image-cot"):
@@ -22,29 +23,17 @@ class HubMixin(ModelHubMixin, library_name="image-cot"):
     """
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **_: Any,
-    ) -> Self:
-        """Build what the config says and load its weights, for evaluation.
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        """Build the network that the config describes and load its weights, for evaluation.
 
         Raises:
             FileNotFoundError: there are no weights.
-            ValueError: the config is none of `task=export`, names anything but this package's own, or is another
-                network's; a tensor does not fit.
+            ValueError: a tensor does not fit, or the config is not one that `task=export` writes for such a network.
         """
         folder = Path(model_id)
         if not folder.is_dir():
-            place: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-            place |= {"force_download": force_download, "local_files_only": local_files_only}
-            folder = from_hub(model_id, ["*.safetensors", "*.json"], **place)
+            download = {name: options[name] for name in _DOWNLOAD}
+            folder = from_hub(model_id, ["*.safetensors", "*.json"], **download)
         stored = folder / "config.json"
         config = read_settings(stored) if stored.is_file() else {}
         if "module" not in config:
@@ -65,17 +54,14 @@ class HubMixin(ModelHubMixin, library_name="image-cot"):
         export(self, save_directory, config)
 
 
-def _refuse_foreign(node: Any, where: str) -> None:
+def _refuse_foreign(node: Any, model: str) -> None:
     """Raise ValueError if a config would call, or look up, anything that is not this package's own."""
-    if isinstance(node, Mapping):
-        if target := node.get("_target_"):
-            known = str(target).startswith(_OWN) and getattr(get_object(target), "__module__", "").startswith(_OWN)
-            if not known:
-                raise ValueError(f"{where}: config.json names {target}, which is no part of this package")
-        for value in node.values():
-            _refuse_foreign(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_foreign(value, where)
+    if isinstance(node, Mapping) and (target := node.get("_target_")):
+        known = str(target).startswith(_OWN) and getattr(get_object(target), "__module__", "").startswith(_OWN)
+        if not known:
+            raise ValueError(f"{model}: config.json names {target}, which is no part of this package")
+    if isinstance(node, Mapping | list):
+        for value in node.values() if isinstance(node, Mapping) else node:
+            _refuse_foreign(value, model)
     elif isinstance(node, str) and "${" in node:
-        raise ValueError(f"{where}: config.json holds {node!r}, which is not resolved")
+        raise ValueError(f"{model}: config.json holds {node!r}, which is not resolved")

@@ -10,7 +10,7 @@ from lightning_modules.backbone.hub import HubMixin
 
 
 class ImageTokenizer(HubMixin, nn.Module):
-    """What every image tokenizer offers.
+    """Turns pixels into a grid of codes and back.
 
     Attributes:
         codebook_size: number of different codes.
@@ -97,8 +97,8 @@ class PatchVQ(ImageTokenizer):
     def fit_codebook(self, pixels: Tensor, iterations: int, generator: torch.Generator) -> float:
         """Set the codebook by k-means on the distinct patches of some images.
 
-        Every distinct patch counts once: background is three quarters of all patches and would take the codes. On the
-        CPU, where the images come from, so that the codes do not depend on where training goes on.
+        Every distinct patch counts once: background is three quarters of all patches and would take the codes. It runs
+        on the CPU, where the images come from, so the codes do not depend on the device of the training that follows.
 
         Args:
             pixels: [N, 3, H, W] in [0, 1].

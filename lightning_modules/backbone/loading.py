@@ -23,14 +23,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def resolve(checkpoint: str, advice: str | None = None) -> Path:
-    """A folder with weights: a path, `bundled:NAME` for weights that come with the package, or OWNER/NAME on the hub.
+    """Find the folder of a checkpoint: a path, `bundled:NAME` for the package's own, or OWNER/NAME on the hub.
 
-    Args:
-        checkpoint: which of these.
-        advice: see `from_hub`.
-
-    Raises:
-        FileNotFoundError: there are no weights.
+    Raises FileNotFoundError if there are no weights; for the `advice` in it see `from_hub`.
     """
     name = checkpoint.removeprefix("bundled:")
     folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
@@ -43,12 +38,12 @@ def resolve(checkpoint: str, advice: str | None = None) -> Path:
 
 
 def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **options: Any) -> Path:
-    """The folder in which the hub's files of OWNER/NAME are kept on this machine; fetched if they are not there yet.
+    """Fetch files of a model on the hub, if they are not here yet, and return their folder on this machine.
 
     Args:
-        name: of the model.
+        name: OWNER/NAME.
         patterns: of the files.
-        advice: what to do where the hub cannot be reached; null says how to set a checkpoint to a folder.
+        advice: to those who cannot reach the hub; None: how to set a checkpoint to a folder.
         options: of `snapshot_download`, such as `revision`.
 
     Raises:
@@ -65,7 +60,7 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
 
 
 class CheckpointReader:
-    """The tensors of a folder with weights, in one file or several, read one at a time.
+    """Reads the tensors of a folder with weights, in one file or several, one at a time.
 
     Pickled weights are read only where there are no safetensors, and only as tensors.
 
@@ -76,32 +71,31 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
+        files = [name for name in _WEIGHTS if (folder / name).is_file()][:1]
         if index.is_file():
-            named = read_settings(index).get("weight_map")
-            if not isinstance(named, dict):
-                raise ValueError(f"{index} has no 'weight_map', which says what is in which file")
-            files = sorted(set(named.values()))
-        else:
-            files = [next(file for file in _WEIGHTS if (folder / file).is_file())]
+            names = read_settings(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise ValueError(f"{index} has no 'weight_map', which says which file holds which tensor")
+            files = sorted(set(names.values()))
         self._shapes: dict[str, list[int]] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
-        for file in files:
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder / file} is missing, which {index.name} names")
-            if file.endswith(".bin"):
-                pickled = read_torch(folder / file)
+        for path in (folder / file for file in files):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, which {index.name} names")
+            if path.suffix == ".bin":
+                pickled = read_torch(path)
                 if not isinstance(pickled, dict):
-                    raise ValueError(f"{folder / file} holds no tensors with names")
+                    raise ValueError(f"{path} holds no tensors with names")
                 self._shapes |= {key: list(value.shape) for key, value in pickled.items()}
                 self._read |= {key: partial(pickled.__getitem__, key) for key in pickled}
-            else:
-                refuse_broken(folder / file)
-                try:
-                    opened = safe_open(folder / file, framework="pt")
-                except SafetensorError as error:
-                    raise ValueError(f"{folder / file} is not a safetensors file: {first_line(error)}") from error
-                self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-                self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
+                continue
+            refuse_broken(path)
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+            self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+            self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
 
     @property
     def keys(self) -> set[str]:
@@ -109,30 +103,26 @@ class CheckpointReader:
 
     def shape(self, names: Sequence[str]) -> list[int]:
         """The shape of some tensors joined along their first dimension."""
-        first, *rest = (self._shapes[name] for name in names)
-        return [first[0] + sum(shape[0] for shape in rest), *first[1:]] if rest else first
+        shapes = [self._shapes[name] for name in names]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(names) > 1 else shapes[0]
 
     def read(self, names: Sequence[str]) -> Tensor:
         """Some tensors joined along their first dimension."""
         return torch.cat([self._read[name]() for name in names]) if len(names) > 1 else self._read[names[0]]()
 
 
-def copy_from(stored: CheckpointReader, begin: Mapping[str, Sequence[Tensor]], where: str) -> None:
-    """Copy tensors into those that begin with them, by their stored names.
-
-    Raises:
-        ValueError: one is missing or of another shape; the sentence names it, and `where` it is missing.
-    """
-    with torch.no_grad():
-        for key, targets in begin.items():
-            if key not in stored.keys or stored.shape([key]) != list(targets[0].shape):
-                raise ValueError(f"{where} has no tensor {key!r} of shape {list(targets[0].shape)}")
-            for target in targets:
-                target.copy_(stored.read([key]))
+@torch.no_grad()
+def copy_from(stored: CheckpointReader, targets: Mapping[str, Sequence[Tensor]], source: str) -> None:
+    """Copy stored tensors into the targets under their names; ValueError if one is missing or of another shape."""
+    for key, tensors in targets.items():
+        if key not in stored.keys or stored.shape([key]) != list(tensors[0].shape):
+            raise ValueError(f"{source} has no tensor {key!r} of shape {list(tensors[0].shape)}")
+        for tensor in tensors:
+            tensor.copy_(stored.read([key]))
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the module's frozen parts, which have weights of their own elsewhere."""
+    """The state dict without the module's frozen parts, whose weights are stored elsewhere."""
     frozen = tuple(f"{part}." for part in getattr(module, "frozen_parts", ()))
     return {key: value for key, value in module.state_dict().items() if not key.startswith(frozen)}
 
@@ -140,15 +130,14 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 def pretrained(module: M, checkpoint: str | None = None, start: str | None = None) -> M:
     """Load a module's weights; without a checkpoint the module is as it was initialised, or as it is at the `start`.
 
+    A module whose weights are published under other names has `stored_as(key)`: the names of the tensors that, joined
+    along their first dimension, are its tensor `key`. `check_stored(config)` raises ValueError if the stored config is
+    that of another model.
+
     Args:
         module: to be loaded.
         checkpoint: its weights; see `resolve`.
-        start: where training begins if there are none: weights of another kind of model, for modules that have
-            `warm_start`.
-
-    A module whose weights are published under other names says so in `stored_as`: the names of the tensors that, joined
-    along their first dimension, are one of its own. One that can tell from a `config.json` that weights are another
-    model's has `check_stored`.
+        start: weights of another kind of model to begin training with, for modules that have `warm_start`.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -158,7 +147,7 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
         if start is not None:
             module.warm_start(start, CheckpointReader(resolve(start)))  # type: ignore[operator]
         return module
-    folder = resolve(checkpoint)
+    folder, kind = resolve(checkpoint), type(module).__name__
     stored, expected = CheckpointReader(folder), own_state(module)
     stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
@@ -167,29 +156,21 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     names = {key: stored_as(key) for key in expected}
     for key, value in expected.items():
         if missing := [name for name in names[key] if name not in stored.keys]:
-            raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {_name(module)} needs")
+            raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {kind} needs")
         if (shape := stored.shape(names[key])) != list(value.shape):
             shapes = f"{shape} instead of {list(value.shape)}"
             tensors = " and ".join(map(repr, names[key]))
             raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {tensors} has shape {shapes}")
     if surplus := sorted(stored.keys - {name for group in names.values() for name in group}):
-        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {_name(module)}")
+        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {kind}")
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(stored.read(names[key]))
     return module
 
 
-def _name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write a module's own weights and the config that builds it, whole or not at all.
-
-    Raises:
-        ValueError: the folder holds weights of something else.
-    """
+    """Write a module's own weights and the config that builds it, whole or not at all; see `refuse_other_weights`."""
     refuse_other_weights(folder, config)
     tensors = {
         key: value.detach().to(dtype if value.is_floating_point() else value.dtype).contiguous()
@@ -204,20 +185,17 @@ def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
     there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).is_file()]
     stored = read_json(folder / "config.json") if "config.json" in there else None
-    if there and not (isinstance(stored, dict) and _network(stored) == _network(json.loads(json.dumps(config)))):
+    origin = {"checkpoint": None, "start": None}  # where weights came from decides nothing
+    same = isinstance(stored, dict) and stored | origin == json.loads(json.dumps(config)) | origin
+    if there and not same:
         raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")
 
 
-def _network(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an exported config that does not say where its weights came from."""
-    return {key: value for key, value in config.items() if key not in ("checkpoint", "start")}
-
-
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of all weights, frozen parts included, and of the layers that they are in; the device is not in it.
+    """Hash all weights, frozen parts included, and the layers that they are in, but not their device.
 
-    A layer is what torch prints of it. What that leaves out, such as the heads of most attention layers, is for the
-    `cache_key` of who uses the network.
+    Of a layer it sees what torch prints. The `cache_key` of a network must name what that leaves out, such as the heads
+    of most attention layers.
     """
     digest = hashlib.sha256()
     for key, part in module.named_modules():

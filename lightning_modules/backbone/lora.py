@@ -15,7 +15,7 @@ class LoRA:
     Attributes:
         rank: of the adapters.
         alpha: their output is scaled by alpha / rank.
-        targets: names of linear layers; those of all blocks that end in one of them.
+        targets: ends of the names of linear layers, in all blocks.
     """
 
     rank: int = 16
@@ -28,7 +28,7 @@ class LoRA:
         inject_adapter_in_model(config, module)
 
     def is_adapter(self, key: str) -> bool:
-        """Whether a key of the state dict belongs to an adapter."""
+        """Return whether a key of the state dict belongs to an adapter."""
         return ".lora_" in key
 
     def merge(self, module: nn.Module) -> None:

@@ -7,7 +7,6 @@ names of tensors and defaults are those of the weights `showlab/magvitv2`, with 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ def residual_blocks(inputs: int, outputs: int, count: int, norm: Norm) -> nn.Seq
 
 
 def middle(width: int, norm: Norm) -> nn.Sequential:
-    """What runs at the coarsest level, between encoder and codes and between codes and decoder."""
+    """The blocks of the coarsest level, between encoder and codes and between codes and decoder."""
     return named(
         block_1=ResidualBlock(width, width, norm),
         attn_1=SpatialAttention(width, norm),
@@ -149,18 +148,6 @@ def make_decoder(config: MagvitConfig) -> nn.Sequential:
     )
 
 
-class QuantizerLosses(NamedTuple):
-    """What training adds to an autoencoder's losses, weighted.
-
-    Attributes:
-        entropy: low where single bits are certain and each bit is 1 half of the time.
-        commitment: distance of the latents from their code vectors.
-    """
-
-    entropy: Tensor
-    commitment: Tensor
-
-
 class LookupFreeQuantizer(nn.Module):
     """Codes whose bits say which latents are above 0, the first channel being the most significant."""
 
@@ -184,15 +171,19 @@ class LookupFreeQuantizer(nn.Module):
 
     def losses(
         self, z: Tensor, entropy_weight: float = 0.1, commitment_weight: float = 0.1, beta: float = 0.25
-    ) -> QuantizerLosses:
-        """Losses of latents [B, bits, h, w]; the defaults are Show-o's."""
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted losses of latents [B, bits, h, w] in training: entropy and commitment. The defaults are Show-o's.
+
+        Entropy is low where single bits are certain and each bit is 1 half of the time; commitment is the distance of
+        the latents from their code vectors.
+        """
         bits = Bernoulli(logits=4 * z)  # softmax over the squared distances from +1 and -1
         usage = Bernoulli(probs=bits.probs.mean((0, 2, 3)))
         entropy = bits.entropy().mean() - usage.entropy().mean()
         vectors = self.entries(self.indices(z))
         passed = z + (vectors - z).detach()  # straight through: beta adds to the loss and takes from its gradient
         commitment = F.mse_loss(z, vectors) + beta * F.mse_loss(passed, z.detach())
-        return QuantizerLosses(entropy_weight * entropy, commitment_weight * commitment)
+        return entropy_weight * entropy, commitment_weight * commitment
 
 
 class MagvitV2(ImageTokenizer):
@@ -212,7 +203,7 @@ class MagvitV2(ImageTokenizer):
         return self.quantize.embedding
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> what is quantised, [B, bits, h, w]."""
+        """Pixels [B, 3, H, W] in [0, 1] -> latents before they are quantised, [B, bits, h, w]."""
         with torch.autocast(pixels.device.type, enabled=False):  # latents near 0 would change sign in bfloat16
             return self.encoder(2 * pixels - 1)
 
@@ -225,10 +216,5 @@ class MagvitV2(ImageTokenizer):
         return (self.decoder(self.quantize.entries(indices)).float() + 1) / 2  # half precision has fewer than 256 greys
 
     def decode(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Tokens [B, h * w] -> pixels [B, 3, H, W] in [0, 1].
-
-        Args:
-            tokens: row by row.
-            shape: (h, w), if not grid x grid.
-        """
+        """Tokens [B, h * w], row by row -> pixels [B, 3, H, W] in [0, 1]; `shape` is (h, w), if not grid x grid."""
         return self.reconstruct(tokens, shape).clamp(0, 1)

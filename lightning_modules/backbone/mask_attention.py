@@ -13,20 +13,20 @@ from lightning_modules.backbone.transformer import attend
 
 @dataclass(frozen=True, eq=False)  # torch.compile, which asks for a hash too early otherwise (torch 2.11)
 class Rotary:
-    """Rotary position embeddings of a part of each head, in halves: dimension i turns with i + half."""
+    """Rotary position embeddings of a part of each head, in halves: dimension i rotates with i + half."""
 
     cos: Tensor
     sin: Tensor
 
     @staticmethod
     def at(positions: Tensor, rotated: int, base: float = 10_000.0) -> "Rotary":
-        """For positions [..., S], turning the first `rotated` dimensions of a head."""
+        """For positions [..., S], rotating the first `rotated` dimensions of a head."""
         frequencies = base ** -(torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated)
         angles = positions[..., None].float() * frequencies
         return Rotary(angles.cos(), angles.sin())
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Turn queries or keys [B, heads, S, head_dim]."""
+        """Rotate queries or keys [B, heads, S, head_dim]."""
         half = self.cos.shape[-1]
         first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
@@ -35,7 +35,7 @@ class Rotary:
 
 @dataclass
 class Prefix:
-    """Prompts as the image sees them; while it is filled it says how their tokens attend (an `AttentionFn`).
+    """Keys and values of prompts; an `AttentionFn` in the pass over the prompts, which fills it.
 
     Attributes:
         rotary: of its positions; the last token of every prompt is at position max_text.
@@ -50,14 +50,14 @@ class Prefix:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotary(q), self.rotary(k)
-        if layer == len(self.keys):  # a checkpointed layer comes again in the backward pass
+        if layer == len(self.keys):  # a checkpointed layer runs again in the backward pass
             self.keys.append(k)
             self.values.append(v)
         return attend(q, k, v, causal=self._allowed is None, allowed=self._allowed)
 
     @cached_property
     def _allowed(self) -> Tensor | None:
-        """What prompts of several lengths may attend to, bool [G, 1, P, P]; None: whatever is before."""
+        """Keys that prompts of several lengths may attend to, bool [G, 1, P, P]; None: all that come before."""
         if self.real is None:
             return None
         length = self.real.shape[1]
@@ -73,14 +73,12 @@ class Prefix:
 
 @dataclass
 class Grid:
-    """How soi, image and eoi attend: to their own prompt and to each other. Rows are divided among the prefixes.
-
-    A prefix of one row serves all of its rows.
+    """How soi, image and eoi attend: to their own prompt and to each other.
 
     Attributes:
         rotary: of soi, image and eoi.
-        prefixes: of the prompts.
-        allowed: what the rows of each prefix may attend to, bool [G, 1, 1, P + S], the same in every layer; None: all.
+        prefixes: of the prompts, each for an equal part of the rows; a prefix of one row serves its whole part.
+        allowed: keys that the rows of each prefix may attend to, bool [G, 1, 1, P + S]; None: all.
     """
 
     rotary: Rotary
@@ -96,11 +94,11 @@ class Grid:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotary(q), self.rotary(k)
-        share = len(q) // len(self.prefixes)
+        rows = len(q) // len(self.prefixes)
         attended = []
-        shares = (x.split(share) for x in (q, k, v))
-        for prefix, allowed, q_own, k_own, v_own in zip(self.prefixes, self.allowed, *shares, strict=True):
-            keys = torch.cat([prefix.keys[layer].expand(share, -1, -1, -1), k_own], dim=2)
-            values = torch.cat([prefix.values[layer].expand(share, -1, -1, -1), v_own], dim=2)
+        parts = (x.split(rows) for x in (q, k, v))
+        for prefix, allowed, q_own, k_own, v_own in zip(self.prefixes, self.allowed, *parts, strict=True):
+            keys = torch.cat([prefix.keys[layer].expand(rows, -1, -1, -1), k_own], dim=2)
+            values = torch.cat([prefix.values[layer].expand(rows, -1, -1, -1), v_own], dim=2)
             attended.append(attend(q_own, keys, values, allowed=allowed))
         return torch.cat(attended)

@@ -1,4 +1,4 @@
-"""What a mask-token decoder can say of log p(image | prompt): an estimate from random masks."""
+"""Estimates of log p(image | prompt) by mask-token decoders, from random masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +29,12 @@ class MaskEstimate:
             raise ValueError(f"decoder.estimate.n_masks must be at least 1, not {self.n_masks}")
 
     def masks(self, seeds: Sequence[int], length: int) -> Tensor:
-        """Which of `length` tokens are masked, for images with these seeds, bool [n_masks, B, length]."""
+        """Choose the masked tokens of images with these seeds, bool [n_masks, B, length]."""
         noise = uniform_noise(seeds, self.n_masks, length)
-        share = (torch.arange(self.n_masks) + noise[:, 0, : self.n_masks]) / self.n_masks  # [B, n_masks]
+        t = (torch.arange(self.n_masks) + noise[:, 0, : self.n_masks]) / self.n_masks  # [B, n_masks]
         if self.as_trained:
-            share = torch.cos(share * torch.pi / 2)
-            count = (share * length).round().clamp(min=1)
+            count = (torch.cos(t * torch.pi / 2) * length).round().clamp(min=1)
         else:
-            count = (share * length).floor() + 1
+            count = (t * length).floor() + 1
         order = noise[:, 1:].argsort(2).argsort(2)
         return (order < count[..., None]).transpose(0, 1)

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.sampling import invert, uniform_noise
+from lightning_modules.backbone.sampling import Noise, invert, refuse_below, uniform_noise
 
 _KNOWN = torch.finfo(torch.float32).max  # stands for the probability of a token that is known: more than any other's
 
@@ -28,12 +27,8 @@ class MaskSampling:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps must be at least 1, not {self.steps}")
-        if self.guidance < 0:
-            raise ValueError(f"sampling.guidance must be at least 0, not {self.guidance}")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature must be at least 0, not {self.temperature}")
+        refuse_below(1, steps=self.steps)
+        refuse_below(0, guidance=self.guidance, temperature=self.temperature)
 
     def temperature_at(self, step: int) -> float:
         """Show-o's schedule: what is left of the temperature shrinks by (step + 1) / T at every step."""
@@ -41,15 +36,10 @@ class MaskSampling:
 
 
 def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
-    """How many tokens of each row stay masked after a step, int64 [B]: cosine schedule (MaskGIT, arXiv 2202.04200).
+    """Count the tokens of each row that stay masked after a step, int64 [B], by MaskGIT's cosine (arXiv 2202.04200).
 
-    Of the tokens that are unknown before the step one at least is fixed, and one at least stays masked. In single
-    precision, as Show-o computes it: in double precision some counts are others.
-
-    Args:
-        step: 0-based.
-        steps: T.
-        unknown: bool [B, n].
+    Of the tokens that are `unknown` [B, n] before the step (0-based) one at least is fixed, and one at least stays
+    masked. Single precision, as in Show-o: in double precision some counts differ.
     """
     ratio = torch.tensor((step + 1) / steps, dtype=torch.float32)
     count = torch.floor(unknown.shape[1] * torch.cos(ratio * math.pi * 0.5)).to(unknown.device)
@@ -59,16 +49,11 @@ def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
 def least_confident(
     probs: Tensor, unknown: Tensor, count: Tensor, temperature: Tensor | float, noise: Tensor
 ) -> Tensor:
-    """Which tokens are masked for the next step: the `count` [B] least confident ones, bool [B, n].
+    """Choose the `count` [B] least confident tokens, to be masked for the next step, bool [B, n].
 
-    TokenConfidence is log p + temperature x Gumbel noise; ties at the cut are kept.
-
-    Args:
-        probs: of the drawn codes, [B, n].
-        unknown: tokens that were masked before the step, bool [B, n].
-        count: [B].
-        temperature: a number, or one for each row, [B, 1].
-        noise: uniform noise [B, n].
+    Confidence is log p + temperature x Gumbel noise; tokens that tie at the cut are fixed. `probs` [B, n] are those of
+    the drawn codes; tokens that were not `unknown` [B, n] stay fixed. The temperature is a number or [B, 1], the noise
+    uniform, [B, n].
     """
     log_p = torch.where(unknown, probs, _KNOWN).clamp(min=1e-20).log()
     gumbel = -(-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
@@ -77,67 +62,24 @@ def least_confident(
     return confidence < cut
 
 
-class MaskNoise(Protocol):
-    """The randomness of B images, k candidates a step."""
-
-    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
-        """Draw k codes [M, k] from probabilities [M, C] at positions `where` [M] of the B * n, counted row by row."""
-        ...
-
-    def confidence(self, step: int, k: int) -> Tensor:
-        """Uniform noise [B, k, n] for the confidences."""
-        ...
-
-    def choice(self, step: int) -> Tensor:
-        """Uniform noise [B] for choosing among the candidates."""
-        ...
-
-    def select(self, rows: Tensor) -> "MaskNoise":
-        """The noise of rows `rows` [B'], in that order and as often as they occur."""
-        ...
-
-    def fork(self, k: int) -> "MaskNoise":
-        """The noise of k paths a row; path j has that of candidate j."""
-        ...
-
-    def to(self, device: torch.device) -> "MaskNoise":
-        """The same on another device."""
-        ...
-
-
 @dataclass(frozen=True)
-class SeededNoise:
-    """Noise that belongs to the image: the same whatever else is in the batch.
+class SeededNoise(Noise):
+    """Noise of grids of n tokens, filled in T steps.
 
     Attributes:
-        uniform: [B, 2K + 1, T, n] for K candidates: a row for codes and one for confidences each; the last one is for
-            choosing.
+        candidates: [B, K, 2, T, n]: for the codes of each candidate, and for the confidences.
     """
-
-    uniform: Tensor
 
     @staticmethod
     def draw(seeds: Sequence[int], k: int, steps: int, tokens: int) -> "SeededNoise":
         """The noise of images with these seeds; more candidates leave the first ones' as it is."""
-        return SeededNoise(uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens)))
+        uniform = uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens))
+        return SeededNoise(uniform[:, :-1].unflatten(1, (k, 2)), uniform[:, -1, :, 0])
 
-    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
-        noise = self.uniform[:, : 2 * k : 2, step].transpose(1, 2).flatten(0, 1)
-        return invert(probs, noise[where])
+    def codes(self, step: int, positions: Tensor, probs: Tensor, k: int) -> Tensor:
+        """Draw k codes [M, k] from probabilities [M, C] at positions [M] of the B * n, counted row by row."""
+        return invert(probs, self.candidates[:, :k, 0, step].transpose(1, 2).flatten(0, 1)[positions])
 
     def confidence(self, step: int, k: int) -> Tensor:
-        return self.uniform[:, 1 : 2 * k : 2, step]
-
-    def choice(self, step: int) -> Tensor:
-        return self.uniform[:, -1, step, 0]
-
-    def fork(self, k: int) -> "SeededNoise":
-        own = self.uniform[:, : 2 * k].unflatten(1, (k, 2)).flatten(0, 1)
-        choosing = self.uniform[:, -1:].repeat_interleave(k, 0)
-        return SeededNoise(torch.cat([own, choosing], 1))
-
-    def to(self, device: torch.device) -> "SeededNoise":
-        return SeededNoise(self.uniform.to(device))
-
-    def select(self, rows: Tensor) -> "SeededNoise":
-        return SeededNoise(self.uniform[rows.to(self.uniform.device)])
+        """Uniform noise [B, k, n] for the confidences."""
+        return self.candidates[:, :k, 1, step]

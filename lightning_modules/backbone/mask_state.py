@@ -1,4 +1,4 @@
-"""Mask-token decoding on its way: the ids of the table of embeddings, half-decoded grids, proposals, trajectories."""
+"""Mask-token decoding on its way: the ids of the table of embeddings, half-decoded grids, and proposals."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import DecodingState, Proposal
+from lightning_modules.backbone.decoder import DecodingState, Proposal, equal_to_earlier
 from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
 from lightning_modules.backbone.mask_attention import Prefix
-from lightning_modules.backbone.mask_sampling import MaskNoise, MaskSampling
+from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise
 from lightning_modules.backbone.trajectory import Trajectory
 
 
@@ -64,44 +64,31 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class MaskProposal(Proposal):
-    """k ways to go on from one forward pass.
+    """k candidates for the next step of a grid; see `Proposal`.
 
     Attributes:
-        tokens: whole grids of codes, [B, k, n]: a preview of the image.
+        tokens: whole grids of codes, [B, k, n]: previews of the image.
+        log_probs: of the codes that each candidate fixes, [B, k].
         probs: of the codes that were drawn, [B, k, n], 1 for known ones.
         masked: what is masked for the next step, bool [B, k, n].
-        features: what the decoder knows about each grid, for a verifier; None from decoders that do not say.
         is_last: after this step all codes are fixed, masked or not.
     """
 
     tokens: Tensor
+    log_probs: Tensor
+    features: DecoderFeatures | None
     probs: Tensor
     masked: Tensor
-    features: DecoderFeatures | None
     is_last: bool
 
     @property
     def repeats(self) -> Tensor:
-        both = torch.cat([self.tokens, self.masked.long()], -1)
-        return (both[:, :, None] == both[:, None]).all(-1).tril(-1).any(2)
-
-    @property
-    def log_probs(self) -> Tensor:
-        """Log-probability of the codes that each candidate fixes, [B, k]."""
-        return self.probs.log().masked_fill(self.masked & (not self.is_last), 0).sum(-1)
-
-    def select(self, rows: Tensor) -> "MaskProposal":
-        features = self.features and self.features.select(rows)
-        return MaskProposal(self.tokens[rows], self.probs[rows], self.masked[rows], features, self.is_last)
-
-    def unfold(self) -> "MaskProposal":
-        tokens, probs, masked = (part.flatten(0, 1)[:, None] for part in (self.tokens, self.probs, self.masked))
-        return MaskProposal(tokens, probs, masked, self.features and self.features.unfold(), self.is_last)
+        return equal_to_earlier(torch.cat([self.tokens, self.masked.long()], -1))
 
 
 @dataclass
 class MaskState(DecodingState):
-    """B grids on their way; see `DecodingState`. Tokens that are `unknown` are a preview, drawn but not kept.
+    """B grids on their way; see `DecodingState`. Tokens that are `unknown` are a preview: drawn, but not fixed.
 
     Attributes:
         unknown: bool [B, n].
@@ -111,7 +98,7 @@ class MaskState(DecodingState):
         grids: tokens and unknown after each step so far.
     """
 
-    noise: MaskNoise
+    noise: SeededNoise
     unknown: Tensor
     sampling: MaskSampling
     temperature: Tensor
@@ -123,47 +110,26 @@ class MaskState(DecodingState):
         return self.sampling.steps
 
     @property
-    def position(self) -> Tensor:
-        return torch.full((len(self.tokens),), self.step)
-
-    @property
-    def decided(self) -> None:
-        return None
-
-    @property
-    def choice_noise(self) -> Tensor:
-        return self.noise.choice(self.step)
-
-    @property
     def is_complete(self) -> Tensor:
         return ~self.unknown.any(1)
 
     @property
     def statistics(self) -> Tensor:
-        """`STATISTICS` of each token when it was drawn, [3, B, n]."""
+        """The `STATISTICS` of each token when it was drawn, [3, B, n]; 0 before that."""
         if self.features is None:
-            return torch.zeros(3, *self.tokens.shape, device=self.tokens.device)
-        return torch.stack([getattr(self.features, name) for name in STATISTICS])
+            return torch.zeros(len(STATISTICS), *self.tokens.shape, device=self.tokens.device)
+        return self.features.statistics
 
     @property
     def trajectory(self) -> Trajectory:
         return Trajectory.of(self.grids)
 
-    def fork(self, k: int) -> "MaskState":
-        rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        return replace(self.select(rows.repeat_interleave(k)), noise=self.noise.fork(k))
-
     def select(self, rows: Tensor) -> "MaskState":
         return replace(
-            self,
-            tokens=self.tokens[rows],
+            super().select(rows),
             unknown=self.unknown[rows],
             temperature=self.temperature[rows],
-            noise=self.noise.select(rows),
             prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
-            prompt=self.prompt[rows],
-            features=self.features and self.features.select(rows),
-            log_probs=self.log_probs[rows],
             grids=[(tokens[rows], unknown[rows]) for tokens, unknown in self.grids],
         )
 

@@ -1,4 +1,4 @@
-"""Published weights that a config names: which are not on this machine, how large they are, and where they go."""
+"""Published weights that a config names by OWNER/NAME: those missing on this machine, their sizes and their places."""
 
 import os.path
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import open_clip
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-# Patterns of the files that `checkpoint` names, one of which has to be there, by what loads them.
+# Patterns of the files that `checkpoint` names, one of which has to be there, by the target that loads them.
 _LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
@@ -23,7 +23,7 @@ _CLIP_LOADERS = {  # the argument that names the architecture
     "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
     "open_clip.create_model": "model_name",
 }
-# What is downloaded, for those who cannot ask the hub.
+# Sizes of the downloads, for those who cannot ask the hub.
 _SIZES = {
     "showlab/show-o": "5.8 GB",
     "showlab/magvitv2": "0.4 GB",
@@ -38,14 +38,14 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that a config names by OWNER/NAME.
+    """Weights on the Hugging Face hub.
 
     Attributes:
-        key: of the config, which can name a folder (or for open_clip a file) instead.
-        name: on the Hugging Face hub.
-        files: patterns, one of which has files if the weights are there.
+        key: of the config; it can name a folder (or for open_clip a file) instead.
+        name: OWNER/NAME.
+        files: patterns; if the weights are there, one of them has files.
         only: pattern of the files to download; empty for the whole repository.
-        file: what in the folder the key has to name; empty for the folder.
+        file: of the folder, to be named by the key; empty for the folder itself.
     """
 
     key: str
@@ -56,12 +56,12 @@ class Published:
 
     @property
     def is_here(self) -> bool:
-        """Whether the files are in the hub's cache on this machine."""
+        """The files are in the hub's cache on this machine."""
         try:
             folder = Path(snapshot_download(self.name, allow_patterns=list(self.files), local_files_only=True))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled):
             return False
-        return any(True for pattern in self.files for _ in folder.glob(pattern))
+        return any(any(folder.glob(pattern)) for pattern in self.files)
 
     def __str__(self) -> str:
         size = f", {_SIZES[self.name]}" if self.name in _SIZES else ""
@@ -82,11 +82,11 @@ def nodes(config: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def named(config: Mapping[str, Any]) -> Iterator[Published]:
-    """The published weights that a resolved config names and that are no folders or files."""
+    """The published weights that a resolved config names, where it names no folder or file."""
     for key, node in nodes(config):
         target = node["_target_"]
-        if target in _LOADERS:
-            checkpoint, files = node.get("checkpoint"), _LOADERS[target]
+        if files := _LOADERS.get(target):
+            checkpoint = node.get("checkpoint")
             if isinstance(checkpoint, str) and checkpoint.count("/") == 1 and not Path(checkpoint).exists():
                 only = "tokenizer.json" if "tokenizer.json" in files else ""
                 yield Published(f"{key}.checkpoint", checkpoint, files, only)
@@ -116,16 +116,12 @@ def refuse_missing(weights: list[Published]) -> None:
     """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once."""
     missing: list[Published] = []
     reason, reachable = "", True
-    for each in weights:
-        if each.is_here:
-            continue
+    for each in (each for each in weights if not each.is_here):
         try:
             if reachable:
                 HfApi().model_info(each.name, timeout=10)
                 continue
-        except (
-            Exception
-        ) as error:  # without network the hub's client has errors of its own, which differ by its version
+        except Exception as error:  # without network, of a class that differs by the version of the hub's client
             reason, reachable = type(error).__name__, isinstance(error, HfHubHTTPError)
         missing.append(each)
     if missing:

@@ -1,11 +1,19 @@
 """Drawing tokens from logits with noise that belongs to the image, not to the batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def refuse_below(least: int, **settings: float) -> None:
+    """Raise ValueError for a setting of sampling that is too small, by its name in the config."""
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"sampling.{name} must be at least {least}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature must be above 0, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"sampling.top_k must be 0 (off) or positive, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
-        if self.guidance < 0:
-            raise ValueError(f"sampling.guidance must be at least 0, not {self.guidance}")
+        refuse_below(0, top_k=self.top_k, guidance=self.guidance)
 
 
 def image_seed(*parts: int) -> int:
@@ -48,6 +53,31 @@ def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
     generator, shape = torch.Generator(), (1 + candidates, steps)
     rows = [torch.rand(shape, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The randomness of B images: each row comes from the seed of its image alone.
+
+    Attributes:
+        candidates: uniform numbers for drawing each of K candidates, [B, K, ...]; a later index is the step.
+        choice: uniform numbers for choosing among them at each step, [B, steps].
+    """
+
+    candidates: Tensor
+    choice: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        return replace(self, candidates=self.candidates[rows], choice=self.choice[rows])
+
+    def fork(self, k: int) -> Self:
+        """The noise of k paths a row, neighbours; path j has that of candidate j."""
+        own = self.candidates[:, :k].flatten(0, 1)[:, None]
+        return replace(self, candidates=own, choice=self.choice.repeat_interleave(k, 0))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 
 
 def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
@@ -80,15 +110,12 @@ def draw(
     """
     log_p = sampling_log_probs(conditional, unconditional, sampling)
     probs = log_p.exp()
-    if not distinct:
-        tokens = invert(probs, noise)
-        return tokens, log_p.gather(-1, tokens)
-    drawn = [invert(probs, noise[:, :1])]
-    for j in range(1, noise.shape[1]):
-        probs = probs.scatter(-1, drawn[-1], 0.0)
-        token = invert(probs, noise[:, j : j + 1])
-        drawn.append(torch.where(probs.sum(-1, keepdim=True) > 0, token, drawn[-1]))
-    tokens = torch.cat(drawn, dim=-1)
+    tokens = invert(probs, noise[:, :1] if distinct else noise)
+    for j in range(1, noise.shape[1] if distinct else 0):
+        last = tokens[:, -1:]
+        probs = probs.scatter(-1, last, 0.0)
+        token = torch.where(probs.sum(-1, keepdim=True) > 0, invert(probs, noise[:, j : j + 1]), last)
+        tokens = torch.cat([tokens, token], dim=-1)
     return tokens, log_p.gather(-1, tokens)
 
 

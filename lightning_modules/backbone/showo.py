@@ -53,16 +53,8 @@ class ShowO(MaskTokenDecoder):
             dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
         )
         rotary_dims = int(partial_rotary_factor * transformer.head_dim)
-        super().__init__(
-            image_tokenizer,
-            text_tokenizer,
-            max_text,
-            transformer,
-            rotary_dims,
-            feature_layers,
-            estimate,
-            compiled=compiled,
-        )
+        shared = (image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
+        super().__init__(*shared, feature_layers, estimate, compiled=compiled)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
@@ -75,7 +67,7 @@ class ShowO(MaskTokenDecoder):
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
 
     def check_stored(self, config: Mapping[str, Any]) -> None:
-        """Refuse weights that are for other tokenizers, by Show-o's own config; raises ValueError.
+        """Raise ValueError if Show-o's own config says that weights are for other tokenizers.
 
         The 512-pixel model differs from the 256-pixel one in nothing but the number of its image tokens.
         """

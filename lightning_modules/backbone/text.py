@@ -16,17 +16,15 @@ from lightning_modules.cache_key import Keyed, class_name, digest
 
 
 class TextTokenizer(Protocol):
-    """What a mask-token decoder needs of a tokenizer."""
+    """A tokenizer as mask-token decoders need it.
 
-    @property
-    def size(self) -> int:
-        """Number of ids."""
-        ...
+    Attributes:
+        size: number of ids.
+        end_of_text: the id that opens and closes a prompt.
+    """
 
-    @property
-    def end_of_text(self) -> int:
-        """The id that opens and closes a prompt."""
-        ...
+    size: int
+    end_of_text: int
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, without special ones."""
@@ -37,7 +35,7 @@ class TextTokenizer(Protocol):
         ...
 
     def cache_key(self) -> Any:
-        """Return what decides them; see `Keyed`."""
+        """Return all that decides the ids; see `Keyed`."""
         ...
 
 
@@ -54,8 +52,7 @@ class PublishedTokenizer(Keyed):
         end_of_text: the token that opens and closes a prompt.
 
     Raises:
-        FileNotFoundError: there is no `tokenizer.json`.
-        ValueError: it is broken, or has no such token.
+        FileNotFoundError, ValueError: there is no `tokenizer.json`; it is broken, or has no such token.
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
@@ -69,26 +66,21 @@ class PublishedTokenizer(Keyed):
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more special
             raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
-        self.size = self._tokenizer.get_vocab_size()
         found = self._tokenizer.token_to_id(end_of_text)
         if found is None:
             raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")
-        self.end_of_text = found
+        self.size, self.end_of_text = self._tokenizer.get_vocab_size(), found
 
     def cache_key(self) -> dict[str, Any]:
         """Its file, and the token that opens and closes a prompt."""
-        return {
-            "class": class_name(self),
-            "tokenizer": digest(self._tokenizer.to_str()),
-            "end_of_text": self.end_of_text,
-        }
+        content = digest(self._tokenizer.to_str())
+        return {"class": class_name(self), "tokenizer": content, "end_of_text": self.end_of_text}
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-        return [entry.ids for entry in encoded]
+        return [entry.ids for entry in self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
-        """Without the space that many tokens begin with."""
+        """The characters of each token, without the space that many begin with."""
         offsets = self._tokenizer.encode(prompt, add_special_tokens=False).offsets
         return [(end - len(prompt[start:end].lstrip()), end) for start, end in offsets]
 
@@ -96,26 +88,16 @@ class PublishedTokenizer(Keyed):
 class WordTokenizer(Keyed):
     """Maps the words of a prompt to ids; id 0 is padding, and a prompt of padding alone is the empty prompt."""
 
+    end_of_text = 0  # padding, which no word is
+
     def __init__(self, vocabulary: Sequence[str], max_words: int) -> None:
-        self.vocabulary = list(vocabulary)
-        self.max_words = max_words
+        self.vocabulary, self.max_words = list(vocabulary), max_words
+        self.size = len(self.vocabulary) + 1
         self._ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
 
     def cache_key(self) -> dict[str, Any]:
         """Its words, in their order, and how many of them a prompt may have."""
         return {"class": class_name(self), "vocabulary": digest(self.vocabulary), "max_words": self.max_words}
-
-    def __len__(self) -> int:
-        return len(self.vocabulary) + 1
-
-    @property
-    def size(self) -> int:
-        return len(self)
-
-    @property
-    def end_of_text(self) -> int:
-        """Padding, which no word is."""
-        return 0
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Word ids of each prompt, without padding."""
@@ -125,11 +107,7 @@ class WordTokenizer(Keyed):
         return word_spans(prompt)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Word ids, int64 [B, max_words].
-
-        Raises:
-            ValueError: a prompt has an unknown word or more than `max_words` words.
-        """
+        """Word ids, int64 [B, max_words]; ValueError for unknown words, or more than `max_words`."""
         rows = []
         for prompt in prompts:
             words = prompt.split()
@@ -151,7 +129,7 @@ class PromptEncoder(nn.Module):
     def __init__(self, tokenizer: WordTokenizer, config: TransformerConfig) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.words = nn.Embedding(len(tokenizer), config.dim)
+        self.words = nn.Embedding(tokenizer.size, config.dim)
         self.positions = nn.Parameter(torch.zeros(tokenizer.max_words, config.dim))
         self.transformer = Transformer(config)
         self.norm = nn.LayerNorm(config.dim)
@@ -163,10 +141,10 @@ class PromptEncoder(nn.Module):
         return self.norm(self.transformer(self.words(word_ids) + self.positions, causal=False)[-1])
 
     def read(self, word_ids: Tensor, encoded: Tensor) -> Tensor:
-        """What verifiers read of a prompt: each word by itself beside its embedding in the prompt, [B, L, 2 dim].
+        """Features of a prompt for verifiers: each word by itself beside its embedding in the prompt, [B, L, 2 dim].
 
-        In the latter a word is mixed with its neighbours, in some decoders so much that PARM does not find out which
-        word names what it sees.
+        The latter mixes a word with its neighbours, in some decoders so much that PARM does not find out which word
+        names what it sees.
         """
         words = self.words(word_ids)
         return torch.cat([nn.functional.layer_norm(words, words.shape[-1:]), encoded], dim=-1)

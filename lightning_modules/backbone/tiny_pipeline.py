@@ -1,5 +1,6 @@
 """Stable Diffusion 3 with few channels and random weights, to try everything on a CPU."""
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ def tiny_text_parts() -> tuple[Any, Any]:
     """A tokenizer of letters, and the config of CLIP's text encoder for it."""
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    letters = string.ascii_lowercase
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
     sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -51,7 +52,6 @@ def _write_sd3(folder: Path) -> None:
         )  # fmt: skip
         encoders = [CLIPTextModelWithProjection(text) for _ in range(2)]
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipeline: Any = StableDiffusion3Pipeline(
-        transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None
-    )
+    parts = (transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None)
+    pipeline: Any = StableDiffusion3Pipeline(*parts)
     pipeline.save_pretrained(folder)

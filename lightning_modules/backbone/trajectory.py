@@ -23,13 +23,13 @@ class Trajectory:
 
     @staticmethod
     def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
-        """From the tokens and what was unknown, [B, n] each, after each step."""
+        """Make it from the tokens, and which were unknown, [B, n] each, after each step."""
         previews, unknown = (torch.stack(part, 1) for part in zip(*states, strict=True))
         return Trajectory(previews, unknown.sum(1))
 
     @staticmethod
     def in_random_order(tokens: Tensor, steps: int, noise: Tensor) -> "Trajectory":
-        """As if images [B, n] had been decoded in the order of `noise` [B, n], each preview being what came of it."""
+        """Pretend that images [B, n] were decoded in the order of `noise` [B, n]; each preview is the image."""
         unknown = torch.ones_like(tokens, dtype=torch.bool)
         rank = noise.argsort(1).argsort(1)
         states = []
@@ -39,7 +39,7 @@ class Trajectory:
         return Trajectory.of(states)
 
     def at(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The grids after steps [B], what was unknown before, and what is undecided after; S is the finished image."""
+        """The grids after steps [B], the tokens unknown before, and those undecided after; step S: finished images."""
         rows = torch.arange(len(step), device=step.device)
         shown = self.previews[rows, step.clamp(max=self.previews.shape[1] - 1)]
         return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
@@ -49,7 +49,7 @@ class Trajectory:
         return Trajectory(self.previews[rows], self.fixed_at[rows])
 
     def put(self, rows: Tensor, other: "Trajectory") -> "Trajectory":
-        """With the end of `other`, the image and which tokens came last, in the place of that of some rows."""
+        """Replace the end of some rows, the image and which tokens came last, by that of `other`."""
         last = self.previews.shape[1] - 1
         previews = self.previews.clone()
         previews[rows, last] = other.previews[:, -1]

@@ -1,10 +1,10 @@
-"""The one Transformer of the project; how its positions attend to one another is handed to each pass."""
+"""The Transformer of the project, and the keys and values that its passes leave behind."""
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 _BLOCK = 4  # positions by which caches grow
 
+# How the positions of a pass attend to one another, and to others whose keys and values the function holds: a layer's
+# index, its queries, keys and values, [B, heads, S, head_dim] -> the attended values, of the same shape.
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
 
 class KVCache:
-    """Keys and values of decoded prefixes, with those of the candidates for their next positions.
+    """Keys and values of decoded prefixes, of different lengths, and of the candidates for their next positions.
 
-    A prefix is stored once; candidates attend to it without copying it. `commit` keeps one of them. Rows may have
-    prefixes of different lengths.
-
-    Args:
-        capacity: positions that a prefix will have at most, so that memory is asked for once.
+    A prefix is stored once; candidates attend to it without copying it. `commit` takes one of them.
 
     Attributes:
-        keys, values: per layer, [B, heads, room + 1, head_dim]; the last position is for what nobody reads.
+        capacity: positions that a prefix will have at most, so that memory is asked for once.
+        keys, values: per layer, [B, heads, room + 1, head_dim]; padding is written to the last position.
         lengths: positions filled in each row, [B], on the CPU.
     """
 
@@ -47,11 +48,10 @@ class KVCache:
         return self.keys[0].shape[2] - 1
 
     def reserve(self, length: int) -> None:
-        """Make room for prefixes of some length.
+        """Make room for prefixes of some length, but never much more.
 
-        There is never much more room than is filled: on CPUs, reading prefixes with gaps between them takes up to four
-        times as long, much more than to move them now and then. A layer moves to memory that another one has left, for
-        to touch new memory takes longer than to copy.
+        On CPUs, reading prefixes with gaps between them takes up to four times as long, much more than to move them now
+        and then. A layer moves to memory that another one has left: to touch new memory takes longer than to copy.
         """
         if length <= self.room:
             return
@@ -61,7 +61,7 @@ class KVCache:
                 self._spare = filled.new_empty(0).set_(filled.untyped_storage())
 
     def _place(self, filled: Tensor, length: int) -> Tensor:
-        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one that nobody reads."""
+        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one for padding."""
 
         def shape(positions: int) -> tuple[int, ...]:
             return *filled.shape[:2], -(-positions // _BLOCK) * _BLOCK + 1, filled.shape[3]
@@ -71,19 +71,12 @@ class KVCache:
             self._spare = filled.new_empty(math.prod(shape(max(length, self.capacity))))
         room, self._spare = self._spare[:size].view(shape(length)), None
         room[:, :, : filled.shape[2]] = filled
-        room[:, :, filled.shape[2] :] = (
-            0  # no weight is on what is not filled, but 0 times what memory held may not be 0
-        )
+        # No attention goes to what is not filled, but 0 times what memory held may not be 0.
+        room[:, :, filled.shape[2] :] = 0
         return room
 
-    def unfilled(self) -> Tensor | None:
-        """Which of the first `length` positions are not filled, bool [B, 1, 1, length]; None where all are."""
-        positions = torch.arange(self.length)
-        unfilled = positions >= self.lengths[:, None, None, None]
-        return unfilled.to(self.keys[0].device) if unfilled.any() else None
-
     def prefill(self, key: Tensor, value: Tensor) -> None:
-        """Add a layer whose first positions are these keys and values, [B, heads, S, head_dim]."""
+        """Add a layer that begins with these keys and values, [B, heads, S, head_dim]."""
         self.lengths = torch.full((len(key),), key.shape[2])
         self.keys.append(self._place(key, key.shape[2]))
         self.values.append(self._place(value, key.shape[2]))
@@ -117,14 +110,6 @@ class KVCache:
         chosen.values = [value[rows] for value in self.values]
         chosen._candidates = [(key[rows], value[rows]) for key, value in self._candidates]
         return chosen
-
-
-class AttentionFn(Protocol):
-    """How the positions of a pass attend to one another, and to others whose keys and values it holds."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries, keys and values of a layer, [B, heads, S, head_dim] -> what they attend to, of the same shape."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -164,14 +149,9 @@ class TransformerConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    In training on CPUs by plain matrix products: the backward pass of the fused kernel is slow there, in bfloat16 three
-    times so.
-    Without a backward pass it is the faster one where a mask is needed.
-
-    Args:
-        q, k, v: queries, keys and values.
-        causal: a position attends to itself and to those before it.
-        allowed: bool, [B, 1, S or 1, K]: which keys a query may attend to.
+    In training on CPUs by plain matrix products: there the backward pass of the fused kernel is up to three times as
+    slow, though without a backward pass it is the faster one. `allowed` are the keys that a query may attend to, bool
+    [B, 1, S or 1, K]; with `causal`, those of its own position and before.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
@@ -181,53 +161,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tenso
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-@dataclass(frozen=True)
-class FullAttention:
-    """Attention among all positions of the pass; with a cache, which then holds their keys and values."""
-
-    causal: bool
-    cache: KVCache | None = None
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.cache is not None:
-            self.cache.prefill(k, v)
-        return attend(q, k, v, self.causal)
-
-
-@dataclass(frozen=True)
-class StepAttention:
-    """Each of k alternatives for the next position attends to the cached prefix and to itself."""
-
-    cache: KVCache
-    length: int
-    unfilled: Tensor | None
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache.propose(k, v)
-        q = q * q.shape[-1] ** -0.5
-        prefix = q @ self.cache.keys[layer][:, :, : self.length].transpose(2, 3)  # [B, heads, k, length]
-        if self.unfilled is not None:
-            prefix = prefix.masked_fill(self.unfilled, -torch.inf)
-        weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
-        return weights[..., :-1] @ self.cache.values[layer][:, :, : self.length] + weights[..., -1:] * v
-
-
-@dataclass(frozen=True)
-class ExtendAttention:
-    """The next positions of each row attend to the cached prefix and to those before them, and join the cache."""
-
-    cache: KVCache
-    positions: Tensor  # where each goes, [B, S]
-    length: int  # of the longest row afterwards
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[rows, :, self.positions], values[rows, :, self.positions] = k.transpose(1, 2), v.transpose(1, 2)
-        allowed = torch.arange(self.length, device=q.device) <= self.positions[:, None, :, None]
-        return attend(q, keys[:, :, : self.length], values[:, :, : self.length], allowed=allowed)
 
 
 class Attention(nn.Module):
@@ -285,7 +218,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(weight)
 
     def layers(self, x: Tensor, attending: AttentionFn) -> Iterator[Tensor]:
-        """A pass over x [B, S, dim]; gives the hidden states [B, S, dim] after each layer in turn."""
+        """A pass over x [B, S, dim]; yields the hidden states [B, S, dim] after each layer."""
         for layer, block in enumerate(self.blocks):
             if self.config.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, attending, use_reentrant=False, preserve_rng_state=False)
@@ -302,25 +235,49 @@ class Transformer(nn.Module):
         return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
-        """Full pass over x [B, S, dim], which fills the cache, if any."""
-        return self.run(x, FullAttention(causal, cache))
+        """Full pass over x [B, S, dim], whose positions attend to one another; it fills the cache, if any."""
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is not None:
+                cache.prefill(k, v)
+            return attend(q, k, v, causal)
+
+        return self.run(x, attention)
 
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
-        """One position, k alternatives: x [B, k, dim] against the cached prefix."""
+        """One position: each of k alternatives x [B, k, dim] attends to the cached prefix and to itself."""
         cache.forget()
-        return self.run(x, StepAttention(cache, cache.length, cache.unfilled()))
+        length = cache.length
+        unfilled = torch.arange(length) >= cache.lengths[:, None, None, None]  # [B, 1, 1, length]
+        masked = unfilled.to(x.device) if unfilled.any() else None
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.propose(k, v)
+            q = q * q.shape[-1] ** -0.5
+            prefix = q @ cache.keys[layer][:, :, :length].transpose(2, 3)  # [B, heads, k, length]
+            if masked is not None:
+                prefix = prefix.masked_fill(masked, -torch.inf)
+            weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
+            return weights[..., :-1] @ cache.values[layer][:, :, :length] + weights[..., -1:] * v
+
+        return self.run(x, attention)
 
     def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
-        """Several positions in one pass, which join the cache.
+        """The next positions of each row attend to the cached prefix and to those before them, and join the cache.
 
-        Args:
-            x: [B, S, dim]; of row b the first counts[b] are meant, the others are padding.
-            counts: [B], on the CPU.
-            cache: of the prefixes.
+        Of row b of x [B, S, dim] the first counts[b] are read, the others are padding; counts [B] are on the CPU.
         """
         cache.forget()
         cache.reserve(int((cache.lengths + counts).max()))
-        offset = torch.arange(x.shape[1])
-        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room)
+        offset, rows = torch.arange(x.shape[1]), torch.arange(len(x), device=x.device)[:, None]
+        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room).to(x.device)
         cache.lengths = cache.lengths + counts
-        return self.run(x, ExtendAttention(cache, positions.to(x.device), cache.length))
+        length = cache.length
+        allowed = torch.arange(length, device=x.device) <= positions[:, None, :, None]
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+            return attend(q, keys[:, :, :length], values[:, :, :length], allowed=allowed)
+
+        return self.run(x, attention)

@@ -6,8 +6,8 @@ import torch
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.mask_state import Trajectory
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood

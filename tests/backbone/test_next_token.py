@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_modules.backbone.decoder import Request
-from lightning_modules.backbone.next_token import NextTokenDecoder, decision_order
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.next_token_state import decision_order
 from lightning_modules.backbone.sampling import Sampling, image_seed, sampling_log_probs, uniform_noise
 from lightning_modules.decoding.sample import Sample
 from tests.helpers.asked import asked

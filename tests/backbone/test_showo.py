@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_modules.backbone import mask_token
 from lightning_modules.backbone.loading import fingerprint, pretrained
 from lightning_modules.backbone.mask_sampling import MaskSampling, masked_after
 from lightning_modules.backbone.mask_state import Vocabulary
@@ -90,15 +89,12 @@ class Recorded:
     exponential: Tensor
     uniform: Tensor
 
-    def codes(self, step: int, where: Tensor, probs: Tensor, k: int) -> Tensor:
+    def codes(self, step: int, positions: Tensor, probs: Tensor, k: int) -> Tensor:
         assert k == 1
-        return (probs / self.exponential[step].flatten(0, 1)[where]).argmax(-1)[:, None]
+        return (probs / self.exponential[step].flatten(0, 1)[positions]).argmax(-1)[:, None]
 
     def confidence(self, step: int, k: int) -> Tensor:
         return self.uniform[step][:, None]
-
-    def select(self, rows: Tensor) -> "Recorded":
-        return Recorded(self.exponential[:, rows], self.uniform[:, rows])
 
     def to(self, device: torch.device) -> "Recorded":
         return Recorded(self.exponential.to(device), self.uniform.to(device))
@@ -231,8 +227,8 @@ def test_compiled_passes_give_the_same_images(
     decoder: MaskTokenDecoder, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "cpu":  # the same graph, which must be one and whole, without a compiler
-        whole = torch.compile(MaskTokenDecoder._layers, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(mask_token, "_compiled_layers", whole)
+        whole = torch.compile(MaskTokenDecoder.layers, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(MaskTokenDecoder, "compiled_layers", whole)
     model, sampling = copy.deepcopy(decoder).to(device), MaskSampling(steps=5)
 
     def decode(texts: list[str]) -> Tensor:
