@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.cache_key import Keyed, class_name, digest
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.rewards.verifier import Ability, Reward
 
 _WEIGHT = 2.5  # CLIPScore's w
 
@@ -61,6 +61,8 @@ class CLIPScore(Reward):
         tokenizer: of the model (`open_clip.get_tokenizer`).
         batch_size: images or patches in a forward pass.
     """
+
+    abilities = frozenset({Ability.PATCHES})
 
     def __init__(self, clip: nn.Module, tokenizer: TextTokenizer, batch_size: int = 256) -> None:
         self.clip = clip.eval().requires_grad_(False)

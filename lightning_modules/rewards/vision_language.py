@@ -88,6 +88,8 @@ class VisionLanguageJudge(StepJudge, Critic):
         ValueError: the model is of another kind, or an answer is not one token.
     """
 
+    abilities = StepJudge.abilities | Critic.abilities
+
     def __init__(
         self,
         checkpoint: str,
