@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -35,6 +34,13 @@ class VerifierState(Protocol):
         ...
 
 
+class Nothing:
+    """The memory of a judge that sees each step anew."""
+
+    def select(self, rows: Tensor) -> "Nothing":
+        return self
+
+
 S = TypeVar("S", bound=VerifierState)
 
 
@@ -57,9 +63,9 @@ class Judge(Keyed, Generic[S]):
             ValueError: it needs features, and there is none.
         """
 
-    @abstractmethod
-    def begin(self, prompt: Tensor, capacity: int) -> S:
+    def begin(self, prompt: Tensor, capacity: int) -> Any:
         """Start beside a decoder: the `prompt` of its state, [B, L, 2 dim], for images of `capacity` tokens."""
+        return Nothing()
 
     @abstractmethod
     def value(self, memory: S, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels) -> Tensor:
@@ -72,7 +78,6 @@ class Judge(Keyed, Generic[S]):
             previews: the best guess at each candidate's finished image, pixels [B k, 3, H, W].
         """
 
-    @abstractmethod
     def commit(self, memory: S, choice: Tensor) -> None:
         """Add candidate `choice` [B] of the last `value` to the images that it remembers."""
 
@@ -124,39 +129,13 @@ class TokenVerifier(Verifier[S]):
     def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
         """See `Judge`."""
 
-    @abstractmethod
-    def sync(self, state: S, features: DecoderFeatures | None, position: Tensor) -> None:
-        """Read the tokens that the decoder passed without a choice, because they stay as they are.
-
-        Args:
-            state: of the images.
-            features: about all tokens of them that are decided; None of grids before their first step.
-            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
-        """
-
-    @abstractmethod
-    def score(self, state: S, features: DecoderFeatures) -> Tensor:
-        """Log-value of the image extended by each of k candidates, [B, k]."""
-
     def check_decoder(self, decoder: Decoder) -> None:
         decoder.check_readable()
-
-    def value(self, memory: S, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels) -> Tensor:
-        assert proposal.features is not None  # `check_decoder`
-        self.sync(memory, state.features, state.position)
-        return self.score(memory, proposal.features)
 
     def of_finished(self, rows: Rows, features: DecoderFeatures | None, pixels: Pixels) -> Tensor:
         if features is None:
             raise ValueError(f"{type(self).__name__} needs features, which this decoder does not give; name a reward")
         return self.values(features, [features.hidden.shape[1]])[:, 0]
-
-
-class Nothing:
-    """The memory of a judge that sees each step anew."""
-
-    def select(self, rows: Tensor) -> "Nothing":
-        return self
 
 
 class Reward(Judge[Nothing]):
@@ -173,16 +152,10 @@ class Reward(Judge[Nothing]):
     def of_finished(self, rows: Rows, features: DecoderFeatures | None, pixels: Pixels) -> Tensor:
         return self(rows, pixels())
 
-    def begin(self, prompt: Tensor, capacity: int) -> Nothing:
-        return Nothing()
-
     def value(self, memory: Nothing, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels) -> Tensor:
         k = proposal.tokens.shape[1]
         repeated = [row for row in rows for _ in range(k)]
         return self.of_preview(repeated, previews()).view(-1, k).to(state.tokens.device)
-
-    def commit(self, memory: Nothing, choice: Tensor) -> None:
-        """Nothing is remembered."""
 
 
 class Critic(Reward):
@@ -208,19 +181,7 @@ class StepJudge(Reward):
         return self.clear_and_potential([row["prompt"] for row in rows], pixels)[1].log()
 
 
-@dataclass
-class LikelihoodState:
-    """Log-probability of the prefix [B], with each candidate of the last `score` [B, k], and its length [B]."""
-
-    total: Tensor
-    candidates: Tensor
-    lengths: Tensor
-
-    def select(self, rows: Tensor) -> "LikelihoodState":
-        return LikelihoodState(self.total[rows], self.candidates[rows], self.lengths[rows.cpu()])
-
-
-class Likelihood(TokenVerifier[LikelihoodState]):
+class Likelihood(TokenVerifier[Nothing]):
     """The decoder's own log p(tokens | prompt): costs nothing, and is what every other verifier has to beat."""
 
     def cache_key(self) -> dict[str, Any]:
@@ -235,31 +196,17 @@ class Likelihood(TokenVerifier[LikelihoodState]):
             return self._of_grids(features, features.undecided)
         return features.log_probs.cumsum(-1)[:, torch.as_tensor(lengths, device=features.log_probs.device) - 1]
 
+    def value(self, memory: Nothing, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels) -> Tensor:
+        assert proposal.features is not None  # `check_decoder`
+        if proposal.features.undecided is not None:
+            return self._of_grids(proposal.features, proposal.features.undecided)
+        assert state.features is not None
+        before = torch.arange(state.features.log_probs.shape[1]) < state.position[:, None]
+        prefix = (state.features.log_probs * before.to(state.features.log_probs.device)).sum(1, keepdim=True)
+        return prefix + proposal.features.log_probs
+
     @staticmethod
     def _of_grids(features: DecoderFeatures, undecided: Tensor) -> Tensor:
         """Log-probability of all that was decided, each token when it was drawn, [B, k]."""
         decided = features.log_probs.masked_fill(undecided, 0)
         return decided.unflatten(1, (features.candidates, -1)).sum(-1)
-
-    def begin(self, prompt: Tensor, capacity: int) -> LikelihoodState:
-        total = prompt.new_zeros(len(prompt))
-        return LikelihoodState(total, total[:, None], torch.zeros(len(prompt), dtype=torch.int64))
-
-    def sync(self, state: LikelihoodState, features: DecoderFeatures | None, position: Tensor) -> None:
-        if features is None or features.undecided is not None:  # a grid's features hold all that was decided
-            return
-        if (position != state.lengths).any():
-            before = torch.arange(features.log_probs.shape[1]) < position[:, None]
-            state.total = (features.log_probs * before.to(features.log_probs.device)).sum(1)
-            state.lengths = position
-
-    def score(self, state: LikelihoodState, features: DecoderFeatures) -> Tensor:
-        if features.undecided is not None:
-            state.candidates = self._of_grids(features, features.undecided)
-        else:
-            state.candidates = state.total[:, None] + features.log_probs
-        return state.candidates
-
-    def commit(self, state: LikelihoodState, choice: Tensor) -> None:
-        state.total = state.candidates.gather(1, choice[:, None]).squeeze(1)
-        state.lengths = state.lengths + 1
