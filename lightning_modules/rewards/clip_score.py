@@ -29,6 +29,11 @@ def preprocessing(clip: nn.Module) -> dict[str, list[Any]]:
     return {"size": list(size), "mean": list(config["mean"]), "std": list(config["std"])}
 
 
+def image_key(clip: nn.Module) -> dict[str, Any]:
+    """What decides the features of images: the model's weights, and how it wants its images."""
+    return {"weights": fingerprint(clip), "preprocessing": preprocessing(clip)}
+
+
 def image_features(clip: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> unit features [B, D]: resized and normalised as the model was trained."""
     wanted = preprocessing(clip)
@@ -71,13 +76,9 @@ class CLIPScore(Reward):
         self._texts: dict[str, Tensor] = {}
 
     def cache_key(self) -> dict[str, Any]:
-        """The model's weights, how it wants its images, and how it reads texts."""
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.clip),
-            "preprocessing": preprocessing(self.clip),
-            "tokenizer": tokenizer_key(self.tokenizer),
-        }
+        """How the model sees images and reads texts."""
+        tokenizer = tokenizer_key(self.tokenizer)
+        return {"class": class_name(self), "tokenizer": tokenizer, **image_key(self.clip)}
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0].clamp(min=0)

@@ -397,5 +397,5 @@ def _(tmp_path: Path) -> Case:
         "yes": judge(yes="no", no="yes"), "critique": judge(critique_tokens=3), "precision": judge(dtype="bfloat16"),
         "weights": weights, "template": judge("template"), "mean": judge("mean"),
     }  # fmt: skip
-    same = {"moved": judge("moved"), "batches": judge(batch_size=1), "placed": judge().to("cpu")}
+    same = {"moved": judge("moved"), "batches": judge(batch_size=1)}
     return Case(first, others, same, lambda: (first(ROWS, NOISE), first.critique(["a star"] * 2, NOISE)))
