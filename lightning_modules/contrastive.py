@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, TrainedModule
 from lightning_modules.rewards.clip_score import TextTokenizer, cells, image_features
 
 
-class ContrastiveModule(ResumableModule):
+class ContrastiveModule(TrainedModule):
     """CLIP's loss (arXiv 2103.00020) on whole images and a patch of each, with a minimally altered caption beside.
 
     A patch goes with the caption of its image: what is learned is how much likelier what it shows makes this caption
@@ -25,10 +24,11 @@ class ContrastiveModule(ResumableModule):
     Args:
         clip: the open_clip model.
         tokenizer: of the model.
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        optimizer, warmup_steps: see `TrainedModule`.
         grids: a patch is a cell of an M x M grid, M drawn from these.
     """
+
+    exported_parts = ("clip",)
 
     def __init__(
         self,
@@ -38,17 +38,10 @@ class ContrastiveModule(ResumableModule):
         warmup_steps: int,
         grids: Sequence[int],
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps)
         self.clip = clip
         self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
         self.grids = list(grids)
-
-    @property
-    def exported(self) -> dict[str, nn.Module]:
-        """What `task=export` writes, by the config node that builds it."""
-        return {"clip": self.clip}
 
     def _similarities(self, batch: dict[str, Any], views: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of V views with the batch's distinct captions [V, U], and the column of each caption [2B]."""
@@ -85,7 +78,7 @@ class ContrastiveModule(ResumableModule):
         self.log_dict(losses, prog_bar=True)
         return torch.stack(list(losses.values())).sum()
 
-    def _measure(self, batch: dict[str, Any], stage: str) -> None:
+    def measure(self, batch: dict[str, Any], stage: str) -> None:
         """Shares: true above altered caption (image; mean of patches), the image's caption above all of the batch."""
         images = batch["image"]
         altered_false = ~batch["correct"][1::2].bool()
@@ -103,12 +96,3 @@ class ContrastiveModule(ResumableModule):
                 (best[rows, true] > best[rows, altered])[altered_false].float().mean()
             )
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(images))
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._measure(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._measure(batch, "test")
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import grad_norm
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, TrainedModule, trainable
 from lightning_modules.parm import PARMObjective
 from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.parm import PARM
@@ -36,7 +35,7 @@ def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-class DPOModule(ResumableModule):
+class DPOModule(TrainedModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
     Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected`, the
@@ -47,8 +46,7 @@ class DPOModule(ResumableModule):
     Args:
         decoder: the shared decoder, which is trained.
         parm: a reward model for verified decoding of the aligned decoder, if any.
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        optimizer, warmup_steps: see `TrainedModule`.
         loss: of a pair.
         sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
         max_fall: training stops when chosen images have become this much less likely than under the reference, nats
@@ -74,15 +72,13 @@ class DPOModule(ResumableModule):
         refit_lr: float,
         lora: "LoRA | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps)
         if lora is not None:
             lora.inject(decoder)
         self.decoder = decoder
         if refit is not None and parm is None:
             raise ValueError("module.refit needs module.parm, the PARM that learns")
         self.parm = None if parm is None else parm.requires_grad_(refit is not None)
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
         self.loss = loss
         self.sft_weight = sft_weight
         self.max_fall = max_fall
@@ -93,7 +89,6 @@ class DPOModule(ResumableModule):
 
     @property
     def exported(self) -> dict[str, torch.nn.Module]:
-        """What `task=export` writes, by the config node that builds it."""
         if self.lora is not None:
             self.lora.merge(self.decoder)
         return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit and self.parm else {})
@@ -102,7 +97,7 @@ class DPOModule(ResumableModule):
         beside_adapters = self.lora is not None and key.startswith("decoder.") and not self.lora.is_adapter(key)
         return beside_adapters or super()._is_frozen(key)
 
-    def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
+    def measure(self, batch: dict[str, Any], stage: str) -> Tensor:
         chosen, rejected = self.decoder.pair_log_probs(
             batch["prompt"], batch["chosen"], batch["rejected"], batch["seed"]
         )
@@ -152,14 +147,8 @@ class DPOModule(ResumableModule):
         return losses["total"]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._step(batch, "train")
+        loss = self.measure(batch, "train")
         return loss + self._refit_loss(batch) if self.refit else loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._step(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._step(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         norm = torch.as_tensor(grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"], device=self.device)
@@ -169,8 +158,8 @@ class DPOModule(ResumableModule):
             norm = squares.sqrt()
         self.log("train/grad_norm", norm)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def trained(self) -> list[Any]:
         groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]
         if self.refit and self.parm:
             groups.append({"params": trainable(self.parm), "lr": self.refit_lr})
-        return warmup_cosine(self, self.optimizer(groups), self.warmup_steps)
+        return groups

@@ -119,6 +119,46 @@ class ResumableModule(LightningModule):
         return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
 
 
+class TrainedModule(ResumableModule):
+    """A LightningModule that trains with warm-up and cosine decay, and measures alike in validation and in the test.
+
+    Args:
+        optimizer: makes the optimizer from parameters.
+        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+
+    Attributes:
+        exported_parts: names of the sub-modules that `task=export` writes; the config nodes that build them have these.
+    """
+
+    exported_parts: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: OptimizerFactory, warmup_steps: int) -> None:
+        super().__init__()
+        self.optimizer, self.warmup_steps = optimizer, warmup_steps
+
+    @property
+    def exported(self) -> dict[str, nn.Module]:
+        """The networks that `task=export` writes, by the config node that builds each."""
+        return {name: getattr(self, name) for name in self.exported_parts}
+
+    def trained(self) -> list[Any]:
+        """What the optimizer gets: parameters, or groups of them."""
+        return trainable(self)
+
+    def measure(self, batch: dict[str, Any], stage: str) -> Any:
+        """Log the metrics of a batch as `stage/NAME`."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.measure(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.measure(batch, "test")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return warmup_cosine(self, self.optimizer(self.trained()), self.warmup_steps)
+
+
 def _not_finite(weights: Mapping[str, Any]) -> str | None:
     """The start of a sentence on weights that are NaN or infinite, if there are any."""
     wrong = [

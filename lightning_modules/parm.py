@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.features import DecoderFeatures
-from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, TrainedModule
 from lightning_modules.ranks import mean_over_ranks, uniform_rows
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.ranking import RankingMetric, tenths
@@ -97,7 +96,7 @@ class PARMObjective:
         return losses | {"total": losses["loss"] + auxiliary}
 
 
-class PARMModule(ResumableModule):
+class PARMModule(TrainedModule):
     """Trains the reward model; measures how well it ranks images of one prompt.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
@@ -108,11 +107,11 @@ class PARMModule(ResumableModule):
     Args:
         decoder: the shared decoder, frozen here.
         parm: the reward model.
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        optimizer, warmup_steps: see `TrainedModule`.
         objective: the loss.
     """
 
+    exported_parts = ("parm",)
     frozen_parts = ("decoder",)
     trains_sharded = False  # the frozen decoder runs in parts
     learns_from = "rollouts"
@@ -125,14 +124,12 @@ class PARMModule(ResumableModule):
         warmup_steps: int,
         objective: PARMObjective,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps)
         if parm.causal != decoder.causal:
             wanted = str(decoder.causal).lower()
             raise ValueError(f"parm.module.causal must be {wanted} for a {type(decoder).__name__}")
         self.decoder = decoder.eval().requires_grad_(False)
         self.parm = parm
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
         self.objective = objective
         self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.verifiers})
 
@@ -140,11 +137,6 @@ class PARMModule(ResumableModule):
     def verifiers(self) -> dict[str, TokenVerifier[Any]]:
         """The verifiers that strategies can name."""
         return {"parm": self.parm, "likelihood": Likelihood()}
-
-    @property
-    def exported(self) -> dict[str, torch.nn.Module]:
-        """What `task=export` writes, by the config node that builds it."""
-        return {"parm": self.parm}
 
     def _features(self, batch: dict[str, Any], fraction: float | None = None) -> DecoderFeatures:
         """What the decoder knows of a batch; of grids at this fraction of the way, by default another one in each."""
@@ -159,7 +151,7 @@ class PARMModule(ResumableModule):
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, prog_bar=True)
         return total
 
-    def _rank(self, batch: dict[str, Any], stage: str) -> None:
+    def measure(self, batch: dict[str, Any], stage: str) -> None:
         lengths = tenths(self.decoder.num_tokens)
         if self.parm.causal:  # one features shows every prefix
             seen = [self._features(batch)]
@@ -189,17 +181,8 @@ class PARMModule(ResumableModule):
             self.log_dict(log, sync_dist=True)
             self.log(f"{stage}/{name}/auc", result["auc"][-1], prog_bar=True, sync_dist=True)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._rank(batch, "val")
-
     def on_validation_epoch_end(self) -> None:
         self._log_ranking("val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._rank(batch, "test")
-
     def on_test_epoch_end(self) -> None:
         self._log_ranking("test")
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

@@ -4,43 +4,35 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, TrainedModule
 from lightning_modules.ranks import uniform_rows
 
 
-class DecoderModule(ResumableModule):
+class DecoderModule(TrainedModule):
     """Trains log p(tokens | prompt); a share of the prompts is dropped so that guidance has an unconditional branch.
 
     Batches have `image` [B, 3, H, W] in [0, 1] and `prompt`, a list of B strings.
 
     Args:
         decoder: the decoder to train; its image tokenizer stays as it is.
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        optimizer, warmup_steps: see `TrainedModule`.
         prompt_dropout: share of prompts replaced by the empty one.
     """
 
+    exported_parts = ("decoder",)
     frozen_parts = ("decoder.image_tokenizer",)
 
     def __init__(
         self, decoder: TokenDecoder, optimizer: OptimizerFactory, warmup_steps: int, prompt_dropout: float
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps)
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"module.prompt_dropout must lie in [0, 1], not {prompt_dropout}")
         self.decoder = decoder
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
         self.prompt_dropout = prompt_dropout
-
-    @property
-    def exported(self) -> dict[str, torch.nn.Module]:
-        """What `task=export` writes, by the config node that builds it."""
-        return {"decoder": self.decoder}
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a predicted token."""
@@ -63,6 +55,3 @@ class DecoderModule(ResumableModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)

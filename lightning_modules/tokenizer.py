@@ -4,25 +4,25 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_modules.backbone.image_tokenizer import PatchVQ
-from lightning_modules.optim import OptimizerFactory, ResumableModule, trainable, warmup_cosine
+from lightning_modules.optim import OptimizerFactory, TrainedModule
 
 
-class ImageTokenizerModule(ResumableModule):
+class ImageTokenizerModule(TrainedModule):
     """The codebook is fitted once, before the first step, on the first training images; the decoder by regression.
 
     Batches have `image` [B, 3, H, W] in [0, 1].
 
     Args:
         tokenizer: the autoencoder.
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
+        optimizer, warmup_steps: see `TrainedModule`.
         codebook_images: images that k-means sees.
         codebook_iterations: k-means passes.
     """
+
+    exported_parts = ("tokenizer",)
 
     def __init__(
         self,
@@ -32,17 +32,10 @@ class ImageTokenizerModule(ResumableModule):
         codebook_images: int,
         codebook_iterations: int,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, warmup_steps)
         self.tokenizer = tokenizer
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
         self.codebook_images = codebook_images
         self.codebook_iterations = codebook_iterations
-
-    @property
-    def exported(self) -> dict[str, torch.nn.Module]:
-        """What `task=export` writes, by the config node that builds it."""
-        return {"tokenizer": self.tokenizer}
 
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
@@ -64,14 +57,7 @@ class ImageTokenizerModule(ResumableModule):
         self.log_dict({"train/l1": absolute, "train/mse": squared}, prog_bar=True)
         return absolute + 4 * squared
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def measure(self, batch: dict[str, Any], stage: str) -> None:
         absolute, squared = self._reconstruct(batch)
-        metrics = {"val/l1": absolute, "val/mse": squared}
-        self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        absolute, squared = self._reconstruct(batch)
-        self.log_dict({"test/l1": absolute, "test/mse": squared}, sync_dist=True, batch_size=len(batch["image"]))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer(trainable(self)), self.warmup_steps)
+        metrics = {f"{stage}/l1": absolute, f"{stage}/mse": squared}
+        self.log_dict(metrics, prog_bar=stage == "val", sync_dist=True, batch_size=len(batch["image"]))

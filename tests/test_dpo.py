@@ -62,7 +62,7 @@ def test_the_policy_starts_at_its_reference(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value.detach())}))
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update({k: float(v) for k, v in values.items()}))
     batch = make_batch(module)
-    loss = module._step(batch, "train")
+    loss = module.measure(batch, "train")
     assert loss.item() == pytest.approx(math.log(2), abs=1e-4)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "kl"):
         assert logged[f"train/{name}"] == pytest.approx(0.0, abs=2e-4), name
@@ -79,12 +79,12 @@ def test_training_prefers_the_chosen_and_stops_when_it_collapses(make, monkeypat
     optimizer = torch.optim.AdamW(module.decoder.parameters(), lr=1e-3)
     for _ in range(10):
         optimizer.zero_grad()
-        module._step(batch, "train").backward()
+        module.measure(batch, "train").backward()
         optimizer.step()
     assert logged["train/rewards/accuracies"] == 1.0 and logged["train/rewards/margins"] > 1
     batch["ref_chosen"] = [value + 100 for value in batch["ref_chosen"]]
     with pytest.raises(ValueError, match=r"chosen images became .* more than module\.max_fall=5\.0"):
-        module._step(batch, "train")
+        module.measure(batch, "train")
 
 
 def test_reference_log_probs_are_those_of_a_plain_pass() -> None:
@@ -113,7 +113,7 @@ def test_refitting_trains_parm_and_leaves_the_policy_to_the_preferences(monkeypa
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
     batch = labelled(make_batch(module), module)
-    module._step(batch, "train").backward()
+    module.measure(batch, "train").backward()
     alone = {name: p.grad.clone() for name, p in module.decoder.named_parameters() if p.grad is not None}
     assert all(p.grad is None for p in module.parm.parameters())
     module.zero_grad()
@@ -155,13 +155,13 @@ def test_adapters_alone_are_trained_and_saved_and_merge_into_the_decoder(monkeyp
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
     batch = make_batch(module)
-    before = module._step(batch, "train").item()
+    before = module.measure(batch, "train").item()
     built = torch.optim.AdamW(trainable(module), lr=1e-2)
     for _ in range(5):
         built.zero_grad()
-        module._step(batch, "train").backward()
+        module.measure(batch, "train").backward()
         built.step()
-    after = module._step(batch, "train").item()
+    after = module.measure(batch, "train").item()
     assert after < before
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)

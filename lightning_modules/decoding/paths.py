@@ -1,6 +1,5 @@
-"""Paths: half-decoded images with a verifier beside them, which strategies extend, choose among and record."""
+"""Paths: half-made images with a verifier beside them, which strategies extend, choose among and record."""
 
-from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder, DecodingState, Proposal, Request
-from lightning_modules.decoding.strategy import Decoded, Judges, verifier_named
+from lightning_modules.decoding.strategy import Decoded, Judges, judge_named
 from lightning_modules.decoding.trace import Choice
+from lightning_modules.rewards.verifier import Nothing
 
 
 class Paths:
@@ -23,11 +23,13 @@ class Paths:
         sampling: how candidates are drawn.
         k: candidates a step of each path, at most.
         n: paths of each image.
-        judges, verifier: by name, and the name of the one that values candidates; without a name none does.
+        judges: by name.
+        verifier: name of the judge that values candidates; None values nothing.
 
     Attributes:
         state: of the decoder.
-        image: which of the B images each path is of, [P].
+        verifier_state: what the verifier remembers.
+        number: places of the paths that are left, among the B * n that began, [P].
         trace: the choices so far.
     """
 
@@ -41,19 +43,30 @@ class Paths:
         judges: Judges | None = None,
         verifier: str | None = None,
     ) -> None:
-        self.decoder, self.rows, self.judge = decoder, request.rows, verifier or ""
-        self.verifier = None if verifier is None else verifier_named(judges or {}, verifier, decoder)
+        self.decoder, self.rows, self.n, self.name = decoder, request.rows, n, verifier or ""
+        self.verifier = None if verifier is None else judge_named(judges or {}, verifier)
+        if self.verifier is not None:
+            self.verifier.check_decoder(decoder)
         self.state: DecodingState = decoder.begin(request, sampling, k)
-        self.memory: Any = None if self.verifier is None else self.verifier.begin(self.state.prompt, decoder.num_tokens)
-        self.image = torch.arange(len(request.rows), device=self.state.tokens.device)
+        self.verifier_state: Any = Nothing()
+        if self.verifier is not None:
+            self.verifier_state = self.verifier.begin(self.state.prompt, decoder.num_tokens)
+        self.number = torch.arange(len(request.rows), device=self.state.tokens.device)
         self.trace: list[Choice] = []
+        self._decided: Tensor | None = None
         if n > 1:
             noise = decoder.noise(request.repeat(n).seeds, k, sampling)
-            self.select(self.image.repeat_interleave(n))
+            self.select(self.number.repeat_interleave(n))
             self.state = self.state.with_noise(noise)
+            self.number = torch.arange(len(self), device=self.number.device)
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.number)
+
+    @property
+    def image(self) -> Tensor:
+        """The image of each path, 0..B-1, [P]."""
+        return self.number // self.n
 
     @property
     def is_done(self) -> bool:
@@ -67,45 +80,59 @@ class Paths:
     def value(self, proposal: Proposal) -> Tensor:
         """Log-values of the paths extended by each candidate, [P, k]."""
         assert self.verifier is not None
-        rows: Sequence[Mapping[str, Any]] = [self.rows[i] for i in self.image.tolist()]
+        rows = [self.rows[i] for i in self.image.tolist()]
         previews = partial(self.decoder.preview, self.state, proposal)
-        return self.verifier.value(self.memory, rows, self.state, proposal, previews)
+        return self.verifier.value(self.verifier_state, rows, self.state, proposal, previews)
 
     def commit(self, proposal: Proposal, choice: Tensor | None = None) -> None:
-        """Candidate `choice` [P] becomes part of each path; default: the first."""
-        choice = torch.zeros_like(self.image) if choice is None else choice
+        """Make candidate `choice` [P] part of each path; default: the first."""
+        choice = torch.zeros_like(self.number) if choice is None else choice
         if self.verifier is not None:
-            self.verifier.commit(self.memory, choice)
+            self.verifier.commit(self.verifier_state, choice)
+        self._decided = self.state.decided
         self.decoder.commit(self.state, proposal, choice)
 
     def select(self, rows: Tensor) -> None:
         """Keep paths `rows` [P'], in that order and as often as they occur, each with its noise."""
-        self.state, self.image = self.state.select(rows), self.image[rows]
-        self.memory = self.memory if self.verifier is None else self.memory.select(rows)
+        self.state, self.number = self.state.select(rows), self.number[rows]
+        self.verifier_state = self.verifier_state.select(rows)
 
-    def reassign(self, rows: Tensor) -> None:
-        """Paths `rows` [P] take the places of these; the noise of each place stays."""
-        noise = self.state.noise
-        self.select(rows)
-        self.state = self.state.with_noise(noise)
-
-    def fork(self, k: int) -> "Paths":
-        """k paths of each, neighbours; path j draws with the noise of candidate j."""
-        paths, rows = copy(self), torch.arange(len(self), device=self.image.device).repeat_interleave(k)
-        paths.state, paths.image = self.state.fork(k), self.image[rows]
-        paths.memory = self.memory if self.verifier is None else self.memory.select(rows)
+    def part(self, rows: Tensor) -> "Paths":
+        """Copy paths `rows` [P'], which then continue on their own."""
+        paths = copy(self)
+        paths.select(rows)
         return paths
 
-    def record(self, tokens: Tensor, decided: Tensor | None, scores: Tensor, kept: Tensor) -> None:
-        """Note a choice among c candidates of each image, as `Choice` has it."""
-        self.trace.append(Choice(self.judge, tokens, decided, scores, kept))
+    def reassign(self, rows: Tensor) -> None:
+        """Move paths `rows` [P] to the places of these; the noise of each place stays."""
+        self.state = self.state.select(rows).with_noise(self.state.noise)
+        self.verifier_state = self.verifier_state.select(rows)
+
+    def fork(self, k: int) -> "Paths":
+        """Make k paths of each, neighbours; path j draws with the noise of candidate j."""
+        paths, rows = copy(self), torch.arange(len(self), device=self.number.device).repeat_interleave(k)
+        paths.state, paths.number = self.state.fork(k), self.number[rows]
+        paths.verifier_state = self.verifier_state.select(rows)
+        return paths
+
+    def spread(self, values: Tensor, missing: float = 0) -> Tensor:
+        """Put values [P, ...] at the places of their paths, [B, n, ...], where others have stopped: `missing`."""
+        places = values.new_full((len(self.rows) * self.n, *values.shape[1:]), missing)
+        return places.index_put((self.number,), values).unflatten(0, (-1, self.n))
+
+    def record(self, tokens: Tensor, scores: Tensor, kept: Tensor) -> None:
+        """Record a choice among c candidates of each image, as `Choice` has it, after its commit."""
+        decided = None
+        if self._decided is not None and (tokens.shape[2] == 1 or not self.is_done):
+            decided = self._decided.new_zeros(len(self.rows)).index_put((self.image.cpu(),), self._decided + 1)
+        self.trace.append(Choice(self.name, tokens, decided, scores, kept))
 
     def count(self, values: int) -> None:
-        """Note how many values were asked of the verifier."""
+        """Count values that were asked of the verifier."""
         self.state.cost.verifier_calls += values
 
     def finish(self, rows: Tensor | None = None, first_unverified: Tensor | None = None) -> Decoded:
-        """The finished images, of paths `rows` [B] or of all.
+        """Return the finished images, of paths `rows` [B] or of all.
 
         Args:
             rows: which paths.

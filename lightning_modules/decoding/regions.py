@@ -1,4 +1,4 @@
-"""Where reflection looks: which tokens of a finished image are not satisfactory."""
+"""Regions for reflection: the tokens of a finished image that are not satisfactory."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.image_tokenizer import patch_side, upsample_patches
 from lightning_modules.backbone.sampling import uniform_noise
 from lightning_modules.cache_key import Keyed, fields_key
-from lightning_modules.decoding.strategy import Decoded, Judges, verifier_named
-from lightning_modules.rewards.clip_score import CLIPScore
-from lightning_modules.rewards.verifier import TokenVerifier
+from lightning_modules.decoding.strategy import Decoded, Judges, judge_able
+from lightning_modules.rewards.verifier import Ability
 
 
 class TokenScorer(Keyed):
@@ -26,9 +25,9 @@ class TokenScorer(Keyed):
         return fields_key(self)
 
     @property
-    @abstractmethod
     def judge_names(self) -> Sequence[str]:
         """Names of the judges that it asks."""
+        return ()
 
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
@@ -44,7 +43,7 @@ class Region(Keyed):
         threshold: τ itself.
         quantile: or τ as a quantile of the scores of the image itself.
         patches: scores are averaged over M x M patches first.
-        rewind: everything from the first such token on: what comes later was drawn in its light.
+        rewind: everything from the first such token on: later tokens were drawn given that one.
     """
 
     scorer: TokenScorer
@@ -63,11 +62,6 @@ class Region(Keyed):
         """All its fields."""
         return fields_key(self)
 
-    @property
-    def judge_names(self) -> Sequence[str]:
-        """Names of the judges that decide what is decoded again."""
-        return self.scorer.judge_names
-
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
         scores = self.scorer(decoder, judges, request, image).float()
@@ -75,12 +69,7 @@ class Region(Keyed):
         if self.patches is not None:
             pooled = F.avg_pool2d(scores.view(-1, 1, grid, grid), patch_side(grid, self.patches))
             scores = upsample_patches(pooled.squeeze(1), grid)
-        limit: float | Tensor
-        if self.quantile is None:
-            assert self.threshold is not None
-            limit = self.threshold
-        else:
-            limit = scores.quantile(self.quantile, dim=1, keepdim=True)
+        limit: Any = self.threshold if self.quantile is None else scores.quantile(self.quantile, dim=1, keepdim=True)
         region_mask = scores < limit
         return region_mask.cumsum(1) > 0 if self.rewind else region_mask
 
@@ -102,12 +91,8 @@ class PatchCLIPScore(TokenScorer):
         return [self.judge]
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judges.get(self.judge)
-        if not isinstance(judge, CLIPScore):
-            known = ", ".join(name for name, value in judges.items() if isinstance(value, CLIPScore))
-            raise ValueError(f"judge {self.judge!r} does not score patches; there are: {known or 'none'}")
-        pixels = decoder.image_tokenizer.decode(image.tokens)
-        scores = judge.patches(request.prompts, pixels, self.patches)
+        judge = judge_able(judges, self.judge, Ability.PATCHES)
+        scores = judge.patches(request.prompts, decoder.image_tokenizer.decode(image.tokens), self.patches)
         image.cost.verifier_calls += scores.numel()
         return upsample_patches(scores, decoder.image_tokenizer.grid)
 
@@ -133,9 +118,10 @@ class ValueGain(TokenScorer):
 
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = verifier_named(judges, self.verifier, decoder)
-        if not isinstance(judge, TokenVerifier) or image.features is None:
-            raise ValueError(f"{self.verifier!r} values no prefixes, whose gain in value a region asks for")
+        judge = judge_able(judges, self.verifier, Ability.PREFIXES)
+        judge.check_decoder(decoder)
+        if image.features is None:
+            raise ValueError("a gain in value needs the decoder's features, and these images have none")
         return decoder.value_gains(
             request.prompts, image.tokens, image.features, judge.values, self.patches, image.cost
         )
@@ -145,10 +131,6 @@ class ValueGain(TokenScorer):
 class TokenConfidence(TokenScorer):
     """The decoder's own log-probability of each token; see `Decoder.confidence`."""
 
-    @property
-    def judge_names(self) -> list[str]:
-        return []
-
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         return decoder.confidence(request.prompts, image.tokens, image.features, image.cost)
 
@@ -156,10 +138,6 @@ class TokenConfidence(TokenScorer):
 @dataclass(frozen=True)
 class RandomScores(TokenScorer):
     """Uniform noise, as a control: with a quantile, a random Ω of that size; with `threshold: 1`, everything."""
-
-    @property
-    def judge_names(self) -> list[str]:
-        return []
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         return uniform_noise(request.seeds, 0, decoder.num_tokens)[:, 0].to(image.tokens.device)

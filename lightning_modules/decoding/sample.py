@@ -13,14 +13,8 @@ class Sample(Strategy):
     """Plain sampling, with the settings of the decoder's kind."""
 
     sampling: Any
-
-    @property
-    def judge_names(self) -> list[str]:
-        return []
-
-    @property
-    def images_at_once(self) -> int:
-        return 1
+    judge_names = ()
+    images_at_once = 1
 
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         paths = Paths(decoder, request, self.sampling)

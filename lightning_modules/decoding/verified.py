@@ -1,4 +1,4 @@
-"""Verified decoding: at every step the verifier sees k candidates and says which one goes on (PARM at test time)."""
+"""Verified decoding: at every step the verifier values k candidates and one continues (PARM at test time)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,30 +8,28 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
-from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.backbone.sampling import image_seed, invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Verified(Strategy):
+class Verified(PathStrategy):
     """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
-    With `stride` 1 and `choose: argmax` this is the method to the letter: k candidates at every step, the best goes
-    on. One decoder pass a step serves all k. `choose: sample` with `value_weight` 1 draws a candidate in proportion to
-    its value: with independent candidates and a perfect value that is sampling from the decoder's distribution of
-    images that fulfil the prompt.
+    With `stride` 1 and `choose: argmax` this is step-wise verification by PARM (arXiv 2501.13926, section 3) to the
+    letter: k candidates at every step, the best continues. One decoder pass a step serves all k. `choose: sample` with
+    `value_weight` 1 draws a candidate in proportion to its value: with independent candidates and a perfect value that
+    is sampling from the decoder's distribution of images that fulfil the prompt.
 
     Attributes:
-        sampling: how candidates are drawn.
         k: candidates a step.
         stride: steps of a candidate; 8 verifies the rows of an 8x8 grid, token by token.
-        verifier: its name.
         distinct: candidates (their first tokens) without repetition, instead of independent draws.
         choose: the best candidate, or a draw from softmax(score).
         value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
-        random_stop: verify each image only up to a random step and go on plainly, to collect rollouts that show
-            what becomes of the prefixes verified decoding visits (needs stride 1).
+        random_stop: verify each image only up to a random step and decode the rest plainly, to collect rollouts that
+            show what becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
     sampling: Any
@@ -45,18 +43,11 @@ class Verified(Strategy):
     random_stop: bool = False
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"verified decoding needs k of at least 1, not {self.k}")
-        if self.stride < 1:
-            raise ValueError(f"verified decoding needs a stride of at least 1, not {self.stride}")
+        require_positive("verified decoding", k=self.k, stride=self.stride)
         if self.random_stop and self.stride != 1:
             raise ValueError(f"random_stop needs stride 1, not {self.stride}")
         if self.choose not in ("argmax", "sample"):
             raise ValueError(f"choose must be 'argmax' or 'sample', not {self.choose!r}")
-
-    @property
-    def judge_names(self) -> list[str]:
-        return [self.verifier]
 
     @property
     def images_at_once(self) -> int:
@@ -78,43 +69,35 @@ class Verified(Strategy):
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that is taken, from log-values and prior log-probabilities [B, k]."""
         score = self.value_weight * values + self.prior_weight * log_probs
-        if self.choose == "argmax":
-            return score.argmax(1)
-        cumulative = score.softmax(1).cumsum(1)
-        return (cumulative < noise[:, None] * cumulative[:, -1:]).sum(1).clamp(max=self.k - 1)
+        return score.argmax(1) if self.choose == "argmax" else invert(score.softmax(1), noise[:, None]).squeeze(1)
 
     def _step(self, paths: Paths, verify: Tensor) -> None:
-        """One step: k candidates from the pass that was made anyway.
+        """Make one step: k candidates from the pass that was made anyway.
 
         Rows in which `verify` [B] is false take their first candidate.
         """
         proposal = paths.propose(self.k, self.distinct)
         values = paths.value(proposal)
         choice = self._choose(values, proposal.log_probs, paths.state.choice_noise) * verify.to(values.device)
-        decided = paths.state.decided
         paths.commit(proposal, choice)
         paths.count(values.numel())
-        paths.record(proposal.tokens, None if decided is None else decided + 1, values, one_hot(choice, self.k))
+        paths.record(proposal.tokens, values, one_hot(choice, self.k))
 
     def _block(self, paths: Paths) -> Paths:
-        """`stride` steps: k paths run side by side, one of them is taken."""
-        shape, chance, noise = (len(paths), self.k), paths.state.choice_noise, paths.state.noise
+        """Make `stride` steps: k paths run side by side, one of them is taken."""
+        shape, choice_noise, noise = (len(paths), self.k), paths.state.choice_noise, paths.state.noise
         proposal = paths.propose(self.k, self.distinct).unfold()
         paths = paths.fork(self.k)
         log_probs = torch.zeros_like(proposal.log_probs[:, 0])
-        for step in range(self.stride):
-            if paths.is_done:
-                break
-            if step:
-                proposal = paths.propose()
+        for step in range(min(self.stride, paths.state.steps - paths.state.step)):
+            proposal = paths.propose() if step else proposal
             log_probs = log_probs + proposal.log_probs[:, 0]
-            values, decided = paths.value(proposal), paths.state.decided
+            values = paths.value(proposal)
             paths.commit(proposal)
-        paths.count(values.numel())
         values = values.view(shape)
-        choice = self._choose(values, log_probs.view(shape), chance)
-        counts = None if decided is None else decided[:: self.k] + 1
-        paths.record(paths.state.tokens.unflatten(0, shape), counts, values, one_hot(choice, self.k))
+        choice = self._choose(values, log_probs.view(shape), choice_noise)
+        paths.count(values.numel())
+        paths.record(paths.state.tokens.unflatten(0, shape), values, one_hot(choice, self.k))
         paths.select(torch.arange(shape[0], device=choice.device) * self.k + choice)
         paths.state = paths.state.with_noise(noise)
         return paths

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.cache_key import Keyed, class_name, digest
-from lightning_modules.rewards.verifier import Reward
+from lightning_modules.rewards.verifier import Ability, Reward
 
 _WEIGHT = 2.5  # CLIPScore's w
 
@@ -27,6 +27,11 @@ def preprocessing(clip: nn.Module) -> dict[str, list[Any]]:
     config = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **get_model_preprocess_cfg(clip)}
     size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"], config["size"])
     return {"size": list(size), "mean": list(config["mean"]), "std": list(config["std"])}
+
+
+def image_key(clip: nn.Module) -> dict[str, Any]:
+    """What decides the features of images: the model's weights, and how it wants its images."""
+    return {"weights": fingerprint(clip), "preprocessing": preprocessing(clip)}
 
 
 def image_features(clip: nn.Module, pixels: Tensor) -> Tensor:
@@ -62,6 +67,8 @@ class CLIPScore(Reward):
         batch_size: images or patches in a forward pass.
     """
 
+    abilities = frozenset({Ability.PATCHES})
+
     def __init__(self, clip: nn.Module, tokenizer: TextTokenizer, batch_size: int = 256) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -69,13 +76,9 @@ class CLIPScore(Reward):
         self._texts: dict[str, Tensor] = {}
 
     def cache_key(self) -> dict[str, Any]:
-        """The model's weights, how it wants its images, and how it reads texts."""
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.clip),
-            "preprocessing": preprocessing(self.clip),
-            "tokenizer": tokenizer_key(self.tokenizer),
-        }
+        """How the model sees images and reads texts."""
+        tokenizer = tokenizer_key(self.tokenizer)
+        return {"class": class_name(self), "tokenizer": tokenizer, **image_key(self.clip)}
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0].clamp(min=0)

@@ -1,7 +1,7 @@
 """FID: how far a set of images is from reference images, which GenEval does not see."""
 
 from collections.abc import Sized
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,19 +11,7 @@ from tqdm import trange
 
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.cache_key import Keyed, class_name
-from lightning_modules.rewards.clip_score import image_features, preprocessing
-
-
-class References(Protocol):
-    """Images by their number."""
-
-    def __getitem__(self, index: int) -> Any:
-        """Something with `image`, uint8 [H, W, 3]."""
-        ...
-
-    def cache_key(self) -> Any:
-        """What decides them; see `Keyed`."""
-        ...
+from lightning_modules.rewards.clip_score import image_features, image_key
 
 
 class CLIPFeatures(nn.Module, Keyed):
@@ -40,11 +28,7 @@ class CLIPFeatures(nn.Module, Keyed):
 
     def cache_key(self) -> dict[str, Any]:
         """The model's weights, and how it wants its images."""
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.clip),
-            "preprocessing": preprocessing(self.clip),
-        }
+        return {"class": class_name(self), **image_key(self.clip)}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> features."""
@@ -55,16 +39,14 @@ class FID(Keyed):
     """torchmetrics' Frechet distance to reference images; sums over all processes.
 
     Args:
-        references: images by number, `references[i].image` uint8 [H, W, 3], all of one size.
+        references: images by number, `references[i].image` uint8 [H, W, 3], all of one size; with a `cache_key`.
         count: of them.
         feature: what makes features [B, D] of pixels in [0, 1], or the width of a layer of Inception (2048 is the
             usual one; needs `pip install torch-fidelity` and its weights).
         batch_size: references in a forward pass.
     """
 
-    def __init__(
-        self, references: References, count: int, feature: CLIPFeatures | int = 2048, batch_size: int = 64
-    ) -> None:
+    def __init__(self, references: Any, count: int, feature: CLIPFeatures | int = 2048, batch_size: int = 64) -> None:
         if count < 2:
             raise ValueError(f"fid.count must be at least 2 reference images, not {count}")
         if isinstance(references, Sized) and len(references) < count:
@@ -76,17 +58,12 @@ class FID(Keyed):
 
     def cache_key(self) -> dict[str, Any]:
         """The references, how many of them, and what makes features."""
-        feature: Any = self.feature
-        if isinstance(feature, int):
-            feature = {"inception": feature, "weights": fingerprint(self.metric.inception)}
+        if isinstance(self.feature, int):
+            feature = {"inception": self.feature, "weights": fingerprint(self.metric.inception)}
         else:
-            feature = feature.cache_key()
-        return {
-            "class": class_name(self),
-            "references": self.references.cache_key(),
-            "count": self.count,
-            "feature": feature,
-        }
+            feature = self.feature.cache_key()
+        references = self.references.cache_key()
+        return {"class": class_name(self), "references": references, "count": self.count, "feature": feature}
 
     @torch.no_grad()
     def start(self, device: torch.device | str, rank: int, world_size: int) -> None:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.backbone.decoder import DecodingState, Proposal
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.cache_key import class_name, key_of
 from lightning_modules.rewards.geneval import CLAUSES
-from lightning_modules.rewards.verifier import TokenVerifier
+from lightning_modules.rewards.verifier import Pixels, Rows, TokenVerifier
 
 InputFeatures = Literal["hidden", "embeddings"]
 # log p and log p without the prompt of the token, entropy, and running sums of log p, of the pointwise mutual
@@ -249,8 +250,22 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
         lengths = torch.zeros(len(prompt), dtype=torch.int64)
         return PARMState(cache, sums, lengths, projected, sums[:, None])
 
+    def value(
+        self, memory: PARMState, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels
+    ) -> Tensor:
+        assert proposal.features is not None  # `check_decoder`
+        self.sync(memory, state.features, state.position)
+        return self.score(memory, proposal.features)
+
     @torch.no_grad()
     def sync(self, state: PARMState, features: DecoderFeatures | None, position: Tensor) -> None:
+        """Read the tokens that the decoder passed without a choice, because they stay as they are.
+
+        Args:
+            state: of the images.
+            features: about all tokens of them that are decided; None of grids before their first step.
+            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
+        """
         if features is None or state.cache is None or (position == state.lengths).all():
             return
         counts = (position - state.lengths).clamp(min=0)
@@ -267,6 +282,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
     @torch.no_grad()
     def score(self, state: PARMState, features: DecoderFeatures) -> Tensor:
+        """Log-value of the images extended by each of k candidates, [B, k]."""
         if state.cache is None:
             return F.logsigmoid(self._read_grids(state.prompt, features)[0])
         state.candidate_sums = state.sums[:, None] + self._increments(features)

@@ -7,9 +7,8 @@ the logits of one forward pass over a batch, and a follow-up question costs only
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +87,8 @@ class VisionLanguageJudge(StepJudge, Critic):
         ValueError: the model is of another kind, or an answer is not one token.
     """
 
+    abilities = StepJudge.abilities | Critic.abilities
+
     def __init__(
         self,
         checkpoint: str,
@@ -121,7 +122,6 @@ class VisionLanguageJudge(StepJudge, Critic):
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
         self.model.eval().requires_grad_(False)
-        self._placed = False
 
     def cache_key(self) -> dict[str, Any]:
         """The network, how it is shown images and conversations, and what it is asked."""
@@ -140,53 +140,31 @@ class VisionLanguageJudge(StepJudge, Critic):
             "critique_tokens": self.critique_tokens,
         }
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move the model; otherwise it goes to where the first pixels are."""
-        self.model.to(device)
-        self._placed = True
-        return self
-
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """P(yes) [B]: finished images [B, 3, H, W], in [0, 1], show what their prompts (GenEval metadata) say."""
         return self._judge(pixels, self._conversations([row["prompt"] for row in prompts], [self.questions.final]))[0]
 
-    @property
-    def _potential(self) -> list[str]:
-        """The turns of the conversation about potential, which begins with a yes."""
-        return [self.questions.clear, self.yes, self.questions.potential]
-
-    def clear(self, prompts: Sequence[str], pixels: Tensor) -> Tensor:
-        """P(yes) [B]: unfinished images [B, 3, H, W], in [0, 1], are clear enough to be judged."""
-        return self._judge(pixels, self._conversations(prompts, [self.questions.clear]))[0]
-
-    def potential(self, prompts: Sequence[str], pixels: Tensor) -> Tensor:
-        """P(yes) [B]: unfinished images [B, 3, H, W], said to be clear, can still come to show what the prompts say."""
-        return self._judge(pixels, self._conversations(prompts, self._potential))[0]
-
     def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both [B], for little more than the cost of `clear`: image and first question are read once."""
-        asked = [self._conversations(prompts, turns) for turns in ([self.questions.clear], self._potential)]
-        clear, potential = self._judge(pixels, *asked)
+        """P(yes) to both questions, [B] each; image and first question are read once for both."""
+        first = [self.questions.clear]
+        second = [*first, self.yes, self.questions.potential]
+        clear, potential = self._judge(pixels, *(self._conversations(prompts, turns) for turns in (first, second)))
         return clear, potential
 
     @torch.no_grad()
     def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
         """The likeliest answer, word by word, to what in finished images [B, 3, H, W], in [0, 1], is wrong."""
-        if not self._placed:
-            self.to(pixels.device)
+        self.model.to(pixels.device)
         texts: list[str] = []
         rows = self._conversations(prompts, [self.questions.critique])
         for start in range(0, len(rows), self.batch_size):
-            images = pixels[start : start + self.batch_size]
-            ids = [torch.tensor(row, device=self.model.device) for row in rows[start : start + self.batch_size]]
-            inputs, mask = (
-                pad_sequence(parts, batch_first=True, padding_side="left")
-                for parts in (ids, [torch.ones_like(row) for row in ids])
-            )
+            part = slice(start, start + self.batch_size)
+            ids = [torch.tensor(row, device=pixels.device) for row in rows[part]]
+            inputs = _left_padded(ids)
             answers = self.model.generate(
                 input_ids=inputs,
-                attention_mask=mask,
-                **self._views(images.to(self.model.device)),
+                attention_mask=_left_padded([torch.ones_like(row) for row in ids]),
+                **self._views(pixels[part]),
                 max_new_tokens=self.critique_tokens,
                 do_sample=False,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
@@ -206,7 +184,7 @@ class VisionLanguageJudge(StepJudge, Critic):
     def _conversations(self, prompts: Sequence[str], turns: Sequence[str]) -> list[list[int]]:
         """Token ids of one conversation about an image for each prompt, up to where the next answer begins.
 
-        The turns are the user's and the judge's by turns; the image comes with the first.
+        User and judge speak in turn; the image comes with the first turn.
         """
         rows = []
         for prompt in prompts:
@@ -234,8 +212,7 @@ class VisionLanguageJudge(StepJudge, Critic):
 
     def _judge(self, pixels: Tensor, *asked: list[list[int]]) -> Tensor:
         """P(yes) [len(asked), B] as the next word of conversations about B images, given as token ids."""
-        if not self._placed:
-            self.to(pixels.device)
+        self.model.to(pixels.device)
         rows = list(zip(pixels, *asked, strict=True))
         answers = [pixels.new_empty(len(asked), 0, dtype=torch.float32)]
         for start in range(0, len(rows), self.batch_size):
@@ -251,8 +228,7 @@ class VisionLanguageJudge(StepJudge, Critic):
         is on the left and masked, so all rows go on from one column of the cache.
         """
         device = self.model.device
-        left_padded = partial(pad_sequence, batch_first=True, padding_side="left")
-        inputs: dict[str, Any] = self._views(pixels.to(device))
+        inputs: dict[str, Any] = self._views(pixels)
         read: Sequence[list[int]] = [[]] * len(pixels)
         mask = torch.zeros(len(pixels), 0, dtype=torch.int64, device=device)
         answers = []
@@ -262,13 +238,17 @@ class VisionLanguageJudge(StepJudge, Critic):
                 inputs["past_key_values"].crop(-excess)
             new = [torch.tensor(row[len(old) - excess :], device=device) for old, row in pairs]
             known = mask[:, : mask.shape[1] - excess]
-            mask = torch.cat([known, left_padded([torch.ones_like(row) for row in new])], 1)
+            mask = torch.cat([known, _left_padded([torch.ones_like(row) for row in new])], 1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, known.shape[1] :]
-            text = {"input_ids": left_padded(new), "attention_mask": mask, "position_ids": positions}
+            text = {"input_ids": _left_padded(new), "attention_mask": mask, "position_ids": positions}
             output = self.model(**text, **inputs, use_cache=True, logits_to_keep=1)
             answers.append(output.logits[:, -1, self._answers].float().softmax(-1)[:, 0])
             inputs, read = {"past_key_values": output.past_key_values}, rows
         return torch.stack(answers)
+
+
+def _left_padded(rows: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_side="left")
 
 
 def _shared(old: list[int], new: list[int]) -> int:

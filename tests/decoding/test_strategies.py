@@ -261,7 +261,7 @@ def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges:
         (lambda: Verified(SAMPLING, k=2, stride=2, random_stop=True), "random_stop needs stride 1, not 2"),
         (lambda: BestOfN(Sample(SAMPLING), 0, "parm"), "n of at least 1, not 0"),
         (lambda: Particles(SAMPLING, 0), "n of at least 1, not 0"),
-        (lambda: Beam(SAMPLING, 0, 4), "n and k of at least 1, not 0 and 4"),
+        (lambda: Beam(SAMPLING, 0, 4), "n of at least 1, not 0"),
         (lambda: Pruning(SAMPLING, 4, 0.5, stride=0), "stride of at least 1, not 0"),
         (lambda: Pruning(SAMPLING, 4, 1.5), "share from 0 to 1, not 1.5"),
         (lambda: Particles(SAMPLING, 4, stride=0), "stride of at least 1, not 0"),

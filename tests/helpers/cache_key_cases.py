@@ -47,7 +47,7 @@ from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
-from lightning_modules.rewards.verifier import Likelihood, PreviewVerifier
+from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
 from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
 from tests.helpers.overrides import WITHOUT
@@ -88,7 +88,6 @@ def by_fields(thing: Any, free: Mapping[str, Any] | None = None, **others: Any) 
 
 
 hotter = Sampling(temperature=1)
-by_fields(PreviewVerifier(GenEvalReward(ShapesDetector())), reward=GenEvalReward(ShapesDetector(), kind="strict"))
 by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0)
 by_fields(MaskSampling(), steps=4, guidance=1.0, temperature=0.0)
 by_fields(PLAIN, sampling=hotter)
@@ -398,5 +397,5 @@ def _(tmp_path: Path) -> Case:
         "yes": judge(yes="no", no="yes"), "critique": judge(critique_tokens=3), "precision": judge(dtype="bfloat16"),
         "weights": weights, "template": judge("template"), "mean": judge("mean"),
     }  # fmt: skip
-    same = {"moved": judge("moved"), "batches": judge(batch_size=1), "placed": judge().to("cpu")}
+    same = {"moved": judge("moved"), "batches": judge(batch_size=1)}
     return Case(first, others, same, lambda: (first(ROWS, NOISE), first.critique(["a star"] * 2, NOISE)))

@@ -42,13 +42,13 @@ def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
     decoder: NextTokenDecoder, rows: list[dict], parm: PARM
 ) -> None:
     state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 5)
-    watch = parm.begin(state.prompt, decoder.num_tokens)
+    memory = parm.begin(state.prompt, decoder.num_tokens)
     walked = []
     while not state.is_done:
         proposal = decoder.propose(state, 5)
-        values = parm.score(watch, proposal.features)
+        values = parm.score(memory, proposal.features)
         choice = torch.full((len(rows),), state.step % 5)
-        parm.commit(watch, choice)
+        parm.commit(memory, choice)
         walked.append(values[:, state.step % 5])
         decoder.commit(state, proposal, choice)
     features = decoder.features([row["prompt"] for row in rows], state.tokens)
@@ -60,14 +60,13 @@ def test_verifiers_see_the_tokens_that_are_kept(decoder: NextTokenDecoder, parm:
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.7
     for verifier in (parm, Likelihood()):
         state = decoder.begin(Request(rows, range(len(rows)), tokens, keep), Sampling(), 5)
-        watch = verifier.begin(state.prompt, decoder.num_tokens)
+        memory = verifier.begin(state.prompt, decoder.num_tokens)
         walked, lengths = [], state.order + 1
         while not state.is_done:
-            verifier.sync(watch, state.features, state.position)
             proposal = decoder.propose(state, 5)
-            values = verifier.score(watch, proposal.features)
+            values = verifier.value(memory, rows, state, proposal, lambda: torch.empty(0))
             choice = torch.full((len(rows),), state.step % 5)
-            verifier.commit(watch, choice)
+            verifier.commit(memory, choice)
             walked.append(values[:, state.step % 5])
             decoder.commit(state, proposal, choice)
         full = verifier.values(state.features, range(1, decoder.num_tokens + 1)).gather(1, lengths - 1)
@@ -80,16 +79,16 @@ def test_candidates_scored_together_equal_candidates_scored_apart(
 ) -> None:
     parm = make_parm(decoder, input_features)
     state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 8)
-    watch = parm.begin(state.prompt, decoder.num_tokens)
+    memory = parm.begin(state.prompt, decoder.num_tokens)
     for _ in range(5):
         proposal = decoder.propose(state, 1)
-        parm.score(watch, proposal.features)
-        parm.commit(watch, torch.zeros(len(rows), dtype=torch.int64))
+        parm.score(memory, proposal.features)
+        parm.commit(memory, torch.zeros(len(rows), dtype=torch.int64))
         decoder.commit(state, proposal, torch.zeros(len(rows), dtype=torch.int64))
     proposal = decoder.propose(state, 8)
-    together = parm.score(watch, proposal.features)
+    together = parm.score(memory, proposal.features)
     everyone = torch.arange(len(rows))
-    apart = [parm.score(watch.select(everyone), proposal.features.pick(torch.full((len(rows),), j))) for j in range(8)]
+    apart = [parm.score(memory.select(everyone), proposal.features.pick(torch.full((len(rows),), j))) for j in range(8)]
     torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=1e-5)
     assert together.std() > 1e-3
 

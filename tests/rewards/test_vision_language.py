@@ -15,6 +15,7 @@ from lightning_modules.rewards.vision_language import CHATML, Questions, VisionL
 
 transformers = pytest.importorskip("transformers")
 
+CLEAR, POTENTIAL = Questions().clear, Questions().potential
 PROMPTS = [
     "a red star",
     "a photo of two green circles and a heart, on the left of a ring",
@@ -45,11 +46,16 @@ def conversation(*turns: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def direct(checkpoint: str, conversations: list[list[dict]], pixels: Tensor) -> Tensor:
+def clear_of(judge: VisionLanguageJudge, pixels: Tensor) -> Tensor:
+    """P(clear) of images with the prompts."""
+    return judge.clear_and_potential(PROMPTS, pixels)[0]
+
+
+def direct(checkpoint: str, conversations: list[list[dict]], pixels: Tensor, template: str | None = None) -> Tensor:
     """P(yes) [B] by transformers' own processor, from PIL images, and model, with no cache; for two images or more."""
     processor = transformers.AutoProcessor.from_pretrained(checkpoint)
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    texts = processor.apply_chat_template(conversations, template, add_generation_prompt=True)
     images = [Image.fromarray(image) for image in to_uint8(pixels)]
     inputs = processor(text=texts, images=[images], padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
@@ -57,23 +63,26 @@ def direct(checkpoint: str, conversations: list[list[dict]], pixels: Tensor) -> 
     return logits[:, processor.tokenizer.convert_tokens_to_ids(["yes", "no"])].softmax(-1)[:, 0]
 
 
+def conversations(*questions: str) -> list[list[dict]]:
+    """The same questions about each prompt, all answered with yes but the last."""
+    turns = [turn for question in questions for turn in ("yes", question)][1:]
+    return [conversation(*(turn.replace("{prompt}", prompt) for turn in turns)) for prompt in PROMPTS]
+
+
 def test_answers_are_those_of_transformers(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
-    asked = Questions()
-    clear = [asked.clear.replace("{prompt}", prompt) for prompt in PROMPTS]
-    then = [asked.potential.replace("{prompt}", prompt) for prompt in PROMPTS]
-    final = [asked.final.replace("{prompt}", prompt) for prompt in PROMPTS]
+    clear, potential = judge.clear_and_potential(PROMPTS, pixels)
+    expected = direct(checkpoint, conversations(CLEAR), pixels)
+    torch.testing.assert_close(clear, expected, atol=1e-5, rtol=0)
+    expected = direct(checkpoint, conversations(CLEAR, POTENTIAL), pixels)
+    torch.testing.assert_close(potential, expected, atol=1e-5, rtol=0)
     rows = [{"tag": "any", "prompt": prompt} for prompt in PROMPTS]
-    expected = direct(checkpoint, [conversation(turn) for turn in clear], pixels)
-    torch.testing.assert_close(judge.clear(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
-    expected = direct(checkpoint, [conversation(c, "yes", p) for c, p in zip(clear, then, strict=True)], pixels)
-    torch.testing.assert_close(judge.potential(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
-    expected = direct(checkpoint, [conversation(turn) for turn in final], pixels)
+    expected = direct(checkpoint, conversations(Questions().final), pixels)
     torch.testing.assert_close(judge(rows, pixels), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, CHATML])
 def test_the_second_question_reuses_what_was_read_for_the_first(
-    judge: VisionLanguageJudge, pixels: Tensor, template: str, monkeypatch: pytest.MonkeyPatch
+    judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge.processor, "chat_template", template)
     forward, widths = judge.model.forward, []
@@ -83,11 +92,14 @@ def test_the_second_question_reuses_what_was_read_for_the_first(
         return forward(**inputs)
 
     monkeypatch.setattr(judge.model, "forward", watched)
-    apart = judge.clear(PROMPTS, pixels), judge.potential(PROMPTS, pixels)
+    asked = [conversations(*questions) for questions in ((CLEAR,), (CLEAR, POTENTIAL))]
+    apart = tuple(direct(checkpoint, each, pixels, template) for each in asked)
     together = judge.clear_and_potential(PROMPTS, pixels)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
-    clear, potential, first, second = widths
-    assert first == clear
+    texts = [judge.processor.apply_chat_template(each, add_generation_prompt=True) for each in asked]
+    clear, potential = (max(map(len, judge.processor.tokenizer(each)["input_ids"])) for each in texts)
+    first, second = widths
+    assert first > clear  # an image is several tokens
     assert second <= potential - clear + 5  # its own tokens, and those of the template that differ in the past
 
 
@@ -101,14 +113,14 @@ def test_an_image_is_judged_alike_alone_and_in_a_batch(judge: VisionLanguageJudg
 def test_the_batch_size_does_not_matter(
     judge: VisionLanguageJudge, pixels: Tensor, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = judge.clear(PROMPTS, pixels)
+    expected = clear_of(judge, pixels)
     monkeypatch.setattr(judge, "batch_size", batch_size)
-    torch.testing.assert_close(judge.clear(PROMPTS, pixels), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(clear_of(judge, pixels), expected, atol=1e-5, rtol=0)
 
 
 def test_prompts_and_images_matter(judge: VisionLanguageJudge, pixels: Tensor) -> None:
-    same_image = judge.potential(PROMPTS, pixels[:1].expand(4, -1, -1, -1))
-    same_prompt = judge.potential(PROMPTS[:1] * 4, pixels)
+    same_image = judge.clear_and_potential(PROMPTS, pixels[:1].expand(4, -1, -1, -1))[1]
+    same_prompt = judge.clear_and_potential(PROMPTS[:1] * 4, pixels)[1]
     for values in (same_image, same_prompt):
         assert values.shape == (4,)
         assert values.std() > 1e-3
@@ -119,8 +131,8 @@ def test_images_are_padded_to_a_square(judge: VisionLanguageJudge, pixels: Tenso
     wide, square = pixels[:, :, 4:-4], pixels.clone()
     grey = torch.tensor(judge.processor.image_processor.image_mean)[:, None, None]
     square[:, :, :4] = square[:, :, -4:] = ((grey * 255).floor() + 0.5) / 255
-    torch.testing.assert_close(judge.clear(PROMPTS, wide), judge.clear(PROMPTS, square), atol=1e-5, rtol=0)
-    assert not torch.allclose(judge.clear(PROMPTS, wide), judge.clear(PROMPTS, pixels), atol=1e-3)
+    torch.testing.assert_close(clear_of(judge, wide), clear_of(judge, square), atol=1e-5, rtol=0)
+    assert not torch.allclose(clear_of(judge, wide), clear_of(judge, pixels), atol=1e-3)
 
 
 def test_no_images_no_answers(judge: VisionLanguageJudge, pixels: Tensor) -> None:
@@ -137,9 +149,9 @@ def test_a_checkpoint_without_chat_template_is_asked_in_chatml(judge: VisionLang
 
 
 def test_half_precision_stays_close(judge: VisionLanguageJudge, checkpoint: str, pixels: Tensor) -> None:
-    half = VisionLanguageJudge(checkpoint).to("cpu")
+    half = VisionLanguageJudge(checkpoint)
     assert half.model.dtype == torch.bfloat16
-    torch.testing.assert_close(half.clear(PROMPTS, pixels), judge.clear(PROMPTS, pixels), atol=0.1, rtol=0)
+    torch.testing.assert_close(clear_of(half, pixels), clear_of(judge, pixels), atol=0.1, rtol=0)
 
 
 def test_what_is_refused(
@@ -155,7 +167,7 @@ def test_what_is_refused(
     with pytest.raises(ValueError, match="must be a llava_onevision model; it is a qwen2 model"):
         VisionLanguageJudge(str(tmp_path))
     with pytest.raises(ValueError, match="shorter"):
-        judge.clear(PROMPTS[:3], pixels)
+        judge.clear_and_potential(PROMPTS[:3], pixels)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"needs transformers: pip install -e '\.\[showo\]'"):
         VisionLanguageJudge(checkpoint)
