@@ -14,7 +14,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +23,7 @@ from lightning_modules.backbone.loading import export as export_network
 from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
 from lightning_modules.files import write_text
+from lightning_modules.ranks import is_first
 from lightning_modules.runs.checkpoints import (
     end_launched,
     forget_refused,
@@ -46,15 +46,10 @@ def run(config: DictConfig) -> None:
         config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
     preflight(config)
     seed_everything(config.seed, workers=True, verbose=False)
-    leave_config(folder, config)
+    if is_first():
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        keep_metrics(folder)
     TASKS[config.task](config)
-
-
-@rank_zero_only
-def leave_config(folder: Path, config: DictConfig) -> None:
-    """Write the config of a run into its folder, and put aside the metrics of a run that goes on there."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    keep_metrics(folder)
 
 
 def build(node: DictConfig | None) -> Any:
@@ -71,7 +66,7 @@ def module_of(config: DictConfig) -> LightningModule:
 
 
 def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """The Trainer, with loggers that know the config."""
+    """Build the Trainer, with loggers that know the config."""
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=False)
     atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
     if (
@@ -177,11 +172,11 @@ def main(config: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         folder = HydraConfig.get().runtime.output_dir
-        if rank_zero_only.rank == 0:
+        if is_first():
             forget_refused(Path(folder))
         sys.exit(f"Error: {sentence(error, written | {'hydra': {'run': {'dir': folder}}})}")
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
-        sys.exit(128 + signal.SIGTERM if rank_zero_only.rank == 0 else 0)
+        sys.exit(128 + signal.SIGTERM if is_first() else 0)
     if config.logger.get("wandb"):
         import wandb
 

@@ -20,9 +20,10 @@ MENDABLE = (ValueError, OSError, ImportError, MisconfigurationException, OmegaCo
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("callbacks", "datamodules", "lightning_modules", "train.py")
+_WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SYSTEM = {
-    errno.EACCES: "there is no permission",
-    errno.EPERM: "there is no permission",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "there is no permission"),
     errno.EROFS: "the file system is read-only",
     errno.ENOSPC: "there is no space left on the disk",
     errno.EDQUOT: "there is no space left in the quota",
@@ -37,14 +38,11 @@ _SYSTEM = {
 
 
 def sentence(error: BaseException, written: Mapping[str, Any]) -> str:
-    """What the user is told of an error.
+    """Put an error into one sentence for the user.
 
     A message of this project stays as it is; of another's only the first line is shown. What a constructor raised is
-    told as such, with the node that it is of; what a data loader's process raised, as if it were raised here.
-
-    Args:
-        error: one of `MENDABLE`.
-        written: the config as it is written, with its interpolations.
+    told as such, with its node; what a data loader's process raised, as if it were raised here. `written` is the config
+    as it is written, with its interpolations.
     """
     place = ""
     if isinstance(error, InstantiationException):
@@ -62,7 +60,7 @@ def sentence(error: BaseException, written: Mapping[str, Any]) -> str:
 
 
 def written_at(config: Mapping[str, Any], key: str) -> str:
-    """Where the node of some key is written: what an interpolation, not resolved yet, leads to has a key of its own."""
+    """Find the key at which a node is written: what an interpolation, not resolved yet, leads to has its own."""
     parts: list[str] = key.split(".")
     node: Any = config
     for end, part in enumerate(parts, 1):
@@ -78,56 +76,48 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _is_our_file(name: str) -> bool:
-    path = Path(name)
-    return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+    return any(Path(name).is_relative_to(_ROOT / room) for room in _OURS)
 
 
 def _of_worker(error: BaseException) -> str | None:
-    """The message of an error that torch has sent from another process, as text with its traceback."""
+    """Extract the message of an error that torch has sent from another process, as text with its traceback."""
     text = str(error)
-    if not re.match(r"Caught \w+ in ", text):
-        return None
     frames = list(re.finditer(r'^  File "(.+)", line \d+, in .+\n(?:    .*\n)*', text, re.MULTILINE))
-    if not frames:
+    if not (frames and re.match(r"Caught \w+ in ", text)):
         return None
     message = text[frames[-1].end() :].strip().partition(": ")[2]
     return message if _is_our_file(frames[-1][1]) else message.partition("\n")[0]
 
 
 def _of_system(error: OSError, text: str, written: Mapping[str, Any]) -> str:
-    """What the system refuses, with the key of the config below whose folder it is."""
+    """Say what the system refuses, after the key of the config whose folder it is in."""
+    paths = [(key, value) for key, value in _texts(written) if value not in ("", ".", "/") and "${" not in value]
+    number, said, path = error.errno, error.strerror, error.filename
     if found := re.match(r"\[Errno (\d+)\] (.+?)(?:: '(.+?)')?(?: -> '.+')?$", text):
         number, said, path = int(found[1]), found[2], found[3]
-    elif error.errno is not None and error.strerror is not None and error.filename is not None:
-        number, said, path = error.errno, error.strerror, str(error.filename)
-    else:
-        key = next((key for key, value in _paths(written) if "/" in value and value in text), None)
+    elif number is None or said is None or path is None:
+        key = next((key for key, value in paths if "/" in value and value in text), None)
         return f"{key}: {text}" if key and not _is_ours(error) else text
     what = _SYSTEM.get(number, said)
     if path is None:
-        space = {f"{key}={value}": _free_space(value) for key, value in _paths(written) if key in _WRITTEN_TO}
+        space = {f"{key}={value}": _free_space(value) for key, value in paths if key in _WRITTEN_TO}
         fullest = [setting for setting, free in space.items() if free == min(space.values())]
         return f"{what}, where {' and '.join(fullest)} is" if space and number in _FULL else what
-    full = os.path.abspath(path)
-    below = [(key, value) for key, value in _paths(written) if f"{full}/".startswith(f"{os.path.abspath(value)}/")]
-    key, _ = max(below, key=lambda item: len(os.path.abspath(item[1])), default=("", ""))
+    full = os.path.abspath(str(path))
+    above = {key: os.path.abspath(value) for key, value in paths}
+    keys = [key for key, folder in above.items() if f"{full}/".startswith(f"{folder}/")]
+    key = max(keys, key=lambda key: len(above[key]), default=None)
     return f"{key}: {path}: {what}" if key else f"{path}: {what}"
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
 def _free_space(path: str) -> int:
-    """Bytes left on the disk that a path is on, or would be."""
+    """Count the bytes left on the disk that a path is on, or would be."""
     folder = Path(path).absolute()
     return shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
 
 
-_WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")
-
-
 def _texts(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Keys whose values are texts, with these."""
+    """Yield the keys whose values are texts, with these."""
     for name, value in node.items():
         if isinstance(value, Mapping):
             yield from _texts(value, f"{above}{name}.")
@@ -135,13 +125,8 @@ def _texts(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
             yield f"{above}{name}", value
 
 
-def _paths(written: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys whose values may be paths, with these."""
-    return [(key, value) for key, value in _texts(written) if value not in ("", ".", "/") and "${" not in value]
-
-
 def _of_config(error: OmegaConfBaseException, written: Mapping[str, Any]) -> str:
-    """What OmegaConf finds wrong, with the key at which it is written."""
+    """Say what OmegaConf finds wrong, with the key at which it is written."""
     text = first_line(error)
     full_key = re.search("full_key: (.+)", str(error))
     key = written_at(written, full_key[1]) if full_key else ""

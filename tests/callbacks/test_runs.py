@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from callbacks.runs import _hold, checkpoint_to_resume, run_folder
+from callbacks.runs import checkpoint_to_resume, run_folder, try_to_hold
 from lightning_modules.runs.checkpoints import newest_checkpoint
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
@@ -25,7 +25,7 @@ def at_work(folder: Path) -> Any:
     begun = FORK.Event()
 
     def work() -> None:
-        if _hold(folder):
+        if try_to_hold(folder):
             begun.set()
             time.sleep(10_000)
 
