@@ -31,7 +31,7 @@ from lightning_modules.runs.checkpoints import (
     load_checkpoint,
     named_checkpoints,
 )
-from lightning_modules.runs.command_line import hydra_told, leave_tracebacks_to_the_user
+from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.preflight import preflight
 from lightning_modules.tasks.curve import CheckpointCurve
@@ -163,8 +163,8 @@ TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollou
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     global launched_patience
-    leave_tracebacks_to_the_user()
-    written: Any = OmegaConf.to_container(config)
+    restore_tracebacks()
+    unresolved: Any = OmegaConf.to_container(config)
     try:
         run(config)
         launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
@@ -174,7 +174,7 @@ def main(config: DictConfig) -> None:
         folder = HydraConfig.get().runtime.output_dir
         if is_first():
             forget_refused(Path(folder))
-        sys.exit(f"Error: {sentence(error, written | {'hydra': {'run': {'dir': folder}}})}")
+        sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {'run': {'dir': folder}}})}")
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
         sys.exit(128 + signal.SIGTERM if is_first() else 0)
     if config.logger.get("wandb"):
@@ -184,5 +184,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with hydra_told(sys.argv[1:]):
+    with explaining_refusals(sys.argv[1:]):
         main()

@@ -1,4 +1,4 @@
-"""MemoryEstimate: what a run will need of each GPU's memory, printed before it starts."""
+"""An estimate of the memory that a run will need of each GPU, printed before it starts."""
 
 from typing import Any
 
@@ -35,13 +35,15 @@ def decoding_activations(decoder: Any, images: int, prompt: int, size: int) -> i
     kept = 2 * config.depth * config.dim * images * prompt * size
     layer = 2 * images * (decoder.num_tokens + 2) * config.dim * (5 + 2 * config.mlp_ratio) * size
     codes = 2 * images * decoder.num_tokens * decoder.vocabulary.codes * 4
-    last = [module for module in tokenizer.modules() if isinstance(module, nn.Conv2d)][-1]  # which makes the pixels
-    maps = 4 * images * (3 * tokenizer.image_size**2 / last.out_channels) * last.in_channels * size
+    maps = 0.0
+    for module in tokenizer.modules():
+        if isinstance(module, nn.Conv2d):  # the last one makes the pixels
+            maps = 4 * images * (3 * tokenizer.image_size**2 / module.out_channels) * module.in_channels * size
     return int(kept + max(layer, codes, maps))
 
 
 class MemoryEstimate(Callback):
-    """For mask-token decoders. Kernels' workspaces and fragmentation come on top, often a tenth.
+    """Prints the memory that a mask-token decoder will need; kernels' workspaces and fragmentation come on top.
 
     Args:
         images_per_row: passes of an image that a row of a training batch takes; a pair of preferences takes two.

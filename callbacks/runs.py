@@ -124,8 +124,8 @@ def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[]
         if config.task != "pipeline" and is_first() and not try_to_hold(Path(folder)):
             raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
     except Exception as error:  # Hydra would only warn of it
-        written: Any = OmegaConf.to_container(config)
-        sys.exit(f"Error: {sentence(error, written | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
+        unresolved: Any = OmegaConf.to_container(config)
+        sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
 
 
 def _agreed(choose: Callable[[], str]) -> str:
@@ -140,9 +140,8 @@ def _agreed(choose: Callable[[], str]) -> str:
 
 
 def _numbered(path: str) -> Iterator[Path]:
-    """Yield `path`, `path`-1, `path`-2, ..."""
-    yield Path(path)
-    yield from (Path(f"{path}-{number}") for number in count(1))
+    """Count `path`, `path`-1, `path`-2, ..."""
+    return (Path(f"{path}-{number}" if number else path) for number in count())
 
 
 def _newest_run(parent: str) -> str | None:

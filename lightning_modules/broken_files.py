@@ -1,4 +1,4 @@
-"""Tells what is wrong with a file of weights or settings, before a library says so in words of its own."""
+"""Explains what is wrong with a file of weights or settings, before a library says so in words of its own."""
 
 import json
 import zipfile

@@ -1,4 +1,4 @@
-"""What a run leaves and resumes from: its checkpoints and the config they were made with, its metrics, its W&B run."""
+"""Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
 import hashlib
 import re
@@ -170,7 +170,7 @@ def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) 
 
 
 def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
-    """List the checkpoint of that path, or for `task: evaluate` all of a folder; raises FileNotFoundError for none."""
+    """List the checkpoint of that path, or for `task: evaluate` all in a folder; FileNotFoundError if there is none."""
     path = Path(ckpt_path)
     if path.is_file():
         return [ckpt_path]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
 
-from lightning_modules.runs.messages import written_at
+from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
@@ -40,11 +40,11 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
 
 
-def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+def refuse_wrong_values(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise ValueError for a name or a value that does not fit what is built of it; the sentence names the key.
 
-    Some values would be used after hours of work, others compared before anybody says which they are. `config` is plain
-    and resolved; `written` has its interpolations, which say under which key a value that many read is written.
+    Some values would be used after hours of work, others compared before anybody says which they are. `unresolved` is
+    the config with its interpolations, which say under which key a value is set that many read.
     """
     refuse_wrong_texts(config)
     for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
@@ -54,7 +54,7 @@ def refuse_wrong_values(config: Mapping[str, Any], written: Mapping[str, Any]) -
         if not isinstance(node, Mapping):
             said = f"logger.{name}={_shown(node)} is no logger"
             raise ValueError(f"{said}: ~logger.{name} leaves it out, logger=csv has metrics.csv alone")
-    _refuse_below("", config, written)
+    _refuse_below("", config, unresolved)
 
 
 def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
     """Raise ValueError for an override that adds a key at the top of the config, which no class refuses or reads.
 
-    Interpolations of the config, as it is written, may read it; `groups` are those of which a file is chosen.
+    Interpolations of the config, unresolved, may read it; `groups` are those of which a file is chosen.
     """
     known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
     for override in overrides:
@@ -99,22 +99,22 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
 
-def _refuse_below(above: str, node: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     takes = _takes(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
     for name, value in node.items():
         if name in _HYDRAS_OWN or value == "???":
             continue
-        place = written_at(written, f"{above}{name}")
+        place = defining_key(unresolved, f"{above}{name}")
         if takes and name not in takes and "**" not in takes:
             guess = get_close_matches(str(name), takes, 1, CLOSE)
             advice = f"did you mean {guess[0]}? It" if guess else "it"
-            kind, whose = str(node["_target_"]).rpartition(".")[2], written_at(written, above[:-1])
+            kind, whose = str(node["_target_"]).rpartition(".")[2], defining_key(unresolved, above[:-1])
             raise ValueError(f"{place}: {kind}, which {whose} is, takes no {name}; {advice} takes {', '.join(takes)}")
         if complaint := _useless(str(name), value) or " or ".join(_unfit(value, takes.get(name, Any)) or ()):
             raise ValueError(f"{place} must be {complaint}, not {_shown(value)}")
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
-                _refuse_below(f"{above}{name}.", item, written)
+                _refuse_below(f"{above}{name}.", item, unresolved)
 
 
 @cache

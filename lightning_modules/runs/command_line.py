@@ -23,14 +23,14 @@ _ASKED = os.environ.get(_FULL_ERROR, "0")  # what the user has set it to
 
 
 @contextmanager
-def hydra_told(arguments: Sequence[str]) -> Iterator[None]:
+def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
     """End the program by one sentence for what is refused before a job starts.
 
     Hydra itself would print its search path and the advice to add a `+`. It raises instead where whole tracebacks are
-    asked for; so they are, until `leave_tracebacks_to_the_user`.
+    asked for; so they are, until `restore_tracebacks`.
     """
     multirun = {"-m", "--multirun"} & {*arguments}  # for which Hydra would make a folder before it composes
-    if complaint := about_options(arguments) or (about_settings(arguments) if multirun else None):
+    if complaint := wrong_option(arguments) or (wrong_setting(arguments) if multirun else None):
         sys.exit(f"Error: {complaint}")
     try:
         os.environ[_FULL_ERROR] = "1"
@@ -41,12 +41,12 @@ def hydra_told(arguments: Sequence[str]) -> Iterator[None]:
         sys.exit(f"Error: {_explained(arguments, error)}")
 
 
-def leave_tracebacks_to_the_user() -> None:
+def restore_tracebacks() -> None:
     """Restore what the user has asked for, when a job starts."""
     os.environ[_FULL_ERROR] = _ASKED
 
 
-def about_options(arguments: Sequence[str]) -> str | None:
+def wrong_option(arguments: Sequence[str]) -> str | None:
     """Explain an option that Hydra does not have, most likely a setting, or one in the wrong place."""
     known = get_args_parser()._option_string_actions
     for place, argument in enumerate(arguments):
@@ -59,7 +59,9 @@ def about_options(arguments: Sequence[str]) -> str | None:
             value = following
         tree = SettingsTree(arguments)
         guesses = [f"{key}={value or 'VALUE'}" for key in tree.similar(flag.lstrip("-").replace("-", "_"))]
-        advice = f"did you mean {_or(guesses)}?" if guesses else "a setting is written KEY=VALUE, without dashes"
+        advice = (
+            f"did you mean {' or '.join(guesses)}?" if guesses else "a setting is written KEY=VALUE, without dashes"
+        )
         return f"there is no option {flag}; {advice}"
     rest = get_args_parser().parse_known_args(list(arguments))[1]
     return f"{rest[0]} comes after an option that is between settings: write options such as -m first" if rest else None
@@ -69,13 +71,13 @@ def _explained(arguments: Sequence[str], error: BaseException) -> str:
     """Explain in one sentence what was refused before there was a config."""
     if isinstance(error, OSError | OmegaConfBaseException) and not isinstance(error, HydraException):
         return sentence(error, dict(item.partition("=")[::2] for item in arguments if "=" in item))
-    if complaint := about_settings(arguments):
+    if complaint := wrong_setting(arguments):
         return complaint
     said = re.split(r"\n\s*(?:Config search path|See https|To append)", str(error))[0]
     return " ".join(said.split())
 
 
-def about_settings(arguments: Sequence[str]) -> str | None:
+def wrong_setting(arguments: Sequence[str]) -> str | None:
     """Explain in one sentence the first setting that cannot be."""
     args, _ = get_args_parser().parse_known_args(list(arguments))
     if args.config_name and not (args.config_dir or args.config_path or (CONF / f"{args.config_name}.yaml").is_file()):
@@ -96,10 +98,6 @@ def _parsed(item: str) -> Override | None:
     except HydraException:
         return None
     return override if override.key_or_group else None
-
-
-def _or(guesses: Sequence[str]) -> str:
-    return " or ".join(guesses)
 
 
 def _quoted(key: str, value: str) -> str:
@@ -123,7 +121,7 @@ def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
         if word in tree.keys:
             return f"{word} has no value: write {word}=VALUE, without spaces"
         chosen = [f"{group}={word}" for group in GROUPS if word in options(group)]
-        guess = f"; did you mean {_or(chosen)}?" if chosen else ", which is written KEY=VALUE"
+        guess = f"; did you mean {' or '.join(chosen)}?" if chosen else ", which is written KEY=VALUE"
         return f"{word!r} is no setting{guess}"
     if not re.fullmatch(r"(\+\+?|~)?\w+([./@:]\w+)*", key):
         return f"{items[place]!r} is no setting: {key!r} is no key"
@@ -143,8 +141,8 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
     name, _, value = line.partition("=")
     if override.is_sweep_override() and not multirun:
         each, text = shlex.quote(f"{name}=[{value}]"), _quoted(name, value)
-        written = "" if key in GROUPS else f"; a list is written {each}, a text {text}"
-        return f"{name} has several values: add --multirun for a run of each{written}"
+        advice = "" if key in GROUPS else f"; a list is written {each}, a text {text}"
+        return f"{name} has several values: add --multirun for a run of each{advice}"
     if override.package is not None or "/" in key:
         return None
     if key == "strategy":
@@ -152,15 +150,15 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
     if override.is_delete() and (key in tree.keys or key in GROUPS):
         return f"~{key} is written without a value" if value else None
     if key in GROUPS:
-        return _about_choices(key, name, value)
+        return _wrong_choice(key, name, value)
     if override.is_add():
         return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
     if override.is_force_add() or key in tree.keys:
         return None
-    return _about_key("~" * override.is_delete(), key, value, tree)
+    return _missing_key("~" * override.is_delete(), key, value, tree)
 
 
-def _about_choices(group: str, name: str, value: str) -> str | None:
+def _wrong_choice(group: str, name: str, value: str) -> str | None:
     """Say what is wrong with the choice of files of a group."""
     there = options(group)
     if re.search(r"[({]", value):
@@ -170,21 +168,21 @@ def _about_choices(group: str, name: str, value: str) -> str | None:
             return f"{name}=null chooses nothing; there are: {', '.join(there)}"
         if option not in there:
             close = [f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6)]
-            guess = f"did you mean {_or(close)}? There" if close else "there"
+            guess = f"did you mean {' or '.join(close)}? There" if close else "there"
             return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
     if name[0] == "+" and f"hydra.runtime.choices.{group}" in SettingsTree().keys:
         return f"{group} is chosen already: write {group}={value}"
     return None
 
 
-def _about_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
+def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     """Say what was probably meant by a key that is not there."""
     if others := tree.having(key):
-        return f"there is no key {key}; there is with {_or(others)}"
+        return f"there is no key {key}; there is with {' or '.join(others)}"
     if guesses := tree.similar(key):
         parent = key.rpartition(".")[0]
         moved = [guess for guess in guesses if value and (guess in GROUPS or guess.rpartition(".")[0] != parent)]
-        written = [f"{guess}={value}" if guess in moved else f"{sign}{guess}" for guess in guesses]
-        return f"there is no key {key}; did you mean {_or(written)}?"
+        meant = [f"{guess}={value}" if guess in moved else f"{sign}{guess}" for guess in guesses]
+        return f"there is no key {key}; did you mean {' or '.join(meant)}?"
     node, names = tree.around(key)
     return f"there is no key {key}; {node or 'the config'} has {', '.join(names)}"

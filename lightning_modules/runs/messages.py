@@ -37,36 +37,43 @@ _SYSTEM = {
 }
 
 
-def sentence(error: BaseException, written: Mapping[str, Any]) -> str:
+def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
     """Put an error into one sentence for the user.
 
     A message of this project stays as it is; of another's only the first line is shown. What a constructor raised is
-    told as such, with its node; what a data loader's process raised, as if it were raised here. `written` is the config
-    as it is written, with its interpolations.
+    shown as such, with its node; what a data loader's process raised, as if it were raised here. `unresolved` is the
+    config with its interpolations.
     """
     place = ""
     if isinstance(error, InstantiationException):
         node = re.search("^full_key: (.+)$", str(error), re.MULTILINE)
-        place = f" (in {written_at(written, node[1])})" if node else ""
+        place = f" (in {defining_key(unresolved, node[1])})" if node else ""
         error = error.__cause__ or error
     if isinstance(error, OmegaConfBaseException):
-        return _of_config(error, written)
+        return _of_config(error, unresolved)
     text = _of_worker(error) or (str(error) if _is_ours(error) else first_line(error))
     if isinstance(error, OSError):
-        text = _of_system(error, text, written)
+        text = _of_system(error, text, unresolved)
     elif not isinstance(error, MENDABLE):
         text = f"{type(error).__name__}: {text}"
     return text + place
 
 
-def written_at(config: Mapping[str, Any], key: str) -> str:
-    """Find the key at which a node is written: what an interpolation, not resolved yet, leads to has its own."""
+def flat(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a config, those of nodes as well, with what they hold."""
+    for name, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{above}{name}", value
+        yield from flat(value, f"{above}{name}.")
+
+
+def defining_key(config: Mapping[str, Any], key: str) -> str:
+    """Find the key that defines a node of an unresolved config: what an interpolation leads to has its own."""
     parts: list[str] = key.split(".")
     node: Any = config
     for end, part in enumerate(parts, 1):
         node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, str) and (reference := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)\}", node)):
-            return written_at(config, ".".join([reference[1], *parts[end:]]))
+            return defining_key(config, ".".join([reference[1], *parts[end:]]))
     return key
 
 
@@ -89,9 +96,10 @@ def _of_worker(error: BaseException) -> str | None:
     return message if _is_our_file(frames[-1][1]) else message.partition("\n")[0]
 
 
-def _of_system(error: OSError, text: str, written: Mapping[str, Any]) -> str:
+def _of_system(error: OSError, text: str, unresolved: Mapping[str, Any]) -> str:
     """Say what the system refuses, after the key of the config whose folder it is in."""
-    paths = [(key, value) for key, value in _texts(written) if value not in ("", ".", "/") and "${" not in value]
+    texts = ((key, value) for key, value in flat(unresolved) if isinstance(value, str))
+    paths = [(key, value) for key, value in texts if value not in ("", ".", "/") and "${" not in value]
     number, said, path = error.errno, error.strerror, error.filename
     if found := re.match(r"\[Errno (\d+)\] (.+?)(?:: '(.+?)')?(?: -> '.+')?$", text):
         number, said, path = int(found[1]), found[2], found[3]
@@ -116,22 +124,14 @@ def _free_space(path: str) -> int:
     return shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
 
 
-def _texts(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the keys whose values are texts, with these."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _texts(value, f"{above}{name}.")
-        elif isinstance(value, str) and name != "_target_":
-            yield f"{above}{name}", value
-
-
-def _of_config(error: OmegaConfBaseException, written: Mapping[str, Any]) -> str:
+def _of_config(error: OmegaConfBaseException, unresolved: Mapping[str, Any]) -> str:
     """Say what OmegaConf finds wrong, with the key at which it is written."""
     text = first_line(error)
     full_key = re.search("full_key: (.+)", str(error))
-    key = written_at(written, full_key[1]) if full_key else ""
+    key = defining_key(unresolved, full_key[1]) if full_key else ""
     if missing := re.search("Interpolation key '(.+)' not found", text):
-        key = next((key for key, value in _texts(written) if f"${{{missing[1]}}}" in value), key)
+        reference = f"${{{missing[1]}}}"
+        key = next((name for name, value in flat(unresolved) if isinstance(value, str) and reference in value), key)
         return f"{key} refers to the key {missing[1]}, and there is none"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"there is no key {key}, which is needed"

@@ -22,7 +22,7 @@ from lightning_modules.runs.checks import (
     refuse_unread,
     refuse_wrong_values,
 )
-from lightning_modules.runs.messages import written_at
+from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import options
 
 # What is built by tasks that need no module, callbacks and data.
@@ -36,14 +36,14 @@ def preflight(config: DictConfig) -> None:
         ValueError: a key that nothing reads, a value or a combination that cannot work; the sentence names the keys.
         FileNotFoundError: weights or checkpoints are missing, all of which are named; or a file of CLIP's is none.
     """
-    written: Any = OmegaConf.to_container(config)
+    unresolved: Any = OmegaConf.to_container(config)
     hydra = HydraConfig.get()
-    refuse_unread(hydra.overrides.task, written, hydra.runtime.choices)
+    refuse_unread(hydra.overrides.task, unresolved, hydra.runtime.choices)
     _refuse_incomplete(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
     try:
-        refuse_wrong_values(plain, written)
+        refuse_wrong_values(plain, unresolved)
         if config.task == "pipeline":  # its jobs are checked each on its own
             return
         if config.task != "export":
@@ -52,7 +52,7 @@ def preflight(config: DictConfig) -> None:
     except ValueError as error:
         hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
         raise ValueError(f"{error}{hint}") from None
-    _refuse_mismatched_parts(plain, written)
+    _refuse_mismatched_parts(plain, unresolved)
     if config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_config(path, plain)
@@ -127,7 +127,7 @@ def _says(node: Mapping[str, Any] | None, word: str, otherwise: Any) -> Any:
     return otherwise if node is None else getattr(get_class(node["_target_"]), word, otherwise)
 
 
-def _refuse_mismatched_parts(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise for networks, images, detectors and prompts that differ in size or words, and for missing weights."""
     if config["task"] == "generate":
         try:
@@ -143,15 +143,15 @@ def _refuse_mismatched_parts(config: Mapping[str, Any], written: Mapping[str, An
             wanted = getattr(detector, "image_size", None)
             if size and wanted and wanted != size:
                 raise ValueError(
-                    f"{written_at(written, key)}: {detector.__name__} looks at images of {wanted}x{wanted} pixels, and "
-                    f"the decoder makes {size}x{size}; geneval=coco judges photographs of any size"
+                    f"{defining_key(unresolved, key)}: {detector.__name__} looks at images of {wanted}x{wanted} "
+                    f"pixels, and the decoder makes {size}x{size}; geneval=coco judges photographs of any size"
                 )
     if known := next(filter(None, (getattr(detector, "class_names", None) for detector in detectors.values())), None):
         _refuse_unknown_classes(config["geneval"], known)
     for key, node in nodes(built):
         if clip := clip_named(node):
-            refuse_other_network(written_at(written, key), *clip)
-    weights = (replace(each, key=written_at(written, each.key)) for each in named(built))
+            refuse_other_network(defining_key(unresolved, key), *clip)
+    weights = (replace(each, key=defining_key(unresolved, each.key)) for each in named(built))
     refuse_missing(list({each.key: each for each in weights}.values()))
 
 

@@ -1,14 +1,15 @@
 """The tree of settings in conf/: which keys and choices there are, and which of them was probably meant."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+
+from lightning_modules.runs.messages import flat
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -71,10 +72,4 @@ class SettingsTree:
                 config = compose("train", [f"{group}={option}" for group, option in choices.items()], True)
         except HydraException:
             return []
-        return list(_flat(OmegaConf.to_container(config)))
-
-
-def _flat(node: Any, above: str = "") -> Iterator[str]:
-    for name, value in node.items() if isinstance(node, Mapping) else ():
-        yield f"{above}{name}"
-        yield from _flat(value, f"{above}{name}.")
+        return [key for key, _ in flat(OmegaConf.to_container(config))]
