@@ -19,7 +19,7 @@ from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.settings_tree import CONF, GROUPS, SettingsTree, options
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_ASKED = os.environ.get(_FULL_ERROR, "0")  # what the user has set it to
+_asked = "0"  # what the user has set it to
 
 
 @contextmanager
@@ -29,6 +29,8 @@ def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
     Hydra itself would print its search path and the advice to add a `+`. It raises instead where whole tracebacks are
     asked for; so they are, until `restore_tracebacks`.
     """
+    global _asked
+    _asked = os.environ.get(_FULL_ERROR, _asked)
     multirun = {"-m", "--multirun"} & {*arguments}  # for which Hydra would make a folder before it composes
     if complaint := wrong_option(arguments) or (wrong_setting(arguments) if multirun else None):
         sys.exit(f"Error: {complaint}")
@@ -36,14 +38,14 @@ def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
         os.environ[_FULL_ERROR] = "1"
         yield
     except (*MENDABLE, YAMLError) as error:
-        if _ASKED == "1":
+        if _asked == "1":
             raise
         sys.exit(f"Error: {_explained(arguments, error)}")
 
 
 def restore_tracebacks() -> None:
     """Restore what the user has asked for, when a job starts."""
-    os.environ[_FULL_ERROR] = _ASKED
+    os.environ[_FULL_ERROR] = _asked
 
 
 def wrong_option(arguments: Sequence[str]) -> str | None:
