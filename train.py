@@ -15,7 +15,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +25,7 @@ from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
+from lightning_modules.ranks import is_first
 from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.runs.checkpoints import (
     end_launched,
@@ -34,7 +34,7 @@ from lightning_modules.runs.checkpoints import (
     load_checkpoint,
     named_checkpoints,
 )
-from lightning_modules.runs.command_line import hydra_told, leave_tracebacks_to_the_user
+from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.preflight import preflight
 from lightning_modules.tasks.curve import CheckpointCurve
@@ -49,15 +49,10 @@ def run(config: DictConfig) -> None:
         config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
     preflight(config)
     seed_everything(config.seed, workers=True, verbose=False)
-    leave_config(folder, config)
+    if is_first():
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        keep_metrics(folder)
     TASKS[config.task](config)
-
-
-@rank_zero_only
-def leave_config(folder: Path, config: DictConfig) -> None:
-    """Write the config of a run into its folder, and put aside the metrics of a run that goes on there."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    keep_metrics(folder)
 
 
 def build(node: DictConfig | None, **shared: Any) -> Any:
@@ -121,7 +116,7 @@ class Parts:
 
 
 def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """The Trainer, with loggers that know the config."""
+    """Build the Trainer, with loggers that know the config."""
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=False)
     atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
     if (
@@ -215,8 +210,8 @@ TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollou
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     global launched_patience
-    leave_tracebacks_to_the_user()
-    written: Any = OmegaConf.to_container(config)
+    restore_tracebacks()
+    unresolved: Any = OmegaConf.to_container(config)
     try:
         run(config)
         launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
@@ -224,11 +219,11 @@ def main(config: DictConfig) -> None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         folder = HydraConfig.get().runtime.output_dir
-        if rank_zero_only.rank == 0:
+        if is_first():
             forget_refused(Path(folder))
-        sys.exit(f"Error: {sentence(error, written | {'hydra': {'run': {'dir': folder}}})}")
+        sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {'run': {'dir': folder}}})}")
     except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
-        sys.exit(128 + signal.SIGTERM if rank_zero_only.rank == 0 else 0)
+        sys.exit(128 + signal.SIGTERM if is_first() else 0)
     if config.logger.get("wandb"):
         import wandb
 
@@ -236,5 +231,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with hydra_told(sys.argv[1:]):
+    with explaining_refusals(sys.argv[1:]):
         main()

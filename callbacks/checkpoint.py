@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from lightning_modules.runs.checkpoints import read_checkpoint, shown
 class MovableCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which knows its files when the folder of the run has moved.
 
-    A run that goes on in a folder of its own brings the best weights along; what was saved after the checkpoint that it
-    goes on from is not its own. A file counts by the score that is written in it.
+    A run that resumes in a folder of its own brings the best weights along; what was saved after the checkpoint that it
+    resumes from is not its own. A file counts by the score that is written in it.
     """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -42,7 +42,8 @@ class MovableCheckpoint(ModelCheckpoint):
             scores = {_moved(path, old, new): score for path, score in state["best_k_models"].items()}
             if trainer.is_global_zero:
                 places = [new, os.path.dirname(os.path.realpath(str(trainer.ckpt_path))), old]
-                scores = self._bring(scores, places, checkpoint["global_step"])
+                found = {path: self._bring(path, score, places, checkpoint) for path, score in scores.items()}
+                scores = {path: score for path, score in found.items() if score is not None}
             scores = trainer.strategy.broadcast(scores)
             best, worst = (min, max) if self.mode == "min" else (max, min)
             state["best_k_models"] = scores
@@ -51,33 +52,35 @@ class MovableCheckpoint(ModelCheckpoint):
             state["kth_best_model_path"] = worst(scores, key=scores.__getitem__, default="")
             state["kth_value"] = scores.get(state["kth_best_model_path"], self.kth_value)
 
-    def _bring(self, scores: dict[str, Tensor], places: Sequence[str], step: int) -> dict[str, Tensor]:
-        """Copy into this folder those of the best weights that lie elsewhere; returns the scores of what is there."""
-        found = {}
-        for path, score in scores.items():
-            for source in (_moved(path, places[0], place) for place in places):
-                if not os.path.isfile(source):
+    def _bring(self, path: str, score: Tensor, places: Sequence[str], resumed: Mapping[str, Any]) -> Tensor | None:
+        """Copy best weights to `path` if they lie elsewhere; returns their score, or None if they are gone."""
+        for source in filter(os.path.isfile, (_moved(path, places[0], place) for place in places)):
+            try:
+                saved = read_checkpoint(source)
+            except ValueError as error:
+                print(f"Passed over: {str(error).removeprefix('ckpt_path: ')}")
+                continue
+            if source != path:
+                if saved["global_step"] > resumed["global_step"]:
                     continue
-                try:
-                    saved = read_checkpoint(source)
-                except ValueError as error:
-                    print(f"Passed over: {str(error).removeprefix('ckpt_path: ')}")
-                    continue
-                if source != path:
-                    if saved["global_step"] > step:
-                        continue
-                    with whole(Path(path)) as partial:
-                        shutil.copyfile(source, partial)
-                found[path] = saved["callbacks"].get(self.state_key, {}).get("current_score", score)
-                break
-            else:
-                name = os.path.basename(path)
-                print(f"{name} ({self.monitor} {score:.4f}) is no more: the best weights from now on take its place")
-        return found
+                with whole(Path(path)) as partial:
+                    shutil.copyfile(source, partial)
+            current: Tensor = saved["callbacks"].get(self.state_key, {}).get("current_score", score)
+            return current
+        print(
+            f"{os.path.basename(path)} ({self.monitor} {score:.4f}) is no more: "
+            "the best weights from now on take its place"
+        )
+        return None
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """Name the file in folder `new` that was `path` in folder `old`."""
+    return str(Path(new) / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
 
 
 def best_checkpoint(trainer: Trainer) -> MovableCheckpoint:
-    """The callback that keeps the best weights; raises ValueError if there is none."""
+    """Find the callback that keeps the best weights; raises ValueError if there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, MovableCheckpoint) and callback.monitor is not None:
             return callback
@@ -86,32 +89,26 @@ def best_checkpoint(trainer: Trainer) -> MovableCheckpoint:
 
 @rank_zero_only
 def say_what_is_tested(path: str | None, otherwise: str) -> None:
-    """Say which weights are: those of a checkpoint, or, where there is none, what `otherwise` says."""
+    """Print which weights are tested: those of a checkpoint, or, where there is none, what `otherwise` says."""
     if path is not None:
         checkpoint = read_checkpoint(path)
-        about = [f"step {checkpoint['global_step']}"]
+        facts = [f"step {checkpoint['global_step']}"]
         for state in checkpoint.get("callbacks", {}).values():
             if state.get("monitor") and os.path.basename(state["best_model_path"]) == os.path.basename(path):
-                about.append(f"{state['monitor']} {float(state['current_score']):.3f}")
-        otherwise = f"{shown(path)} ({', '.join(about)})"
+                facts.append(f"{state['monitor']} {float(state['current_score']):.3f}")
+        otherwise = f"{shown(path)} ({', '.join(facts)})"
     print(f"Testing {otherwise}", flush=True)
 
 
-def _moved(path: str, old: str, new: str) -> str:
-    """Where a file of folder `old` is in folder `new`."""
-    return str(Path(new) / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
-
-
 class PreemptionCheckpoint(MovableCheckpoint):
-    """Lightning's ModelCheckpoint, such that a run goes on exactly from wherever it was stopped.
+    """Lightning's ModelCheckpoint, such that a run resumes exactly from wherever it was stopped.
 
     It saves when training ends, and on SIGTERM or Ctrl-C to any process of the run, after the step that all are at (a
-    second Ctrl-C ends it at once, unsaved); but not after an error, which may have left a step half done, and not
-    between the last batch of an epoch and the first of the next, from where Lightning would go on in the wrong epoch
-    when their lengths differ; validation there saves as part of its epoch. Files are overwritten by name: a resumed run
-    has one last.ckpt. A run that has come to its last step can be given more of them.
-
-    Where a signal finds it between two steps, at work in another callback, it saves at once.
+    second Ctrl-C ends it at once, unsaved). It does not after an error, which may have left a step half done, and not
+    between the last batch of an epoch and the first of the next, from where Lightning would resume in the wrong epoch
+    when their lengths differ; validation there saves as part of its epoch. Where a signal finds it between two steps,
+    at work in another callback, it saves at once. Files are overwritten by name: a resumed run has one last.ckpt. A run
+    that has come to its last step can be given more of them.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -128,27 +125,23 @@ class PreemptionCheckpoint(MovableCheckpoint):
         signal.signal(signal.SIGTERM, partial(self._ask_to_stop, trainer))
         signal.signal(signal.SIGINT, self._interrupt)
         progress = trainer.fit_loop.epoch_progress.current
-        if progress.completed == progress.ready:  # Lightning takes any run with max_steps to go on within an epoch
+        if progress.completed == progress.ready:  # Lightning resumes any run with max_steps within an epoch
             trainer.fit_loop.epoch_loop.restarting = False
 
     def _ask_to_stop(self, trainer: Trainer, *_: Any) -> None:
         self._asked_to_stop = True
         step_is_done = self._in_batch and trainer.lightning_module._current_fx_name == "on_train_batch_end"
         if step_is_done and not trainer.is_last_batch and not isinstance(trainer.strategy, FSDPStrategy):
-            if trainer.is_global_zero:
-                self._save_alone(trainer)
+            if trainer.is_global_zero:  # without the other processes, which may be anywhere; they meet if there is time
+                names = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.format_checkpoint_name(names))
             slurm.requeue.now()
-
-    def _save_alone(self, trainer: Trainer) -> None:
-        """Save without the other processes, which may be anywhere; all of them will do so again if there is time."""
-        names = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self.format_checkpoint_name(names))
 
     def _interrupt(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         rank_zero_info(
-            "\nStopping when this step or validation is saved (ckpt_path=auto goes on); Ctrl-C again: at once"
+            "\nStopping when this step or validation is saved (ckpt_path=auto resumes it); Ctrl-C again: at once"
         )
         self._asked_to_stop = True
 

@@ -1,4 +1,4 @@
-"""MaskWarmup: a mask-token decoder first learns to fill small gaps."""
+"""Warm-up of masks: a mask-token decoder first learns to fill small gaps."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class MaskWarmup(Callback):
-    """Raises the largest share of tokens that training masks from `start` to 1, linearly.
+    """Raises the largest fraction of tokens that training masks from `start` to 1, linearly.
 
     Where nearly all is masked there is nothing to learn but how common each code is, and a small decoder stays with
     that for thousands of steps; with most neighbours in sight it soon finds out that they matter.
 
     Args:
-        start: share at the first step.
+        start: fraction at the first step.
         steps: optimizer steps until all may be masked.
     """
 
@@ -22,8 +22,8 @@ class MaskWarmup(Callback):
         self.start, self.steps = start, steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        share = self.start + (1 - self.start) * trainer.global_step / self.steps
-        pl_module.decoder.max_mask_ratio = min(1.0, share)  # type: ignore[union-attr]
+        fraction = self.start + (1 - self.start) * trainer.global_step / self.steps
+        pl_module.decoder.max_mask_ratio = min(1.0, fraction)  # type: ignore[union-attr]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.decoder.max_mask_ratio = 1.0  # type: ignore[union-attr]

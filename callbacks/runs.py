@@ -4,7 +4,9 @@ import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -16,25 +18,22 @@ from hydra.experimental.callback import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from lightning_modules.ranks import is_first
 from lightning_modules.runs import slurm
 from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, remember_found, shown
 from lightning_modules.runs.checks import refuse_wrong_texts
 from lightning_modules.runs.messages import sentence
 
 _ENDED = ".ended"  # left by a run under SLURM that has come to its end
-# Tasks that leave their results in the run folder.
-_REPORTING = ("fit", "evaluate", "score", "pipeline")
 
 
 class RunFolder(Callback):
     """Chooses the folder when a run starts, unless `hydra.run.dir` (or `hydra.sweep.dir`) names it. Hydra calls it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        HydraConfig.instance().set_config(config)  # names may refer to it
         _open(config, "run", lambda: run_folder(f"outputs/{config.name}", config.task, config.ckpt_path))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        HydraConfig.instance().set_config(config)
         _open(config, "sweep", lambda: run_folder("multirun", config.task, None))
         with read_write(config.hydra):  # jobs are composed anew, from overrides
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(config.hydra.sweep.dir)}")
@@ -43,24 +42,24 @@ class RunFolder(Callback):
         slurm.requeue.listen()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if _has_ended(job_return):
+        if job_return.status == JobStatus.COMPLETED and is_first():
             slurm.requeue.forget()
-            if config.task in _REPORTING:
+            if config.task in ("fit", "evaluate", "score", "pipeline"):  # which leave their results there
                 print(f"Results in {shown(config.hydra.runtime.output_dir)}")
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if _has_ended(kwargs["job_return"]):
-            _leave(config.hydra.run.dir)
+        if kwargs["job_return"].status == JobStatus.COMPLETED:
+            _note_end(config.hydra.run.dir)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        _leave(config.hydra.sweep.dir)
+        _note_end(config.hydra.sweep.dir)
 
 
 def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
-    """A folder in `parent` for this run.
+    """Choose a folder in `parent` for this run.
 
     It is named after the time, or under SLURM after the job and the command: a job that is requeued finds it again. The
-    same command once more in the same job gets another one. Training with `ckpt_path=auto` goes on in the folder of the
+    same command once more in the same job gets another one. Training with `ckpt_path=auto` resumes in the folder of the
     newest checkpoint, if there is one where no other run is at work.
     """
     resuming = ckpt_path == "auto" and task == "fit"
@@ -68,65 +67,36 @@ def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
         for folder in _numbered(f"{parent}/slurm-{run}"):
             if resuming and not folder.exists() and (found := _newest_run(parent)):
                 return found
-            if not _is_over(folder) and (_has_several_tasks() or _hold(folder)):
+            if not _is_over(folder) and (_has_several_tasks() or try_to_hold(folder)):
                 return str(folder)
     if resuming and (found := _newest_run(parent)):
         return found
-    return str(next(filter(_make, _numbered(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}"))))
+    for folder in _numbered(f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}"):
+        with suppress(FileExistsError):  # of several runs that start together, one makes it
+            folder.mkdir(parents=True)
+            break
+    return str(folder)
 
 
 def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str | None:
-    """Where the training of a run in `folder` starts: what `ckpt_path` names, or how far this very run has come.
+    """Say where the training of a run in `folder` starts: what `ckpt_path` names, or how far this very run has come.
 
     With `auto` that is the newest checkpoint in the folder; under SLURM it is as well, whatever `ckpt_path` says, if it
     was saved by the same command of the same job before that was requeued.
     """
+    say = rank_zero_only(partial(print, flush=True))
     found = newest_checkpoint(folder, thorough=True)
     if found and (ckpt_path == "auto" or (slurm.is_own_checkpoint(found) and not _is_over(folder))):
-        _say(f"The run goes on from {shown(found)}")
+        say(f"The run resumes from {shown(found)}")
         return str(found)
     if ckpt_path == "auto":
-        _say(f"ckpt_path=auto: there is no checkpoint of a run {name!r} yet, so a new one starts")
+        say(f"ckpt_path=auto: there is no checkpoint of a run {name!r} yet, so a new one starts")
         return None
     return ckpt_path
 
 
-def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
-    """Settle on the folder of a run or of a sweep; the user's own is theirs, but one run's at a time."""
-    try:
-        refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
-        if config.hydra[kind].dir:
-            remember_found(Path(config.hydra[kind].dir))
-        else:
-            with read_write(config.hydra):
-                config.hydra[kind].dir = _agreed(choose)
-        folder = config.hydra[kind].dir
-        # Several processes may climb a pipeline, each of whose jobs is a run.
-        if config.task != "pipeline" and _rank() == 0 and not _hold(Path(folder)):
-            raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
-    except Exception as error:  # Hydra would only warn of it
-        written: Any = OmegaConf.to_container(config)
-        sys.exit(f"Error: {sentence(error, written | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
-
-
-def _rank() -> int:
-    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    return rank
-
-
-def _agreed(choose: Callable[[], str]) -> str:
-    """What the first process of a torchrun has chosen; elsewhere the other processes are told by the command line."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return choose()
-    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    key = "image-cot/run_folder"
-    if _rank() == 0 and not store.check([key]):  # it is there when torchrun has started them again
-        store.set(key, choose())
-    return store.get(key).decode()
-
-
-def _hold(folder: Path) -> bool:
-    """Make the folder this process's own until it ends, however it does; False if it is another one's."""
+def try_to_hold(folder: Path) -> bool:
+    """Make the folder this process's own until it ends, however it does; returns False if it is another one's."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -139,49 +109,59 @@ def _hold(folder: Path) -> bool:
     return True
 
 
-def _make(folder: Path) -> bool:
-    """Make a folder; False if it is there: of several runs that start together, one makes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
+    """Settle on the folder of a run or of a sweep; the user's own is theirs, but one run's at a time."""
+    HydraConfig.instance().set_config(config)  # names may refer to it
     try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
+        refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
+        if config.hydra[kind].dir:
+            remember_found(Path(config.hydra[kind].dir))
+        else:
+            with read_write(config.hydra):
+                config.hydra[kind].dir = _agreed(choose)
+        folder = config.hydra[kind].dir
+        # Several processes may work on a pipeline, each of whose jobs is a run.
+        if config.task != "pipeline" and is_first() and not try_to_hold(Path(folder)):
+            raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
+    except Exception as error:  # Hydra would only warn of it
+        unresolved: Any = OmegaConf.to_container(config)
+        sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
+
+
+def _agreed(choose: Callable[[], str]) -> str:
+    """Return what the first process of a torchrun has chosen; elsewhere the command line tells the other processes."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return choose()
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = "image-cot/run_folder"
+    if is_first() and not store.check([key]):  # it is there when torchrun has started them again
+        store.set(key, choose())
+    return store.get(key).decode()
 
 
 def _numbered(path: str) -> Iterator[Path]:
-    """`path`, `path`-1, `path`-2, ..."""
-    yield Path(path)
-    yield from (Path(f"{path}-{number}") for number in count(1))
+    """Count `path`, `path`-1, `path`-2, ..."""
+    return (Path(f"{path}-{number}" if number else path) for number in count())
 
 
 def _newest_run(parent: str) -> str | None:
-    """The folder in `parent` with the newest checkpoint, of those where no run is at work."""
+    """Return the folder in `parent` with the newest checkpoint, of those where no run is at work."""
     found = {folder: path for folder in Path(parent).glob("*") if (path := newest_checkpoint(folder))}
     newest = sorted(found, key=lambda folder: found[folder].stat().st_mtime_ns, reverse=True)
-    return next((str(folder) for folder in newest if _has_several_tasks() or _hold(folder)), None)
+    return next((str(folder) for folder in newest if _has_several_tasks() or try_to_hold(folder)), None)
 
 
 def _has_several_tasks() -> bool:
-    """Whether other tasks have to come to the same folder, each on its own: they do not look who is in it."""
+    """Say if other tasks have to come to the same folder, each on its own: they do not look who is in it."""
     return slurm.job_id() is not None and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _is_over(folder: Path) -> bool:
-    """Whether the run in `folder` has come to its end, in this start of its SLURM job."""
-    return (folder / _ENDED).exists() and not slurm.was_requeued()
+    """Say if the run in `folder` has come to its end, in this start of its SLURM job."""
+    return (folder / _ENDED).exists() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0
 
 
-@rank_zero_only
-def _say(sentence: str) -> None:
-    print(sentence, flush=True)
-
-
-def _has_ended(job: JobReturn) -> bool:
-    return job.status == JobStatus.COMPLETED and _rank() == 0
-
-
-def _leave(folder: str) -> None:
+def _note_end(folder: str) -> None:
     """Note that the run in `folder` has come to its end."""
-    if slurm.job_id() is not None and _rank() == 0:
+    if slurm.job_id() is not None and is_first():
         (Path(folder) / _ENDED).touch()

@@ -1,4 +1,4 @@
-"""What decides results, as each thing says itself: whatever is stored is found again by it."""
+"""Cache keys: all that decides a result, as each thing says itself. Whatever is stored is found again by them."""
 
 import hashlib
 import json

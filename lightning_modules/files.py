@@ -22,7 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_read_only(error: OSError) -> bool:
-    """Whether an error says that this user may not write to some place."""
+    """Say if an error means that this user may not write to some place."""
     return error.errno in _REFUSED
 
 
@@ -49,7 +49,7 @@ def whole(path: Path) -> Iterator[Path]:
                 if not (partial.is_dir() and path.is_dir()):
                     raise
         finally:
-            _remove(partial)
+            remove(partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,12 +61,8 @@ def write_text(path: Path, text: str) -> None:
 def make_once(path: Path, make: Callable[[Path], object]) -> None:
     """Make a file or a folder unless it is there; of several processes that want it, one makes it and the others wait.
 
-    Args:
-        path: where it will be. Nothing is locked or written if it is there.
-        make: writes it to the path that it is given.
-
-    Raises:
-        OSError: it cannot be written; the error names `path`.
+    `make` writes it to the path that it is given. Nothing is locked or written if it is there already. Raises OSError,
+    naming `path`, if it cannot be written.
     """
     if path.exists():
         return
@@ -102,7 +98,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _machine() -> str:
-    """A name for where numbers of processes mean the same: containers can share a machine's name, but not these."""
+    """Name where numbers of processes mean the same: containers can share a machine's name, but not these."""
     namespace = Path("/proc/self/ns/pid")
     return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
@@ -112,7 +108,7 @@ def _tidy(folder: Path) -> None:
     """Remove what processes that are no more have left half written in a folder."""
     for path in folder.glob(".*.partial"):
         if (found := _PARTIAL.fullmatch(path.name)) and _is_abandoned(path, found["machine"], int(found["process"])):
-            _remove(path)
+            remove(path)
 
 
 def _is_abandoned(path: Path, machine: str, process: int) -> bool:
@@ -120,15 +116,15 @@ def _is_abandoned(path: Path, machine: str, process: int) -> bool:
         if machine != _machine():
             return time.time() - path.stat().st_mtime > _ELSEWHERE
         os.kill(process, 0)
-    except (ProcessLookupError, FileNotFoundError):  # it has ended; or the file has gone meanwhile
-        return True
     except PermissionError:  # another user's
         return False
+    except (ProcessLookupError, FileNotFoundError):  # it has ended; or the file has gone meanwhile
+        return True
     return False
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a folder as far as that is possible: it may be gone already, or another user's."""
+def remove(path: Path) -> None:
+    """Remove a file or a folder as far as possible: it may be gone already, or another user's."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

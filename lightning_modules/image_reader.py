@@ -19,21 +19,15 @@ ImageSource = str | Path | bytes | Mapping[str, Any]
 # Other formats that Pillow knows would run programs (EPS), or take almost any bytes for an image (TGA).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
-# How an image of some EXIF orientation is turned upright. ImageOps.exif_transpose would also write the other EXIF data
-# anew, and fails where one of these is broken.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# How an image of EXIF orientation 2, 3, ... is turned upright. ImageOps.exif_transpose would also write the other EXIF
+# data anew, and fails where one of these is broken.
+_Turn = Image.Transpose
+_TURNS = dict(enumerate((_Turn.FLIP_LEFT_RIGHT, _Turn.ROTATE_180, _Turn.FLIP_TOP_BOTTOM, _Turn.TRANSPOSE,
+                         _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90), 2))  # fmt: skip
 
 
 class UnreadableImage(ValueError):
-    """One sentence that names an image and says why it cannot be used."""
+    """An image that cannot be used: one sentence that names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +68,34 @@ def read_image(source: ImageSource, name: str) -> ReadImage:
                 raise UnreadableImage(f"{name} has {frames} frames, so which image is meant is unknown")
             image.load()
             turn = _TURNS.get(_orientation(image))
-            colors, transparent = _opaque(image)
-            upright = colors if turn is None else colors.transpose(turn)
+            colors = image.convert("RGBA" if image.has_transparency_data else "RGB")
+            transparent = colors.mode == "RGBA" and colors.getchannel("A").getextrema()[0] != 255
+            if transparent:
+                colors = Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors)
+            upright = colors.convert("RGB") if turn is None else colors.convert("RGB").transpose(turn)
             return ReadImage(np.array(upright), kind, mode, turn is not None, transparent)
 
 
 def hash_image(source: ImageSource, name: str) -> str:
-    """A hash of an image's bytes, wherever they lie; raises `UnreadableImage` if there are none."""
+    """Hash an image's bytes, wherever they lie; raises `UnreadableImage` if there are none."""
     with _opened(source, name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fit_square(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The middle square of an image, uint8 [H, W, 3] -> [side, side, 3]."""
+    """Cut out the middle square of an image and resize it, uint8 [H, W, 3] -> [side, side, 3]."""
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), (side, side), Image.Resampling.BICUBIC))
 
 
 @contextmanager
 def _opened(source: ImageSource, name: str) -> Iterator[BufferedReader | BytesIO]:
-    """The bytes of an image; whatever happens while it is open becomes an `UnreadableImage`."""
+    """Open the bytes of an image; whatever happens while they are open becomes an `UnreadableImage`."""
     try:
-        with _open(source) as file, warnings.catch_warnings():
+        if isinstance(source, Mapping):
+            source = source["path"] or b"" if source["bytes"] is None else source["bytes"]
+        if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
+            raise OSError("it is no file")  # but a pipe or a device, which might never end
+        with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # these name no file
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield file
@@ -102,16 +103,6 @@ def _opened(source: ImageSource, name: str) -> Iterator[BufferedReader | BytesIO
         raise
     except Exception as error:  # decoders of broken files raise whatever they stumble over
         raise UnreadableImage(f"{name} cannot be read: {_cause(error)}") from error
-
-
-def _open(source: ImageSource) -> BufferedReader | BytesIO:
-    if isinstance(source, Mapping):
-        source = source["path"] or b"" if source["bytes"] is None else source["bytes"]
-    if isinstance(source, bytes):
-        return BytesIO(source)
-    if not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe or a device might never end
-        raise OSError("it is no file")
-    return Path(source).open("rb")
 
 
 def _cause(error: Exception) -> str:
@@ -125,19 +116,8 @@ def _cause(error: Exception) -> str:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation of a loaded image, None where there is none."""
+    """Return the EXIF orientation of a loaded image, None where there is none."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # EXIF data that cannot be parsed turn nothing, as in any viewer
         return None
-
-
-def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
-    """RGB, and whether there was anything behind it to be seen."""
-    if not image.has_transparency_data:
-        return image.convert("RGB"), False
-    colors = image.convert("RGBA")
-    if colors.getchannel("A").getextrema()[0] == 255:
-        return colors.convert("RGB"), False
-    white = Image.new("RGBA", colors.size, "white")
-    return Image.alpha_composite(white, colors).convert("RGB"), True

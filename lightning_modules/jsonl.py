@@ -10,7 +10,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """The values of a UTF-8 file of one JSON value a line, each after its place, "file:line".
+    """Read a UTF-8 file of one JSON value a line; yields each after its place, "file:line".
 
     Lines end at newlines only: all else that Unicode calls a line separator may stand in a text. Blank lines count, but
     hold nothing.
@@ -21,13 +21,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                if number == 1:
-                    if line.startswith(_GZIP):
-                        raise ValueError(f"{path} is compressed; unpack it with gunzip")
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if number == 1 and line.startswith(_GZIP):
+                    raise ValueError(f"{path} is compressed; unpack it with gunzip")
+                line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
                 if line.strip():
-                    yield place, _parsed(line, place)
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 

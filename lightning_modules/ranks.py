@@ -3,12 +3,13 @@
 from typing import TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
 
 
 def is_distributed() -> bool:
-    """Whether other ranks work on the same step."""
+    """Say if other ranks work on the same step."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -42,7 +43,7 @@ def broadcast(value: T) -> T:
 
 
 def uniform_rows(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
-    """Uniform numbers in [0, 1) for each of this rank's rows, [B, ...]: those that the row gets on one process.
+    """Draw uniform numbers in [0, 1) for each of this rank's rows, [B, ...]: those that the row gets on one process.
 
     Ranks take the rows of a batch in turn (`datamodules.loaders`), and their generators are seeded alike.
     """
@@ -52,7 +53,7 @@ def uniform_rows(rows: int, *shape: int, device: torch.device | None = None) -> 
 
 
 def mean_over_ranks(count: Tensor) -> Tensor:
-    """The mean of a count over ranks.
+    """Take the mean of a count over ranks.
 
     Ranks that divide their sums by it, and not by their own counts, have the gradient of the mean over all their terms.
     """
@@ -61,3 +62,8 @@ def mean_over_ranks(count: Tensor) -> Tensor:
         dist.all_reduce(count)
         count /= dist.get_world_size()
     return count
+
+
+def is_first() -> bool:
+    """Say if this is the process of rank 0; known before processes have met."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]

@@ -88,7 +88,7 @@ def slurm(node: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.slow(seconds=20)
-def test_two_tasks_of_a_requeued_job_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
+def test_two_tasks_of_a_requeued_job_stop_together_and_resume_exactly(tmp_path: Path) -> None:
     small = [*SMALL_PARM, "devices=ddp_cpu", "data.batch_size=4", "trainer.max_steps=4",
              "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, *small)
@@ -164,7 +164,7 @@ def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) 
 
 
 @pytest.mark.slow(seconds=22)
-def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -> None:
+def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) -> None:
     small = ["experiment=shapes_decoder", *(item for item in SMALL if not item.startswith("callbacks")),
              "~callbacks.geneval", "~callbacks.checkpoint_best", "callbacks.checkpoint_last.every_n_train_steps=1",
              "data.validation_images=8", "data.num_workers=0", "trainer.max_steps=3", "+module.optimizer.eps=1e-3",
@@ -184,7 +184,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_go_on(tmp_path: Path) -
 
 
 @pytest.mark.slow(seconds=37)
-def test_sharded_show_o_is_aligned_as_by_one_process_and_goes_on(tmp_path: Path) -> None:
+def test_sharded_show_o_is_aligned_as_by_one_process_and_resumes(tmp_path: Path) -> None:
     small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path, 256), *DECODE_NOTHING,
              "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
              "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",

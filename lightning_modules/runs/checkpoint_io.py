@@ -11,7 +11,7 @@ from lightning_modules.files import whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's own writes to the system's temporary folder first, and from there copies to another disk in place."""
+    """Writes beside the file; Lightning's own writes to the system's temporary folder and copies from there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint; raises OSError, naming the file, if it cannot be written."""

@@ -19,22 +19,20 @@ from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.settings_tree import CONF, GROUPS, SettingsTree, options
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_asked: str | None = None  # what the user has set it to
+_asked = "0"  # what the user has set it to
 
 
 @contextmanager
-def hydra_told(arguments: Sequence[str]) -> Iterator[None]:
+def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
     """End the program by one sentence for what is refused before a job starts.
 
     Hydra itself would print its search path and the advice to add a `+`. It raises instead where whole tracebacks are
-    asked for; so they are, until `leave_tracebacks_to_the_user`.
+    asked for; so they are, until `restore_tracebacks`.
     """
     global _asked
-    _asked = os.environ.get(_FULL_ERROR)
-    complaint = about_options(arguments)
-    if complaint is None and {"-m", "--multirun"} & {*arguments}:  # Hydra would make a folder before it composes
-        complaint = about_settings(arguments)
-    if complaint is not None:
+    _asked = os.environ.get(_FULL_ERROR, _asked)
+    multirun = {"-m", "--multirun"} & {*arguments}  # for which Hydra would make a folder before it composes
+    if complaint := wrong_option(arguments) or (wrong_setting(arguments) if multirun else None):
         sys.exit(f"Error: {complaint}")
     try:
         os.environ[_FULL_ERROR] = "1"
@@ -42,48 +40,47 @@ def hydra_told(arguments: Sequence[str]) -> Iterator[None]:
     except (*MENDABLE, YAMLError) as error:
         if _asked == "1":
             raise
-        sys.exit(f"Error: {explained(arguments, error)}")
+        sys.exit(f"Error: {_explained(arguments, error)}")
 
 
-def leave_tracebacks_to_the_user() -> None:
-    """A job starts, and what it starts itself is told what the user has asked for."""
-    if _asked is None:
-        os.environ.pop(_FULL_ERROR, None)
-    else:
-        os.environ[_FULL_ERROR] = _asked
+def restore_tracebacks() -> None:
+    """Restore what the user has asked for, when a job starts."""
+    os.environ[_FULL_ERROR] = _asked
 
 
-def about_options(arguments: Sequence[str]) -> str | None:
-    """A sentence on an option that Hydra does not have, most likely a setting, or on one in the wrong place."""
+def wrong_option(arguments: Sequence[str]) -> str | None:
+    """Explain an option that Hydra does not have, most likely a setting, or one in the wrong place."""
     known = get_args_parser()._option_string_actions
     for place, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         shortened = flag.startswith("--") and any(option.startswith(flag) for option in known)
         if not re.match("--?[a-zA-Z]", flag) or flag in known or shortened:
             continue
-        following = arguments[place + 1 : place + 2]
-        if not value and following and not re.search("^-[a-zA-Z-]|=", following[0]):
-            value = following[0]
+        following = "".join(arguments[place + 1 : place + 2])
+        if not value and not re.search("^-[a-zA-Z-]|=", following):
+            value = following
         tree = SettingsTree(arguments)
         guesses = [f"{key}={value or 'VALUE'}" for key in tree.similar(flag.lstrip("-").replace("-", "_"))]
-        advice = f"did you mean {_or(guesses)}?" if guesses else "a setting is written KEY=VALUE, without dashes"
+        advice = (
+            f"did you mean {' or '.join(guesses)}?" if guesses else "a setting is written KEY=VALUE, without dashes"
+        )
         return f"there is no option {flag}; {advice}"
     rest = get_args_parser().parse_known_args(list(arguments))[1]
     return f"{rest[0]} comes after an option that is between settings: write options such as -m first" if rest else None
 
 
-def explained(arguments: Sequence[str], error: BaseException) -> str:
-    """One sentence for what was refused before there was a config."""
+def _explained(arguments: Sequence[str], error: BaseException) -> str:
+    """Explain in one sentence what was refused before there was a config."""
     if isinstance(error, OSError | OmegaConfBaseException) and not isinstance(error, HydraException):
         return sentence(error, dict(item.partition("=")[::2] for item in arguments if "=" in item))
-    if complaint := about_settings(arguments):
+    if complaint := wrong_setting(arguments):
         return complaint
     said = re.split(r"\n\s*(?:Config search path|See https|To append)", str(error))[0]
     return " ".join(said.split())
 
 
-def about_settings(arguments: Sequence[str]) -> str | None:
-    """A sentence on the first setting that cannot be."""
+def wrong_setting(arguments: Sequence[str]) -> str | None:
+    """Explain in one sentence the first setting that cannot be."""
     args, _ = get_args_parser().parse_known_args(list(arguments))
     if args.config_name and not (args.config_dir or args.config_path or (CONF / f"{args.config_name}.yaml").is_file()):
         there = ", ".join(sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -105,23 +102,17 @@ def _parsed(item: str) -> Override | None:
     return override if override.key_or_group else None
 
 
-def _or(guesses: Sequence[str]) -> str:
-    return " or ".join(guesses)
-
-
 def _quoted(key: str, value: str) -> str:
-    """An override with a text for a value, as a shell takes it."""
+    """Write an override with a text for a value, as a shell takes it."""
     text = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{text}"')
 
 
 def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
-    """Why an override cannot be read, and how it is written."""
-    first, last = place, place + 1
-    while first and "=" not in items[first]:
-        first -= 1
-    while last < len(items) and "=" not in items[last]:
-        last += 1
+    """Say why an override cannot be read, and how it is written."""
+    settings = [i for i, item in enumerate(items) if "=" in item]
+    first = max((i for i in settings if i <= place), default=0)
+    last = min((i for i in settings if i > place), default=len(items))
     key, equals, value = " ".join(items[first:last]).partition("=")
     if equals and last - first > 1:
         whole = f"{key}={value.strip()}"
@@ -132,70 +123,68 @@ def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
         if word in tree.keys:
             return f"{word} has no value: write {word}=VALUE, without spaces"
         chosen = [f"{group}={word}" for group in GROUPS if word in options(group)]
-        guess = f"; did you mean {_or(chosen)}?" if chosen else ", which is written KEY=VALUE"
+        guess = f"; did you mean {' or '.join(chosen)}?" if chosen else ", which is written KEY=VALUE"
         return f"{word!r} is no setting{guess}"
     if not re.fullmatch(r"(\+\+?|~)?\w+([./@:]\w+)*", key):
         return f"{items[place]!r} is no setting: {key!r} is no key"
     if value.startswith("~/"):
         return f"{items[place]} cannot be read: write {key}=$HOME{value[1:]}"
-    if value[:1] in ("[", "{"):
-        return (
-            f"{items[place]} cannot be read: a bracket or a quote is not closed, or a text in it needs quotes; a list "
-            f"is written {shlex.quote(key + '=[a,b]')}, a text {_quoted(key, value)}"
-        )
-    return f"{items[place]} cannot be read: write {_quoted(key, value)}"
+    if value[:1] not in ("[", "{"):
+        return f"{items[place]} cannot be read: write {_quoted(key, value)}"
+    return (
+        f"{items[place]} cannot be read: a bracket or a quote is not closed, or a text in it needs quotes; a list is "
+        f"written {shlex.quote(key + '=[a,b]')}, a text {_quoted(key, value)}"
+    )
 
 
 def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | None:
-    """What is wrong with an override, if anything."""
+    """Say what is wrong with an override, if anything."""
     key, line = str(override.key_or_group), str(override.input_line)
     name, _, value = line.partition("=")
     if override.is_sweep_override() and not multirun:
         each, text = shlex.quote(f"{name}=[{value}]"), _quoted(name, value)
-        written = "" if key in GROUPS else f"; a list is written {each}, a text {text}"
-        return f"{name} has several values: add --multirun for a run of each{written}"
+        advice = "" if key in GROUPS else f"; a list is written {each}, a text {text}"
+        return f"{name} has several values: add --multirun for a run of each{advice}"
     if override.package is not None or "/" in key:
         return None
     if key == "strategy":
         return f"a strategy is chosen for a name: write +strategy@strategies.NAME={value}"
-    if key in GROUPS and not override.is_delete():
-        return _about_choices(key, name, value, tree)
-    if override.is_add():
-        return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
     if override.is_delete() and (key in tree.keys or key in GROUPS):
         return f"~{key} is written without a value" if value else None
-    if override.is_delete():
-        return _about_key(f"~{key}", None, tree)
-    return None if override.is_force_add() or key in tree.keys else _about_key(key, value, tree)
+    if key in GROUPS:
+        return _wrong_choice(key, name, value)
+    if override.is_add():
+        return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
+    if override.is_force_add() or key in tree.keys:
+        return None
+    return _missing_key("~" * override.is_delete(), key, value, tree)
 
 
-def _about_choices(group: str, name: str, value: str, tree: SettingsTree) -> str | None:
-    """What is wrong with the choice of files of a group."""
+def _wrong_choice(group: str, name: str, value: str) -> str | None:
+    """Say what is wrong with the choice of files of a group."""
+    there = options(group)
     if re.search(r"[({]", value):
         return None
     for option in re.split(r"\s*,\s*", value.strip("[]")):
         if option == "null":
-            return f"{name}=null chooses nothing; there are: {', '.join(options(group))}"
-        if option not in options(group):
-            close = [f"{name}={other}" for other in get_close_matches(option, options(group), 3, 0.6)]
-            guess = f"did you mean {_or(close)}? There" if close else "there"
-            return f"there is no {group}={option}; {guess} are: {', '.join(options(group))}"
+            return f"{name}=null chooses nothing; there are: {', '.join(there)}"
+        if option not in there:
+            close = [f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6)]
+            guess = f"did you mean {' or '.join(close)}? There" if close else "there"
+            return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
     if name[0] == "+" and f"hydra.runtime.choices.{group}" in SettingsTree().keys:
         return f"{group} is chosen already: write {group}={value}"
     return None
 
 
-def _about_key(name: str, value: str | None, tree: SettingsTree) -> str:
-    """A sentence on a key that is not there."""
-    sign, key = name[: -len(name.lstrip("~"))], name.lstrip("~")
-    parent = key.rpartition(".")[0]
+def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
+    """Say what was probably meant by a key that is not there."""
     if others := tree.having(key):
-        return f"there is no key {key}; there is with {_or(others)}"
-    guesses = [
-        f"{guess}={value}" if value and (guess in GROUPS or guess.rpartition(".")[0] != parent) else f"{sign}{guess}"
-        for guess in tree.similar(key)
-    ]
-    if guesses:
-        return f"there is no key {key}; did you mean {_or(guesses)}?"
+        return f"there is no key {key}; there is with {' or '.join(others)}"
+    if guesses := tree.similar(key):
+        parent = key.rpartition(".")[0]
+        moved = [guess for guess in guesses if value and (guess in GROUPS or guess.rpartition(".")[0] != parent)]
+        meant = [f"{guess}={value}" if guess in moved else f"{sign}{guess}" for guess in guesses]
+        return f"there is no key {key}; did you mean {' or '.join(meant)}?"
     node, names = tree.around(key)
     return f"there is no key {key}; {node or 'the config'} has {', '.join(names)}"

@@ -20,9 +20,10 @@ MENDABLE = (ValueError, OSError, ImportError, MisconfigurationException, OmegaCo
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("callbacks", "datamodules", "lightning_modules", "train.py")
+_WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SYSTEM = {
-    errno.EACCES: "there is no permission",
-    errno.EPERM: "there is no permission",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "there is no permission"),
     errno.EROFS: "the file system is read-only",
     errno.ENOSPC: "there is no space left on the disk",
     errno.EDQUOT: "there is no space left in the quota",
@@ -36,39 +37,43 @@ _SYSTEM = {
 }
 
 
-def sentence(error: BaseException, written: Mapping[str, Any]) -> str:
-    """What the user is told of an error.
+def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
+    """Put an error into one sentence for the user.
 
     A message of this project stays as it is; of another's only the first line is shown. What a constructor raised is
-    told as such, with the node that it is of; what a data loader's process raised, as if it were raised here.
-
-    Args:
-        error: one of `MENDABLE`.
-        written: the config as it is written, with its interpolations.
+    shown as such, with its node; what a data loader's process raised, as if it were raised here. `unresolved` is the
+    config with its interpolations.
     """
     place = ""
     if isinstance(error, InstantiationException):
         node = re.search("^full_key: (.+)$", str(error), re.MULTILINE)
-        place = f" (in {written_at(written, node[1])})" if node else ""
+        place = f" (in {defining_key(unresolved, node[1])})" if node else ""
         error = error.__cause__ or error
     if isinstance(error, OmegaConfBaseException):
-        return _of_config(error, written)
+        return _of_config(error, unresolved)
     text = _of_worker(error) or (str(error) if _is_ours(error) else first_line(error))
     if isinstance(error, OSError):
-        text = _of_system(error, text, written)
+        text = _of_system(error, text, unresolved)
     elif not isinstance(error, MENDABLE):
         text = f"{type(error).__name__}: {text}"
     return text + place
 
 
-def written_at(config: Mapping[str, Any], key: str) -> str:
-    """Where the node of some key is written: what an interpolation, not resolved yet, leads to has a key of its own."""
+def flat(node: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of a config, those of nodes as well, with what they hold."""
+    for name, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{above}{name}", value
+        yield from flat(value, f"{above}{name}.")
+
+
+def defining_key(config: Mapping[str, Any], key: str) -> str:
+    """Find the key that defines a node of an unresolved config: what an interpolation leads to has its own."""
     parts: list[str] = key.split(".")
     node: Any = config
     for end, part in enumerate(parts, 1):
         node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, str) and (reference := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)\}", node)):
-            return written_at(config, ".".join([reference[1], *parts[end:]]))
+            return defining_key(config, ".".join([reference[1], *parts[end:]]))
     return key
 
 
@@ -78,75 +83,55 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _is_our_file(name: str) -> bool:
-    path = Path(name)
-    return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+    return any(Path(name).is_relative_to(_ROOT / room) for room in _OURS)
 
 
 def _of_worker(error: BaseException) -> str | None:
-    """The message of an error that torch has sent from another process, as text with its traceback."""
+    """Extract the message of an error that torch has sent from another process, as text with its traceback."""
     text = str(error)
-    if not re.match(r"Caught \w+ in ", text):
-        return None
     frames = list(re.finditer(r'^  File "(.+)", line \d+, in .+\n(?:    .*\n)*', text, re.MULTILINE))
-    if not frames:
+    if not (frames and re.match(r"Caught \w+ in ", text)):
         return None
     message = text[frames[-1].end() :].strip().partition(": ")[2]
     return message if _is_our_file(frames[-1][1]) else message.partition("\n")[0]
 
 
-def _of_system(error: OSError, text: str, written: Mapping[str, Any]) -> str:
-    """What the system refuses, with the key of the config below whose folder it is."""
+def _of_system(error: OSError, text: str, unresolved: Mapping[str, Any]) -> str:
+    """Say what the system refuses, after the key of the config whose folder it is in."""
+    texts = ((key, value) for key, value in flat(unresolved) if isinstance(value, str))
+    paths = [(key, value) for key, value in texts if value not in ("", ".", "/") and "${" not in value]
+    number, said, path = error.errno, error.strerror, error.filename
     if found := re.match(r"\[Errno (\d+)\] (.+?)(?:: '(.+?)')?(?: -> '.+')?$", text):
         number, said, path = int(found[1]), found[2], found[3]
-    elif error.errno is not None and error.strerror is not None and error.filename is not None:
-        number, said, path = error.errno, error.strerror, str(error.filename)
-    else:
-        key = next((key for key, value in _paths(written) if "/" in value and value in text), None)
+    elif number is None or said is None or path is None:
+        key = next((key for key, value in paths if "/" in value and value in text), None)
         return f"{key}: {text}" if key and not _is_ours(error) else text
     what = _SYSTEM.get(number, said)
     if path is None:
-        space = {f"{key}={value}": _free_space(value) for key, value in _paths(written) if key in _WRITTEN_TO}
+        space = {f"{key}={value}": _free_space(value) for key, value in paths if key in _WRITTEN_TO}
         fullest = [setting for setting, free in space.items() if free == min(space.values())]
         return f"{what}, where {' and '.join(fullest)} is" if space and number in _FULL else what
-    full = os.path.abspath(path)
-    below = [(key, value) for key, value in _paths(written) if f"{full}/".startswith(f"{os.path.abspath(value)}/")]
-    key, _ = max(below, key=lambda item: len(os.path.abspath(item[1])), default=("", ""))
+    full = os.path.abspath(str(path))
+    above = {key: os.path.abspath(value) for key, value in paths}
+    keys = [key for key, folder in above.items() if f"{full}/".startswith(f"{folder}/")]
+    key = max(keys, key=lambda key: len(above[key]), default=None)
     return f"{key}: {path}: {what}" if key else f"{path}: {what}"
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
 def _free_space(path: str) -> int:
-    """Bytes left on the disk that a path is on, or would be."""
+    """Count the bytes left on the disk that a path is on, or would be."""
     folder = Path(path).absolute()
     return shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
 
 
-_WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")
-
-
-def _texts(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Keys whose values are texts, with these."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _texts(value, f"{above}{name}.")
-        elif isinstance(value, str) and name != "_target_":
-            yield f"{above}{name}", value
-
-
-def _paths(written: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys whose values may be paths, with these."""
-    return [(key, value) for key, value in _texts(written) if value not in ("", ".", "/") and "${" not in value]
-
-
-def _of_config(error: OmegaConfBaseException, written: Mapping[str, Any]) -> str:
-    """What OmegaConf finds wrong, with the key at which it is written."""
+def _of_config(error: OmegaConfBaseException, unresolved: Mapping[str, Any]) -> str:
+    """Say what OmegaConf finds wrong, with the key at which it is written."""
     text = first_line(error)
     full_key = re.search("full_key: (.+)", str(error))
-    key = written_at(written, full_key[1]) if full_key else ""
+    key = defining_key(unresolved, full_key[1]) if full_key else ""
     if missing := re.search("Interpolation key '(.+)' not found", text):
-        key = next((key for key, value in _texts(written) if f"${{{missing[1]}}}" in value), key)
+        reference = f"${{{missing[1]}}}"
+        key = next((name for name, value in flat(unresolved) if isinstance(value, str) and reference in value), key)
         return f"{key} refers to the key {missing[1]}, and there is none"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"there is no key {key}, which is needed"

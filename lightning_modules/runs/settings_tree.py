@@ -1,14 +1,15 @@
 """The tree of settings in conf/: which keys and choices there are, and which of them was probably meant."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+
+from lightning_modules.runs.messages import flat
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -16,16 +17,12 @@ CLOSE = 0.75  # of two names, as difflib counts: `temp` is not yet close to `tem
 
 
 def options(group: str) -> list[str]:
-    """The files of a group."""
+    """List the files of a group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 class SettingsTree:
-    """The keys of the config that some command line composes.
-
-    Args:
-        overrides: of which those are heeded that choose a file of a group which is there.
-    """
+    """The keys of the config that a command line composes, by overrides that choose an existing file of a group."""
 
     def __init__(self, overrides: Sequence[str] = ()) -> None:
         self.choices: dict[str, str] = {}
@@ -36,29 +33,26 @@ class SettingsTree:
 
     @cached_property
     def keys(self) -> list[str]:
-        """All dotted keys, of nodes as well; those of the defaults where the choices do not go together."""
+        """All dotted keys, also of nodes; those of the defaults where the choices do not go together."""
         return self._composed(self.choices) or self._composed({})
 
     def similar(self, name: str) -> list[str]:
-        """Keys or groups of that name elsewhere, or one that is spelt almost so; none that only Hydra reads."""
+        """Find keys or groups of that name elsewhere, or one that is spelt almost so; none that only Hydra reads."""
         keys = [key for key in dict.fromkeys([*GROUPS, *self.keys]) if not key.startswith("hydra.")]
         if name in keys:
             return [name]
         parent, _, last = name.rpartition(".")
-        elsewhere = [key for key in keys if f".{key}".endswith(f".{name}")]
-        if elsewhere:
+        if elsewhere := [key for key in keys if f".{key}".endswith(f".{name}")]:
             return sorted(elsewhere, key=lambda key: (key.count("."), len(key)))[:3]
         keys = [key for key in keys if not name.startswith(f"{key}.")]
         longer = [key for key in keys if key.startswith(name) and key.rpartition(".")[0] == parent]
+        if close := longer[:1] or get_close_matches(name, keys, 1, CLOSE):
+            return close
         by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        return (
-            longer[:1]
-            or get_close_matches(name, keys, 1, CLOSE)
-            or [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
-        )
+        return [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
 
     def having(self, key: str) -> list[str]:
-        """The choices of the key's group with which there is such a key."""
+        """List the choices of the key's group with which there is such a key."""
         group = key.partition(".")[0]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group = "task"
@@ -66,7 +60,7 @@ class SettingsTree:
         return [f"{group}={other}" for other in others if key in self._composed({**self.choices, group: other})]
 
     def around(self, key: str) -> tuple[str, list[str]]:
-        """The node that the key would be in, or the nearest above it that is one, and the names in it."""
+        """Find the node that the key would be in, or the nearest one above; returns it and the names in it."""
         parent = key.rpartition(".")[0]
         below = [other.rpartition(".") for other in self.keys]
         names = [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
@@ -78,10 +72,4 @@ class SettingsTree:
                 config = compose("train", [f"{group}={option}" for group, option in choices.items()], True)
         except HydraException:
             return []
-        return list(_flat(OmegaConf.to_container(config)))
-
-
-def _flat(node: Any, above: str = "") -> Iterator[str]:
-    for name, value in node.items() if isinstance(node, Mapping) else ():
-        yield f"{above}{name}"
-        yield from _flat(value, f"{above}{name}.")
+        return [key for key, _ in flat(OmegaConf.to_container(config))]

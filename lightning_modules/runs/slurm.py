@@ -10,25 +10,24 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_modules.ranks import is_first
 from lightning_modules.runs.checkpoints import read_checkpoint
 
 
 def job_id() -> str | None:
-    """The SLURM job of this process, which keeps its number when it is requeued; None elsewhere.
+    """Return the SLURM job of this process, which keeps its number when it is requeued.
 
-    None for interactive jobs as well: there, commands are typed one after another.
+    None elsewhere, and for interactive jobs: there, commands are typed one after another.
     """
     if SLURMEnvironment.job_id() is None:
         return None
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def run_id() -> str | None:
-    """Which run this is: a command of a SLURM job; None elsewhere.
+    """Return which run this is: a command of a SLURM job; None elsewhere.
 
     A job may have several commands, in turn or side by side, and the numbers of their steps depend on which is first.
     """
@@ -38,13 +37,8 @@ def run_id() -> str | None:
     return f"{job}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
 
 
-def was_requeued() -> bool:
-    """Whether SLURM says that the job had been started before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-
-
 def is_own_checkpoint(path: Path) -> bool:
-    """Whether this very run has saved that checkpoint, before it was requeued."""
+    """Say if this very run has saved that checkpoint, before it was requeued."""
     if (run := run_id()) is None:
         return False
     # Lightning's own checkpoints of requeued jobs do not say whose they are: those in a run's folder are its.
@@ -78,14 +72,13 @@ class Requeue:
 
     def now(self) -> None:
         """Requeue the job, if that was asked for and has not been done."""
-        if self._asked and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self._asked = False
-            job = job_id()
+        if self._asked and is_first():
+            self._asked, job = False, job_id()
             try:
                 subprocess.run(["scontrol", "requeue", str(job)], check=True)
-                print(f"SLURM job {job} is requeued, and goes on where it stopped", flush=True)
+                print(f"SLURM job {job} is requeued, and resumes where it stopped", flush=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                print(f"SLURM job {job} could not be requeued ({error}); ckpt_path=auto goes on", flush=True)
+                print(f"SLURM job {job} could not be requeued ({error}); ckpt_path=auto resumes it", flush=True)
 
 
 requeue = Requeue()

@@ -1,4 +1,4 @@
-"""The pipeline: jobs that build on one another, run for several seeds, and one table of what each row scores."""
+"""The pipeline: jobs that build on one another, run for several seeds, and one table of what they score."""
 
 import json
 import subprocess
@@ -35,22 +35,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what the decoder of a job scores by a strategy."""
+    """A row of the table: what a job's decoder scores by a strategy."""
 
     job: str
     strategy: str
 
 
 class Pipeline:
-    """Runs what is not there yet, in order, and writes pipeline.csv, .json, .md and .png.
+    """Runs the jobs that are not done yet, in order, and writes pipeline.csv, .json, .md and .png.
 
-    A job that was killed goes on from its last checkpoint.
+    A job that was killed resumes from its last checkpoint.
 
     Args:
-        folder: where everything goes, <folder>/seed-<seed>/<job>.
-        seeds: of whole pipelines.
+        folder: of everything; a job runs in <folder>/seed-<seed>/<job>.
+        seeds: each runs all jobs.
         jobs: by name, each after those that it builds on.
-        rows: by title; the first is what the others are compared with.
+        rows: of the table, by title; the first is what the others are compared with.
     """
 
     def __init__(self, folder: str, seeds: Sequence[int], jobs: Mapping[str, Job], rows: Mapping[str, Row]) -> None:
@@ -96,32 +96,20 @@ class Pipeline:
             return
         results = {title: self._result(title, row, seeds) for title, row in self.rows.items()}
         base = next(iter(results.values()))
-        table = []
-        for title, result in results.items():
-            gain, low, high = result.gain_over(base)
-            table.append(
-                {
-                    "row": title,
-                    **{task: round(result.tasks[task], 4) for task in TASKS},
-                    "overall": round(result.overall, 4),
-                    **dict(zip(("low_95", "high_95"), (round(x, 4) for x in result.interval()), strict=True)),
-                    **{"gain": round(gain, 4), "gain_low_95": round(low, 4), "gain_high_95": round(high, 4)},
-                    "decoder_forwards_per_image": round(result.decoder_forwards, 1),
-                    "verifier_calls_per_image": round(result.verifier_calls, 1),
-                    "images_per_second": round(1 / result.seconds, 2),
-                    "objects_per_image": round(result.objects, 3),
-                }
-            )
-        about = {"benchmark": "GenEval", "seeds": seeds, "images_per_row": len(base.rows), "rows": table}
-        write_text(self.folder / "pipeline.json", json.dumps(about, indent=2) + "\n")
-        write_text(self.folder / "pipeline.md", _markdown(table))
+        table = [_table_row(title, result, base) for title, result in results.items()]
+        report = {"benchmark": "GenEval", "seeds": seeds, "images_per_row": len(base.rows), "rows": table}
+        write_text(self.folder / "pipeline.json", json.dumps(report, indent=2) + "\n")
+        columns = [key for key in table[0] if key != "row"]
+        lines = ["| row | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        lines += [f"| {row['row']} | " + " | ".join(str(row[key]) for key in columns) + " |" for row in table]
+        write_text(self.folder / "pipeline.md", "\n".join(lines) + "\n")
         write_csv(table, self.folder / "pipeline.csv")
         _plot(table, self.folder / "pipeline.png")
         print_table(results)
 
     def _result(self, title: str, row: Row, seeds: Sequence[int]) -> StrategyResult:
-        """All seeds' images of a row as one result."""
-        rows: list[dict[str, Any]] = []
+        """Put the images of all seeds for a row of the table into one result."""
+        images: list[dict[str, Any]] = []
         reports = []
         for seed in seeds:
             folder = self._folder_of(seed, row.job)
@@ -131,34 +119,31 @@ class Pipeline:
                 raise ValueError(f"pipeline.rows: {title!r} names the strategy {row.strategy!r}; there are: {known}")
             reports.append(strategies[row.strategy])
             found = read_jsonl(folder / "results.jsonl")
-            rows += [each for _, each in found if each["filename"].startswith(f"{row.strategy}/")]
-
-        def mean(key: str) -> float:
-            return float(np.mean([report[key] for report in reports]))
-
-        return StrategyResult(
-            name=title,
-            overall=mean("overall"),
-            tasks={task: float(np.mean([report["tasks"][task] for report in reports])) for task in TASKS},
-            rows=rows,
-            thumbnails={},
-            decoder_forwards=mean("decoder_forwards_per_image"),
-            verifier_calls=mean("verifier_calls_per_image"),
-            seconds=mean("seconds_per_image"),
-            objects=mean("objects_per_image"),
-            independent={},
-        )
+            images += [image for _, image in found if image["filename"].startswith(f"{row.strategy}/")]
+        tasks = {task: float(np.mean([report["tasks"][task] for report in reports])) for task in TASKS}
+        keys = ("overall", "decoder_forwards_per_image", "verifier_calls_per_image", "seconds_per_image",
+                "objects_per_image")  # fmt: skip
+        means: Any = {key.removesuffix("_per_image"): float(np.mean([each[key] for each in reports])) for key in keys}
+        return StrategyResult(name=title, tasks=tasks, rows=images, thumbnails={}, independent={}, **means)
 
 
-def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    columns = [key for key in table[0] if key != "row"]
-    lines = ["| row | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {row['row']} | " + " | ".join(str(row[key]) for key in columns) + " |" for row in table]
-    return "\n".join(lines) + "\n"
+def _table_row(title: str, result: StrategyResult, base: StrategyResult) -> dict[str, Any]:
+    low, high = result.interval()
+    gain, gain_low, gain_high = result.gain_over(base)
+    scores = {**result.tasks, "overall": result.overall, "low_95": low, "high_95": high}
+    scores |= {"gain": gain, "gain_low_95": gain_low, "gain_high_95": gain_high}
+    return {
+        "row": title,
+        **{name: round(value, 4) for name, value in scores.items()},
+        "decoder_forwards_per_image": round(result.decoder_forwards, 1),
+        "verifier_calls_per_image": round(result.verifier_calls, 1),
+        "images_per_second": round(1 / result.seconds, 2),
+        "objects_per_image": round(result.objects, 3),
+    }
 
 
 def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A bar for each row with its interval."""
+    """Draw a bar for each row with its interval."""
     figure = Figure(figsize=(9, 0.5 * len(table) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     overall = np.array([row["overall"] for row in table])

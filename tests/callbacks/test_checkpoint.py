@@ -1,4 +1,4 @@
-"""Runs that go on take the batch that comes next, and know their best weights wherever they are."""
+"""Resumed runs take the batch that comes next, and know their best weights wherever they are."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def train(
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])
 @pytest.mark.parametrize(("limit", "first", "more"), [("max_steps", 4, 7), ("max_epochs", 2, 4)])
-def test_a_run_that_is_given_more_goes_on_as_if_it_had_had_it(
+def test_a_run_that_is_given_more_resumes_as_if_it_had_had_it(
     tmp_path: Path, batches: int, limit: str, first: int, more: int
 ) -> None:
     straight = train(tmp_path / "straight", batches, **{limit: more}).seen
@@ -96,7 +96,7 @@ def score(folder: Path, scores: Sequence[float], ckpt_path: Path | None = None) 
     return float(best.best_model_score), saved["global_step"]
 
 
-def test_the_best_weights_stay_the_best_wherever_a_run_goes_on(tmp_path: Path) -> None:
+def test_the_best_weights_stay_the_best_wherever_a_run_resumes(tmp_path: Path) -> None:
     old = tmp_path / "old"
     assert score(old, [0.1, 0.8, 0.3]) == (pytest.approx(0.8), 4)
     shutil.copytree(old, tmp_path / "moved", symlinks=True)

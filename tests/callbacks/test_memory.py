@@ -68,10 +68,10 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
             decoder.commit(state, decoder.propose(state, 1), torch.zeros(images, dtype=torch.int64))
 
     @torch.no_grad()
-    def look() -> None:
+    def decode_images() -> None:
         tokenizer.decode(torch.zeros(images, decoder.num_tokens, dtype=torch.int64))
 
-    measured = max(peak_mebibytes(decode), peak_mebibytes(look)) * 2**20
+    measured = max(peak_mebibytes(decode), peak_mebibytes(decode_images)) * 2**20
     assert decoding_activations(decoder, images, 12, 4) == pytest.approx(measured, rel=0.35)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from callbacks.runs import _hold, checkpoint_to_resume, run_folder
+from callbacks.runs import checkpoint_to_resume, run_folder, try_to_hold
 from lightning_modules.runs.checkpoints import newest_checkpoint
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
@@ -25,7 +25,7 @@ def at_work(folder: Path) -> Any:
     begun = FORK.Event()
 
     def work() -> None:
-        if _hold(folder):
+        if try_to_hold(folder):
             begun.set()
             time.sleep(10_000)
 
@@ -73,7 +73,7 @@ def test_two_runs_are_never_at_work_in_one_folder(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith(f"Error: another run is at work in {tmp_path}/run; give")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints"]
-    assert run_folder(str(tmp_path), "fit", "auto") != f"{tmp_path}/run"  # nor does it go on there
+    assert run_folder(str(tmp_path), "fit", "auto") != f"{tmp_path}/run"  # nor does it resume there
     other.kill()
     other.join()
     assert run_folder(str(tmp_path), "fit", "auto") == f"{tmp_path}/run" and kept.is_file()
@@ -87,7 +87,7 @@ def test_what_does_not_run_leaves_no_folder(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not list(tmp_path.glob("outputs/*/*"))
 
 
-def test_a_run_goes_on_in_the_folder_of_the_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_run_resumes_in_the_folder_of_the_newest_checkpoint(tmp_path: Path) -> None:
     parent = str(tmp_path / "parm")
     assert Path(run_folder(parent, "fit", "auto")).parent == Path(parent)
     for name in "bac":
@@ -143,7 +143,7 @@ def test_a_command_of_a_slurm_job_is_a_run(tmp_path: Path, slurm: Callable[..., 
     other.kill()
 
 
-def test_a_slurm_job_goes_on_from_its_own_checkpoint_alone(tmp_path: Path, slurm: Callable[..., None]) -> None:
+def test_a_slurm_job_resumes_from_its_own_checkpoint_alone(tmp_path: Path, slurm: Callable[..., None]) -> None:
     slurm("7", "seed=1")
     save(tmp_path, "checkpoints/last.ckpt", 3, run_id())
     last = str(tmp_path / "checkpoints" / "last.ckpt")

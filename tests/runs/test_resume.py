@@ -1,4 +1,4 @@
-"""Runs that are stopped at any moment and go on end exactly where straight ones do."""
+"""Runs that are stopped at any moment and resumed end exactly where straight ones do."""
 
 import json
 import re
@@ -86,7 +86,7 @@ JOB = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "
 
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("dirs", [[], ["hydra.run.dir=fixed"]])
-def test_a_requeued_job_goes_on_and_tests_its_last_weights(tmp_path: Path, dirs: list[str]) -> None:
+def test_a_requeued_job_resumes_and_tests_its_last_weights(tmp_path: Path, dirs: list[str]) -> None:
     small = [
         *SMALL_PARM,
         "callbacks.geneval.test_strategies=[sample,verified_best_of_4]",

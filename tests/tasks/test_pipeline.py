@@ -60,7 +60,7 @@ def test_jobs_run_in_order_with_the_folders_of_those_they_build_on(pipeline: Pip
     assert f"parm.checkpoint='{pipeline.folder}/seed-1/base/weights'" in runs[3]
 
 
-def test_what_is_there_is_not_run_again_and_what_was_killed_goes_on(pipeline: Pipeline) -> None:
+def test_what_is_there_is_not_run_again_and_what_was_killed_resumes(pipeline: Pipeline) -> None:
     pipeline.run()
     job = pipeline.folder / "seed-1" / "better"
     (job / "geneval.json").unlink()
@@ -102,7 +102,7 @@ def test_impossible_pipelines_are_refused(tmp_path: Path, seeds: list[int], row:
         Pipeline(str(tmp_path), seeds, {"base": Job([])}, {"baseline": row})
 
 
-def test_a_rung_of_an_unknown_strategy_is_named(pipeline: Pipeline) -> None:
+def test_a_row_of_an_unknown_strategy_is_named(pipeline: Pipeline) -> None:
     pipeline.rows = {"baseline": Row("base", "magic")}
     with pytest.raises(ValueError, match="names the strategy 'magic'; there are: sample"):
         pipeline.run()
