@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from lightning_modules.ranks import is_first
 from lightning_modules.runs import slurm
-from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, remember_found, shown
+from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, read_checkpoint, remember_found, shown
 from lightning_modules.runs.checks import refuse_wrong_texts
 from lightning_modules.runs.messages import sentence
 
@@ -85,8 +85,11 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str 
     was saved by the same command of the same job before that was requeued.
     """
     say = rank_zero_only(partial(print, flush=True))
-    found = newest_checkpoint(folder, thorough=True)
-    if found and (ckpt_path == "auto" or (slurm.is_own_checkpoint(found) and not _is_over(folder))):
+    found, run = newest_checkpoint(folder, thorough=True), slurm.run_id()
+    is_own = False
+    if found and run and not _is_over(folder):  # Lightning's own checkpoints do not say whose they are
+        is_own = found.name.startswith("hpc_ckpt_") or read_checkpoint(str(found)).get("slurm_run") == run
+    if found and (ckpt_path == "auto" or is_own):
         say(f"The run resumes from {shown(found)}")
         return str(found)
     if ckpt_path == "auto":

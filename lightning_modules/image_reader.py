@@ -4,7 +4,7 @@ import hashlib
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -22,8 +22,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # How an image of EXIF orientation 2, 3, ... is turned upright. ImageOps.exif_transpose would also write the other EXIF
 # data anew, and fails where one of these is broken.
 _Turn = Image.Transpose
-_TURNS = dict(enumerate((_Turn.FLIP_LEFT_RIGHT, _Turn.ROTATE_180, _Turn.FLIP_TOP_BOTTOM, _Turn.TRANSPOSE,
-                         _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90), 2))  # fmt: skip
+_TURNS: dict[Any, Image.Transpose] = dict(enumerate((
+    _Turn.FLIP_LEFT_RIGHT, _Turn.ROTATE_180, _Turn.FLIP_TOP_BOTTOM, _Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE,
+    _Turn.ROTATE_90,
+), 2))  # fmt: skip
 
 
 class UnreadableImage(ValueError):
@@ -67,7 +69,9 @@ def read_image(source: ImageSource, name: str) -> ReadImage:
             if kind != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
                 raise UnreadableImage(f"{name} has {frames} frames, so which image is meant is unknown")
             image.load()
-            turn = _TURNS.get(_orientation(image))
+            turn = None
+            with suppress(Exception):  # EXIF data that cannot be parsed turn nothing, as in any viewer
+                turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             colors = image.convert("RGBA" if image.has_transparency_data else "RGB")
             transparent = colors.mode == "RGBA" and colors.getchannel("A").getextrema()[0] != 255
             if transparent:
@@ -113,11 +117,3 @@ def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) if isinstance(error, OSError | SyntaxError | ValueError) else repr(error)
-
-
-def _orientation(image: Image.Image) -> Any:
-    """Return the EXIF orientation of a loaded image, None where there is none."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # EXIF data that cannot be parsed turn nothing, as in any viewer
-        return None

@@ -5,14 +5,12 @@ import hashlib
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from lightning_modules.ranks import is_first
-from lightning_modules.runs.checkpoints import read_checkpoint
 
 
 def job_id() -> str | None:
@@ -35,14 +33,6 @@ def run_id() -> str | None:
         return None
     command = "\n".join(sorted(HydraConfig.get().overrides.task))
     return f"{job}-{hashlib.sha256(command.encode()).hexdigest()[:8]}"
-
-
-def is_own_checkpoint(path: Path) -> bool:
-    """Say if this very run has saved that checkpoint, before it was requeued."""
-    if (run := run_id()) is None:
-        return False
-    # Lightning's own checkpoints of requeued jobs do not say whose they are: those in a run's folder are its.
-    return path.name.startswith("hpc_ckpt_") or read_checkpoint(str(path)).get("slurm_run") == run
 
 
 class Requeue:
