@@ -1,6 +1,5 @@
 """Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
-import hashlib
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,6 @@ from omegaconf import OmegaConf
 from lightning_modules.broken_files import read_torch
 from lightning_modules.files import remove
 
-_ROOT = Path(__file__).parents[2]
-_ROOMS = ("callbacks", "datamodules", "lightning_modules")
 # What a checkpoint that is not trained on has to share with the config: the networks.
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 # What a resumed run may change: where rollouts are kept, and what is only measured.
@@ -140,14 +137,6 @@ def forget_refused(folder: Path) -> None:
                 remove(folder / name)
             if was_empty is None:
                 folder.rmdir()
-
-
-def code() -> str:
-    """Hash the project's own code: what other code has made is not taken for what this would make."""
-    digest = hashlib.sha256()
-    for path in sorted(path for room in _ROOMS for path in (_ROOT / room).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) -> dict[str, Any]:
