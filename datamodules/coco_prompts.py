@@ -23,12 +23,12 @@ _PARTNERS = 40  # coloured objects that each one is combined with: of 200,000 co
 
 @cache
 def official_prompts() -> tuple[Metadata, ...]:
-    """The 553 prompts of the benchmark, in their order."""
+    """Return the 553 prompts of the benchmark, in their order."""
     return tuple(row for _, row in read_jsonl(OFFICIAL_FILE))
 
 
 def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
-    """What a prompt names, by kind: class-colour pairs, a class pair, a triple, a count of a class."""
+    """Give what a prompt names, by kind: class-colour pairs, a class pair, a triple, a count of a class."""
     clauses = row["include"]
     names = [clause["class"] for clause in clauses]
     yield from (("color", (clause["class"], clause["color"])) for clause in clauses if "color" in clause)
@@ -43,14 +43,14 @@ def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
 
 @cache
 def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
-    """All prompts of a split, by task; but for the official ones in an order that is shuffled once and for all."""
+    """Return all prompts of a split, by task; but for the official ones in an order shuffled once and for all."""
     check_split(split)
     if split == "evaluation":
         return by_task(official_prompts())
     held_out = {combination for row in official_prompts() for combination in _combinations(row)}
 
     def own(kind: str, items: Iterable[tuple]) -> list[tuple]:
-        """The combinations of a kind that belong to the split; the same in every process."""
+        """Return the combinations of a kind that belong to the split; the same in every process."""
         key = frozenset if kind == "pair" else tuple
         free = [item for item in items if (kind, key(item)) not in held_out]
         random.Random(f"coco {kind}").shuffle(free)

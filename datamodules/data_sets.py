@@ -15,7 +15,7 @@ from lightning_modules.broken_files import first_line
 
 
 def load_split(path: str, split: str) -> Dataset:
-    """The rows of a folder written by `datasets` (of its split, where it has several), or of OWNER/NAME on the hub.
+    """Load rows from a folder written by `datasets` (from its split, where it has several), or OWNER/NAME on the hub.
 
     Raises:
         FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.

@@ -29,7 +29,7 @@ def prompts_from_file(
     official: bool = False,
     per_task: int | Mapping[str, int] | None = None,
 ) -> list[Metadata]:
-    """The prompts of a JSONL file in GenEval's format.
+    """Read the prompts of a JSONL file in GenEval's format.
 
     Args:
         path: of the file, or `bundled:geneval_prompts`, the official prompts.
@@ -52,7 +52,7 @@ def prompts_from_dataset(
     official: bool = False,
     per_task: int | Mapping[str, int] | None = None,
 ) -> list[Metadata]:
-    """The prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
+    """Read the prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
 
     Its columns are the keys of GenEval's format (`tag`, `include`, `exclude`, `prompt`), or it has one column,
     `metadata`, with their JSON. Columns give every clause all keys, those that it lacks as None, and a position's index
@@ -68,20 +68,20 @@ def prompts_from_dataset(
     """
     rows = []
     for number, stored in enumerate(load_split(path, split)):
-        where = f"{path}, row {number}"
+        place = f"{path}, row {number}"
         row = _plain(stored)
         if "metadata" in row:
             try:
                 row = json.loads(row["metadata"])
             except ValueError as error:
-                raise ValueError(f"{where}: metadata is not valid JSON: {error}") from error
-        validate_metadata(row, tuple(class_names), where)
+                raise ValueError(f"{place}: metadata is not valid JSON: {error}") from error
+        validate_metadata(row, tuple(class_names), place)
         rows.append(row)
     return _checked(rows, path, official, per_task)
 
 
 def _plain(value: Any) -> Any:
-    """What a row was before it became columns."""
+    """Undo what columns did to a row."""
     if isinstance(value, Mapping):
         plain = {key: _plain(item) for key, item in value.items() if item is not None}
         if isinstance(plain.get("position"), list):
@@ -91,15 +91,15 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(
-    rows: list[Metadata], where: str, official: bool, per_task: int | Mapping[str, int] | None
+    rows: list[Metadata], place: str, official: bool, per_task: int | Mapping[str, int] | None
 ) -> list[Metadata]:
     if official and (found := differences(rows)):
-        raise ValueError(f"{where}: these are not the official prompts: {'; '.join(found)}")
+        raise ValueError(f"{place}: these are not the official prompts: {'; '.join(found)}")
     return rows if per_task is None else pick(by_task(rows), per_task)
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A phrase that says how many prompts occur more than once, and which one most often; none if none does."""
+    """Say how many prompts occur more than once, and which one most often, in one phrase; none if none does."""
     counts = Counter(row["prompt"] for row in rows)
     several = sum(count > 1 for count in counts.values())
     prompt, most = next(iter(counts.most_common(1)), ("", 0))
@@ -107,7 +107,7 @@ def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What sets prompts apart from the official 553, a phrase each: missing, surplus, repeated, altered."""
+    """Name what sets prompts apart from the official 553, a phrase each: missing, surplus, repeated, altered."""
     official, distinct = (
         {json.dumps(row, sort_keys=True): row["tag"] for row in each} for each in (official_prompts(), rows)
     )
@@ -120,12 +120,12 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def unofficial(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each of the differences, for a score that is not comparable because of them."""
+    """Say in a sentence for each difference why a score is not that of the official benchmark."""
     return [f"not the official prompt set: {phrase}" for phrase in differences(rows)]
 
 
 def sample_path(prompt: int, sample: int) -> str:
-    """Where an image lies in a folder in GenEval's layout."""
+    """Return the path of an image within a folder in GenEval's layout."""
     return f"{prompt:05d}/samples/{sample:04d}.png"
 
 

@@ -43,18 +43,18 @@ class PromptFolder:
     others: tuple[str, ...]
 
     def name(self, file: str) -> str:
-        """What an image is called in results and sentences."""
+        """Name an image for results and sentences."""
         return f"{self.path.name}/samples/{file}"
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What is judged: the prompt, and the bytes of its images as they are when this is first asked."""
+        """The prompt and hashes of its images' bytes, as they are when this is first read."""
         images = {file: _content(self.path / "samples" / file) for file in self.files}
         return {"prompt": self.metadata, "images": images, "others": self.others}
 
 
 def _content(path: Path) -> str | None:
-    """A hash of a file's bytes; None of one that cannot be read, such as a link that leads nowhere."""
+    """Hash a file's bytes; None for one that cannot be read, such as a link that leads nowhere."""
     try:
         return hash_image(path, str(path))
     except UnreadableImage:
@@ -62,7 +62,7 @@ def _content(path: Path) -> str | None:
 
 
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
-    """The prompts of a folder of images, in the order of their numbers.
+    """Find the prompts of a folder of images, in the order of their numbers.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -91,20 +91,20 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
 
 
 def unnumbered(images: str | Path) -> list[str]:
-    """Names of the folders that `scan` takes for no prompts."""
+    """Name the folders that `scan` takes for no prompts."""
     names = (path.name for path in Path(images).iterdir() if path.is_dir())
     return sorted(name for name in names if not re.fullmatch(_NUMBER, name) and name[0] != ".")
 
 
 def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
-    about, samples = folder / "metadata.jsonl", folder / "samples"
-    if not about.is_file():
-        raise ValueError(f"{about}: there is no such file, so what the images should show is unknown")
-    prompts = [prompt for _, prompt in read_jsonl(about)]
+    file, samples = folder / "metadata.jsonl", folder / "samples"
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file, so what the images should show is unknown")
+    prompts = [prompt for _, prompt in read_jsonl(file)]
     if len(prompts) != 1:
-        raise ValueError(f"{about}: must hold one prompt in one line, not {len(prompts)}")
+        raise ValueError(f"{file}: must hold one prompt in one line, not {len(prompts)}")
     metadata = prompts[0]
-    validate_metadata(metadata, class_names, str(about))
+    validate_metadata(metadata, class_names, str(file))
     names = sorted(path.name for path in samples.iterdir() if path.name[0] != ".") if samples.is_dir() else []
     files = [name for name in names if re.fullmatch(_NUMBER + r"\.(png|jpe?g|webp)", name, re.IGNORECASE)]
     if not files:

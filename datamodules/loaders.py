@@ -19,7 +19,7 @@ class _BatchesFrom(BatchSampler):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that knows its place in the epoch: Lightning saves it, and a resumed run goes on with the next batch."""
+    """A loader that knows its place in the epoch: Lightning saves it, and a resumed run begins with the next batch."""
 
     _served = 0
 
@@ -47,14 +47,14 @@ def make_loader(
     shuffle: bool = False,
     num_workers: int = 0,
 ) -> DataLoader[Any]:
-    """A loader of this rank's share (the Trainer must not replace the sampler: `use_distributed_sampler: false`).
+    """Return a loader of this rank's rows (the Trainer must not replace the sampler: `use_distributed_sampler: false`).
 
     Args:
         dataset: with a length.
         trainer: knows the rank, the number of ranks and, through `set_epoch`, the epoch that orders a shuffle.
         batch_size: rows a batch, per rank.
         collate_fn: rows -> batch.
-        train: pad the shares to equal length; else row i goes to rank i modulo the number of ranks, once.
+        train: pad to equal length on all ranks; else row i goes to rank i modulo the number of ranks, once.
         shuffle: a new order every epoch, the same after a resume.
         num_workers: processes that load; 0 loads in the main process.
     """

@@ -105,7 +105,7 @@ def make_pairs(
 
 
 def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list[float]:
-    """Weights that give each task that occurs the same total, divided within it by `shares`, but none over `limit`.
+    """Weigh pairs so that tasks have equal totals, divided within each by `shares`, and no weight is over `limit`.
 
     Without the limit they are 1 on average.
     """
@@ -118,7 +118,7 @@ def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list
 
 @torch.no_grad()
 def reference_log_probs(decoder: TokenDecoder, pairs: Mapping[str, list[Any]]) -> dict[str, list[float]]:
-    """log p of the `chosen` and `rejected` images of some pairs."""
+    """Return log p of the `chosen` and the `rejected` images of some pairs."""
     device = next(decoder.parameters()).device
     chosen, rejected = (torch.tensor(pairs[side], device=device) for side in SIDES)
     chosen, rejected = decoder.pair_log_probs(pairs["prompt"], chosen, rejected, pairs["seed"])
@@ -126,7 +126,7 @@ def reference_log_probs(decoder: TokenDecoder, pairs: Mapping[str, list[Any]]) -
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Some pairs -> a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
+    """Turn pairs into a batch of `DPOModule`; what is known of both sides comes as [2B, ...], chosen ones first."""
     lists = ("prompt", "seed", "ref_chosen", "ref_rejected")
     batch: dict[str, Any] = {name: [row[name] for row in rows] for name in lists}
     for name in SIDES:

@@ -168,7 +168,7 @@ class PreferenceFile:
         raise ValueError(f"{column!r} holds neither an image nor tokens but {short(value)}")
 
     def cache_key(self) -> str:
-        """A hash of all that pairs are made of: prompts, the bytes of images, tokens, weights, and their order.
+        """Hash all that pairs are made of: prompts, the bytes of images, tokens, weights, and their order.
 
         Raises:
             ValueError: see `encode`.

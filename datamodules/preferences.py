@@ -34,7 +34,7 @@ def ensemble(
     columns: Mapping[str, list[Any]],
     batch_size: int,
 ) -> np.ndarray:
-    """Weighted sum of what judges say of finished rollouts, [N]; a verifier's value counts as a probability."""
+    """Sum what judges say of finished rollouts by their weights, [N]; a verifier's value counts as a probability."""
     metadata = [json.loads(text) for text in columns["metadata"]]
     tokens = torch.tensor(columns["tokens"], device=next(decoder.parameters()).device)
     scores = np.zeros(len(tokens))

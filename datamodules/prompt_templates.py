@@ -13,17 +13,17 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
 def plural(noun: str) -> str:
-    """The noun with an s, or with es after an s."""
+    """Put a noun in the plural: with an s, or with es after an s."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
 def clause(name: str, color: str | None = None, count: int = 1) -> Metadata:
-    """What a prompt asks of one class: how many objects, and of which colour."""
+    """Return a clause: so many objects of a class, in one colour if it is given."""
     return {"class": name, "count": count, **({"color": color} if color else {})}
 
 
 def _phrase(part: Metadata) -> str:
-    """'a NAME', 'an ORANGE NAME', 'two NAMEs'."""
+    """Say a clause: 'a NAME', 'an ORANGE NAME', 'two NAMEs'."""
     if part["count"] > 1:
         return f"{NUMBERS[part['count']]} {plural(part['class'])}"
     noun = f"{part['color']} {part['class']}" if "color" in part else part["class"]
@@ -31,7 +31,7 @@ def _phrase(part: Metadata) -> str:
 
 
 def make_row(task: str, *include: Metadata) -> Metadata:
-    """Return GenEval metadata of a task with the sentence that says its clauses; `counting` asks for no more than that.
+    """Return GenEval metadata of a task, with the sentence for its clauses; `counting` excludes one object more.
 
     In `position` the second clause says where its object is, seen from that of the first: 'a photo of a SECOND left of
     a FIRST'.
@@ -58,7 +58,7 @@ def change_clause(row: Metadata, index: int, **changes: Any) -> Metadata:
 
 
 def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """`per_task` prompts of each task in a pool, or of those that it names, task after task; None is for all.
+    """Pick `per_task` prompts of each task in a pool, or of those that it names, task after task; None is for all.
 
     A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed.
 

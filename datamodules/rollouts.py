@@ -206,7 +206,7 @@ def _part(rows: range) -> tuple[str, Key]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Some rollouts -> a batch of `PARMModule`."""
+    """Turn rollouts into a batch of `PARMModule`."""
 
     def column(name: str) -> Tensor:
         return torch.from_numpy(np.stack([row[name] for row in rows]))

@@ -18,7 +18,7 @@ _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
 
 def truth(scene: Scene) -> Detections:
-    """What a perfect detector would find in a rendered scene."""
+    """Return what a perfect detector finds in a rendered scene."""
     objects = scene.objects
     return Detections(
         classes=[item.name for item in objects],
@@ -29,7 +29,7 @@ def truth(scene: Scene) -> Detections:
 
 
 def judge(found: Detections, row: Metadata) -> Verdict:
-    """GenEval's verdict on what is in an image; a "shape" in the prompt may be any one of the objects."""
+    """Judge what is in an image by GenEval's rules; a "shape" in the prompt may be any one of the objects."""
     vague = any(clause["class"] == ANYTHING for clause in row["include"])
     meant = range(len(found.classes)) if vague else ()
     read = [
@@ -39,13 +39,13 @@ def judge(found: Detections, row: Metadata) -> Verdict:
 
 
 def labels(found: Detections, row: Metadata, max_words: int, grid: int) -> tuple[Verdict, np.ndarray]:
-    """GenEval's verdict on what is in an image, and the grounding of the prompt in it (see `grounding`)."""
+    """Return GenEval's verdict on what is in an image, and the grounding of the prompt in it (see `grounding`)."""
     words = word_spans(row["prompt"])
     return judge(found, row), grounding(row, found, CLASSES, _RULES.threshold, words, max_words, grid, SIZE)
 
 
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
-    """Every prompt of the same task with one thing changed, and what was changed."""
+    """Give every prompt of the same task with one thing changed, after the name of what was changed."""
     clauses = row["include"]
     for i, clause in enumerate(clauses):
         yield from (("class", change_clause(row, i, **{"class": name})) for name in CLASSES)
@@ -62,7 +62,7 @@ def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
 
 @cache
 def _train_prompts() -> frozenset[str]:
-    """The training prompts, and what `vague` makes of those with colours or two classes."""
+    """Return the training prompts, and what `vague` makes of those with colours or two classes."""
     rows = [row for pool in prompt_pool("train").values() for row in pool]
     vague = (
         change_clause(row, i, **{"class": ANYTHING}, **({"color": color} if "color" in clause else {}))
@@ -75,7 +75,7 @@ def _train_prompts() -> frozenset[str]:
 
 
 def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
-    """A prompt with another class, colour, count or relation, or with its objects in another order.
+    """Return a prompt with another class, colour, count or relation, or with its objects in another order.
 
     Beside a training prompt it is a training prompt too, so that training never names a held-out combination.
     What to change is drawn first, then how: relations have fewer alternatives than classes and matter as much.

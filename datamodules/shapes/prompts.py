@@ -23,21 +23,17 @@ _HELD_OUT = {"color": (6, 10), "pair": (3, 6), "triple": (24, 50)}
 
 
 def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
-    """The part of all combinations of a kind that belongs to a split; the same in every process."""
+    """Return the combinations of a kind that belong to a split; the same in every process."""
     shuffled = list(items)
     random.Random(f"shapes {kind}").shuffle(shuffled)
     validation, evaluation = _HELD_OUT[kind]
-    bounds = {
-        "train": slice(0, -evaluation - validation),
-        "validation": slice(-evaluation - validation, -evaluation),
-        "evaluation": slice(-evaluation, None),
-    }
-    return shuffled[bounds[split]]
+    first, last = len(shuffled) - validation - evaluation, len(shuffled) - evaluation
+    return {"train": shuffled[:first], "validation": shuffled[first:last], "evaluation": shuffled[last:]}[split]
 
 
 @cache
 def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
-    """All distinct prompts of a split, by task, in an order that is shuffled once and for all."""
+    """Return all distinct prompts of a split, by task, in an order that is shuffled once and for all."""
     check_split(split)
     pairs = _divide("pair", combinations(CLASSES, 2), split)
     colored = _divide("color", product(CLASSES, COLORS), split)
@@ -57,12 +53,12 @@ def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
 
 
 def shapes_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """GenEval metadata for prompts of each of the six tasks; see `prompt_templates.pick`."""
+    """Return GenEval metadata for prompts of each of the six tasks; see `prompt_templates.pick`."""
     return pick(prompt_pool(split), per_task)
 
 
 def vocabulary() -> list[str]:
-    """Every word that a shapes prompt can contain, sorted."""
+    """Return every word that a shapes prompt can contain, sorted."""
     words = {word for relation in RELATIONS for word in relation.split()}
     nouns = (*CLASSES, ANYTHING)
     words |= {"a", "an", "photo", "of", "and", *NUMBERS.values(), *nouns, *map(plural, nouns), *COLORS}

@@ -32,7 +32,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
     radii = [RADII[0]] * len(wanted) if len(wanted) > 2 else [int(r) for r in rng.choice(RADII, len(wanted))]
 
     def related(centres: np.ndarray) -> np.ndarray:
-        """Whether the second object lies in the wanted direction of the first, bool [tries]."""
+        """Accept second objects in the wanted direction of the first, bool [TRIES]."""
         assert direction is not None
         axis, sign = direction
         offset = centres[:, 1] - centres[:, 0]
@@ -47,7 +47,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def vague(row: Metadata, rng: np.random.Generator) -> Metadata:
-    """A prompt one of whose clauses now says "shape" for the class and, if it names a colour, any colour."""
+    """Say "shape" for the class in one clause of a prompt and, if it names a colour, any colour."""
     color = COLORS[rng.integers(len(COLORS))]
     i = int(rng.integers(len(row["include"])))
     return change_clause(row, i, **{"class": ANYTHING}, **({"color": color} if "color" in row["include"][i] else {}))
