@@ -166,11 +166,12 @@ class MaskNetwork(TokenDecoder):
         return x, Grid(self._rotary(self.vocabulary.max_text + 1, ids.shape[1]), prefixes)
 
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
-        """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer.
+        """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer, or just the last without features.
 
         Of the codes [R, n] those that are `unknown` are masked. Each prefix has the prompts of as many rows.
         """
-        return self.transformer.run(*self._grid(tokens, unknown, prefixes))
+        grid = self._grid(tokens, unknown, prefixes)
+        return self.transformer.run(*grid) if self.feature_layers else [self.transformer.last(*grid)]
 
     def image_hidden(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """The last hidden states of the image, normalised, [R, n, dim]: those that logits are read from."""
