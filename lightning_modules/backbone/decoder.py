@@ -382,10 +382,10 @@ class TokenDecoder(HubMixin, Decoder):
     def training_features(
         self, batch: Mapping[str, Any], last_step: float = 0.0, fraction: float | None = None
     ) -> DecoderFeatures:
-        """Features that verifiers learn from.
+        """Features that verifiers learn from: of all prefixes at once, or of grids at a step each.
 
         Args:
             batch: `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`.
             last_step: fraction of grids that are read as they are after the last step, the others after any step.
-            fraction: of the way at which grids are read; None draws a step for each. All prefixes are read at once.
+            fraction: of the way at which all grids are read instead.
         """

@@ -83,10 +83,8 @@ class MaskNetwork(TokenDecoder):
         """Begin training with the weights of a next-token decoder, as Show-o begins with those of a language model.
 
         What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
-        the part of each code that is its own. To have predicted the next token helps to fill gaps.
-
-        Raises:
-            ValueError: a tensor is missing or of another shape; the sentence names it, and the `name` of the weights.
+        the part of each code that is its own. To have predicted the next token helps to fill gaps. ValueError if a
+        tensor is missing or of another shape; the sentence has it and the `name` of the weights.
         """
         codes, words = slice(self.vocabulary.first_code, self.vocabulary.mask), slice(self.vocabulary.text)
         other = ("image_tokenizer.", "embed.", "head.")

@@ -188,8 +188,7 @@ class MaskTokenDecoder(MaskNetwork):
         """Features of grids, by default of finished images, from a pass with each prompt and one without any.
 
         Args:
-            prompts: B * c of them.
-            tokens: codes [B, n], previews included; each grid has c prompts, which are neighbours.
+            prompts, tokens: codes [B, n], previews included; each grid has as many prompts, which are neighbours.
             unknown: tokens that were masked in the pass that the previews come from, bool [B, n].
             undecided: tokens that are still a preview after it, bool [B, n].
             statistics: `MaskState.statistics` before the pass, [3, B, n].
