@@ -73,7 +73,7 @@ class Request:
 
 @dataclass
 class Cost:
-    """What decoding took, summed over its rows.
+    """Work that decoding took, summed over its rows.
 
     Attributes:
         decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
@@ -91,7 +91,7 @@ class Cost:
         self.tokens += rows * tokens
 
     def add(self, other: "Cost") -> None:
-        """Count what something else took as well."""
+        """Add the work of something else."""
         self.decoder_passes += other.decoder_passes
         self.verifier_calls += other.verifier_calls
         self.tokens += other.tokens
@@ -109,7 +109,7 @@ class DecodingState(ABC):
         features: features of the tokens decided so far; None before there are any, and from decoders without features.
         log_probs: log-probability of the candidate taken at each step, under the distribution that it was drawn from,
             [B, steps]; 0 for steps to come.
-        cost: what decoding took; shared by all states that come from one `begin`.
+        cost: shared by all states that come from one `begin`.
     """
 
     tokens: Tensor
@@ -349,10 +349,7 @@ class TokenDecoder(HubMixin, Decoder):
 
     @abstractmethod
     def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
-        """log p(image | prompt) of images [B, T], nats, [B]. Differentiable.
-
-        Decoders that can only estimate it draw what they need from each image's seed: equal seeds, equal estimates.
-        """
+        """log p(image | prompt) of images [B, T], nats, [B]. Differentiable; estimates draw noise from the seeds."""
 
     def pair_log_probs(
         self, prompts: Sequence[str], chosen: Tensor, rejected: Tensor, seeds: Sequence[int]
@@ -385,10 +382,10 @@ class TokenDecoder(HubMixin, Decoder):
     def training_features(
         self, batch: Mapping[str, Any], last_step: float = 0.0, fraction: float | None = None
     ) -> DecoderFeatures:
-        """Features that verifiers learn from.
+        """Features that verifiers learn from: of all prefixes at once, or of grids at a step each.
 
         Args:
             batch: `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`.
             last_step: fraction of grids that are read as they are after the last step, the others after any step.
-            fraction: of the way at which grids are read; None draws a step for each. All prefixes are read at once.
+            fraction: of the way at which all grids are read instead.
         """

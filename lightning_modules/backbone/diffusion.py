@@ -48,10 +48,6 @@ class DiffusionSampling:
 class Pixels(ImageTokenizer):
     """Takes pixels for tokens, uint8 [B, 3, H, W]."""
 
-    @property
-    def code_vectors(self) -> NoReturn:
-        raise ValueError("pixels are no codes")
-
     def encode(self, pixels: Tensor) -> Tensor:
         return (pixels * 255).round().to(torch.uint8)
 

@@ -27,9 +27,9 @@ class ImageTokenizer(HubMixin, nn.Module):
         return self.grid**2
 
     @property
-    @abstractmethod
     def code_vectors(self) -> Tensor:
         """A vector for each code, [codebook_size, D], about unit scale; codes that look alike have similar ones."""
+        raise ValueError(f"{type(self).__name__} has no code vectors")
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -95,18 +95,12 @@ class PatchVQ(ImageTokenizer):
 
     @torch.no_grad()
     def fit_codebook(self, pixels: Tensor, iterations: int, generator: torch.Generator) -> float:
-        """Set the codebook by k-means on the distinct patches of some images.
+        """Set the codebook by k-means on the distinct patches of images [N, 3, H, W] in [0, 1], and return its error.
 
         Every distinct patch counts once: background is three quarters of all patches and would take the codes. It runs
         on the CPU, where the images come from, so the codes do not depend on the device of the training that follows.
-
-        Args:
-            pixels: [N, 3, H, W] in [0, 1].
-            iterations: passes over the patches.
-            generator: draws the starting codes (k-means++).
-
-        Returns:
-            Mean squared error of a distinct patch to its code, summed over its pixels.
+        The generator draws the starting codes (k-means++). The error is the mean squared distance of a distinct patch
+        to its code, summed over its pixels.
         """
         patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
         if len(patches) < self.codebook_size:

@@ -41,13 +41,9 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
     """Fetch files of a model on the hub, if they are not here yet, and return their folder on this machine.
 
     Args:
-        name: OWNER/NAME.
-        patterns: of the files.
-        advice: to those who cannot reach the hub; None: how to set a checkpoint to a folder.
+        name, patterns: OWNER/NAME, and patterns of the files.
+        advice: in the FileNotFoundError without network or model; None: how to set a checkpoint to a folder.
         options: of `snapshot_download`, such as `revision`.
-
-    Raises:
-        FileNotFoundError: there is no such model, or no network.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
@@ -62,11 +58,8 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
 class CheckpointReader:
     """Reads the tensors of a folder with weights, in one file or several, one at a time.
 
-    Pickled weights are read only where there are no safetensors, and only as tensors.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is broken, or holds more than tensors; the sentence names it.
+    Pickled weights are read only where there are no safetensors, and only as tensors. A missing file is a
+    FileNotFoundError; one that is broken, or holds more than tensors, a ValueError. Both name it.
     """
 
     def __init__(self, folder: Path) -> None:

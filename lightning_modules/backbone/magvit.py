@@ -169,21 +169,18 @@ class LookupFreeQuantizer(nn.Module):
         """Codes [B, h, w] -> their vectors of +1 and -1, [B, bits, h, w]."""
         return self.embedding[indices].movedim(-1, 1)
 
-    def losses(
-        self, z: Tensor, entropy_weight: float = 0.1, commitment_weight: float = 0.1, beta: float = 0.25
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted losses of latents [B, bits, h, w] in training: entropy and commitment. The defaults are Show-o's.
+    def losses(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy and commitment losses of latents [B, bits, h, w], weighted as in Show-o.
 
-        Entropy is low where single bits are certain and each bit is 1 half of the time; commitment is the distance of
-        the latents from their code vectors.
+        Entropy is low where single bits are certain and each bit is 1 half of the time.
         """
         bits = Bernoulli(logits=4 * z)  # softmax over the squared distances from +1 and -1
         usage = Bernoulli(probs=bits.probs.mean((0, 2, 3)))
         entropy = bits.entropy().mean() - usage.entropy().mean()
         vectors = self.entries(self.indices(z))
-        passed = z + (vectors - z).detach()  # straight through: beta adds to the loss and takes from its gradient
-        commitment = F.mse_loss(z, vectors) + beta * F.mse_loss(passed, z.detach())
-        return entropy_weight * entropy, commitment_weight * commitment
+        passed = z + (vectors - z).detach()  # straight through: the 0.25 adds to the loss and takes from its gradient
+        commitment = F.mse_loss(z, vectors) + 0.25 * F.mse_loss(passed, z.detach())
+        return 0.1 * entropy, 0.1 * commitment
 
 
 class MagvitV2(ImageTokenizer):

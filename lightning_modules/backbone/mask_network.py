@@ -83,10 +83,8 @@ class MaskNetwork(TokenDecoder):
         """Begin training with the weights of a next-token decoder, as Show-o begins with those of a language model.
 
         What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
-        the part of each code that is its own. To have predicted the next token helps to fill gaps.
-
-        Raises:
-            ValueError: a tensor is missing or of another shape; the sentence names it, and the `name` of the weights.
+        the part of each code that is its own. To have predicted the next token helps to fill gaps. ValueError if a
+        tensor is missing or of another shape; the sentence has it and the `name` of the weights.
         """
         codes, words = slice(self.vocabulary.first_code, self.vocabulary.mask), slice(self.vocabulary.text)
         other = ("image_tokenizer.", "embed.", "head.")
@@ -166,11 +164,12 @@ class MaskNetwork(TokenDecoder):
         return x, Grid(self._rotary(self.vocabulary.max_text + 1, ids.shape[1]), prefixes)
 
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
-        """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer.
+        """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer, or just the last without features.
 
         Of the codes [R, n] those that are `unknown` are masked. Each prefix has the prompts of as many rows.
         """
-        return self.transformer.run(*self._grid(tokens, unknown, prefixes))
+        grid = self._grid(tokens, unknown, prefixes)
+        return self.transformer.run(*grid) if self.feature_layers else [self.transformer.last(*grid)]
 
     def image_hidden(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         """The last hidden states of the image, normalised, [R, n, dim]: those that logits are read from."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_modules.backbone.sampling import Noise, invert, refuse_below, uniform_noise
 
-_KNOWN = torch.finfo(torch.float32).max  # stands for the probability of a token that is known: more than any other's
-
 
 @dataclass(frozen=True)
 class MaskSampling:
@@ -55,7 +53,7 @@ def least_confident(
     the drawn codes; tokens that were not `unknown` [B, n] stay fixed. The temperature is a number or [B, 1], the noise
     uniform, [B, n].
     """
-    log_p = torch.where(unknown, probs, _KNOWN).clamp(min=1e-20).log()
+    log_p = torch.where(unknown, probs, torch.finfo(torch.float32).max).clamp(min=1e-20).log()  # known: surest of all
     gumbel = -(-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
     confidence = log_p + temperature * gumbel
     cut = confidence.sort(1).values.gather(1, count[:, None])

@@ -67,8 +67,7 @@ class MaskProposal(Proposal):
     """k candidates for the next step of a grid; see `Proposal`.
 
     Attributes:
-        tokens: whole grids of codes, [B, k, n]: previews of the image.
-        log_probs: of the codes that each candidate fixes, [B, k].
+        tokens, log_probs: whole grids of codes, [B, k, n], and of the codes that each candidate fixes, [B, k].
         probs: of the codes that were drawn, [B, k, n], 1 for known ones.
         masked: what is masked for the next step, bool [B, k, n].
         is_last: after this step all codes are fixed, masked or not.

@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Cost, Frames, Request, Values
 from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import upsample_patches
-from lightning_modules.backbone.mask_attention import Prefix
 from lightning_modules.backbone.mask_network import MaskNetwork
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
 from lightning_modules.backbone.mask_state import MaskProposal, MaskState
@@ -26,11 +25,11 @@ class MaskTokenDecoder(MaskNetwork):
 
     Attributes:
         max_mask_ratio: scales the masked fraction of images in pre-training (`MaskWarmup`).
-        compiled_layers: `layers`, compiled. It belongs to the class: copies of an object would run with its weights.
+        compiled_pass: `grid_pass`, compiled. It belongs to the class: copies of an object would run with its weights.
     """
 
     max_mask_ratio = 1.0
-    compiled_layers: ClassVar[Callable[..., list[Tensor]]]
+    compiled_pass: ClassVar[Callable[..., list[Tensor]]]
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `TokenDecoder`.
@@ -107,14 +106,9 @@ class MaskTokenDecoder(MaskNetwork):
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.count_pass(*tokens.shape)
-        run = MaskTokenDecoder.compiled_layers if self.compiled else MaskTokenDecoder.layers
+        run = MaskTokenDecoder.compiled_pass if self.compiled else MaskTokenDecoder.grid_pass
         layers = run(self, tokens, unknown, state.prefixes)
         return layers, list(self.norm(layers[-1][:, 1:-1]).chunk(branches))
-
-    def layers(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
-        """The hidden states of `grid_pass`; without feature layers only those after the last layer."""
-        grid = self._grid(tokens, unknown, prefixes)
-        return self.transformer.run(*grid) if self.feature_layers else [self.transformer.last(*grid)]
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
@@ -194,8 +188,7 @@ class MaskTokenDecoder(MaskNetwork):
         """Features of grids, by default of finished images, from a pass with each prompt and one without any.
 
         Args:
-            prompts: B * c of them.
-            tokens: codes [B, n], previews included; each grid has c prompts, which are neighbours.
+            prompts, tokens: codes [B, n], previews included; each grid has as many prompts, which are neighbours.
             unknown: tokens that were masked in the pass that the previews come from, bool [B, n].
             undecided: tokens that are still a preview after it, bool [B, n].
             statistics: `MaskState.statistics` before the pass, [3, B, n].
@@ -284,4 +277,4 @@ class MaskTokenDecoder(MaskNetwork):
         state.grids.append((state.tokens, state.unknown))
 
 
-MaskTokenDecoder.compiled_layers = torch.compile(MaskTokenDecoder.layers, mode="reduce-overhead")
+MaskTokenDecoder.compiled_pass = torch.compile(MaskTokenDecoder.grid_pass, mode="reduce-overhead")

@@ -27,11 +27,10 @@ class ShowO(MaskTokenDecoder):
     """A mask-token decoder of Phi's make, with norms on queries and keys, whose weights have Show-o's names.
 
     Args:
-        image_tokenizer, text_tokenizer, max_text: see `MaskTokenDecoder`.
+        image_tokenizer, text_tokenizer, max_text, feature_layers, estimate, compiled: see `MaskNetwork`.
         dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
-        partial_rotary_factor: of each head's dimensions that carry the position.
+        partial_rotary_factor: fraction of each head's dimensions that carry the position.
         checkpointing: see `TransformerConfig`.
-        feature_layers, estimate, compiled: see `MaskTokenDecoder`.
     """
 
     def __init__(

@@ -28,15 +28,12 @@ class TextTokenizer(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, without special ones."""
-        ...
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """The characters of a prompt that each of its ids stands for, start and end."""
-        ...
 
     def cache_key(self) -> Any:
         """Return all that decides the ids; see `Keyed`."""
-        ...
 
 
 def word_spans(prompt: str) -> list[tuple[int, int]]:

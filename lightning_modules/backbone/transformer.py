@@ -27,6 +27,7 @@ class KVCache:
         capacity: positions that a prefix will have at most, so that memory is asked for once.
         keys, values: per layer, [B, heads, room + 1, head_dim]; padding is written to the last position.
         lengths: positions filled in each row, [B], on the CPU.
+        candidates: keys and values of the k candidates, per layer, [B, heads, k, head_dim].
     """
 
     def __init__(self, capacity: int) -> None:
@@ -34,7 +35,7 @@ class KVCache:
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._candidates: list[tuple[Tensor, Tensor]] = []
+        self.candidates: list[tuple[Tensor, Tensor]] = []
         self._spare: Tensor | None = None  # memory for the next layer that needs more room
 
     @property
@@ -81,14 +82,6 @@ class KVCache:
         self.keys.append(self._place(key, key.shape[2]))
         self.values.append(self._place(value, key.shape[2]))
 
-    def propose(self, key: Tensor, value: Tensor) -> None:
-        """Add a layer's keys and values of the k candidates, [B, heads, k, head_dim]."""
-        self._candidates.append((key, value))
-
-    def forget(self) -> None:
-        """Drop the candidates, if any: others are proposed for the same position."""
-        self._candidates.clear()
-
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
         self.reserve(self.length + 1)
@@ -96,10 +89,10 @@ class KVCache:
         end: tuple[Any, ...] = rows, everything, self.lengths.to(choice.device)
         if (self.lengths == self.length).all():
             end = everything, everything, self.length  # a slice is written in half the time
-        for layer, (key, value) in enumerate(self._candidates):
+        for layer, (key, value) in enumerate(self.candidates):
             self.keys[layer][end] = key[rows, :, choice]
             self.values[layer][end] = value[rows, :, choice]
-        self.forget()
+        self.candidates = []
         self.lengths = self.lengths + 1
 
     def select(self, rows: Tensor) -> "KVCache":
@@ -108,7 +101,7 @@ class KVCache:
         chosen.lengths = self.lengths[rows.cpu()]
         chosen.keys = [key[rows] for key in self.keys]
         chosen.values = [value[rows] for value in self.values]
-        chosen._candidates = [(key[rows], value[rows]) for key, value in self._candidates]
+        chosen.candidates = [(key[rows], value[rows]) for key, value in self.candidates]
         return chosen
 
 
@@ -171,8 +164,7 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
-        self.q_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -246,13 +238,13 @@ class Transformer(nn.Module):
 
     def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
         """One position: each of k alternatives x [B, k, dim] attends to the cached prefix and to itself."""
-        cache.forget()
+        cache.candidates = []  # others may have been proposed for the same position
         length = cache.length
         unfilled = torch.arange(length) >= cache.lengths[:, None, None, None]  # [B, 1, 1, length]
         masked = unfilled.to(x.device) if unfilled.any() else None
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.propose(k, v)
+            cache.candidates.append((k, v))
             q = q * q.shape[-1] ** -0.5
             prefix = q @ cache.keys[layer][:, :, :length].transpose(2, 3)  # [B, heads, k, length]
             if masked is not None:
@@ -267,7 +259,7 @@ class Transformer(nn.Module):
 
         Of row b of x [B, S, dim] the first counts[b] are read, the others are padding; counts [B] are on the CPU.
         """
-        cache.forget()
+        cache.candidates = []
         cache.reserve(int((cache.lengths + counts).max()))
         offset, rows = torch.arange(x.shape[1]), torch.arange(len(x), device=x.device)[:, None]
         positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room).to(x.device)
