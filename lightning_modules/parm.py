@@ -153,7 +153,7 @@ class PARMModule(TrainedModule):
 
     def measure(self, batch: dict[str, Any], stage: str) -> None:
         lengths = tenths(self.decoder.num_tokens)
-        if self.parm.causal:  # one features shows every prefix
+        if self.parm.causal:  # one pass shows every prefix
             seen = [self._features(batch)]
         else:
             with isolate_rng():
@@ -172,9 +172,7 @@ class PARMModule(TrainedModule):
             assert isinstance(metric, RankingMetric)
             result = metric.compute()
             metric.reset()
-            log = {}
-            for i, auc in enumerate(result["auc"]):
-                log[f"{stage}/{name}/auc_{10 * (i + 1)}"] = auc
+            log = {f"{stage}/{name}/auc_{10 * i}": auc for i, auc in enumerate(result["auc"], 1)}
             log[f"{stage}/{name}/chosen"] = result["chosen"][-1]
             log[f"{stage}/{name}/ece"] = result["ece"][-1]
             log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]

@@ -157,14 +157,3 @@ def name_colors(asked: Sequence[tuple[LazyColors, Sequence[int]]]) -> None:
     names = [colors.detections.classes[index] for colors, index in todo]
     for (colors, index), color in zip(todo, todo[0][0].classifier(crops, names), strict=True):
         colors.known[index] = color
-
-
-def with_colors(
-    classifier: CLIPColors, images: Sequence[np.ndarray] | np.ndarray, found: Sequence[Detections]
-) -> list[Detections]:
-    """Detections whose colours are named by a classifier."""
-    lazies = [LazyColors(classifier, image, detections) for image, detections in zip(images, found, strict=True)]
-    return [
-        Detections(detections.classes, detections.scores, detections.boxes, lazy, detections.masks)
-        for detections, lazy in zip(found, lazies, strict=True)
-    ]

@@ -163,11 +163,7 @@ class GenEvalRules:
         return kept
 
     def _check(
-        self,
-        clause: Mapping[str, Any],
-        found: list[int],
-        groups: list[list[int] | None],
-        detections: Detections,
+        self, clause: Mapping[str, Any], found: list[int], groups: list[list[int] | None], detections: Detections
     ) -> tuple[dict[str, bool], str]:
         """Check an include clause on `found`, the best `count` objects of its class.
 

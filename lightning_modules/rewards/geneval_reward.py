@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.cache_key import class_name, fields_key
-from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors, with_colors
+from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
@@ -148,7 +148,10 @@ class GenEvalReward(Reward):
                 detected = self.detector(np.stack([images[i] for i in indices]))
                 of_image |= dict(zip(indices, detected, strict=True))
             found = [of_image[i] for i in range(len(images))]
-        return found if self.colors is None else with_colors(self.colors, images, found)
+        if self.colors is None:
+            return found
+        pairs = zip(images, found, strict=True)
+        return [replace(each, colors=LazyColors(self.colors, image, each)) for image, each in pairs]
 
     def verdicts(
         self, prompts: Sequence[Mapping[str, Any]], images: Images, files: Sequence[str] | None = None
@@ -159,14 +162,8 @@ class GenEvalReward(Reward):
     def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
         """The same from what was detected in the images; colours that take a network are named in one pass."""
         pairs = list(zip(prompts, found, strict=True))
-        if self.colors is not None:
-            name_colors(
-                [
-                    (detections.colors, self.rules.colors_asked(row, detections))
-                    for row, detections in pairs
-                    if isinstance(detections.colors, LazyColors)
-                ]
-            )
+        lazy = [(each.colors, row, each) for row, each in pairs if isinstance(each.colors, LazyColors)]
+        name_colors([(colors, self.rules.colors_asked(row, each)) for colors, row, each in lazy])
         return [self.rules.evaluate(row, detections) for row, detections in pairs]
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:

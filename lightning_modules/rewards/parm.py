@@ -261,10 +261,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
     def sync(self, state: PARMState, features: DecoderFeatures | None, position: Tensor) -> None:
         """Read the tokens that the decoder passed without a choice, because they stay as they are.
 
-        Args:
-            state: of the images.
-            features: about all tokens of them that are decided; None of grids before their first step.
-            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
+        Afterwards the prefix of row b ends before position[b], [B], on the CPU; it may have been longer.
         """
         if features is None or state.cache is None or (position == state.lengths).all():
             return

@@ -125,10 +125,6 @@ class TokenVerifier(Verifier[S]):
 
     abilities = frozenset({Ability.PREFIXES})
 
-    @abstractmethod
-    def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
-        """See `Judge`."""
-
     def check_decoder(self, decoder: Decoder) -> None:
         decoder.check_readable()
 
@@ -163,19 +159,11 @@ class Critic(Reward):
 
     abilities = frozenset({Ability.CRITIQUE})
 
-    @abstractmethod
-    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
-        """See `Judge`."""
-
 
 class StepJudge(Reward):
     """Judges unfinished images by their potential: its score of a preview is log P(can still fulfil the prompt)."""
 
     abilities = frozenset({Ability.UNFINISHED})
-
-    @abstractmethod
-    def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Judge`."""
 
     def of_preview(self, rows: Rows, pixels: Tensor) -> Tensor:
         return self.clear_and_potential([row["prompt"] for row in rows], pixels)[1].log()
