@@ -29,7 +29,7 @@ class Paths:
     Attributes:
         state: of the decoder.
         verifier_state: what the verifier remembers.
-        number: places of the paths that are left, among the B * n that began, [P].
+        number: places of these P paths among the B * n that began, [P].
         trace: the choices so far.
     """
 

@@ -53,7 +53,7 @@ class Pruning(PathStrategy):
         return paths.finish(order[first])
 
     def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
-        """Record paths `kept` of those that are left; those that stopped before have no value."""
+        """Record which of the paths continue, `kept`; those that stopped before have no value."""
         paths.count(len(values))
         continues = torch.zeros_like(paths.number).index_fill(0, kept, 1)
         paths.record(paths.spread(paths.state.tokens), paths.spread(values, torch.nan), paths.spread(continues))

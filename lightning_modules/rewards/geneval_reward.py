@@ -34,7 +34,7 @@ class Detector(Protocol):
     name: str
 
     def cache_key(self) -> dict[str, Any]:
-        """What decides what it finds; see `Keyed`."""
+        """The key of its detections; see `Keyed`."""
         ...
 
     def to(self, device: torch.device | str) -> Self: ...
@@ -50,7 +50,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def by_size(images: Images) -> list[list[int]]:
-    """Indices of images of one size each, uint8 [H, W, 3]: these can be looked at together."""
+    """Indices of images of one size each, uint8 [H, W, 3]: these can be detected together."""
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(image.shape, []).append(i)
@@ -58,7 +58,7 @@ def by_size(images: Images) -> list[list[int]]:
 
 
 class GenEvalReward(Reward):
-    """What GenEval's rules make of an image.
+    """The verdict of GenEval's rules on an image, as a reward.
 
     Args:
         detector: finds the objects; its classes are the ones that prompts may name.
@@ -87,11 +87,11 @@ class GenEvalReward(Reward):
         self.kind = kind
 
     def cache_key(self) -> dict[str, Any]:
-        """What decides verdicts, and which of their numbers is the reward."""
+        """The key of verdicts, and which of their numbers is the reward."""
         return {"class": class_name(self), "kind": self.kind, **self.verdict_key()}
 
     def verdict_key(self) -> dict[str, Any]:
-        """What decides verdicts: the detector, the colour model, the rules. The self-test only refuses."""
+        """The key of verdicts: the detector, the colour model, the rules. The self-test only refuses."""
         return {
             "detector": self.detector.cache_key(),
             "colors": self.colors and self.colors.cache_key(),
@@ -100,7 +100,7 @@ class GenEvalReward(Reward):
 
     @property
     def judged_by(self) -> dict[str, Any]:
-        """The same for reports, with the names of the models and without what goes without saying."""
+        """The key of verdicts for reports: with the names of models, and without options at their official values."""
         key = self.verdict_key()
         official = fields_key(GenEvalRules(self.detector.class_names))
         return {
@@ -129,7 +129,7 @@ class GenEvalReward(Reward):
             self.self_test.check(self.verdicts, self.detector.class_names)
 
     def detect(self, images: Images, files: Sequence[str] | None = None) -> list[Detections]:
-        """Find the objects of B images, uint8 [H, W, 3] each; images of one size are looked at together.
+        """Find the objects of B images, uint8 [H, W, 3] each; those of one size together.
 
         Args:
             images: the pixels.
@@ -160,7 +160,7 @@ class GenEvalReward(Reward):
         return self.judge(prompts, self.detect(images, files))
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
-        """The same from what was detected in the images; colours that take a network are named in one pass."""
+        """Apply the rules to the detections of images; colours that take a network are named in one pass."""
         pairs = list(zip(prompts, found, strict=True))
         lazy = [(each.colors, row, each) for row, each in pairs if isinstance(each.colors, LazyColors)]
         name_colors([(colors, self.rules.colors_asked(row, each)) for colors, row, each in lazy])

@@ -189,7 +189,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
     @staticmethod
     def _increments(features: DecoderFeatures) -> Tensor:
-        """What each token adds to the running sums, [B, S, 3]."""
+        """The addition of each token to the running sums, [B, S, 3]."""
         log_p, entropy = features.log_probs, features.entropy.repeat(1, features.candidates)
         return torch.stack([log_p, log_p - features.unconditional_log_probs, log_p + entropy], dim=-1)
 

@@ -1,7 +1,7 @@
 """A known picture that a detector has to understand before it judges anything.
 
 Wrong weights, a wrong config or a device without the right kernels do not fail: they find nothing, or nonsense, and
-every score is low. A picture with a known answer tells.
+every score is low. A picture with a known answer shows it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -18,7 +18,7 @@ Pixels = Callable[[], Tensor]  # decodes pixels [B, 3, H, W] in [0, 1]; not call
 
 
 class Ability(Enum):
-    """What only some judges can do; the value says of the others that they cannot."""
+    """The abilities that only some judges have; the value says of the others that they cannot."""
 
     PATCHES = "does not score patches"
     CRITIQUE = "cannot say what is wrong"
@@ -27,7 +27,7 @@ class Ability(Enum):
 
 
 class VerifierState(Protocol):
-    """What a judge remembers of B half-made images."""
+    """The memory of a judge: what it knows of B half-made images."""
 
     def select(self, rows: Tensor) -> Self:
         """Keep rows `rows` [B'], in that order and as often as they occur."""
