@@ -46,29 +46,26 @@ class ContrastiveModule(TrainedModule):
     def _similarities(self, batch: dict[str, Any], views: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of V views with the batch's distinct captions [V, U], and the column of each caption [2B]."""
         texts = list(dict.fromkeys(batch["prompt"]))
-        where = torch.tensor([texts.index(prompt) for prompt in batch["prompt"]], device=views.device)
+        columns = torch.tensor([texts.index(prompt) for prompt in batch["prompt"]], device=views.device)
         features = self.clip.encode_text(self.tokenizer(texts).to(views.device), normalize=True)  # type: ignore[operator]
         scale = self.clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator]
-        return scale * image_features(self.clip, views) @ features.T, where
-
-    def _patch(self, images: Tensor, grid: int) -> Tensor:
-        """One cell of each image [B, 3, H, W], drawn at random."""
-        cut = cells(images, grid)
-        return cut[torch.arange(len(cut)), torch.randint(grid**2, (len(cut),))]
+        return scale * image_features(self.clip, views) @ features.T, columns
 
     def _views(self, images: Tensor) -> Tensor:
-        """The images and a patch of each, at the images' size, [2B, 3, H, W]."""
+        """The images and a patch of each, a random cell at the images' size, [2B, 3, H, W]."""
         grid = self.grids[int(torch.randint(len(self.grids), ()))]
-        patches = F.interpolate(self._patch(images, grid), images.shape[-2:], mode="bicubic", antialias=True)
+        cut = cells(images, grid)
+        drawn = cut[torch.arange(len(cut)), torch.randint(grid**2, (len(cut),))]
+        patches = F.interpolate(drawn, images.shape[-2:], mode="bicubic", antialias=True)
         return torch.cat([images, patches.clamp(0, 1)])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        logits, where = self._similarities(batch, self._views(batch["image"]))
-        own = where[::2]
+        logits, columns = self._similarities(batch, self._views(batch["image"]))
+        own = columns[::2]
         known_true = batch["correct"][1::2].bool()  # altered captions that hold all the same are no negatives
         banned = torch.zeros_like(logits, dtype=torch.bool)
         for part in banned.chunk(2):
-            part[known_true.nonzero().squeeze(1), where[1::2][known_true]] = True
+            part[known_true.nonzero().squeeze(1), columns[1::2][known_true]] = True
         logits = logits.float().masked_fill(banned, -torch.inf)
         losses = {}
         for name, part in zip(("image", "patch"), logits.chunk(2), strict=True):
@@ -82,9 +79,9 @@ class ContrastiveModule(TrainedModule):
         """Shares: true above altered caption (image; mean of patches), the image's caption above all of the batch."""
         images = batch["image"]
         altered_false = ~batch["correct"][1::2].bool()
-        logits, where = self._similarities(batch, images)
+        logits, columns = self._similarities(batch, images)
         rows = torch.arange(len(images), device=images.device)
-        true, altered = where[::2], where[1::2]
+        true, altered = columns[::2], columns[1::2]
         metrics = {
             f"{stage}/accuracy": (logits[rows, true] > logits[rows, altered])[altered_false].float().mean(),
             f"{stage}/retrieval": (logits.argmax(1) == true).float().mean(),

@@ -1,4 +1,4 @@
-"""What all LightningModules share: optimizer with warm-up and cosine decay, checkpoints without frozen parts."""
+"""The base of all LightningModules: warm-up and cosine decay, checkpoints without frozen parts."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -41,7 +41,7 @@ class ResumableModule(LightningModule):
     """A LightningModule whose checkpoints leave out frozen parts, which have weight files of their own.
 
     Training ends with ValueError, on all ranks, at the first loss that is not finite; weights that are not finite are
-    neither loaded nor left at the end.
+    neither loaded nor accepted at the end.
 
     Attributes:
         frozen_parts: names of sub-modules, dotted.
@@ -142,7 +142,7 @@ class TrainedModule(ResumableModule):
         return {name: getattr(self, name) for name in self.exported_parts}
 
     def trained(self) -> list[Any]:
-        """What the optimizer gets: parameters, or groups of them."""
+        """Return the parameters, or groups of them, for the optimizer."""
         return trainable(self)
 
     def measure(self, batch: dict[str, Any], stage: str) -> Any:
@@ -170,7 +170,7 @@ def _not_finite(weights: Mapping[str, Any]) -> str | None:
 
 
 def _first(faults: list[str]) -> str:
-    """The first of a list that nobody would read whole."""
+    """The first of a list, and the number of the others."""
     return faults[0] + (f" (and {len(faults) - 1} more)" if faults[1:] else "")
 
 

@@ -36,10 +36,10 @@ class PARMObjective:
     Attributes:
         clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
         grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
-        feature_dropout: share of the rows in which PARM does not get to see what the decoder thinks of the image
-            given the prompt (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, it is
-            this that misled it: PARM has to learn to read the image, and the decoder's opinion is easier to learn.
-        finished: share of the images of mask-token decoders that are read as they are after the last step; the others
+        feature_dropout: fraction of the rows in which PARM is not shown the decoder's features given the prompt
+            (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, these misled it: PARM
+            has to learn to read the image, and the features given the prompt are easier to learn.
+        finished: fraction of the images of mask-token decoders that are read as they are after the last step; others
             are read after any step. Of next-token decoders one pass reads all prefixes.
     """
 
@@ -88,7 +88,7 @@ class PARMObjective:
         }
 
     def training_losses(self, parm: PARM, features: DecoderFeatures, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same with features dropout, and their weighted sum (`total`)."""
+        """Return the losses under feature dropout, and their weighted sum (`total`)."""
         log_probs = features.log_probs
         trusted = uniform_rows(len(log_probs), device=log_probs.device) >= self.feature_dropout
         losses = self.losses(parm, features, labels, trusted, over_ranks=True)
@@ -139,7 +139,7 @@ class PARMModule(TrainedModule):
         return {"parm": self.parm, "likelihood": Likelihood()}
 
     def _features(self, batch: dict[str, Any], fraction: float | None = None) -> DecoderFeatures:
-        """What the decoder knows of a batch; of grids at this fraction of the way, by default another one in each."""
+        """Return the decoder's features of a batch; of grids at a fraction of the steps, by default drawn for each."""
         self.decoder.eval()
         if "tokens" not in batch:
             batch = batch | {"tokens": self.decoder.image_tokenizer.encode(batch["image"])}
@@ -153,7 +153,7 @@ class PARMModule(TrainedModule):
 
     def measure(self, batch: dict[str, Any], stage: str) -> None:
         lengths = tenths(self.decoder.num_tokens)
-        if self.parm.causal:  # one features shows every prefix
+        if self.parm.causal:  # one pass shows every prefix
             seen = [self._features(batch)]
         else:
             with isolate_rng():
@@ -172,9 +172,7 @@ class PARMModule(TrainedModule):
             assert isinstance(metric, RankingMetric)
             result = metric.compute()
             metric.reset()
-            log = {}
-            for i, auc in enumerate(result["auc"]):
-                log[f"{stage}/{name}/auc_{10 * (i + 1)}"] = auc
+            log = {f"{stage}/{name}/auc_{10 * i}": auc for i, auc in enumerate(result["auc"], 1)}
             log[f"{stage}/{name}/chosen"] = result["chosen"][-1]
             log[f"{stage}/{name}/ece"] = result["ece"][-1]
             log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]

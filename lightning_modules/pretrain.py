@@ -12,14 +12,14 @@ from lightning_modules.ranks import uniform_rows
 
 
 class DecoderModule(TrainedModule):
-    """Trains log p(tokens | prompt); a share of the prompts is dropped so that guidance has an unconditional branch.
+    """Trains log p(tokens | prompt); some prompts are dropped so that guidance has an unconditional branch.
 
     Batches have `image` [B, 3, H, W] in [0, 1] and `prompt`, a list of B strings.
 
     Args:
         decoder: the decoder to train; its image tokenizer stays as it is.
         optimizer, warmup_steps: see `TrainedModule`.
-        prompt_dropout: share of prompts replaced by the empty one.
+        prompt_dropout: fraction of prompts replaced by the empty one.
     """
 
     exported_parts = ("decoder",)

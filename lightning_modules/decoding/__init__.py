@@ -1,1 +1,1 @@
-"""How to spend test-time compute: plain sampling, best-of-n, verified decoding."""
+"""Strategies that spend test-time compute: from plain sampling to search and reflection."""

@@ -29,7 +29,8 @@ class Paths:
     Attributes:
         state: of the decoder.
         verifier_state: what the verifier remembers.
-        number: places of the paths that are left, among the B * n that began, [P].
+        image: the image of each path, 0..B-1, [P], on the CPU.
+        number: places of these P paths among the B * n that began, [P].
         trace: the choices so far.
     """
 
@@ -52,6 +53,7 @@ class Paths:
         if self.verifier is not None:
             self.verifier_state = self.verifier.begin(self.state.prompt, decoder.num_tokens)
         self.number = torch.arange(len(request.rows), device=self.state.tokens.device)
+        self.image = torch.arange(len(request.rows))
         self.trace: list[Choice] = []
         self._decided: Tensor | None = None
         if n > 1:
@@ -62,11 +64,6 @@ class Paths:
 
     def __len__(self) -> int:
         return len(self.number)
-
-    @property
-    def image(self) -> Tensor:
-        """The image of each path, 0..B-1, [P]."""
-        return self.number // self.n
 
     @property
     def is_done(self) -> bool:
@@ -94,7 +91,7 @@ class Paths:
 
     def select(self, rows: Tensor) -> None:
         """Keep paths `rows` [P'], in that order and as often as they occur, each with its noise."""
-        self.state, self.number = self.state.select(rows), self.number[rows]
+        self.state, self.number, self.image = self.state.select(rows), self.number[rows], self.image[rows.cpu()]
         self.verifier_state = self.verifier_state.select(rows)
 
     def part(self, rows: Tensor) -> "Paths":
@@ -111,7 +108,7 @@ class Paths:
     def fork(self, k: int) -> "Paths":
         """Make k paths of each, neighbours; path j draws with the noise of candidate j."""
         paths, rows = copy(self), torch.arange(len(self), device=self.number.device).repeat_interleave(k)
-        paths.state, paths.number = self.state.fork(k), self.number[rows]
+        paths.state, paths.number, paths.image = self.state.fork(k), self.number[rows], self.image[rows.cpu()]
         paths.verifier_state = self.verifier_state.select(rows)
         return paths
 
@@ -124,7 +121,7 @@ class Paths:
         """Record a choice among c candidates of each image, as `Choice` has it, after its commit."""
         decided = None
         if self._decided is not None and (tokens.shape[2] == 1 or not self.is_done):
-            decided = self._decided.new_zeros(len(self.rows)).index_put((self.image.cpu(),), self._decided + 1)
+            decided = self._decided.new_zeros(len(self.rows)).index_put((self.image,), self._decided + 1)
         self.trace.append(Choice(self.name, tokens, decided, scores, kept))
 
     def count(self, values: int) -> None:

@@ -90,7 +90,7 @@ class Potential(Strategy):
         unclear = potential[paths.number].isnan().nonzero().squeeze(1)
         if not len(unclear):
             return False
-        prompts = [paths.rows[i]["prompt"] for i in paths.image[unclear].tolist()]
+        prompts = [paths.rows[i]["prompt"] for i in paths.image[unclear.cpu()].tolist()]
         pixels = paths.decoder.preview(paths.state.select(unclear))
         clear, verdicts = judge.clear_and_potential(prompts, pixels)
         potential[paths.number[unclear]] = torch.where(clear >= 0.5, verdicts, torch.nan).to(potential)

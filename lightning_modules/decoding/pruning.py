@@ -43,17 +43,20 @@ class Pruning(PathStrategy):
             values = paths.value(proposal)[:, 0]
             paths.commit(proposal)
             if paths.state.step % self.stride == 0 and not paths.is_done:
-                best = values.new_full((batch,), -torch.inf).scatter_reduce(0, paths.image, values, "amax")
-                promising = (values.exp() >= self.share * best[paths.image].exp()).nonzero().squeeze(1)
+                image = paths.image.to(values.device)
+                best = values.new_full((batch,), -torch.inf).scatter_reduce(0, image, values, "amax")
+                promising = (values.exp() >= self.share * best[image].exp()).nonzero().squeeze(1)
                 self._record(paths, values, promising)
                 paths.select(promising)
         order = values.argsort(descending=True, stable=True)
-        first = (paths.image[order] == torch.arange(batch, device=order.device)[:, None]).int().argmax(1)
+        first = (
+            (paths.image.to(order.device)[order] == torch.arange(batch, device=order.device)[:, None]).int().argmax(1)
+        )
         self._record(paths, values, order[first])
         return paths.finish(order[first])
 
     def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
-        """Record paths `kept` of those that are left; those that stopped before have no value."""
+        """Record which of the paths continue, `kept`; those that stopped before have no value."""
         paths.count(len(values))
         continues = torch.zeros_like(paths.number).index_fill(0, kept, 1)
         paths.record(paths.spread(paths.state.tokens), paths.spread(values, torch.nan), paths.spread(continues))

@@ -99,7 +99,7 @@ class PatchCLIPScore(TokenScorer):
 
 @dataclass(frozen=True)
 class ValueGain(TokenScorer):
-    """What tokens added to the verifier's value (a probability): where it falls, hope was lost.
+    """The gain in the verifier's value (a probability) that tokens brought: where it falls, hope was lost.
 
     Of next-token decoders each token, as it came; of mask-token decoders each of M x M patches, compared with the same
     grid in which that patch is not decided yet, which takes a pass a patch.

@@ -31,7 +31,7 @@ class Decoded:
         trace: what was chosen on the way, and what reflection did.
         stats: numbers about how each image was made, to be logged, [B] each.
         log_probs: of what was taken at each step, under the distribution that it was drawn from, [B, steps]; None of
-            images that were decoded again in part.
+            images that were decoded anew in part.
     """
 
     tokens: Tensor
@@ -86,7 +86,7 @@ class Strategy(Keyed):
 
     @property
     def reflection_rounds(self) -> int:
-        """Rounds of reflection in it, whose noise another reflection around it must not draw again."""
+        """Rounds of reflection in it; a reflection around it continues their count, which decides its noise."""
         return 0
 
     @property

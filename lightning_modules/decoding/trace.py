@@ -1,4 +1,4 @@
-"""What decoding had to choose from on its way, and what it took: enough to replay it and to draw it."""
+"""The trace of decoding: its choices on the way to an image, to replay and to draw them."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """At one time, c candidates for each of B images, and which of them went on.
+    """A choice among c candidates for each of B images.
 
     Nothing is copied for it: these are tensors that decoding has at hand anyway.
 
     Attributes:
-        judge: the name of who scored them.
+        judge: name of the judge that scored them.
         tokens: images as far as they were made, [B, c, T], or of each the newest token alone, [B, c, 1], where all
             candidates share those before, which are the image's own.
         decided: tokens that were decided with these, counted from the first, [B], on the CPU; None where all are, or
             where the others are previews.
         scores: of verifiers log-values, [B, c]; NaN of candidates that were not there, or not judged.
-        kept: how often each went on, [B, c].
+        kept: how often each continues, [B, c].
     """
 
     judge: str
@@ -28,7 +28,7 @@ class Choice:
     kept: Tensor
 
     def select(self, rows: Tensor) -> "Choice":
-        """Of some of the images."""
+        """Keep some of the images."""
         decided = None if self.decided is None else self.decided[rows.cpu()]
         return Choice(self.judge, self.tokens[rows], decided, self.scores[rows], self.kept[rows])
 
@@ -38,9 +38,9 @@ class ReflectionRound:
     """A round of reflection on b of the images.
 
     Attributes:
-        judge: the name of who scored them.
-        rows: which ones, [b].
-        region_mask: what was decoded again, bool [b, T].
+        judge: name of the judge that scored them.
+        rows: numbers of these images, [b].
+        region_mask: the tokens that were decoded anew, bool [b, T].
         before, after: tokens [b, T].
         scores: of the judge, before and after, [b, 2].
         accepted: bool [b].
@@ -55,7 +55,7 @@ class ReflectionRound:
     accepted: Tensor
 
     def select(self, rows: Tensor) -> "ReflectionRound":
-        """Of some of the images, whose numbers are those in `rows`."""
+        """Keep some of the images; their numbers become the places in `rows`."""
         new, old = (rows[:, None] == self.rows).nonzero(as_tuple=True)
         parts = (part[old] for part in (self.region_mask, self.before, self.after, self.scores, self.accepted))
         return ReflectionRound(self.judge, new, *parts)

@@ -23,14 +23,14 @@ TextTokenizer = Callable[[Sequence[str]], Tensor]  # texts -> ids [B, L]
 
 
 def preprocessing(clip: nn.Module) -> dict[str, list[Any]]:
-    """How a model wants its images: `size` (height, width), and the `mean` and `std` of each colour."""
+    """The preprocessing of a model: `size` (height, width), and the `mean` and `std` of each colour."""
     config = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, **get_model_preprocess_cfg(clip)}
     size = config["size"] if isinstance(config["size"], (tuple, list)) else (config["size"], config["size"])
     return {"size": list(size), "mean": list(config["mean"]), "std": list(config["std"])}
 
 
 def image_key(clip: nn.Module) -> dict[str, Any]:
-    """What decides the features of images: the model's weights, and how it wants its images."""
+    """The key of image features: the model's weights and its preprocessing."""
     return {"weights": fingerprint(clip), "preprocessing": preprocessing(clip)}
 
 
@@ -44,7 +44,7 @@ def image_features(clip: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def tokenizer_key(tokenizer: Any) -> Any:
-    """What decides the ids of texts: of open_clip's tokenizers the vocabulary, and how it is used."""
+    """The key of a tokenizer: of open_clip's the vocabulary, and how it is used."""
     if isinstance(tokenizer, Keyed):
         return tokenizer.cache_key()
     vocabulary = tokenizer.encoder if isinstance(tokenizer, SimpleTokenizer) else tokenizer.tokenizer.get_vocab()
@@ -76,7 +76,7 @@ class CLIPScore(Reward):
         self._texts: dict[str, Tensor] = {}
 
     def cache_key(self) -> dict[str, Any]:
-        """How the model sees images and reads texts."""
+        """The model, its preprocessing and its tokenizer."""
         tokenizer = tokenizer_key(self.tokenizer)
         return {"class": class_name(self), "tokenizer": tokenizer, **image_key(self.clip)}
 
@@ -87,7 +87,7 @@ class CLIPScore(Reward):
     def patches(self, prompts: Sequence[str], pixels: Tensor, patches: int) -> Tensor:
         """S_ij of the prompt and patch ij of images [B, 3, H, W] cut into an M x M grid, [B, M, M].
 
-        Not clipped at 0: patches with nothing of the prompt in them are many, and are to be told apart.
+        Not clipped at 0: many patches have nothing of the prompt in them, and their order matters.
 
         Raises:
             ValueError: the image's sides are no multiples of `patches`.

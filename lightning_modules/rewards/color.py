@@ -31,7 +31,7 @@ def crop(
     background: str | None = "#999",
     to_box: bool = True,
 ) -> Image.Image:
-    """What the colour of an object is read from.
+    """Cut out of an image the pixels from which the colour of an object is read.
 
     Args:
         image: [H, W, 3].
@@ -102,7 +102,7 @@ class CLIPColors(Keyed):
         return self
 
     def crop(self, image: NDArray[np.uint8], detections: Detections, index: int) -> Image.Image:
-        """What the colour of a detection of an image [H, W, 3] is read from."""
+        """Cut out of an image [H, W, 3] the pixels from which the colour of a detection is read."""
         mask = detections.masks([index])[0] if detections.masks is not None else None
         return crop(image, detections.boxes[index], mask, self.background, self.to_box)
 
@@ -157,14 +157,3 @@ def name_colors(asked: Sequence[tuple[LazyColors, Sequence[int]]]) -> None:
     names = [colors.detections.classes[index] for colors, index in todo]
     for (colors, index), color in zip(todo, todo[0][0].classifier(crops, names), strict=True):
         colors.known[index] = color
-
-
-def with_colors(
-    classifier: CLIPColors, images: Sequence[np.ndarray] | np.ndarray, found: Sequence[Detections]
-) -> list[Detections]:
-    """Detections whose colours are named by a classifier."""
-    lazies = [LazyColors(classifier, image, detections) for image, detections in zip(images, found, strict=True)]
-    return [
-        Detections(detections.classes, detections.scores, detections.boxes, lazy, detections.masks)
-        for detections, lazy in zip(found, lazies, strict=True)
-    ]

@@ -27,7 +27,7 @@ class CLIPFeatures(nn.Module, Keyed):
         self.num_features: int = clip.visual.output_dim  # type: ignore[assignment, union-attr]
 
     def cache_key(self) -> dict[str, Any]:
-        """The model's weights, and how it wants its images."""
+        """The model's weights and its preprocessing."""
         return {"class": class_name(self), **image_key(self.clip)}
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class FID(Keyed):
 
     @torch.no_grad()
     def start(self, device: torch.device | str, rank: int, world_size: int) -> None:
-        """Forget the images, but not the references: these are looked at once, each by one process."""
+        """Forget the images, but not the references: these are read once, each by one process."""
         self.metric.to(device)
         if not self._known:
             self._known = True

@@ -41,13 +41,13 @@ CLASS_NAMES = tuple(
 )
 
 
-def _nobody(indices: Sequence[int]) -> list[str]:
+def _unnamed(indices: Sequence[int]) -> list[str]:
     raise ValueError("prompts ask for colors, the detector does not name them, and geneval.reward.colors is null")
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image, before any threshold, in the detector's order (it breaks ties)."""
+    """The detections of one image, before any threshold, in the detector's order (it breaks ties)."""
 
     classes: Sequence[str]
     """[N] class names."""
@@ -55,8 +55,8 @@ class Detections:
     """[N] confidences."""
     boxes: NDArray[np.float32]
     """[N, 4] corners (x1, y1, x2, y2) in pixels, y growing downwards."""
-    colors: Callable[[Sequence[int]], list[str]] = _nobody
-    """Names the colours of the detections with these indices; asked only where a prompt wants a colour,
+    colors: Callable[[Sequence[int]], list[str]] = _unnamed
+    """Names the colours of the detections with these indices; asked only if a prompt wants a colour,
     because the answer may cost a network."""
     masks: Callable[[Sequence[int]], NDArray[np.bool_]] | None = None
     """The pixels of the detections with these indices, [n, H, W]; None from detectors that know boxes only."""
@@ -72,7 +72,7 @@ class Verdict:
     details: dict[str, list[list[float]]]
     """The objects kept: class -> [[x1, y1, x2, y2, score], ...], classes in list order, best score first."""
     strict: bool
-    """Every include is met by exactly `count` objects of the class; excludes are not looked at."""
+    """Every include is met by exactly `count` objects of the class; excludes are ignored."""
     share: float
     """Of what the prompt asks, the share that is met, in [0, 1]: each include's objects, colour and relation, and
     the excludes, count once each. All is met where nothing is asked."""
@@ -88,9 +88,9 @@ class GenEvalRules:
 
     class_names: Sequence[str] = CLASS_NAMES
     threshold: float = 0.3
-    """TokenConfidence that an object has to exceed."""
+    """Confidence that an object has to exceed."""
     counting_threshold: float = 0.9
-    """The same for the task "counting"."""
+    """Confidence that an object has to exceed in the task "counting"."""
     max_objects: int = 16
     """Objects kept per class, so a larger count can never be met."""
     max_overlap: float = 1.0
@@ -163,11 +163,7 @@ class GenEvalRules:
         return kept
 
     def _check(
-        self,
-        clause: Mapping[str, Any],
-        found: list[int],
-        groups: list[list[int] | None],
-        detections: Detections,
+        self, clause: Mapping[str, Any], found: list[int], groups: list[list[int] | None], detections: Detections
     ) -> tuple[dict[str, bool], str]:
         """Check an include clause on `found`, the best `count` objects of its class.
 
@@ -222,7 +218,7 @@ def overlap(box: Sequence[float], other: Sequence[float]) -> float:
 
 
 def relations(box: NDArray[np.float32], target: NDArray[np.float32], position_threshold: float = 0.1) -> set[str]:
-    """Where `box` lies as seen from `target`, both [4] (x1, y1, x2, y2): none, one or two of `RELATIONS`.
+    """The relations of `box` to `target`, both [4] (x1, y1, x2, y2): none, one or two of `RELATIONS`.
 
     Along each axis the offset of the centres is shortened by `position_threshold` times the summed box sizes;
     a relation holds when more than half the length of the whole offset is left. In float32 like the
@@ -261,18 +257,18 @@ def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> 
     return rows
 
 
-def validate_metadata(row: Any, class_names: Sequence[str], where: str) -> None:
+def validate_metadata(row: Any, class_names: Sequence[str], place: str) -> None:
     """Refuse a prompt that `GenEvalRules` cannot judge, or would judge otherwise than its author meant.
 
     Raises:
-        ValueError: one sentence that begins with `where` ("file:line") and says what is wrong.
+        ValueError: one sentence that begins with `place` ("file:line") and says what is wrong.
     """
     if complaint := _complaint(row, class_names):
-        raise ValueError(f"{where}: {complaint}")
+        raise ValueError(f"{place}: {complaint}")
 
 
 def _complaint(row: Any, class_names: Sequence[str]) -> str:
-    """What is wrong with a prompt, "" if nothing."""
+    """A sentence on what is wrong with a prompt, "" if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {row!r}"
     if row.get("tag") not in TASKS:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.cache_key import class_name, fields_key
-from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors, with_colors
+from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors
 from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
@@ -34,7 +34,7 @@ class Detector(Protocol):
     name: str
 
     def cache_key(self) -> dict[str, Any]:
-        """What decides what it finds; see `Keyed`."""
+        """The key of its detections; see `Keyed`."""
         ...
 
     def to(self, device: torch.device | str) -> Self: ...
@@ -50,7 +50,7 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def by_size(images: Images) -> list[list[int]]:
-    """Indices of images of one size each, uint8 [H, W, 3]: these can be looked at together."""
+    """Indices of images of one size each, uint8 [H, W, 3]: these can be detected together."""
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(image.shape, []).append(i)
@@ -58,7 +58,7 @@ def by_size(images: Images) -> list[list[int]]:
 
 
 class GenEvalReward(Reward):
-    """What GenEval's rules make of an image.
+    """The verdict of GenEval's rules on an image, as a reward.
 
     Args:
         detector: finds the objects; its classes are the ones that prompts may name.
@@ -87,11 +87,11 @@ class GenEvalReward(Reward):
         self.kind = kind
 
     def cache_key(self) -> dict[str, Any]:
-        """What decides verdicts, and which of their numbers is the reward."""
+        """The key of verdicts, and which of their numbers is the reward."""
         return {"class": class_name(self), "kind": self.kind, **self.verdict_key()}
 
     def verdict_key(self) -> dict[str, Any]:
-        """What decides verdicts: the detector, the colour model, the rules. The self-test only refuses."""
+        """The key of verdicts: the detector, the colour model, the rules. The self-test only refuses."""
         return {
             "detector": self.detector.cache_key(),
             "colors": self.colors and self.colors.cache_key(),
@@ -100,7 +100,7 @@ class GenEvalReward(Reward):
 
     @property
     def judged_by(self) -> dict[str, Any]:
-        """The same for reports, with the names of the models and without what goes without saying."""
+        """The key of verdicts for reports: with the names of models, and without options at their official values."""
         key = self.verdict_key()
         official = fields_key(GenEvalRules(self.detector.class_names))
         return {
@@ -129,7 +129,7 @@ class GenEvalReward(Reward):
             self.self_test.check(self.verdicts, self.detector.class_names)
 
     def detect(self, images: Images, files: Sequence[str] | None = None) -> list[Detections]:
-        """Find the objects of B images, uint8 [H, W, 3] each; images of one size are looked at together.
+        """Find the objects of B images, uint8 [H, W, 3] each; those of one size together.
 
         Args:
             images: the pixels.
@@ -148,7 +148,10 @@ class GenEvalReward(Reward):
                 detected = self.detector(np.stack([images[i] for i in indices]))
                 of_image |= dict(zip(indices, detected, strict=True))
             found = [of_image[i] for i in range(len(images))]
-        return found if self.colors is None else with_colors(self.colors, images, found)
+        if self.colors is None:
+            return found
+        pairs = zip(images, found, strict=True)
+        return [replace(each, colors=LazyColors(self.colors, image, each)) for image, each in pairs]
 
     def verdicts(
         self, prompts: Sequence[Mapping[str, Any]], images: Images, files: Sequence[str] | None = None
@@ -157,16 +160,10 @@ class GenEvalReward(Reward):
         return self.judge(prompts, self.detect(images, files))
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
-        """The same from what was detected in the images; colours that take a network are named in one pass."""
+        """Apply the rules to the detections of images; colours that take a network are named in one pass."""
         pairs = list(zip(prompts, found, strict=True))
-        if self.colors is not None:
-            name_colors(
-                [
-                    (detections.colors, self.rules.colors_asked(row, detections))
-                    for row, detections in pairs
-                    if isinstance(detections.colors, LazyColors)
-                ]
-            )
+        lazy = [(each.colors, row, each) for row, each in pairs if isinstance(each.colors, LazyColors)]
+        name_colors([(colors, self.rules.colors_asked(row, each)) for colors, row, each in lazy])
         return [self.rules.evaluate(row, detections) for row, detections in pairs]
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tokens of an image show what which word of the prompt names: what PARM learns to match words and places by."""
+"""Grounding: the tokens of an image that show what each word of the prompt names, from which PARM learns."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,10 +32,10 @@ def grounding(
     grid: int,
     image_size: int,
 ) -> NDArray[np.float32]:
-    """Whether the middle of each token's patch lies in the box of an object of the class or colour of each word.
+    """Mark the tokens whose patch has its middle in the box of an object of the class or colour of each word.
 
     Args:
-        metadata: the prompt; colours are looked at only if its clauses name any, because that may cost a network.
+        metadata: the prompt; colours are named only if its clauses name any, because that may cost a network.
         detections: the objects in the image.
         class_names: names of classes, of one word or several, which prompts may have in the plural.
         threshold: score that an object has to exceed.

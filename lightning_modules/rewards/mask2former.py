@@ -4,7 +4,7 @@ The official evaluation runs it in mmdetection. The way from an image to objects
 transformers' own post-processing, which squashes masks to a fixed size and gives no boxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -109,8 +109,8 @@ class Mask2FormerDetector(Keyed):
         output = self.model(pixel_values=inputs.to(self.model.dtype), output_auxiliary_logits=False)
         probs = output.class_queries_logits.float().softmax(-1)[..., :-1]  # the last class is "no object"
         rows = zip(probs, output.masks_queries_logits.float(), strict=True)
-        padded, size = inputs.shape[2:], images.shape[1:3]
-        return [self._objects(prob, masks, padded, inner, size) for prob, masks in rows]
+        upsample = partial(_upsampled, padded=inputs.shape[2:], inner=inner, size=images.shape[1:3])
+        return [self._objects(prob, masks, upsample) for prob, masks in rows]
 
     def _inputs(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images [B, H, W, 3] -> what the network reads [B, 3, H', W'], and the size without the padding."""
@@ -123,18 +123,10 @@ class Mask2FormerDetector(Keyed):
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         return (pixels - mean) / std, (height, width)
 
-    def _objects(
-        self, probs: Tensor, masks: Tensor, padded: Sequence[int], inner: Sequence[int], size: Sequence[int]
-    ) -> Detections:
-        """Class probabilities [Q, C] and mask logits [Q, h, w] of an image -> its objects.
-
-        Args:
-            padded, inner: size of the network's input, with and without its padding.
-            size: of the image.
-        """
+    def _objects(self, probs: Tensor, masks: Tensor, upsample: Callable[[Tensor], Tensor]) -> Detections:
+        """Class probabilities [Q, C] and mask logits [Q, h, w] of an image, upsampled to its size -> its objects."""
         scores, pairs = probs.flatten().topk(min(self.max_objects, probs.numel()))
         queries, of_query = (pairs // probs.shape[1]).unique(return_inverse=True)
-        upsample = partial(_upsampled, padded=padded, inner=inner, size=size)
         sure, boxes = (
             torch.cat(parts)
             for parts in zip(*(_measure(upsample(part)) for part in masks[queries].split(CHUNK)), strict=True)
@@ -154,7 +146,7 @@ class Mask2FormerDetector(Keyed):
 
 
 def _upsampled(masks: Tensor, padded: Sequence[int], inner: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Mask logits [N, h, w] of a padded input at the size of the image, [N, H, W]."""
+    """Mask logits [N, h, w] of an input of size `padded`, `inner` without padding, at that of the image, [N, H, W]."""
     grown = F.interpolate(masks[:, None], list(padded), mode="bilinear", align_corners=False)
     cut = grown[..., : inner[0], : inner[1]]
     return F.interpolate(cut, list(size), mode="bilinear", align_corners=False)[:, 0]

@@ -85,7 +85,7 @@ def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> N
 
 
 def how_to_download(key: str, model_name: str, pretrained: str | None) -> str:
-    """What to run and to set where weights cannot be had; for those that open_clip does not know, OpenAI's ViT-L/14."""
+    """The command and setting that bring weights; for those that open_clip does not know, OpenAI's ViT-L/14."""
     if pretrained and (weights := published_clip(key, model_name, pretrained)):
         with_model = ""
     else:

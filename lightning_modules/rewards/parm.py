@@ -189,7 +189,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
     @staticmethod
     def _increments(features: DecoderFeatures) -> Tensor:
-        """What each token adds to the running sums, [B, S, 3]."""
+        """The addition of each token to the running sums, [B, S, 3]."""
         log_p, entropy = features.log_probs, features.entropy.repeat(1, features.candidates)
         return torch.stack([log_p, log_p - features.unconditional_log_probs, log_p + entropy], dim=-1)
 
@@ -261,10 +261,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
     def sync(self, state: PARMState, features: DecoderFeatures | None, position: Tensor) -> None:
         """Read the tokens that the decoder passed without a choice, because they stay as they are.
 
-        Args:
-            state: of the images.
-            features: about all tokens of them that are decided; None of grids before their first step.
-            position: the prefix of row b is to end before position[b], [B], on the CPU; it may have been longer.
+        Afterwards the prefix of row b ends before position[b], [B], on the CPU; it may have been longer.
         """
         if features is None or state.cache is None or (position == state.lengths).all():
             return

@@ -1,4 +1,4 @@
-"""How well a verifier ranks: within-prompt AUC, choosing among k, calibration, along the way through an image."""
+"""The ranking quality of verifiers: within-prompt AUC, choosing among k, calibration, along an image."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ class RankingMetric(Metric):
     """Ranking quality of log-values against correctness, images compared within their prompt.
 
     Update with values [B, P] (P prefix lengths), correct [B] (0 or 1) and group [B] (which prompt). `compute` gives
-    `auc` [P] (share of correct-wrong pairs of a prompt that are ordered right, ties half; nan without any), `chosen`
-    [P] (share of prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration error
-    of exp(value), 10 bins).
+    `auc` [P] (fraction of correct-wrong pairs of a prompt that are ordered right, ties half; nan without any), `chosen`
+    [P] (fraction of prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration
+    error of exp(value), 10 bins).
     """
 
     full_state_update = False

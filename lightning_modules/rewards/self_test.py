@@ -1,7 +1,7 @@
 """A known picture that a detector has to understand before it judges anything.
 
 Wrong weights, a wrong config or a device without the right kernels do not fail: they find nothing, or nonsense, and
-every score is low. A picture with a known answer tells.
+every score is low. A picture with a known answer shows it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,16 +38,11 @@ class SelfTest:
             if not path.is_file():
                 raise FileNotFoundError(f"geneval.reward.self_test.folder: there is no {path}")
         self.picture = read_image(picture, str(picture)).pixels
-        self.rows: list[dict[str, Any]] = []
-        self.expected: list[bool] = []
-        self.places: list[str] = []
-        for place, row in read_jsonl(prompts):
+        self.lines = list(read_jsonl(prompts))
+        for place, row in self.lines:
             if not isinstance(row, dict) or not isinstance(row.get("correct"), bool):
                 raise ValueError(f"{place}: not a prompt with the key 'correct', true or false")
-            self.expected.append(row.pop("correct"))
-            self.rows.append(row)
-            self.places.append(place)
-        if len(set(self.expected)) != 2:
+        if len({row["correct"] for _, row in self.lines}) != 2:
             raise ValueError(f"{prompts}: needs prompts that the picture fulfils, and ones that it does not")
         self.done = False
 
@@ -60,16 +55,16 @@ class SelfTest:
         if self.done:
             return
         self.done = True  # judging the picture would start the test anew
-        for place, row in zip(self.places, self.rows, strict=True):
+        for place, row in self.lines:
             validate_metadata(row, class_names, place)
-        verdicts = judge(self.rows, [self.picture] * len(self.rows))
-        for row, expected, verdict in zip(self.rows, self.expected, verdicts, strict=True):
-            if verdict.correct != expected:
+        rows = [row for _, row in self.lines]
+        for row, verdict in zip(rows, judge(rows, [self.picture] * len(rows)), strict=True):
+            if verdict.correct != row["correct"]:
                 self.done = False
                 answer = verdict.reason.replace("\n", "; ") or "all of it was found"
                 raise ValueError(
                     f"the detector fails its self-test: {self.folder / 'picture.png'} should "
-                    f"{'' if expected else 'not '}show {row['prompt']!r}, but {answer}; are these the right weights? "
-                    f"(geneval.reward.self_test.folder=DIR tests on another picture, geneval.reward.self_test=null "
-                    f"goes on without)"
+                    f"{'' if row['correct'] else 'not '}show {row['prompt']!r}, but {answer}; are these the right "
+                    f"weights? (geneval.reward.self_test.folder=DIR tests on another picture, "
+                    f"geneval.reward.self_test=null goes without)"
                 )

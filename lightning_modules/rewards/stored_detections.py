@@ -16,7 +16,7 @@ from lightning_modules.rewards.geneval import CLASS_NAMES, COLORS, Detections
 
 
 class StoredDetections(Keyed):
-    """Looks up what somebody else's detector found in the images of a folder in GenEval's layout.
+    """Looks up what another detector found in the images of a folder in GenEval's layout.
 
     One row an image: `{"filename": "00000/samples/0000.png", "detections": [{"class": "dog", "score": 0.9,
     "bbox": [x1, y1, x2, y2], "color": "red", "mask": {"size": [H, W], "counts": [...]}}, ...]}`, in the detector's
@@ -57,7 +57,7 @@ class StoredDetections(Keyed):
         return self
 
     def of(self, files: Sequence[str] | None) -> list[Detections]:
-        """What was found in files, by their paths in the folder of images.
+        """Return the detections of files, by their paths in the folder of images.
 
         Raises:
             ValueError: these are no files, or nothing is known of one.
@@ -69,26 +69,26 @@ class StoredDetections(Keyed):
                 raise ValueError(f"{self.path}: has no detections of {name}")
         return [self._found[_key(name)] for name in files]
 
-    def _read(self, row: Any, where: str) -> None:
+    def _read(self, row: Any, place: str) -> None:
         try:
             key, objects = _key(row["filename"]), row["detections"]
             boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(len(objects), 4)
             scores = np.array([entry["score"] for entry in objects], np.float32)
             classes = [entry["class"] for entry in objects]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where}: not a row of detections: {error!r}") from error
+            raise ValueError(f"{place}: not a row of detections: {error!r}") from error
         if unknown := set(classes) - set(self.class_names):
-            raise ValueError(f"{where}: unknown class {min(unknown)!r}")
+            raise ValueError(f"{place}: unknown class {min(unknown)!r}")
         if unknown := {entry.get("color", COLORS[0]) for entry in objects} - set(COLORS):
-            raise ValueError(f"{where}: unknown color {min(map(str, unknown))!r}, known are {', '.join(COLORS)}")
+            raise ValueError(f"{place}: unknown color {min(map(str, unknown))!r}, known are {', '.join(COLORS)}")
         if not np.isfinite(scores).all() or not (np.rint(boxes[:, :2]) < np.rint(boxes[:, 2:])).all():
-            raise ValueError(f"{where}: a box must be [x1, y1, x2, y2], at least a pixel, with a finite score")
+            raise ValueError(f"{place}: a box must be [x1, y1, x2, y2], at least a pixel, with a finite score")
         if key in self._found:
-            raise ValueError(f"{where}: {row['filename']} occurs twice")
+            raise ValueError(f"{place}: {row['filename']} occurs twice")
         masks = [entry.get("mask") for entry in objects]
         if any(masks) and not all(isinstance(mask, dict) and isinstance(mask.get("counts"), list) for mask in masks):
-            raise ValueError(f"{where}: masks must be uncompressed run lengths, of all objects or of none")
-        colors = partial(_colors, [entry.get("color") for entry in objects], where)
+            raise ValueError(f"{place}: masks must be uncompressed run lengths, of all objects or of none")
+        colors = partial(_colors, [entry.get("color") for entry in objects], place)
         self._found[key] = Detections(classes, scores, boxes, colors, partial(_masks, masks) if any(masks) else None)
 
 
@@ -97,10 +97,10 @@ def _key(name: str) -> str:
     return str(PurePosixPath(*PurePosixPath(name).parts[-3:]).with_suffix(""))
 
 
-def _colors(colors: Sequence[str | None], where: str, indices: Sequence[int]) -> list[str]:
+def _colors(colors: Sequence[str | None], place: str, indices: Sequence[int]) -> list[str]:
     named = [colors[index] for index in indices]
     if None in named:
-        raise ValueError(f"{where}: an object has no color, the prompt asks for it, and geneval.reward.colors is null")
+        raise ValueError(f"{place}: an object has no color, the prompt asks for it, and geneval.reward.colors is null")
     return [color for color in named if color is not None]
 
 

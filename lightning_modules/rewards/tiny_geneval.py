@@ -36,14 +36,8 @@ def _write_mask2former(folder: Path, labels: int) -> None:
     swin: Any = {"image_size": 64, "embed_dim": 16, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 4}
     swin["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
     sizes: Any = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32}
-    sizes |= {
-        "dim_feedforward": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "num_attention_heads": 2,
-        "num_queries": 12,
-        "num_labels": labels,
-    }
+    sizes |= {"dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_queries": 12, "num_labels": labels}
     config = Mask2FormerConfig(backbone_config=SwinConfig(**swin), **sizes)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -18,7 +18,7 @@ Pixels = Callable[[], Tensor]  # decodes pixels [B, 3, H, W] in [0, 1]; not call
 
 
 class Ability(Enum):
-    """What only some judges can do; the value says of the others that they cannot."""
+    """The abilities that only some judges have; the value says of the others that they cannot."""
 
     PATCHES = "does not score patches"
     CRITIQUE = "cannot say what is wrong"
@@ -27,7 +27,7 @@ class Ability(Enum):
 
 
 class VerifierState(Protocol):
-    """What a judge remembers of B half-made images."""
+    """The memory of a judge: what it knows of B half-made images."""
 
     def select(self, rows: Tensor) -> Self:
         """Keep rows `rows` [B'], in that order and as often as they occur."""
@@ -125,10 +125,6 @@ class TokenVerifier(Verifier[S]):
 
     abilities = frozenset({Ability.PREFIXES})
 
-    @abstractmethod
-    def values(self, features: DecoderFeatures, lengths: Sequence[int]) -> Tensor:
-        """See `Judge`."""
-
     def check_decoder(self, decoder: Decoder) -> None:
         decoder.check_readable()
 
@@ -163,19 +159,11 @@ class Critic(Reward):
 
     abilities = frozenset({Ability.CRITIQUE})
 
-    @abstractmethod
-    def critique(self, prompts: Sequence[str], pixels: Tensor) -> list[str]:
-        """See `Judge`."""
-
 
 class StepJudge(Reward):
     """Judges unfinished images by their potential: its score of a preview is log P(can still fulfil the prompt)."""
 
     abilities = frozenset({Ability.UNFINISHED})
-
-    @abstractmethod
-    def clear_and_potential(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Judge`."""
 
     def of_preview(self, rows: Rows, pixels: Tensor) -> Tensor:
         return self.clear_and_potential([row["prompt"] for row in rows], pixels)[1].log()

@@ -31,7 +31,7 @@ CHATML = """\
 
 @dataclass(frozen=True)
 class Questions:
-    """What the judge is asked; {prompt} stands for the prompt of the image.
+    """The questions to the judge; {prompt} stands for the prompt of the image.
 
     Attributes:
         clear: is an unfinished image clear enough to be judged?
@@ -222,10 +222,10 @@ class VisionLanguageJudge(StepJudge, Critic):
 
     @torch.no_grad()
     def _read(self, pixels: Tensor, asked: Sequence[Sequence[list[int]]]) -> Tensor:
-        """The same for one batch, with one forward pass for each of the `asked`.
+        """P(yes) as in `_judge`, for one batch, with one forward pass for each of the `asked`.
 
         Only what the conversation before did not have is read; keys and values of the rest are there already. Padding
-        is on the left and masked, so all rows go on from one column of the cache.
+        is on the left and masked, so all rows continue from one column of the cache.
         """
         device = self.model.device
         inputs: dict[str, Any] = self._views(pixels)
@@ -252,5 +252,5 @@ def _left_padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _shared(old: list[int], new: list[int]) -> int:
-    """How many items two lists have in common at their start."""
+    """The number of items that two lists have in common at their start."""
     return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))

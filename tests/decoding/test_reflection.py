@@ -292,6 +292,10 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, Region(PatchCLIPScore(2), quantile=0.5), 1).decode(
             decoder, judges, Request(rows, SEEDS)
         )
+    with pytest.raises(ValueError, match="judge 'darkness' values no prefixes; there are: parm, likelihood"):
+        Reflection(PLAIN, PLAIN, Region(ValueGain("darkness"), 0.5), 1).decode(decoder, judges, Request(rows, SEEDS))
+    with pytest.raises(ValueError, match="Darkness does not score patches"):
+        judges["darkness"].patches([], torch.zeros(0, 3, 4, 4), 2)
     with pytest.raises(ValueError, match="judge 'geneval' does not exist here"):
         Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, Request(rows, SEEDS))
 
