@@ -1,13 +1,9 @@
 """Show-o (arXiv 2408.12528) as a mask-token decoder: its sizes, and the names of its tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.text import TextTokenizer
-from lightning_modules.backbone.transformer import TransformerConfig
 
 _STEMS = {  # ours -> Show-o's
     "embed": ["model.embed_tokens"],
@@ -24,36 +20,10 @@ _STEMS = {  # ours -> Show-o's
 
 
 class ShowO(MaskTokenDecoder):
-    """A mask-token decoder of Phi's make, with norms on queries and keys, whose weights have Show-o's names.
+    """A mask-token decoder of Phi's make, whose weights have Show-o's names; see `MaskNetwork`.
 
-    Args:
-        image_tokenizer, text_tokenizer, max_text, feature_layers, estimate, compiled: see `MaskNetwork`.
-        dim, depth, heads, mlp_dim: sizes of the Transformer; the defaults are the published model's.
-        partial_rotary_factor: fraction of each head's dimensions that carry the position.
-        checkpointing: see `TransformerConfig`.
+    Its Transformer is parallel, with norms on queries and keys, and the tanh form of GELU.
     """
-
-    def __init__(
-        self,
-        image_tokenizer: ImageTokenizer,
-        text_tokenizer: TextTokenizer,
-        max_text: int = 128,
-        dim: int = 2048,
-        depth: int = 24,
-        heads: int = 32,
-        mlp_dim: int = 8192,
-        partial_rotary_factor: float = 0.5,
-        checkpointing: bool = False,
-        feature_layers: Sequence[int] = (),
-        estimate: MaskEstimate | None = None,
-        compiled: bool = False,
-    ) -> None:
-        transformer = TransformerConfig(
-            dim, depth, heads, mlp_dim / dim, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing
-        )
-        rotary_dims = int(partial_rotary_factor * transformer.head_dim)
-        shared = (image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims)
-        super().__init__(*shared, feature_layers, estimate, compiled=compiled)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:

@@ -168,7 +168,7 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, A
         reads, shows = parm["module"], decoder["module"]
         for name, meaning, value in (
             ("feature_layers", "decoder.module.feature_layers", shows.get("feature_layers")),
-            ("decoder_dim", "the width of the decoder", shows.get("dim", shows.get("transformer", {}).get("dim"))),
+            ("decoder_dim", "the width of the decoder", shows["transformer"]["dim"]),
             ("grid", "the grid of the image tokenizer", grid),
         ):
             if reads[name] != value:

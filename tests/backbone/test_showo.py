@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from lightning_modules.backbone.showo import ShowO
 from lightning_modules.dpo import dpo
 from tests.helpers.asked import asked
 from tests.helpers.models import SHOWO, SHOWO_CONFIG, make_showo
+from tests.helpers.overrides import ROOT
 
 RUNS = json.loads((SHOWO / "sample_runs.json").read_text())
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
@@ -380,8 +383,10 @@ def test_the_published_model_has_its_sizes() -> None:
     tokenizer: Any = torch.nn.Module()
     tokenizer.codebook_size, tokenizer.num_tokens = 8192, 256
     text: Any = SimpleNamespace(size=50295, end_of_text=50256)
+    config = OmegaConf.load(ROOT / "conf" / "decoder" / "showo.yaml").decoder.module
     with torch.device("meta"):
-        published = ShowO(tokenizer, text)
+        transformer = instantiate(config.transformer)
+        published = ShowO(tokenizer, text, config.max_text, transformer, config.rotary_dims)
     assert sum(weight.numel() for weight in published.parameters()) == 1_448_176_770
     names = [name for key in published.state_dict() for name in ShowO.stored_as(key)]
     assert len(names) == len(set(names)) == 437

@@ -21,6 +21,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.asked import asked
 from tests.helpers.measuring import peak_mebibytes
+from tests.helpers.models import phi
 
 BATCH, PROMPT, GRID = 4, 20, 258
 
@@ -59,7 +60,7 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
     sizes = {"encoder_widths": (8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_widths": (width, width, width)}
     tokenizer = MagvitV2(MagvitConfig(image_size=64, bits=bits, decoder_blocks=(1, 1, 1), norm_groups=4, **sizes))
     text: Any = SimpleNamespace(size=20, end_of_text=0, encode=lambda prompts: [[1] * 9 for _ in prompts])
-    decoder = ShowO(tokenizer, text, max_text=16, dim=128, depth=3, heads=4, mlp_dim=512).eval()
+    decoder = ShowO(tokenizer, text, 16, phi(128, 3, 4, 4.0), rotary_dims=16).eval()
     sampling, images = MaskSampling(steps=2), 4
 
     def decode() -> None:

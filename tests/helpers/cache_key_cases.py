@@ -171,7 +171,7 @@ def _(tmp_path: Path) -> Case:
     decoder = showo()
     return Case(
         decoder,
-        {"weights": another_weight(decoder), "rotary": showo(partial_rotary_factor=0.25), "longer": showo(max_text=5)},
+        {"weights": another_weight(decoder), "rotary": showo(rotary_dims=2), "longer": showo(max_text=5)},
         {"made twice": showo(), "memory": showo(checkpointing=True), "compiled": showo(compiled=True)},
     )
 

@@ -44,23 +44,25 @@ class Numbers:
         return word_spans(prompt)
 
 
-def make_showo(**sizes: Any) -> ShowO:
+def phi(dim: int, depth: int, heads: int, mlp_ratio: float, checkpointing: bool = False) -> TransformerConfig:
+    """A Transformer of Show-o's make."""
+    more = {"parallel": True, "qk_norm": True, "gelu": "tanh", "checkpointing": checkpointing}
+    return TransformerConfig(dim, depth, heads, mlp_ratio, **more)  # type: ignore[arg-type]
+
+
+def make_showo(checkpointing: bool = False, **changes: Any) -> ShowO:
     """An untrained Show-o of the golden one's sizes, without an image tokenizer."""
     tokenizer: Any = torch.nn.Module()
     tokenizer.codebook_size, tokenizer.num_tokens = (
         SHOWO_CONFIG["showo"]["codebook_size"],
         SHOWO_CONFIG["showo"]["num_vq_tokens"],
     )
-    phi = SHOWO_CONFIG["phi"]
-    golden = {
-        "max_text": SHOWO_CONFIG["max_text_len"],
-        "dim": phi["hidden_size"],
-        "depth": phi["num_hidden_layers"],
-        "heads": phi["num_attention_heads"],
-        "mlp_dim": phi["intermediate_size"],
-        "partial_rotary_factor": phi["partial_rotary_factor"],
-    }
-    return ShowO(tokenizer, Numbers(), **golden | sizes).eval()
+    golden = SHOWO_CONFIG["phi"]
+    dim, heads = golden["hidden_size"], golden["num_attention_heads"]
+    transformer = phi(dim, golden["num_hidden_layers"], heads, golden["intermediate_size"] / dim, checkpointing)
+    rotary_dims = int(golden["partial_rotary_factor"] * dim / heads)
+    sizes = {"max_text": SHOWO_CONFIG["max_text_len"], "rotary_dims": rotary_dims} | changes
+    return ShowO(tokenizer, Numbers(), transformer=transformer, **sizes).eval()
 
 
 def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:

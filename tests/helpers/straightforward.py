@@ -15,6 +15,7 @@ from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, 
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import attend
 from tests.helpers.asked import asked
+from tests.helpers.models import phi
 
 SAMPLING = MaskSampling(steps=18, guidance=1.75)
 
@@ -38,7 +39,7 @@ def build(text: int, codes: int, dim: int = 256, depth: int = 8, heads: int = 8)
     torch.manual_seed(0)
     tokenizer: Any = torch.nn.Module()
     tokenizer.codebook_size, tokenizer.num_tokens = codes, 256
-    decoder = ShowO(tokenizer, Words(text), dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim)
+    decoder = ShowO(tokenizer, Words(text), 128, phi(dim, depth, heads, 4.0), dim // heads // 2)
     for weight in decoder.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.05)  # far from uniform, so that codes are not decided by rounding
