@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Decoder
 from lightning_modules.decoding.strategy import Decoded, Judges, judged
 from lightning_modules.decoding.trace import Choice, ReflectionRound
-from lightning_modules.rewards.verifier import Judge, Reward
+from lightning_modules.rewards.verifier import Ability, Judge
 
 _MOMENTS = 8  # drawn of what may have hundreds of steps
 _LARGEST = 96  # pixels along the longer side of a frame
@@ -86,7 +86,7 @@ def trace_views(
     """
     scores = {}
     for name in asked:
-        if isinstance(judges[name], Reward) or decoded.features is not None:
+        if decoded.features is not None or Ability.PREFIXES not in judges[name].abilities:
             values = judged(judges[name], decoder, prompts, decoded.tokens, decoded.features)
             scores[name] = judges[name].as_probability(values).tolist()
     views = []
