@@ -337,7 +337,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     with pytest.raises(SIGTERMException):
         run(compose_config(*common))
     assert len(judged) == 4 and not (tmp_path / "results.jsonl").exists()
-    assert "the same command goes on with it" in capsys.readouterr().out
+    assert "the same command resumes it" in capsys.readouterr().out
     run(compose_config(*common))
     assert len(judged) == 6 and "batches decoded and judged before: 3" in capsys.readouterr().out
     went_on = {name: (tmp_path / name).read_bytes() for name in left}

@@ -321,7 +321,7 @@ def test_runs_are_called_after_what_they_do(compose_config: Compose, overrides: 
     [
         (["geneval=detections", "images=somewhere"], "geneval.reward.detector.path needs a value"),
         ([], "task=score needs images=DIR, the folder"),
-        (["images=nowhere"], "images: there is no folder nowhere (in scoring)"),
+        (["images=nowhere"], "images: there is no folder nowhere"),
     ],
 )
 def test_what_scoring_lacks_is_said(tmp_path: Path, overrides: list[str], sentence: str) -> None:
