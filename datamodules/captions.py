@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from datamodules.images import as_pixels
-from datamodules.shapes.captions import CaptionPair, labels
+from datamodules.shapes.caption_pairs import CaptionPair, labels
 from datamodules.streams import Stream, StreamDataModule
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.sampling import image_seed, uniform_noise
 from lightning_modules.decoding.strategy import Strategy
-from lightning_modules.rewards.geneval import Verdict
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.geneval_rules import Verdict
 
 
 @dataclass(frozen=True)

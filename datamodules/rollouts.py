@@ -24,8 +24,8 @@ from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.cache_key import digest
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
-from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.grounding import grounding
 from lightning_modules.rewards.registry import JudgeRegistry
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
-from datamodules.geneval import OFFICIAL_IMAGES, sample_path, unofficial
+from datamodules.geneval_prompts import OFFICIAL_IMAGES, sample_path, unofficial
 from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
@@ -23,9 +23,9 @@ from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, StrategyResult, result_row
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval import CLASS_NAMES, Verdict
 from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import to_uint8
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Verdict
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
 from lightning_modules.cache_key import Keyed, fields_key
-from lightning_modules.rewards.geneval import Detections
+from lightning_modules.rewards.geneval_rules import Detections
 
 Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]

@@ -13,7 +13,7 @@ from typing import Any
 
 from datamodules.prompt_templates import NUMBERS, Metadata, Split, check_split, clause, make_row, pick, plural, position
 from datamodules.shapes.world import CLASSES, PALETTE
-from lightning_modules.rewards.geneval import RELATIONS
+from lightning_modules.rewards.geneval_rules import RELATIONS
 from lightning_modules.rewards.grounding import ANYTHING
 
 COLORS = tuple(PALETTE)

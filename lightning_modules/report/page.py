@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lightning_modules.files import write_text
 from lightning_modules.report.drawing import Curve, format_score, png, shrunk
 from lightning_modules.report.results import EvaluationResult, StrategyResult
-from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval_rules import TASKS
 
 _LARGEST = 256  # pixels along the longer side of an image
 

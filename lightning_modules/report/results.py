@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_modules.report.drawing import TraceView
-from lightning_modules.rewards.geneval import Verdict
+from lightning_modules.rewards.geneval_rules import Verdict
 
 BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
 

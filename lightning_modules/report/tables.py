@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_modules.files import whole
 from lightning_modules.report.results import BEFORE_TRAINING, StrategyResult
-from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval_rules import TASKS
 
 _HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
 

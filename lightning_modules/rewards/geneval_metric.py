@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval_rules import TASKS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_modules.cache_key import class_name, fields_key
 from lightning_modules.rewards.color import CLIPColors, LazyColors, name_colors
-from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
+from lightning_modules.rewards.geneval_rules import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
 from lightning_modules.rewards.verifier import Reward

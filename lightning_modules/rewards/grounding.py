@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.rewards.geneval import COLORS, Detections
+from lightning_modules.rewards.geneval_rules import COLORS, Detections
 
 ANYTHING = "shape"  # the word for an object of any class
 

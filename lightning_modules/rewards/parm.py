@@ -18,7 +18,7 @@ from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
 from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
 from lightning_modules.cache_key import class_name, key_of
-from lightning_modules.rewards.geneval import CLAUSES
+from lightning_modules.rewards.geneval_rules import CLAUSES
 from lightning_modules.rewards.verifier import Pixels, Rows, TokenVerifier
 
 InputFeatures = Literal["hidden", "embeddings"]

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_modules.backbone.loading import BUNDLED
 from lightning_modules.image_reader import read_image
 from lightning_modules.jsonl import read_jsonl
-from lightning_modules.rewards.geneval import Verdict, validate_metadata
+from lightning_modules.rewards.geneval_rules import Verdict, validate_metadata
 
 Judge = Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray]], list[Verdict]]
 

@@ -17,7 +17,7 @@ from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.report import write_report
 from lightning_modules.report.tables import print_plain, write_csv
-from lightning_modules.rewards.geneval import TASKS
+from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 from tqdm import tqdm
 
-from datamodules.geneval import OFFICIAL_IMAGES, repeated, unofficial
+from datamodules.geneval_prompts import OFFICIAL_IMAGES, repeated, unofficial
 from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
 from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluator
@@ -20,9 +20,9 @@ from lightning_modules.report.pictures import contact_sheet, pick_prompt_indices
 from lightning_modules.report.results import StrategyResult, result_line, result_row
 from lightning_modules.report.tables import print_table
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS
 from lightning_modules.rewards.geneval_metric import Summary, summarize
 from lightning_modules.rewards.geneval_reward import by_size
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS
 
 
 class Scoring(LightningModule):

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from datamodules.coco_prompts import official_prompts, prompt_pool
-from datamodules.geneval import differences, prompts_from_coco, prompts_from_file
+from datamodules.geneval_prompts import differences, prompts_from_coco, prompts_from_file
 from datamodules.prompt_templates import SPLITS, make_row
-from lightning_modules.rewards.geneval import CLASS_NAMES, TASKS, validate_metadata
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS, validate_metadata
 
 
 def named(rows: Any) -> tuple[set, ...]:

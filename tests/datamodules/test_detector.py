@@ -12,7 +12,7 @@ from datamodules.prompt_templates import SPLITS
 from datamodules.shapes.detector import REFERENCES, ShapesDetector
 from datamodules.shapes.scenes import CaptionedImage, ShapesStream
 from datamodules.shapes.world import CLASSES, PALETTE, Scene, SceneObject, render
-from lightning_modules.rewards.geneval import COLORS, TASKS, GenEvalRules
+from lightning_modules.rewards.geneval_rules import COLORS, TASKS, GenEvalRules
 
 Images = NDArray[np.uint8]
 PER_SPLIT = 100

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from datamodules.prompt_templates import SPLITS
-from datamodules.shapes.captions import CaptionPairs, altered, judge, truth
+from datamodules.shapes.caption_pairs import CaptionPairs, altered, judge, truth
 from datamodules.shapes.prompts import prompt_pool, shapes_prompts, vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import CLASSES, GAP, PALETTE
-from lightning_modules.rewards.geneval import COLORS, TASKS, validate_metadata
+from lightning_modules.rewards.geneval_rules import COLORS, TASKS, validate_metadata
 
 
 def named(split: str) -> tuple[set, set, set]:

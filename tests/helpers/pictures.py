@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.geneval import sample_path
+from datamodules.geneval_prompts import sample_path
 
 
 def png(width: int, height: int, bits: int, color: int, data: bytes) -> bytes:

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datamodules.captions import CaptionsDataModule
-from datamodules.shapes.captions import CaptionPairs
+from datamodules.shapes.caption_pairs import CaptionPairs
 from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.decoder import Request

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_modules.rewards.geneval import (
+from lightning_modules.rewards.geneval_rules import (
     CLASS_NAMES,
     CLAUSES,
     Detections,

@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lightning_modules.backbone.text import PublishedTokenizer, word_spans
-from lightning_modules.rewards.geneval import Detections
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.grounding import grounding
 
 NAMES = ("star", "ring", "cross")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
 from lightning_modules.backbone import loading
-from lightning_modules.rewards.geneval import CLASS_NAMES
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.mask2former import Mask2FormerDetector, _measure
 from lightning_modules.rewards.tiny_geneval import save_tiny_mask2former
 

@@ -397,7 +397,7 @@ PLACES = {
         ["geneval.reward.self_test.folder={folder}"],
         "prompts.jsonl:1: not valid JSON: Expecting value at column 1",
     ),
-    "rewards/geneval.py": (
+    "rewards/geneval_rules.py": (
         ["geneval=file", "geneval.test_prompts.path={folder}/x.jsonl"],
         "x.jsonl:1: not valid JSON: Expecting value at column 1",
     ),

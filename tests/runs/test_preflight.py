@@ -23,7 +23,10 @@ Compose = Callable[..., DictConfig]
         ),
         (["experiment=showo_dpo", "data=preferences", "geneval=shapes"], "geneval.reward.detector: ShapesDetector"),
         (
-            ["geneval.test_prompts={_target_: datamodules.geneval.prompts_from_coco, split: evaluation, per_task: 1}"],
+            [
+                "geneval.test_prompts={_target_: datamodules.geneval_prompts.prompts_from_coco,"
+                " split: evaluation, per_task: 1}"
+            ],
             "geneval.test_prompts: 'a photo of a bench' asks for 'bench', which geneval.reward.detector does not know; "
             "it knows: circle, square,",
         ),

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from callbacks.checkpoint import StopBetweenBatches
-from datamodules.geneval import sample_path
+from datamodules.geneval_prompts import sample_path
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import scene_for
 from datamodules.shapes.world import render

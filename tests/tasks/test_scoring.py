@@ -15,15 +15,15 @@ from hydra.utils import instantiate
 from lightning import Trainer
 from PIL import ExifTags, Image, ImageOps
 
-from datamodules.geneval import sample_path
+from datamodules.geneval_prompts import sample_path
 from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.prompts import shapes_prompts
 from datamodules.shapes.scenes import ShapesStream, scene_for
 from datamodules.shapes.world import render
 from lightning_modules.report.results import result_line
 from lightning_modules.rewards.fid import FID, CLIPFeatures
-from lightning_modules.rewards.geneval import Detections
 from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.verifier import Reward
 from lightning_modules.tasks.scoring import Scoring
 from tests.helpers.evaluators import make_evaluator

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from datamodules.geneval import differences, prompts_from_dataset, prompts_from_file
+from datamodules.geneval_prompts import differences, prompts_from_dataset, prompts_from_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "geneval"
 

@@ -13,7 +13,7 @@ from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_poo
 from datamodules.data_sets import load_split
 from datamodules.prompt_templates import Metadata, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
-from lightning_modules.rewards.geneval import CLASS_NAMES, read_prompts, validate_metadata
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES, read_prompts, validate_metadata
 
 OFFICIAL_IMAGES = 4  # of each prompt
 

@@ -11,7 +11,7 @@ from datamodules.shapes.prompts import ANYTHING, COLORS, RELATIONS, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import CLASSES, SIZE
 from lightning_modules.backbone.text import word_spans
-from lightning_modules.rewards.geneval import Detections, GenEvalRules, Verdict
+from lightning_modules.rewards.geneval_rules import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.grounding import grounding
 
 _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
