@@ -283,6 +283,14 @@ class Decoder(nn.Module, Keyed):
         """Up to `most` moments on the way to an image [T]; None if there are none."""
         return None
 
+    def training_bytes(self, images: int, size: int) -> float:
+        """Estimate what a training pass over some images keeps for the backward pass, `size` bytes a number."""
+        return 0.0
+
+    def decoding_bytes(self, images: int, size: int) -> float:
+        """Estimate what decoding some images at a time takes beside the weights, `size` bytes a number."""
+        return 0.0
+
     def confidence(
         self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
     ) -> Tensor:

@@ -209,3 +209,26 @@ class MaskNetwork(TokenDecoder):
         log_p = self.head(self.norm(hidden)).float().log_softmax(-1)
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
+
+    def training_bytes(self, images: int, size: int) -> float:
+        """Estimate the activations that wait for the backward pass, and the logits with their gradient."""
+        tokens = self.num_tokens + 2
+        positions = tokens + self.vocabulary.max_text + 1
+        kept = self.transformer.config.saved_bytes(positions, size)
+        return images * (kept + 2 * tokens * self.vocabulary.total * 4)
+
+    def decoding_bytes(self, images: int, size: int) -> float:
+        """Estimate the keys and values of prompts, and the largest of what else there is, guidance included.
+
+        That is one of: a layer's hidden states; the probabilities of all codes and their cumulative sum, in single
+        precision; the finest level of the image tokenizer's decoder, of which four maps are there at a time.
+        """
+        config, tokenizer = self.transformer.config, self.image_tokenizer
+        prompts = 2 * config.depth * config.dim * (self.vocabulary.max_text + 1) * size
+        layer = 2 * (self.num_tokens + 2) * config.dim * (5 + 2 * config.mlp_ratio) * size
+        codes = 2 * self.num_tokens * self.vocabulary.codes * 4
+        maps = 0.0
+        for module in tokenizer.modules():
+            if isinstance(module, nn.Conv2d):  # the last one makes the pixels
+                maps = 4 * (3 * tokenizer.image_size**2 / module.out_channels) * module.in_channels * size
+        return images * (prompts + max(layer, codes, maps))

@@ -134,6 +134,18 @@ class TransformerConfig:
         if self.dim % self.heads:
             raise ValueError(f"Transformer width dim={self.dim} is not a multiple of heads={self.heads}")
 
+    def saved_bytes(self, positions: int, size: int) -> float:
+        """Estimate what a training pass over some positions keeps for the backward pass, `size` bytes a number.
+
+        A layer keeps, in widths: its input and norm (2), queries, keys, values before and after norm and rotation (7),
+        keys and values beside the prompt's (2), what is attended to in two layouts (2), and the feed-forward layer's
+        hidden states before and after its activation. With checkpointing only one layer has all that, the others their
+        input.
+        """
+        layer = (13 + 2 * self.mlp_ratio) * self.dim
+        widths = layer + self.depth * self.dim if self.checkpointing else self.depth * layer
+        return positions * widths * size
+
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.memory import decoding_activations, saved_activations
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
 from lightning_modules.backbone.mask_sampling import MaskSampling
@@ -48,9 +47,9 @@ def test_training_keeps_what_is_estimated(checkpointing: bool) -> None:
     assert out.shape == x.shape
     weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
     measured = sum(kept.values()) - (0 if checkpointing else weights)
-    estimate = saved_activations(config, BATCH * GRID, 4)
+    estimate = config.saved_bytes(BATCH * GRID, 4)
     if checkpointing:  # the one layer that is computed anew is not among what the forward pass keeps
-        estimate -= int(saved_activations(TransformerConfig(2048, 1, 32, 4.0, parallel=True), BATCH * GRID, 4))
+        estimate -= TransformerConfig(2048, 1, 32, 4.0, parallel=True).saved_bytes(BATCH * GRID, 4)
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
@@ -60,7 +59,7 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
     sizes = {"encoder_widths": (8, 8, 8), "encoder_blocks": (1, 1, 1), "decoder_widths": (width, width, width)}
     tokenizer = MagvitV2(MagvitConfig(image_size=64, bits=bits, decoder_blocks=(1, 1, 1), norm_groups=4, **sizes))
     text: Any = SimpleNamespace(size=20, end_of_text=0, encode=lambda prompts: [[1] * 9 for _ in prompts])
-    decoder = ShowO(tokenizer, text, 16, phi(128, 3, 4, 4.0), rotary_dims=16).eval()
+    decoder = ShowO(tokenizer, text, 11, phi(128, 3, 4, 4.0), rotary_dims=16).eval()
     sampling, images = MaskSampling(steps=2), 4
 
     def decode() -> None:
@@ -73,7 +72,7 @@ def test_decoding_takes_what_is_estimated(width: int, bits: int) -> None:
         tokenizer.decode(torch.zeros(images, decoder.num_tokens, dtype=torch.int64))
 
     measured = max(peak_mebibytes(decode), peak_mebibytes(decode_images)) * 2**20
-    assert decoding_activations(decoder, images, 12, 4) == pytest.approx(measured, rel=0.35)
+    assert decoder.decoding_bytes(images, 4) == pytest.approx(measured, rel=0.35)
 
 
 def test_candidates_within_candidates_multiply() -> None:
