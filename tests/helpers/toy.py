@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.sampling import invert, uniform_noise
+from lightning_modules.backbone.sampling import Noise, invert, uniform_noise
 from lightning_modules.decoding.paths import Paths
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 from lightning_modules.rewards.verifier import Nothing, StepJudge, Verifier
@@ -39,51 +39,18 @@ class ToyState(DecodingState):
     steps = TOKENS
 
     @property
-    def position(self) -> Tensor:
-        return torch.full((len(self.tokens),), self.step)
-
-    @property
     def decided(self) -> Tensor:
         return self.position
 
-    @property
-    def is_complete(self) -> Tensor:
-        return torch.full((len(self.tokens),), self.is_done)
-
-    @property
-    def choice_noise(self) -> Tensor:
-        return self.noise[:, 0, self.step]
-
     def select(self, rows: Tensor) -> "ToyState":
-        own = {name: getattr(self, name)[rows] for name in ("tokens", "noise", "prompt", "log_probs", "fixed")}
-        return replace(self, **own)
-
-    def fork(self, k: int) -> "ToyState":
-        rows = torch.arange(len(self.tokens)).repeat_interleave(k)
-        own = self.noise[:, 1 : 1 + k].flatten(0, 1)
-        return self.select(rows).with_noise(torch.stack([self.noise[rows, 0], own], 1))
+        return replace(super().select(rows), fixed=self.fixed[rows])
 
 
 @dataclass(frozen=True)
 class ToyProposal(Proposal):
     tokens: Tensor
-    drawn: Tensor
+    log_probs: Tensor
     features: DecoderFeatures | None = None
-
-    @property
-    def log_probs(self) -> Tensor:
-        return self.drawn
-
-    @property
-    def repeats(self) -> Tensor:
-        tokens = self.tokens.squeeze(2)
-        return (tokens[:, :, None] == tokens[:, None]).tril(-1).any(2)
-
-    def select(self, rows: Tensor) -> "ToyProposal":
-        return ToyProposal(self.tokens[rows], self.drawn[rows])
-
-    def unfold(self) -> "ToyProposal":
-        return ToyProposal(self.tokens.flatten(0, 1)[:, None], self.drawn.flatten()[:, None])
 
 
 class ToyDecoder(Decoder):
@@ -98,11 +65,9 @@ class ToyDecoder(Decoder):
     def cache_key(self) -> Any:
         return "toy"
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """All texts are read alike."""
-
-    def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Tensor:
-        return uniform_noise(seeds, k, TOKENS)
+    def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Noise:
+        uniform = uniform_noise(seeds, k, TOKENS)
+        return Noise(candidates=uniform[:, 1:], choice=uniform[:, 0])
 
     def begin(self, request: Request, sampling: Any, k: int = 1) -> ToyState:
         rows = len(request.rows)
@@ -116,7 +81,7 @@ class ToyDecoder(Decoder):
         step = state.step
         before = state.tokens[:, step - 1] if step else torch.zeros_like(state.tokens[:, 0])
         log_p = self.table[step, before]
-        drawn = invert(log_p.exp(), state.noise[:, 1 : 1 + k, step])
+        drawn = invert(log_p.exp(), state.noise.candidates[:, :k, step])
         drawn = torch.where(state.fixed[:, step, None], state.tokens[:, step, None], drawn)
         state.cost.count_pass(len(drawn), 1)
         return ToyProposal(drawn[..., None], log_p.gather(1, drawn))
@@ -157,9 +122,6 @@ class Truth(Verifier[Nothing]):
         fits = (IMAGES[:, : prefixes.shape[1]] == prefixes[:, None]).all(2).float()  # [N, 81]
         return (fits @ (self.probs * self.right)) / (fits @ self.probs)
 
-    def begin(self, prompt: Tensor, capacity: int) -> Nothing:
-        return Nothing()
-
     def value(
         self,
         memory: Nothing,
@@ -173,17 +135,11 @@ class Truth(Verifier[Nothing]):
         chance = self.chance(torch.cat([before, proposal.tokens.flatten(0, 1)], 1))
         return chance.log().view(-1, k)
 
-    def commit(self, memory: Nothing, choice: Tensor) -> None:
-        """Nothing is remembered."""
-
     def of_finished(
         self, rows: Sequence[Mapping[str, Any]], features: DecoderFeatures | None, pixels: Callable[[], Tensor]
     ) -> Tensor:
         tokens = (pixels()[:, 0].flatten(1) * CODES).round().long()
         return (tokens.sum(1) % 3 == 0).float().log()
-
-    def as_probability(self, scores: Tensor) -> Tensor:
-        return scores.exp()
 
 
 class Glance(StepJudge):
