@@ -11,7 +11,7 @@ import pytest
 
 from lightning_modules import artifacts
 from lightning_modules.artifacts import ArtifactCache, open_folder, source_hash
-from tests.test_files import started
+from tests.helpers.processes import started
 
 MODULE, KEY = "datamodules.rollouts", {"decoder": "a", "seed": 1}
 

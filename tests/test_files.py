@@ -1,7 +1,6 @@
 """Files and folders appear whole or not at all, whatever other processes do and whatever the disk refuses."""
 
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -13,16 +12,7 @@ import torch
 
 from lightning_modules.files import make_once, whole, write_text
 from lightning_modules.runs.checkpoint_io import WholeCheckpointIO
-
-FORK = multiprocessing.get_context("fork")
-
-
-def started(*targets: Callable[[], object]) -> list[multiprocessing.process.BaseProcess]:
-    """Processes that do these things at the same time."""
-    processes = [FORK.Process(target=target) for target in targets]
-    for process in processes:
-        process.start()
-    return processes
+from tests.helpers.processes import started
 
 
 def test_several_processes_write_one_file_and_none_reads_a_part_of_it(tmp_path: Path) -> None:
