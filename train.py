@@ -159,10 +159,11 @@ def evaluate(config: DictConfig) -> None:
         )
         curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
         return
+    trainer = parts.trainer  # what it refuses comes before what is said
     named = ("decoder.checkpoint", "parm.checkpoint")
     starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
     say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
-    parts.trainer.test(parts.module, parts.data, ckpt_path=config.ckpt_path, verbose=False)
+    trainer.test(parts.module, parts.data, ckpt_path=config.ckpt_path, verbose=False)
 
 
 def rollout(config: DictConfig) -> None:

@@ -107,7 +107,8 @@ class PreferencesDataModule(PairsDataModule):
         Lightning calls this before it restores a checkpoint, so that a resumed run has the same reference, and a
         checkpoint can be tested on the validation pairs of its run where these are gone.
         """
-        self.judges.refuse_unknown({"data.scores": self.scores})
+        asked = {f"data.train.{name}.strategy": spec.strategy.judge_names for name, spec in self.train.items()}
+        self.judges.refuse_unknown({"data.scores": self.scores, **asked})
         if stage == "fit":
             self.judges.teachers |= self.teachers
         restored = stage == "test" and not self._folders  # a checkpoint may follow

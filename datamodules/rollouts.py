@@ -265,6 +265,11 @@ class RolloutsDataModule(StoredDataModule):
         self.seed, self.store_features = seed, store_features
         self._collected: dict[str, Dataset] = {}
 
+    def setup(self, stage: str) -> None:
+        """Refuse unknown judges before any rollout is made."""
+        specs = {**self.train, "validation": self.validation, "test": self.test}
+        self.judges.refuse_unknown({f"data.{name}.strategy": spec.strategy.judge_names for name, spec in specs.items()})
+
     def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
         """Return a named set, collected with the models as they are when the run first asks for it."""
         if name not in self._collected:

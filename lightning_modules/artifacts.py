@@ -21,6 +21,9 @@ _CLASS = re.compile(rf'"((?:{"|".join(_ROOMS)})\.[\w.]+)\.\w+"')  # a class as k
 _OLD = re.compile("(.+-)?[0-9a-f]{16}")  # names that earlier versions gave; a digest has more digits now
 _NAMED = 3  # things in a folder that an error names
 
+# The code as this process runs it, whatever is edited meanwhile.
+_SOURCES = {path: path.read_bytes() for room in _ROOMS for path in (PROJECT / room).rglob("*.py")}
+
 Key = Mapping[str, Any]
 
 
@@ -107,7 +110,7 @@ def source_hash(modules: frozenset[str], project: Path = PROJECT) -> str:
         name = pending.pop()
         path = project.joinpath(*name.split(".")).with_suffix(".py")
         if name.split(".")[0] in _ROOMS and name not in code and path.is_file():
-            code[name] = path.read_bytes()
+            code[name] = _SOURCES.get(path) or path.read_bytes()
             pending += _imported(code[name])
     return hashlib.sha256(b"".join(code[name] for name in sorted(code))).hexdigest()[:16]
 

@@ -98,11 +98,20 @@ class Evaluator:
         self.fid = fid
         self.unfinished = unfinished
 
-    def prepare(self, evaluation: Evaluation) -> None:
-        """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
+    def refuse_unfit_judges(self) -> None:
+        """Raise ValueError, naming the key, for judges that do not exist or cannot do what a strategy asks of them."""
         named: dict[str, Sequence[str]] = {"evaluator.independent_judges": self.independent_judges}
         named |= {f"strategies.{key}": strategy.judge_names for key, strategy in self.strategies.items()}
         self.judges.refuse_unknown(named)
+        for key, strategy in self.strategies.items():
+            try:
+                strategy.check_judges(self.judges)
+            except ValueError as error:
+                raise ValueError(f"strategies.{key}: {error}") from None
+
+    def prepare(self, evaluation: Evaluation) -> None:
+        """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
+        self.refuse_unfit_judges()
         for strategy in self.strategies.values():
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
@@ -177,7 +186,8 @@ class Evaluator:
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                    total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
+                    with _as_weights_are():
+                        total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
                     bar.update(len(batch))
             results[name] = self._gather(name, total, evaluation.device)
         return EvaluationResult(self._settings(evaluation), self._warnings(evaluation), results)
@@ -186,9 +196,10 @@ class Evaluator:
         self, decoder: Decoder, strategy: Strategy, judges: Judges, prompts: Prompts, jobs: Jobs
     ) -> tuple[Decoded, np.ndarray]:
         """Decode some images; return them with their pixels, uint8 [B, H, W, 3]."""
-        seeds = [image_seed(self.seed, i, j) for i, j in jobs]
-        decoded = strategy.decode(decoder, judges, Request([prompts[i] for i, _ in jobs], seeds))
-        return decoded, to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
+        request = Request([prompts[i] for i, _ in jobs], [image_seed(self.seed, i, j) for i, j in jobs])
+        with _as_weights_are():
+            decoded = strategy.decode(decoder, judges, request)
+            return decoded, to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
 
     def _evaluate_batch(self, evaluation: Evaluation, strategy: Strategy, judges: Judges, jobs: Jobs) -> PartialResult:
         start, decoder, prompts = time.perf_counter(), evaluation.decoder, evaluation.prompts
@@ -257,6 +268,13 @@ class Evaluator:
         if self.images_per_prompt != OFFICIAL_IMAGES:
             found.append(f"{self.images_per_prompt} images of each prompt instead of the official {OFFICIAL_IMAGES}")
         return found + unofficial(evaluation.prompts)
+
+
+@contextmanager
+def _as_weights_are() -> Iterator[None]:
+    """Compute in the precision of the weights: some tasks are called within the Trainer's autocast, others without."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _objects(verdict: Verdict) -> int:

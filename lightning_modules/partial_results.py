@@ -14,7 +14,7 @@ from torch.serialization import safe_globals
 from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.broken_files import read_torch
-from lightning_modules.files import is_read_only, whole
+from lightning_modules.files import whole
 from lightning_modules.ranks import broadcast, gather, rank
 from lightning_modules.report.drawing import Curve, Frame, ImageStrip, Section, TraceView
 from lightning_modules.report.results import StrategyResult
@@ -114,9 +114,7 @@ class KeptBatches:
             self.parts.open()
         except Timeout:
             return "nothing"
-        except OSError as error:
-            if not is_read_only(error):
-                raise
+        except OSError:  # a result without kept batches is better than none
             return "read"
         return "all"
 
@@ -124,8 +122,9 @@ class KeptBatches:
         """Return the result of the batch of that key, which is made if it is not there."""
         path = self.parts.path("batch.pt", key)
         if self.access != "nothing":
-            with suppress(FileNotFoundError, ValueError), safe_globals(_CLASSES):  # what is broken is made again
-                return read_torch(path)
+            with suppress(OSError, ValueError), safe_globals(_CLASSES):  # what is broken is made again
+                if isinstance(result := read_torch(path, thorough=True), PartialResult):
+                    return result
         result = make()
         if self.access == "all":
             with whole(path) as partial:

@@ -35,6 +35,9 @@ class BestOfN(Strategy):
     def images_at_once(self) -> int:
         return self.n * self.strategy.images_at_once
 
+    def check_judges(self, judges: Judges) -> None:
+        self.strategy.check_judges(judges)
+
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = judge_named(judges, self.judge)
         repeated = request.repeat(self.n)

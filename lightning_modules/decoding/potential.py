@@ -48,6 +48,9 @@ class Potential(Strategy):
     def images_at_once(self) -> int:
         return self.n
 
+    def check_judges(self, judges: Judges) -> None:
+        judge_able(judges, self.judge, Ability.UNFINISHED)
+
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = judge_able(judges, self.judge, Ability.UNFINISHED)

@@ -66,6 +66,11 @@ class Reflection(Strategy):
     def images_at_once(self) -> int:
         return max(self.strategy.images_at_once, self.redecoder.images_at_once)
 
+    def check_judges(self, judges: Judges) -> None:
+        self._judge(judges)
+        for part in (self.strategy, self.redecoder, self.region_selector.scorer):
+            part.check_judges(judges)
+
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         judge = self._judge(judges)

@@ -29,6 +29,9 @@ class TokenScorer(Keyed):
         """Names of the judges that it asks."""
         return ()
 
+    def check_judges(self, judges: Judges) -> None:
+        """Raise ValueError if a judge cannot do what is asked of it."""
+
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Scores [B, T]; the values asked of judges are added to the image's cost."""
@@ -57,6 +60,8 @@ class Region(Keyed):
             raise ValueError("a region needs either a threshold or a quantile")
         if self.quantile is not None and not 0 < self.quantile < 1:
             raise ValueError(f"a region's quantile must lie between 0 and 1, not {self.quantile}")
+        if self.patches is not None and self.patches < 1:
+            raise ValueError(f"a region needs patches of at least 1, not {self.patches}")
 
     def cache_key(self) -> Any:
         """All its fields."""
@@ -90,6 +95,9 @@ class PatchCLIPScore(TokenScorer):
     def judge_names(self) -> list[str]:
         return [self.judge]
 
+    def check_judges(self, judges: Judges) -> None:
+        judge_able(judges, self.judge, Ability.PATCHES)
+
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         judge = judge_able(judges, self.judge, Ability.PATCHES)
         scores = judge.patches(request.prompts, decoder.image_tokenizer.decode(image.tokens), self.patches)
@@ -115,6 +123,9 @@ class ValueGain(TokenScorer):
     @property
     def judge_names(self) -> list[str]:
         return [self.verifier]
+
+    def check_judges(self, judges: Judges) -> None:
+        judge_able(judges, self.verifier, Ability.PREFIXES)
 
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:

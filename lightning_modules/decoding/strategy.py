@@ -99,6 +99,9 @@ class Strategy(Keyed):
     def images_at_once(self) -> int:
         """Images, or candidates for one, that are decoded side by side for each image that is asked for."""
 
+    def check_judges(self, judges: Judges) -> None:
+        """Raise ValueError if a judge cannot do what this strategy, or what it wraps, asks of it."""
+
     @abstractmethod
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         """Decode the images of a request, each with the noise of its own seed."""

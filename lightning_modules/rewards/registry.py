@@ -45,6 +45,9 @@ class JudgeRegistry(Mapping[str, Judge]):
         if decoder is not None and decoder.has_likelihood:
             verifiers["likelihood"] = Likelihood()
         self._judges: dict[str, Judge] = {}
+        for name, judge in rewards.items():
+            if not isinstance(judge, Judge):
+                raise ValueError(f"judges.rewards.{name} is no judge, but a {type(judge).__name__}")
         for group in (verifiers, kinds, rewards):
             for name, judge in group.items():
                 if name in self._judges:

@@ -25,8 +25,8 @@ _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_
           "images": "a path or null"}  # fmt: skip
 _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
-_SIZES = ("batch_size", "images_per_prompt", "num_nodes", "check_val_every_n_epoch", "every_n_epochs", "samples", "dim",
-          "depth", "heads", "validation_images", "train_images",
+_SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
+          "samples", "dim", "depth", "heads", "validation_images", "train_images",
           "accumulate_grad_batches")  # fmt: skip
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {

@@ -71,7 +71,7 @@ def _refuse_incomplete(config: DictConfig) -> None:
         (task not in tasks, f"task must be one of {', '.join(tasks)}, not {task!r}"),
         (task == "pipeline" and jobs is None, "task=pipeline needs jobs to run: use experiment=pipeline"),
         (task == "export" and config.ckpt_path is None, "task=export needs ckpt_path, the checkpoint to export"),
-        (task in ("fit", "rollout") and data is None, without_data),
+        (task in ("fit", "rollout") and "_target_" not in (data or {}), without_data),
         (task in ("score", "generate") and config.images is None, f"task={task} needs images=DIR, the folder"),
         (missing, f"{missing} needs a value"),
         (tested not in (None, "best"), f"test_ckpt_path must be null (the last weights) or best, not {tested!r}"),
@@ -124,7 +124,7 @@ def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> No
 
 def _says(node: Mapping[str, Any] | None, word: str, otherwise: Any) -> Any:
     """Return what the class of a node says of itself, or `otherwise` where there is none, or one that says nothing."""
-    return otherwise if node is None else getattr(get_class(node["_target_"]), word, otherwise)
+    return getattr(get_class(node["_target_"]), word, otherwise) if node and "_target_" in node else otherwise
 
 
 def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:

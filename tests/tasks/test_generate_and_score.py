@@ -209,8 +209,8 @@ def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
 @pytest.mark.slow
 def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     best = ["strategies=best_of_n", "strategies.best_of_4_clip.n=2", "strategies.best_of_4_oracle.n=2"]
-    held_out = ["evaluator.independent_judges=[clip]", "fid=shapes", "fid.count=8"]
-    done = command(tmp_path, *tiny_generator(tmp_path), *best, *held_out, "task=evaluate", *FEW)
+    independent = ["evaluator.independent_judges=[clip]", "fid=shapes", "fid.count=8"]
+    done = command(tmp_path, *tiny_generator(tmp_path), *best, *independent, "task=evaluate", *FEW)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert report["images_per_prompt"] == 2 and len(results(tmp_path / "run")) == 36
     found = report["strategies"]
