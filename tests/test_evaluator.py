@@ -14,7 +14,11 @@ from lightning_modules.backbone.diffusion import DiffusionSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
+from lightning_modules.decoding.potential import Potential
+from lightning_modules.decoding.reflection import Reflection
+from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region
 from lightning_modules.decoding.sample import Sample
+from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -84,7 +88,8 @@ def test_an_evaluation_that_stops_resumes_where_it_was(
         pass
     kept = sorted(tmp_path.glob("unfinished-*/*.pt"))
     assert len(kept) == 2 and "The evaluation stops; the same command resumes it" in capsys.readouterr().out
-    kept[0].write_bytes(b"broken")  # is made again
+    kept[0].write_bytes(b"broken")  # is made again, as is what a file of another kind holds
+    torch.save({}, kept[1])
     with evaluator.resumed(evaluation, bool) as result:
         assert rows_of(result) == whole
     assert "The evaluation resumes; batches decoded and judged before: 2" in capsys.readouterr().out
@@ -113,5 +118,34 @@ def test_what_is_not_the_official_evaluation_is_said() -> None:
 def test_each_name_means_one_judge() -> None:
     with pytest.raises(ValueError, match=r"judges: there are two called 'geneval': give the one in judges\.rewards"):
         JudgeRegistry(GenEvalReward(ShapesDetector()), {"geneval": GenEvalReward(ShapesDetector())})
+    with pytest.raises(ValueError, match=r"judges\.rewards\.clip is no judge, but a dict"):
+        JudgeRegistry(None, {"clip": {}})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"judges\.geneval is null"):
         JudgeRegistry(None, {}).geneval  # noqa: B018
+
+
+def test_images_are_those_of_the_weights_precision_whatever_calls(evaluator: Evaluator, evaluation: Evaluation) -> None:
+    with torch.autocast("cpu", torch.bfloat16):  # as in a step of a Trainer with bf16-mixed
+        within = evaluator.evaluate(evaluation)
+    alone = evaluator.evaluate(evaluation)
+    for name, result in alone.strategies.items():
+        assert all((result.thumbnails[i] == within.strategies[name].thumbnails[i]).all() for i in result.thumbnails)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (Potential(Sampling(), 2, "parm"), "judge 'parm' cannot judge unfinished images; there are: none"),
+        (
+            BestOfN(Reflection(PLAIN, PLAIN, Region(RandomScores(), 0.5), 1, stop_score=0.5), 2, "parm"),
+            "reflection's stop_score=0.5 is never reached",
+        ),
+        (Reflection(PLAIN, PLAIN, Region(PatchCLIPScore(2, "parm"), 0.5), 1), "judge 'parm' does not score patches"),
+    ],
+)
+def test_judges_are_asked_for_what_they_can_do_before_any_work(
+    evaluator: Evaluator, evaluation: Evaluation, strategy: Strategy, said: str
+) -> None:
+    evaluator.strategies["mine"] = strategy
+    with pytest.raises(ValueError, match=rf"^strategies\.mine: {said}"):
+        evaluator.prepare(evaluation)
