@@ -1,6 +1,6 @@
 """The Evaluator by itself: no Trainer, no config."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.diffusion import DiffusionSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
@@ -18,7 +19,7 @@ from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.decoding.strategy import Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -124,12 +125,23 @@ def test_each_name_means_one_judge() -> None:
         JudgeRegistry(None, {}).geneval  # noqa: B018
 
 
-def test_images_are_those_of_the_weights_precision_whatever_calls(evaluator: Evaluator, evaluation: Evaluation) -> None:
+@dataclass(frozen=True)
+class InFullPrecision(Strategy):
+    judge_names = ()
+    images_at_once = 1
+
+    def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
+        assert not torch.is_autocast_enabled("cpu")
+        return PLAIN.decode(decoder, judges, request)
+
+
+def test_images_are_decoded_in_the_precision_of_the_weights_whatever_calls(
+    evaluator: Evaluator, evaluation: Evaluation
+) -> None:
+    evaluator.strategies["sample"] = InFullPrecision()
     with torch.autocast("cpu", torch.bfloat16):  # as in a step of a Trainer with bf16-mixed
-        within = evaluator.evaluate(evaluation)
-    alone = evaluator.evaluate(evaluation)
-    for name, result in alone.strategies.items():
-        assert all((result.thumbnails[i] == within.strategies[name].thumbnails[i]).all() for i in result.thumbnails)
+        evaluator.evaluate(replace(evaluation, strategies=["sample"]))
+        evaluator.decode(evaluation.decoder, InFullPrecision(), {}, evaluation.prompts, [(0, 0)])
 
 
 @pytest.mark.parametrize(
