@@ -181,7 +181,7 @@ class Evaluator:
             with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank() > 0) as bar:
                 for start in range(0, len(jobs), self.batch_size):
                     if asked_to_stop():
-                        if kept and rank() == 0:
+                        if kept and kept.access == "all" and rank() == 0:
                             bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
