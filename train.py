@@ -107,6 +107,8 @@ class Parts:
 
     @cached_property
     def trainer(self) -> Trainer:
+        if "geneval" in self.callbacks:  # before loggers leave anything
+            self.evaluator.refuse_unfit_judges()
         return trainer_of(self.config, list(self.callbacks.values()))
 
     def build(self, node: DictConfig | None) -> Any:

@@ -52,7 +52,6 @@ class GenEvalCallback(Callback):
                 raise ValueError(f"callbacks.geneval.{key} names the strategy {unknown[0]!r}; there are: {known}")
         if monitor not in validation_strategies:
             raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
-        evaluator.refuse_unfit_judges()
         self.evaluator = evaluator
         self.validation_strategies = list(validation_strategies)
         self.monitor = monitor

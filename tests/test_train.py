@@ -33,7 +33,7 @@ from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
 from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, here, pair_files
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
-from train import run
+from train import Parts, run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
@@ -80,9 +80,9 @@ def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path:
     written: Any = OmegaConf.to_container(config)
     OmegaConf.resolve(config)
     refuse_wrong_values(OmegaConf.to_container(config), written)  # type: ignore[arg-type]
-    for part in ("module", "data", "callbacks", "logger"):
-        if part in config:  # what is only measured needs no data
-            assert instantiate(config[part], _convert_="all") is not None
+    parts = Parts(config)
+    assert parts.module is not None and parts.callbacks and instantiate(config.logger) is not None
+    assert parts.data is not None or not config.get("data")  # what is only measured needs no data
     if choice in ("devices=ddp", "devices=fsdp"):  # GPUs, which this machine may lack
         assert instantiate(config.trainer.strategy) is not None
     else:

@@ -28,7 +28,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
         result: Any = SimpleNamespace(overall=float(trainer.current_epoch), tasks={}, objects=1.0, independent={})
         return EvaluationResult({}, [], {"sample": result})
 
-    evaluator: Any = SimpleNamespace(strategies={"sample": Sample(None)}, evaluate=evaluate, refuse_unfit_judges=dict)
+    evaluator: Any = SimpleNamespace(strategies={"sample": Sample(None)}, evaluate=evaluate)
     callback = GenEvalCallback(evaluator, ["sample"], None, "sample", False, [], [], every_n_epochs, "")
     module: Any = SimpleNamespace(decoder=None, device=None, log_dict=lambda values, **_: logged.append(dict(values)))
     for trainer.current_epoch in validated:
