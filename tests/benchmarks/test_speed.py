@@ -45,7 +45,7 @@ def test_verified_decoding_costs_at_most_two_and_a_half_times_plain_sampling(
     seeds = list(range(BATCH))
     plain, verified = Sample(sampling), Verified(sampling, k=8)
     plain_seconds = seconds(lambda: plain.decode(decoder, {}, Request(rows, seeds)))
-    benchmark.pedantic(verified.decode, (decoder, {"parm": parm}, rows, seeds), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(verified.decode, (decoder, {"parm": parm}, Request(rows, seeds)), rounds=3, warmup_rounds=1)
     ratio = statistics.median(benchmark.stats.stats.data) / plain_seconds
     benchmark.extra_info |= {"plain_seconds": plain_seconds, "times_plain": ratio}
     print(f"\nverified k=8: {ratio:.2f} x plain sampling ({plain_seconds:.2f} s for {BATCH} images)")
@@ -100,7 +100,7 @@ def test_scoring_against_the_cached_prefix_is_ten_times_faster_than_encoding_ane
         columns = []
         for j in range(k):
             tokens = state.tokens.clone()
-            tokens[:, half] = proposal.tokens[:, j]
+            tokens[:, half] = proposal.tokens[:, j, 0]
             columns.append(parm.values(decoder.features(prompts, tokens), [half + 1]))
         return torch.cat(columns, 1)
 
