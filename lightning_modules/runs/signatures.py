@@ -1,0 +1,223 @@
+"""Signatures and constants of classes, read from their source: to import torch and Lightning takes seconds."""
+
+import ast
+import builtins
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """The definition that a dotted name leads to.
+
+    Attributes:
+        module: dotted name of the module in which it stands.
+        node: the statement; the whole module, if it is one.
+    """
+
+    module: str
+    node: ast.AST
+
+    def inner(self, name: str) -> "Found | None":
+        """Find a name in a module, or in a class and those from which it inherits."""
+        if isinstance(self.node, ast.ClassDef):
+            defined = (Found(owner.module, each) for owner in lineage(self) for each in _body(owner))
+            return next((each for each in defined if _defines(each.node, name)), None)
+        if not isinstance(self.node, ast.Module):
+            return None
+        for statement in _body(self):
+            if _defines(statement, name):
+                return Found(self.module, statement)
+            origin = _imported(self.module, statement, name)
+            if origin and origin != f"{self.module}.{name}" and (found := locate(origin)):
+                return found
+        return locate_module(f"{self.module}.{name}")
+
+
+def locate(target: str) -> Found | None:
+    """Find what a dotted name leads to, through imports from other modules; None if there is no source."""
+    return _within(locate_module(target.partition(".")[0]), target.split(".")[1:])
+
+
+@cache
+def signature(target: str) -> dict[str, Any]:
+    """List what a class or function takes, with annotations; `**` if it takes any name, nothing if that is unknown.
+
+    A class in an annotation is a stand-in of its name, unless it belongs to Python itself.
+    """
+    found = locate(target)
+    if found and isinstance(found.node, ast.FunctionDef):
+        owner = locate(target.rpartition(".")[0])
+        return _taken(found, bound=owner is not None and isinstance(owner.node, ast.ClassDef))
+    for owner in lineage(found) if found and isinstance(found.node, ast.ClassDef) else ():
+        constructor = next((each for each in _body(owner) if _defines(each, "__init__")), None)
+        if constructor:
+            return _taken(Found(owner.module, constructor), bound=True)
+        if _is_dataclass(owner):
+            owners = [each for each in reversed([*lineage(owner)]) if _is_dataclass(each)]
+            return {name: kind for each in owners for name, kind in _fields(each)}
+    return {}
+
+
+def constant(target: str, name: str, otherwise: Any) -> Any:
+    """Return what a class says of itself in a plain value; `otherwise` if it says nothing, or something else."""
+    found = locate(target)
+    said = found and found.inner(name)
+    try:
+        return ast.literal_eval(said.node.value)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, ValueError):
+        return otherwise
+
+
+def lineage(found: Found) -> Iterator[Found]:
+    """Yield a class and those from which it inherits, depth first; those without source are left out."""
+    yield found
+    for base in found.node.bases:  # type: ignore[attr-defined]
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        above = _within(locate_module(found.module), name.split("."))
+        if above and isinstance(above.node, ast.ClassDef):
+            yield from lineage(above)
+
+
+@cache
+def locate_module(name: str) -> Found | None:
+    """Find a module by its dotted name, without importing it or the packages around it."""
+    file = _file(name)
+    return Found(name, ast.parse(file.read_bytes())) if file else None
+
+
+@cache
+def _file(module: str) -> Path | None:
+    top, *rest = module.split(".")
+    spec = find_spec(top)
+    if spec is None:
+        return None
+    if not spec.submodule_search_locations:
+        return Path(spec.origin) if spec.has_location and spec.origin and not rest else None
+    places = [Path(place, *rest) for place in spec.submodule_search_locations]
+    files = [file for place in places for file in (place / "__init__.py", Path(f"{place}.py"))]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _within(found: Found | None, names: list[str]) -> Found | None:
+    for name in names:
+        found = found and found.inner(name)
+    return found
+
+
+def _body(found: Found) -> Iterator[ast.stmt]:
+    """Yield the statements of a module or a class, those under a condition as well."""
+    waiting: list[ast.stmt] = list(found.node.body)  # type: ignore[attr-defined]
+    while waiting:
+        statement = waiting.pop(0)
+        if isinstance(statement, ast.If | ast.Try):
+            waiting = [*statement.body, *statement.orelse, *waiting]
+        else:
+            yield statement
+
+
+def _defines(statement: ast.AST, name: str) -> bool:
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        return statement.name == name
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return any(isinstance(each, ast.Name) and each.id == name for each in targets)
+
+
+def _imported(module: str, statement: ast.stmt, name: str) -> str | None:
+    """Return the dotted name of what a statement imports under a name."""
+    if isinstance(statement, ast.Import):
+        names = {alias.asname or alias.name.partition(".")[0]: alias.name for alias in statement.names if alias.asname}
+        plain = {alias.name.partition(".")[0] for alias in statement.names if not alias.asname}
+        return names.get(name, name if name in plain else None)
+    if not isinstance(statement, ast.ImportFrom):
+        return None
+    origin = statement.module or ""
+    if statement.level:
+        file = _file(module)
+        inside = module.split(".")
+        up = statement.level - (file is not None and file.name == "__init__.py")
+        origin = ".".join([*inside[: len(inside) - up], *filter(None, [statement.module])])
+    names = {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in statement.names}
+    return names.get(name)
+
+
+def _taken(found: Found, bound: bool) -> dict[str, Any]:
+    """List the parameters of a function; the first of a bound one is the object or its class."""
+    arguments: ast.arguments = found.node.args  # type: ignore[attr-defined]
+    named = [*arguments.args[bound and not arguments.posonlyargs :], *arguments.kwonlyargs]
+    taken = {each.arg: _annotation(found.module, each.annotation) for each in named}
+    return taken | ({"**": Any} if arguments.kwarg else {})
+
+
+def _is_dataclass(found: Found) -> bool:
+    return any("dataclass" in ast.unparse(each) for each in found.node.decorator_list)  # type: ignore[attr-defined]
+
+
+def _fields(found: Found) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a dataclass that its constructor takes."""
+    for statement in _body(found):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = ast.unparse(statement)
+            if "ClassVar" not in text and "init=False" not in text:
+                yield statement.target.id, _annotation(found.module, statement.annotation)
+
+
+def _annotation(module: str, node: ast.expr | None) -> Any:
+    """Evaluate an annotation as it stands in a module; Any where that needs more than its source."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval").body
+    try:
+        return eval(compile(ast.Expression(node), module, "eval"), {}, _Names(module)) if node else Any
+    except Exception:  # of any kind: it is the code of another package
+        return Any
+
+
+class _Names(dict[str, Any]):
+    """The names of a module, each found when it is asked for."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(vars(builtins))
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        inside = locate_module(self.module)
+        for statement in _body(inside) if inside else ():
+            if origin := _imported(self.module, statement, name):
+                return _value(origin)
+        return _value(f"{self.module}.{name}")
+
+
+def _value(target: str) -> Any:
+    """Return an object of Python itself, the value of an alias, or a stand-in for a class of that name."""
+    top, _, name = target.rpartition(".")
+    if target.partition(".")[0] in sys.stdlib_module_names:
+        return getattr(import_module(top), name) if top else import_module(name)
+    found = locate(target)
+    if found and isinstance(found.node, ast.Module):
+        return _Module(found.module)
+    if found and isinstance(found.node, ast.Assign | ast.AnnAssign):
+        return _annotation(found.module, found.node.value)
+    return type(target.rpartition(".")[2], (_StandIn,), {})
+
+
+class _StandIn:
+    """A class of that name, which may have parameters."""
+
+    def __class_getitem__(cls, parameters: Any) -> type:
+        return cls
+
+
+class _Module:
+    """A module whose attributes are found when they are asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return _value(f"{self._name}.{name}")
