@@ -1,0 +1,66 @@
+"""Signatures read from source are those that Python itself gives."""
+
+import inspect
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_modules.runs.signatures import constant, signature
+from tests.helpers.overrides import ROOT
+
+NAMED = {
+    name for path in (ROOT / "conf").rglob("*.yaml") for name in re.findall(r"_target_: *([\w.]+)", path.read_text())
+}
+TARGETS = sorted(NAMED - {"datetime.timedelta"})  # which has no source in Python
+
+
+def names_by_import(target: str) -> list[str]:
+    found: Any = pydoc.locate(target)
+    kinds = inspect.Parameter
+    parameters = [each for each in inspect.signature(found).parameters.values() if each.kind != kinds.VAR_POSITIONAL]
+    return ["**" if each.kind == kinds.VAR_KEYWORD else each.name for each in parameters]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_names_are_those_of_the_imported_object(target: str) -> None:
+    assert sorted(signature(target)) == sorted(names_by_import(target))
+
+
+def test_annotations_are_evaluated_where_python_has_the_types() -> None:
+    taken = signature("lightning_modules.evaluator.Evaluator")
+    assert taken["batch_size"] is int
+    assert taken["judges"].__name__ == "JudgeRegistry"  # a stand-in
+    trainer = signature("lightning.Trainer")
+    assert trainer["max_epochs"] == int | None
+    assert "32-true" in str(trainer["precision"])  # an alias that another module defines
+
+
+def test_a_dataclass_takes_the_fields_of_its_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_up.py").write_text(
+        "from dataclasses import dataclass, field\nfrom typing import ClassVar\n\n\n"
+        "class Plain:\n    hidden: int\n\n\n"
+        "@dataclass\nclass Base(Plain):\n    first: int\n    shared: ClassVar[int] = 1\n\n\n"
+        "@dataclass\nclass Derived(Base):\n    second: 'str | None' = None\n    state: list[int] = field(init=False)\n"
+        "    says = 'pairs'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert signature("made_up.Derived") == {"first": int, "second": str | None}
+    assert constant("made_up.Derived", "says", None) == "pairs"
+    assert constant("made_up.Derived", "unsaid", 3) == 3
+    assert signature("made_up.Unknown") == {} == signature("no_such_package.Unknown")
+
+
+def test_nothing_heavy_is_imported() -> None:
+    read = f"from lightning_modules.runs.signatures import signature\nassert all(map(signature, {TARGETS}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{read}print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n", done.stderr
