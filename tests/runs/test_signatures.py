@@ -56,7 +56,7 @@ def test_a_dataclass_takes_the_fields_of_its_bases(tmp_path: Path, monkeypatch: 
 
 
 def test_nothing_heavy_is_imported() -> None:
-    read = f"from lightning_modules.runs.signatures import signature\nassert all(map(signature, {TARGETS}))\n"
+    read = f"from lightning_modules.runs.signatures import signature\nassert any([*map(signature, {TARGETS})])\n"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{read}print('torch' in sys.modules)"],
         cwd=ROOT,
