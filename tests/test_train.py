@@ -506,6 +506,12 @@ def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
+def test_what_is_trained_is_not_held_out(compose_config) -> None:
+    parts = Parts(compose_config(*SMALL_PARM, "evaluator.independent_judges=[parm]"))
+    with pytest.raises(ValueError, match=r"evaluator\.independent_judges: 'parm' is trained"):
+        _ = parts.trainer
+
+
 @pytest.mark.slow
 def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     given = ["data=preference_files", *pair_files(tmp_path)]
