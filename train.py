@@ -1,215 +1,30 @@
 """Compose the config, check it, do its task. `python train.py --help` says what there is."""
 
-import atexit
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
-from callbacks.runs import checkpoint_to_resume
-from lightning_modules.backbone.loading import export as export_network
-from lightning_modules.backbone.loading import refuse_other_weights
-from lightning_modules.broken_files import first_line
-from lightning_modules.evaluator import Evaluator
-from lightning_modules.files import write_text
-from lightning_modules.ranks import is_first
-from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.runs.checkpoints import forget_refused, keep_metrics, load_checkpoint, named_checkpoints
+from lightning_modules.runs.checkpoints import forget_refused
 from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
 from lightning_modules.runs.messages import MENDABLE, sentence
-from lightning_modules.runs.preflight import preflight
-from lightning_modules.tasks.curve import CheckpointCurve
-
-launched_patience = 10.0  # seconds for launched processes to end after this one
-
-
-def run(config: DictConfig) -> None:
-    """Do the task of a config."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if config.task == "fit":
-        config.ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, config.name)
-    preflight(config)
-    seed_everything(config.seed, workers=True, verbose=False)
-    if is_first():
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        keep_metrics(folder)
-    TASKS[config.task](config)
-
-
-def build(node: DictConfig | None, **shared: Any) -> Any:
-    """Instantiate a node, if any, with parts that are there already; containers are plain, dataclasses stay objects."""
-    if node is None:
-        return None
-    if shared:
-        return instantiate(node, _convert_="all", _partial_=True, **dict.fromkeys(shared))(**shared)
-    return instantiate(node, _convert_="all")
-
-
-class Parts:
-    """The parts of a run, each built once, when it is first asked for."""
-
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
-
-    @cached_property
-    def module(self) -> Any:
-        """The LightningModule, whose checkpoints keep the config."""
-        plain = OmegaConf.to_container(self.config, resolve=True)  # before building resolves the config itself
-        module: LightningModule = build(self.config.module)
-        module.save_hyperparameters(plain)
-        return module
-
-    @cached_property
-    def judges(self) -> JudgeRegistry:
-        """All judges; the folder of images that task=score judges comes without a module."""
-        networks = {} if self.config.task == "score" else dict(self.module.named_children())
-        return build(self.config.judges, decoder=networks.get("decoder"), parm=networks.get("parm"))
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        return self.build(self.config.evaluator)
-
-    @cached_property
-    def callbacks(self) -> dict[str, Any]:
-        return {name: self.build(node) for name, node in self.config.callbacks.items() if node is not None}
-
-    @cached_property
-    def data(self) -> LightningDataModule | None:
-        return self.build(self.config.get("data"))
-
-    @cached_property
-    def trainer(self) -> Trainer:
-        if "geneval" in self.callbacks:  # before loggers leave anything
-            self.evaluator.refuse_unfit_judges(training=self.config.task == "fit")
-        return trainer_of(self.config, list(self.callbacks.values()))
-
-    def build(self, node: DictConfig | None) -> Any:
-        """Instantiate a node, whose `module`, `judges` and `evaluator` are those of the run."""
-        shared = [key for key in ("module", "judges", "evaluator") if node is not None and key in node]
-        return build(node, **{key: getattr(self, key) for key in shared})
-
-
-def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Build the Trainer, with loggers that know the config."""
-    trainer: Trainer = build(config.trainer, callbacks=[*callbacks, StopBetweenBatches()], logger=False)
-    atexit.register(end_launched, trainer)
-    strategy: Any = trainer.strategy
-    several = trainer.world_size > 1 and not strategy.cluster_environment.creates_processes_externally
-    if several and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
-    trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
-    for logger in trainer.loggers:
-        try:
-            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-        except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
-            raise ValueError(f"logger: {first_line(error)}") from error
-    return trainer
-
-
-def end_launched(trainer: Trainer) -> None:
-    """Kill the processes that this one has launched and that do not end soon after it: they may wait for it in vain."""
-    for process in getattr(trainer.strategy.launcher, "procs", ()):
-        try:
-            process.wait(launched_patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def fit(config: DictConfig) -> None:
-    """Train, then test the weights that `test_ckpt_path` says."""
-    parts = Parts(config)
-    module, data, trainer = parts.module, parts.data, parts.trainer
-    best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
-    trainer.fit(module, data, ckpt_path=config.ckpt_path)
-    if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
-        return
-    tested = best and best.best_model_path
-    if tested == "":
-        raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
-    say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
-    trainer.test(module, data, ckpt_path=tested, verbose=False)
-
-
-def evaluate(config: DictConfig) -> None:
-    """Test a checkpoint, all of a folder, or the weights that the config names."""
-    parts = Parts(config)
-    if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
-        evaluation = partial(parts.callbacks["geneval"].evaluation, parts.module, testing=True)
-        checkpoints = named_checkpoints(config.ckpt_path, config.task)
-        curve = CheckpointCurve(parts.module, parts.evaluator, evaluation, checkpoints, config.scores_dir)
-        curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
-        return
-    trainer = parts.trainer  # what it refuses comes before what is said
-    named = ("decoder.checkpoint", "parm.checkpoint")
-    starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
-    say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
-    trainer.test(parts.module, parts.data, ckpt_path=config.ckpt_path, verbose=False)
-
-
-def rollout(config: DictConfig) -> None:
-    """Make what the data needs, and train on nothing."""
-    parts = Parts(config)
-    parts.trainer.predict(parts.module, parts.data, ckpt_path=config.ckpt_path)
-
-
-def generate(config: DictConfig) -> None:
-    """Make a folder of images."""
-    parts = Parts(config)
-    generating = parts.build(config.generating)
-    if config.ckpt_path is not None:
-        load_checkpoint(parts.module, config.ckpt_path)
-    generating.run(trainer_of(config))
-
-
-def score(config: DictConfig) -> None:
-    """Judge a folder of images."""
-    Parts(config).build(config.scoring).run(trainer_of(config))
-
-
-def export(config: DictConfig) -> None:
-    """Write the networks that a checkpoint trained as weights of their own."""
-    module = Parts(config).module
-    load_checkpoint(module, config.ckpt_path)
-    parts = module.exported
-    nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}
-    folders = {name: Path(config.export_dir) / (name if len(parts) > 1 else "") for name in parts}
-    for name in parts:  # before any is written
-        refuse_other_weights(folders[name], nodes[name])
-    for name, part in parts.items():
-        export_network(part, folders[name], nodes[name])
-        print(f"Exported {type(part).__name__} to {folders[name]}")
-
-
-def pipeline(config: DictConfig) -> None:
-    """Run jobs one after the other, and put them into one table."""
-    build(config.pipeline).run()
-
-
-TASKS = {task.__name__: task for task in (fit, evaluate, generate, score, rollout, export, pipeline)}
+from lightning_modules.runs.preflight import refuse_settings
+from lightning_modules.runs.processes import is_first
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
-    global launched_patience
     restore_tracebacks()
     unresolved: Any = OmegaConf.to_container(config)
     try:
+        refuse_settings(config)
+        from lightning_modules.tasks.run import run  # imports torch and Lightning, which takes seconds
+
         run(config)
-        launched_patience = 600.0  # their work is done as well, and on a busy machine they need longer to end
     except MENDABLE as error:  # HYDRA_FULL_ERROR=1 shows where it came from
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -217,12 +32,6 @@ def main(config: DictConfig) -> None:
         if is_first():
             forget_refused(Path(folder))
         sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {'run': {'dir': folder}}})}")
-    except SIGTERMException:  # a process that another one launched ends quietly, or Lightning would kill that one
-        sys.exit(128 + signal.SIGTERM if is_first() else 0)
-    if config.logger.get("wandb"):
-        import wandb
-
-        wandb.finish()  # or the next job of a --multirun would log into this run
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from lightning_modules.ranks import is_first
 from lightning_modules.runs import slurm
 from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, read_checkpoint, remember_found, shown
 from lightning_modules.runs.checks import refuse_wrong_texts
 from lightning_modules.runs.messages import sentence
+from lightning_modules.runs.processes import is_first
 
 _ENDED = ".ended"  # left by a run under SLURM that has come to its end
 
@@ -78,7 +76,7 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str 
 
     So it does, whatever `ckpt_path` says, if the same command of the same SLURM job saved that before it was requeued.
     """
-    say = rank_zero_only(partial(print, flush=True))
+    say = partial(print, flush=True) if is_first() else str
     found, run = newest_checkpoint(folder, thorough=True), slurm.run_id()
     is_own = False
     if found and run and not _is_over(folder):  # Lightning's own checkpoints do not say whose they are
@@ -129,7 +127,9 @@ def _agreed(choose: Callable[[], str]) -> str:
     """Return what the first process of a torchrun has chosen; elsewhere the command line tells the other processes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return choose()
-    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    from torch.distributed import TCPStore  # takes seconds to import
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = "image-cot/run_folder"
     if is_first() and not store.check([key]):  # it is there when torchrun has started them again
         store.set(key, choose())

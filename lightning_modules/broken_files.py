@@ -6,8 +6,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
 _COPY = "copy or download it again"
 # What is wrong with files that begin like this, in lower case.
 _BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
@@ -55,6 +53,8 @@ def read_torch(path: Path, key: str | None = None, thorough: bool = False) -> An
 
     `thorough` refuses a file in which some byte has changed since; torch would load it all the same.
     """
+    import torch  # takes seconds, and most of what is refused needs it not
+
     refuse_broken(path, key)
     try:
         if thorough:

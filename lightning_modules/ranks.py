@@ -3,7 +3,6 @@
 from typing import TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
 
@@ -56,8 +55,3 @@ def mean_over_ranks(count: Tensor) -> Tensor:
         dist.all_reduce(count)
         count /= dist.get_world_size()
     return count
-
-
-def is_first() -> bool:
-    """Say if this is the process of rank 0; known before processes have met."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]

@@ -29,11 +29,11 @@ from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
+from lightning_modules.tasks.run import Parts, run
 from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
 from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, here, pair_files
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
-from train import Parts, run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.

@@ -4,15 +4,17 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from lightning_modules.broken_files import read_torch
 from lightning_modules.files import remove
 from lightning_modules.runs.messages import flat
+from lightning_modules.runs.processes import is_first
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
 
 # What a checkpoint that is not trained on has to share with the config: the networks.
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
@@ -58,8 +60,8 @@ def newest_checkpoint(folder: Path, thorough: bool = False) -> Path | None:
                 break
             except (ValueError, OSError) as error:
                 broken.setdefault(path.resolve(), error)
-    for cause in broken.values() if found and thorough else ():
-        rank_zero_only(print)(f"Passed over: {str(cause).removeprefix('ckpt_path: ')}", flush=True)
+    for cause in broken.values() if found and thorough and is_first() else ():
+        print(f"Passed over: {str(cause).removeprefix('ckpt_path: ')}", flush=True)
     return max(reversed(found), key=found.__getitem__, default=next(iter(broken), None))
 
 
@@ -152,7 +154,7 @@ def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
     return sorted(found)
 
 
-def load_checkpoint(module: LightningModule, path: str) -> None:
+def load_checkpoint(module: "LightningModule", path: str) -> None:
     """Load a checkpoint into a module outside of any Trainer."""
     checkpoint = read_checkpoint(path)
     module.on_load_checkpoint(checkpoint)

@@ -1,22 +1,19 @@
 """Checks of a config before anything is built: names that nothing takes, values of a wrong kind, useless numbers."""
 
-import inspect
 import json
 import math
 import os
-import pydoc
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
 
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
+from lightning_modules.runs.signatures import signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
@@ -76,17 +73,22 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
 def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError for a Trainer on GPUs that are not there, or with more processes than 2 and the CPU's cores."""
     wanted, devices, cores = trainer["accelerator"], str(trainer.get("devices")), os.cpu_count() or 1
-    there = {"cuda": CUDAAccelerator.is_available(), "mps": MPSAccelerator.is_available()}
+    several = devices.isdecimal() and int(devices) > 2
+    if wanted in ("cpu", "auto") and not several:  # fits any machine
+        return
+    import torch  # takes seconds
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted in ("gpu", *there) and not there.get(wanted, any(there.values())):
         instead = "instead of devices=ddp or devices=fsdp use devices=ddp_cpu, or set trainer.accelerator=cpu"
         raise ValueError(f"trainer.accelerator={wanted} needs a GPU, and there is none here; {instead}")
     on_cpu = wanted == "cpu" or (wanted == "auto" and not any(there.values()))
-    if on_cpu and devices.isdecimal() and int(devices) > max(2, cores):
+    if on_cpu and several and int(devices) > cores:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
 
 def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
-    takes = _takes(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
+    takes = signature(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
     for name, value in node.items():
         if name in _HYDRAS_OWN or value == "???":
             continue
@@ -101,25 +103,6 @@ def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, 
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
                 _refuse_below(f"{above}{name}.", item, unresolved)
-
-
-@cache
-def _takes(target: str) -> dict[str, Any]:
-    """List what a class or function takes, with annotations; `**` if it takes any name, nothing if that is unknown."""
-    try:
-        found: Any = pydoc.locate(target)
-        try:
-            parameters = inspect.signature(found, eval_str=True).parameters
-        except NameError:  # of names that only type checkers import
-            parameters = inspect.signature(found).parameters
-    except (pydoc.ErrorDuringImport, TypeError, ValueError):  # told when it is built
-        return {}
-    takes: dict[str, Any] = {}
-    for name, each in parameters.items():
-        if each.kind not in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL):
-            unknown = each.annotation is each.empty or isinstance(each.annotation, str)
-            takes["**" if each.kind == each.VAR_KEYWORD else name] = Any if unknown else each.annotation
-    return takes
 
 
 def _useless(name: str, value: Any) -> str | None:

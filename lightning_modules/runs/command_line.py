@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lightning_modules.runs import help
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.settings_tree import CONF, GROUPS, SettingsTree, options
 
@@ -30,6 +31,9 @@ def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
     """
     global _asked
     _asked = os.environ.get(_FULL_ERROR, _asked)
+    if {"-h", "--help"} & {*arguments}:
+        print(help.text(), end="")
+        sys.exit(0)
     multirun = {"-m", "--multirun"} & {*arguments}  # for which Hydra would make a folder before it composes
     if complaint := wrong_option(arguments) or (wrong_setting(arguments) if multirun else None):
         sys.exit(f"Error: {complaint}")

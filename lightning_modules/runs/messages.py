@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lightning_modules.broken_files import first_line
 
 # What the user can mend. Anything else is a fault of the program, whose traceback is worth more than a sentence.
-MENDABLE = (ValueError, OSError, ImportError, MisconfigurationException, OmegaConfBaseException, HydraException)
+MENDABLE = (ValueError, OSError, ImportError, OmegaConfBaseException, HydraException)
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("callbacks", "datamodules", "lightning_modules", "train.py")
@@ -53,7 +52,7 @@ def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
     text = _of_worker(error) or (str(error) if _is_ours(error) else first_line(error))
     if isinstance(error, OSError):
         text = _of_system(error, text, unresolved)
-    elif not isinstance(error, MENDABLE):
+    elif not isinstance(error, MENDABLE) and type(error).__name__ != "MisconfigurationException":  # Lightning's own
         text = f"{type(error).__name__}: {text}"
     return text + place
 

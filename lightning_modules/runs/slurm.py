@@ -8,14 +8,13 @@ import subprocess
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from lightning_modules.ranks import is_first
+from lightning_modules.runs.processes import is_first
 
 
 def job_id() -> str | None:
     """Return the SLURM job of this process, which keeps its number when it is requeued; None in interactive jobs."""
-    if SLURMEnvironment.job_id() is None:
+    if "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]

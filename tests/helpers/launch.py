@@ -91,7 +91,7 @@ def scontrol(folder: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
-    import train  # noqa: F401
+    import lightning_modules.tasks.run  # noqa: F401
 
     gc.freeze()  # or each process would go through all that is imported, to end
     for line in sys.stdin:

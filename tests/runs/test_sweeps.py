@@ -11,10 +11,10 @@ import yaml
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch_sweep_entrypoint
 
+from lightning_modules.tasks.run import run
 from tests.helpers.launch import command
 from tests.helpers.overrides import ROOT, SMALL_DPO, SMALL_PARM
 from tests.helpers.wandb_runs import artifacts, history, settings_of
-from train import run
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
 SMALL = {"dpo": [*SMALL_DPO, "data.batch_size=8"], "parm": SMALL_PARM, "decoding": SMALL_PARM, "reflection": SMALL_PARM}

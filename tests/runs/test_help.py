@@ -1,0 +1,52 @@
+"""The help and refusals answer at once: they import neither torch nor Lightning."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.runs.help import description, text
+from lightning_modules.runs.settings_tree import options
+from tests.helpers.overrides import ROOT
+
+# Ends with what the program says, and with the heavy packages that it has imported.
+PROGRAM = """
+import runpy, sys
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as end:
+    print(end.code)
+print("imported", [name for name in ("torch", "lightning", "transformers", "datasets") if name in sys.modules])
+"""
+
+
+def test_every_experiment_is_described() -> None:
+    assert all(description(name) for name in options("experiment"))
+    shown = text()
+    assert all(f"  {name} " in shown for name in options("experiment"))
+    assert "task=evaluate ckpt_path=PATH" in shown and "+strategy@strategies.NAME" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "experiment=NAME"),
+        (["--batch-size", "8"], "there is no option --batch-size"),
+        (["experiment=dpoo"], "did you mean experiment=dpo"),
+        (["trainer.max_step=3"], "did you mean trainer.max_steps?"),
+        (["trainer.max_steps=many"], "trainer.max_steps must be a whole number"),
+        (["data.batch_size=0"], "data.batch_size must be a whole number of at least 1"),
+        (["strategies.verified.k=abc"], "strategies.verified.k must be a whole number"),
+        (["experiment=dpo", "data=rollouts"], "module=dpo learns from pairs"),
+        (["task=evaluate", "ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["task=score"], "task=score needs images=DIR"),
+    ],
+)
+def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path: Path) -> None:
+    folder = [] if arguments[0].startswith("-") else [f"hydra.run.dir={tmp_path}/run"]
+    command = [sys.executable, "-c", PROGRAM, *arguments, *folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert said in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("imported []\n")
