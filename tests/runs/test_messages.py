@@ -207,7 +207,7 @@ def test_more_processes_than_cores_are_refused_on_the_cpu(monkeypatch: pytest.Mo
         for fine in (1, most, str(most), "auto", -1):
             refuse_missing_devices({"accelerator": "cpu", "devices": fine})
         with monkeypatch.context() as gpus:
-            gpus.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", lambda: True)
+            gpus.setattr("torch.cuda.is_available", lambda: True)
             refuse_missing_devices({"accelerator": "gpu", "devices": 99})
         for many in (most + 1, "99"):
             with pytest.raises(ValueError, match=rf"trainer\.devices={many} .* on the CPU, which has {cores} cores"):

@@ -7,7 +7,8 @@ import pytest
 from omegaconf import DictConfig
 
 from lightning_modules.backbone.published import Published
-from lightning_modules.runs.preflight import preflight
+from lightning_modules.runs.mismatches import refuse_mismatches
+from lightning_modules.runs.preflight import refuse_settings
 from tests.helpers.launch import command
 from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL_DPO, SMALL_PARM, pair_files
 
@@ -61,8 +62,10 @@ def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
     compose_config: Compose, monkeypatch: pytest.MonkeyPatch, overrides: list[str], sentence: str
 ) -> None:
     monkeypatch.setattr(Published, "is_here", property(lambda weights: pytest.fail(f"{weights} was looked for")))
+    config = compose_config(*overrides, "trainer.accelerator=cpu")
+    refuse_settings(config)
     with pytest.raises(ValueError) as refused:
-        preflight(compose_config(*overrides, "trainer.accelerator=cpu"))
+        refuse_mismatches(config)
     assert sentence in str(refused.value)
 
 
@@ -98,8 +101,8 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
     tokenizer = tmp_path / "magvit" / "here"
     tokenizer.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as missing:
-        preflight(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}", "trainer.accelerator=cpu",
-                                 "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
+        refuse_mismatches(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}",
+                                         "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
     named = [line.split(":")[0].strip() for line in str(missing.value).splitlines()[1:]]
     assert named == [
         "decoder.module.text_tokenizer.checkpoint",  # of which only another file is there
@@ -122,5 +125,5 @@ def test_what_needs_whole_weights_is_not_sharded(
 ) -> None:
     given = pair_files(tmp_path) if "data=preference_files" in overrides else []
     with pytest.raises(ValueError) as refused:
-        preflight(compose_config(*overrides, *given, *SHARDED))
+        refuse_settings(compose_config(*overrides, *given, *SHARDED))
     assert str(refused.value).startswith(sentence)
