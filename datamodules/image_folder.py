@@ -6,6 +6,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,14 +29,7 @@ _NAMED = 5  # faulty folders that an error names
 
 @dataclass(frozen=True)
 class PromptFolder:
-    """The images of one prompt, not yet read.
-
-    Attributes:
-        path: of the folder.
-        metadata: the prompt.
-        files: names of the images, in `samples`.
-        others: names of what else is there.
-    """
+    """A prompt, the names of its images in `samples`, and of what else is there."""
 
     path: Path
     metadata: dict[str, Any]
@@ -48,17 +42,12 @@ class PromptFolder:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """The prompt and hashes of its images' bytes, as they are when this is first read."""
-        images = {file: _content(self.path / "samples" / file) for file in self.files}
+        """The prompt and hashes of its images, as they are when this is first read."""
+        images: dict[str, str | None] = dict.fromkeys(self.files)  # None for what cannot be read
+        for file in self.files:
+            with suppress(UnreadableImage):
+                images[file] = hash_image(self.path / "samples" / file, file)
         return {"prompt": self.metadata, "images": images, "others": self.others}
-
-
-def _content(path: Path) -> str | None:
-    """Hash a file's bytes; None for one that cannot be read, such as a link that leads nowhere."""
-    try:
-        return hash_image(path, str(path))
-    except UnreadableImage:
-        return None
 
 
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
@@ -66,27 +55,24 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has no prompts, or one of which it cannot be known what was asked, or that has no images; the
-            sentence names the file.
+        ValueError: it has no prompts, or some without images or valid metadata; the sentence names the file.
     """
     root = Path(images)
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no folder {images}")
-    folders = sorted(
-        (path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)),
-        key=lambda path: (int(path.name), path.name),
-    )
+    folders = [path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)]
     if not folders:
         raise ValueError(f"images: {images} has no folders 00000, 00001, ... with metadata.jsonl and samples")
     found, complaints = [], []
-    for folder in folders:
+    for folder in sorted(folders, key=lambda path: (int(path.name), path.name)):
         try:
             found.append(_open(folder, class_names))
         except ValueError as error:
             complaints.append(str(error))
+    if len(complaints) > _NAMED:
+        complaints[_NAMED:] = [f"{len(complaints) - _NAMED} more folders have faults"]
     if complaints:
-        more = [f"{len(complaints) - _NAMED} more folders have faults"] if len(complaints) > _NAMED else []
-        raise ValueError("; ".join(complaints[:_NAMED] + more))
+        raise ValueError("; ".join(complaints))
     return found
 
 
@@ -122,8 +108,7 @@ class Images:
 
     Attributes:
         folder: where they come from.
-        files: names of those that could be read.
-        pixels: of these, uint8 [H, W, 3] each.
+        files, pixels: those that could be read, uint8 [H, W, 3] each.
         notes: what is unusual about one, a sentence each.
         left_out: why one was not read, a sentence each.
     """
@@ -136,7 +121,7 @@ class Images:
 
 
 def read(folder: PromptFolder, side: int | None) -> Images:
-    """Read the images of a prompt; `side` is what the detector needs them to have, pixels, if anything."""
+    """Read the images of a prompt; others than of `side` pixels, if the detector needs that, are left out."""
     files, pixels, notes = [], [], []
     left_out = [f"{folder.name(other)} has no name like 0000.png" for other in folder.others]
     for file in folder.files:
@@ -168,13 +153,11 @@ def _read_all(side: int | None, folders: Sequence[PromptFolder]) -> list[Images]
 
 
 class ScoreStore:
-    """Results of prompts, a file each, written whole or not at all, so that a killed scoring is resumed.
-
-    Several processes can use it at once. What is complete can be read where nothing can be written.
+    """Results of prompts, a file each, so that a killed scoring is resumed; several processes can use it at once.
 
     Args:
         root: of all results.
-        judged_by: what decides the results; with anything else they are other results.
+        judged_by: what decides the results.
         module: name of the module that judges; see `ArtifactCache`.
     """
 
@@ -187,7 +170,7 @@ class ScoreStore:
         self._parts.open()
 
     def load(self, folder: PromptFolder) -> dict[str, Any] | None:
-        """Return the result of a prompt; None if there is none of these images yet, or none that can be read."""
+        """Return the result of a prompt; None if these images have none yet, or none that can be read."""
         path = self._path(folder)
         result = read_json(path) if path.is_file() else None
         return result if isinstance(result, dict) else None
@@ -203,12 +186,11 @@ class ScoreStore:
 class ImageFolderDataModule(LightningDataModule):
     """Batches of prompts with all their images, those in which a prompt has no result yet.
 
-    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished. An interruption changes no
-    batch: networks round a little differently in another one, and results are to be those of an uninterrupted run.
+    Rank r of n has prompts r, r + n, ..., always in the same batches: networks round a little differently in others,
+    and a resumed run is to give the results of an uninterrupted one.
 
     Args:
-        folders: see `scan`.
-        side: see `read`.
+        folders, side: see `scan` and `read`.
         store: results so far.
         batch_size: prompts a batch, per rank.
         num_workers: processes that read images.

@@ -51,7 +51,7 @@ def make_loader(
 
     Args:
         dataset: with a length.
-        trainer: knows the rank, the number of ranks and, through `set_epoch`, the epoch that orders a shuffle.
+        trainer: knows the ranks and, through `set_epoch`, the epoch that orders a shuffle.
         batch_size: rows a batch, per rank.
         collate_fn: rows -> batch.
         train: pad to equal length on all ranks; else row i goes to rank i modulo the number of ranks, once.
@@ -59,8 +59,7 @@ def make_loader(
         num_workers: processes that load; 0 loads in the main process.
     """
     rank, world_size = trainer.global_rank, trainer.world_size
-    total = len(dataset)  # type: ignore[arg-type]
-    sampler: Any = range(rank, total, world_size)
+    sampler: Any = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
     if train:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=0)
     return ResumableLoader(
