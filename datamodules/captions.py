@@ -20,15 +20,12 @@ from lightning_modules.rewards.geneval_rules import Verdict
 
 @dataclass(frozen=True)
 class Repaint:
-    """Decodes a part of each image again, in a few steps, and has it judged anew.
-
-    Shapes are torn by this as they are in the decoder's own images, which no rendered image with a false caption shows,
-    at a fraction of what whole images cost.
+    """Decodes a part of each image again, which tears shapes as in the decoder's own images, and has it judged anew.
 
     Attributes:
         strategy: decodes what is not kept, with the first caption as its prompt.
         reward: its detector says what can be seen then.
-        shares: of the tokens that are decoded again, the least and the most; uniform in between for each image.
+        shares: of the tokens that are decoded again, the least and the most; each image has its own in between.
         seed: of the shares and of the decoding.
     """
 
@@ -43,7 +40,7 @@ class Repaint:
 
     @torch.no_grad()
     def __call__(self, decoder: TokenDecoder, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `CaptionsDataModule` with `tokens` instead of `image`, and labels that are true of them."""
+        """Return a batch of `CaptionsDataModule` with `tokens` instead of `image`, and their labels."""
         tokenizer = decoder.eval().image_tokenizer
         tokens = tokenizer.encode(batch["image"])
         copies = len(batch["prompt"]) // len(tokens)
@@ -71,11 +68,11 @@ def _columns(verdicts: list[Verdict], grounding: list[np.ndarray]) -> dict[str, 
 
 
 class CaptionsDataModule(StreamDataModule[CaptionPair]):
-    """Batches of B images with two captions each, which stand side by side; see `PARMModule` for the fields.
+    """Batches of B images with two captions each, side by side; see `PARMModule` for the fields.
 
     Args:
         train, validation, train_images, validation_images, batch_size, num_workers: see `StreamDataModule`.
-        repaint: what is done to the images of training batches before they are read; None leaves them as rendered.
+        repaint: changes the images of training batches; None leaves them as rendered.
     """
 
     def __init__(
