@@ -20,18 +20,11 @@ from lightning_modules.rewards.geneval_rules import Verdict
 
 @dataclass(frozen=True)
 class Repaint:
-    """Decodes a part of each image again, which tears shapes as in the decoder's own images, and has it judged anew.
+    """Decodes a part of each image again, which tears shapes as in the decoder's own images, and has it judged anew."""
 
-    Attributes:
-        strategy: decodes what is not kept, with the first caption as its prompt.
-        reward: its detector says what can be seen then.
-        shares: of the tokens that are decoded again, the least and the most; each image has its own in between.
-        seed: of the shares and of the decoding.
-    """
-
-    strategy: Strategy
-    reward: GenEvalReward
-    shares: tuple[float, float]
+    strategy: Strategy  # decodes what is not kept, with the first caption as its prompt
+    reward: GenEvalReward  # its detector says what can be seen then
+    shares: tuple[float, float]  # least and greatest fraction of the tokens decoded again; uniform in between
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,8 +40,7 @@ class Repaint:
         seeds = [image_seed(self.seed, index) for index in batch["group"][::copies].tolist()]
         noise = uniform_noise(seeds, 0, 1 + decoder.num_tokens)[:, 0].to(tokens.device)
         low, high = self.shares
-        share = low + (high - low) * noise[:, :1]
-        fixed = noise[:, 1:] >= share
+        fixed = noise[:, 1:] >= low + (high - low) * noise[:, :1]
         rows = batch["metadata"]
         tokens = self.strategy.decode(decoder, {}, Request(rows[::copies], seeds, tokens, fixed)).tokens
         found = self.reward.detect(to_uint8(tokenizer.decode(tokens)))

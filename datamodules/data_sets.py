@@ -17,8 +17,7 @@ from lightning_modules.broken_files import first_line
 def load_split(path: str, split: str) -> Dataset:
     """Load rows from a folder written by `datasets` (from its split, where it has several), or OWNER/NAME on the hub.
 
-    Raises:
-        FileNotFoundError, ValueError: there is no such folder or data set, the hub cannot be reached, or no such split.
+    Raises FileNotFoundError if it is not there or the hub cannot be reached, ValueError if it has no such split.
     """
     is_folder = Path(path).is_dir()
     try:
@@ -56,7 +55,7 @@ class StoredDataModule(LightningDataModule):
     """Loaders of stored rows; checkpoints keep their folders.
 
     Args:
-        folder: where rows are stored.
+        folder: of all stored rows.
         batch_size: rows a training batch, per rank.
         collect_batch_size: images decoded, encoded or scored at a time; rows a batch of validation and test.
     """

@@ -35,8 +35,7 @@ def prompts_from_file(
         per_task: see `pick`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a broken row, or not the `official` prompts; the sentence says
-            which and where.
+        FileNotFoundError, ValueError: no such file, a broken row, or other prompts than the `official` ones.
     """
     file = str(OFFICIAL_FILE) if path == f"bundled:{OFFICIAL_FILE.parent.name}" else path
     return _checked(read_prompts(file, tuple(class_names)), path, official, per_task)

@@ -104,20 +104,13 @@ def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one prompt.
-
-    Attributes:
-        folder: where they come from.
-        files, pixels: those that could be read, uint8 [H, W, 3] each.
-        notes: what is unusual about one, a sentence each.
-        left_out: why one was not read, a sentence each.
-    """
+    """The images of one prompt."""
 
     folder: PromptFolder
-    files: tuple[str, ...]
-    pixels: tuple[np.ndarray, ...]
-    notes: tuple[str, ...]
-    left_out: tuple[str, ...]
+    files: tuple[str, ...]  # those that could be read
+    pixels: tuple[np.ndarray, ...]  # uint8 [H, W, 3] each
+    notes: tuple[str, ...]  # what is unusual about one, a sentence each
+    left_out: tuple[str, ...]  # why one was not read, a sentence each
 
 
 def read(folder: PromptFolder, side: int | None) -> Images:
@@ -135,14 +128,13 @@ def read(folder: PromptFolder, side: int | None) -> Images:
         if side is not None and (height, width) != (side, side):
             left_out.append(f"{name} has {width}x{height} pixels, and the detector needs {side}x{side}")
             continue
-        if image.format != "PNG":
-            notes.append(f"{name} is a {image.format} image; lossy compression changes what is detected")
-        if image.mode != "RGB":
-            notes.append(f"{name} has the mode {image.mode} and was converted to RGB")
-        if image.transparent:
-            notes.append(f"{name} is transparent in parts, which were laid on white")
-        if image.turned:
-            notes.append(f"{name} was turned upright, as its EXIF data say")
+        unusual = {
+            f"is a {image.format} image; lossy compression changes what is detected": image.format != "PNG",
+            f"has the mode {image.mode} and was converted to RGB": image.mode != "RGB",
+            "is transparent in parts, which were laid on white": image.transparent,
+            "was turned upright, as its EXIF data say": image.turned,
+        }
+        notes += [f"{name} {note}" for note, holds in unusual.items() if holds]
         files.append(file)
         pixels.append(image.pixels)
     return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
@@ -155,10 +147,7 @@ def _read_all(side: int | None, folders: Sequence[PromptFolder]) -> list[Images]
 class ScoreStore:
     """Results of prompts, a file each, so that a killed scoring is resumed; several processes can use it at once.
 
-    Args:
-        root: of all results.
-        judged_by: what decides the results.
-        module: name of the module that judges; see `ArtifactCache`.
+    `judged_by` is all that decides the results; for `root` and `module` see `ArtifactCache`.
     """
 
     def __init__(self, root: str, judged_by: Mapping[str, Any], module: str = __name__) -> None:
@@ -187,13 +176,8 @@ class ImageFolderDataModule(LightningDataModule):
     """Batches of prompts with all their images, those in which a prompt has no result yet.
 
     Rank r of n has prompts r, r + n, ..., always in the same batches: networks round a little differently in others,
-    and a resumed run is to give the results of an uninterrupted one.
-
-    Args:
-        folders, side: see `scan` and `read`.
-        store: results so far.
-        batch_size: prompts a batch, per rank.
-        num_workers: processes that read images.
+    and a resumed run is to give the results of an uninterrupted one. `batch_size` is prompts, per rank; for `folders`
+    and `side` see `scan` and `read`.
     """
 
     trainer: Trainer
@@ -213,6 +197,5 @@ class ImageFolderDataModule(LightningDataModule):
         own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
         batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         missing: Any = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
-        return DataLoader(
-            missing, batch_size=None, collate_fn=partial(_read_all, self.side), num_workers=self.num_workers
-        )
+        collate = partial(_read_all, self.side)
+        return DataLoader(missing, batch_size=None, collate_fn=collate, num_workers=self.num_workers)

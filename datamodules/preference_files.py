@@ -56,26 +56,22 @@ class PreferenceFile:
     Images are paths (relative to the JSONL file), image columns of `datasets`, or columns of encoded images (`binary`);
     lists of whole numbers are image tokens. A column `weight` says how much each pair counts, 1 without it.
 
-    Attributes:
-        path: of the file or folder, or name on the hub.
-        split: of a data set with several.
-        columns: names of the columns for `prompt`, `chosen`, `rejected` and, if there is one, `label`: 1 where the
-            image of the column `chosen` is better, 0 where that of `rejected` is, .5 for a tie, which is left out.
+    `columns` names those for `prompt`, `chosen`, `rejected` and, if there is one, `label`: 1 where the image of the
+    column `chosen` is better, 0 where that of `rejected` is, .5 for a tie, which is left out.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: a column is not named, or the file is not JSONL.
     """
 
-    path: str
-    split: str
+    path: str  # of the file or folder, or name on the hub
+    split: str  # of a data set with several
     columns: Mapping[str, str | None]
 
     def __post_init__(self) -> None:
         needed = ("prompt", *SIDES)
-        for name in needed:
-            if not self.columns.get(name):
-                raise ValueError(f"data.columns must name the column for {name!r}")
+        if missing := [name for name in needed if not self.columns.get(name)]:
+            raise ValueError(f"data.columns must name the column for {missing[0]!r}")
         if unknown := set(self.columns) - {*needed, "label"}:
             raise ValueError(f"data.columns: {min(unknown)!r} is none of {', '.join(needed)}, label")
         on_hub = not self._is_jsonl and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.path)

@@ -58,9 +58,7 @@ def pick(pool: Mapping[str, Sequence[Metadata]], per_task: PerTask) -> list[Meta
     """Pick `per_task` prompts of each task in a pool, or of those that it names, task after task; None is for all.
 
     A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed.
-
-    Raises:
-        ValueError: `per_task` names a task that the pool lacks, or a number below 1.
+    Raises ValueError for a task that the pool lacks, or a number below 1.
     """
     if per_task is None:
         return [row for prompts in pool.values() for row in prompts]

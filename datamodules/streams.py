@@ -65,10 +65,8 @@ class StreamDataModule(LightningDataModule, Generic[Sample]):
         """Turn samples with their indices into a batch."""
 
     def _loader(self, dataset: StreamDataset[Sample], train: bool) -> DataLoader[dict[str, Any]]:
-        # Not shuffled: a stream is random by itself.
-        return make_loader(
-            dataset, self.trainer, self.batch_size, self.collate, train=train, num_workers=self.num_workers
-        )
+        settings = self.trainer, self.batch_size, self.collate
+        return make_loader(dataset, *settings, train, shuffle=False, num_workers=self.num_workers)  # random by itself
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.train_dataset, train=True)

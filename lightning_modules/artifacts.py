@@ -49,15 +49,10 @@ class ArtifactCache:
         return self.root / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:20]}{dot}{suffix}"
 
     def get(self, name: str, key: Key, make: Callable[[Path], object]) -> Path:
-        """Return the path of an artifact, which `make` writes to a path that it is given if it is not there.
+        """Return the path of an artifact; if it is not there, `make` writes a file or a folder to the path it is given.
 
-        Args:
-            name: its kind, with the suffix of a file.
-            key: all that decides its content but the code, as plain data (`cache_key`).
-            make: writes a file or a folder.
-
-        Raises:
-            OSError: it cannot be written; the error names it.
+        `name` is its kind, with the suffix of a file; `key` all that decides its content but the code, as plain data.
+        Raises OSError, naming the artifact, if it cannot be written.
         """
         path = self.path(name, key)
         if not path.exists():
@@ -91,8 +86,8 @@ class ArtifactCache:
     def _with_code(self, key: Key) -> Key:
         if not self._module:
             return key
-        modules = {self._module, *_CLASS.findall(json.dumps(key))}
-        return {"code": source_hash(frozenset(modules)), **key}
+        modules = frozenset([self._module, *_CLASS.findall(json.dumps(key))])
+        return {"code": source_hash(modules), **key}
 
 
 @cache

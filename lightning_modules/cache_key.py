@@ -45,11 +45,7 @@ def key_of(value: Any) -> Any:
 
 
 def fields_key(thing: Any) -> dict[str, Any]:
-    """Return the key of a dataclass: its class and the fields that it is compared by.
-
-    Raises:
-        ValueError: it is no dataclass, or a field has no key.
-    """
+    """Return the key of a dataclass, its class and the fields it is compared by; raises ValueError for others."""
     if not is_dataclass(thing):
         raise ValueError(f"{class_name(thing)} is no dataclass, so it has to say its cache_key itself")
     compared = {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.compare}

@@ -32,29 +32,20 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class ReadImage:
-    """An image, and what was done to it.
+    """An image, and what was done to it."""
 
-    Attributes:
-        pixels: uint8 [H, W, 3].
-        format: of the file, as Pillow calls it; MPO is a phone's JPEG with more images behind it.
-        mode: of the pixels before they were converted to RGB.
-        turned: it was turned or mirrored by its EXIF data (TIFF images are turned without mention).
-        transparent: it was transparent in parts, which were laid on white.
-    """
-
-    pixels: np.ndarray
-    format: str
-    mode: str
-    turned: bool
-    transparent: bool
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    format: str  # of the file, as Pillow calls it; MPO is a phone's JPEG with more images behind it
+    mode: str  # of the pixels before they were converted to RGB
+    turned: bool  # it was turned or mirrored, as its EXIF data say; TIFF images are without mention
+    transparent: bool  # parts of it were, and were laid on white
 
 
 def read_image(source: ImageSource, name: str) -> ReadImage:
     """Read an image; `name` is its name in errors.
 
-    Raises:
-        UnreadableImage: it is missing, broken or none of `FORMATS`, moves, or has more than 8 bits a colour or more
-            pixels than Pillow's limit.
+    Raises UnreadableImage if it is missing, broken, none of `FORMATS`, moves, or has more than 8 bits a colour or more
+    pixels than Pillow's limit.
     """
     with _opened(source, name) as file:
         if not file.read(1):
