@@ -53,9 +53,8 @@ class PromptFolder:
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
     """Find the prompts of a folder of images, in the order of their numbers.
 
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no prompts, or some without images or valid metadata; the sentence names the file.
+    Raises FileNotFoundError if there is no such folder, and ValueError, naming files, if it has no prompts, or some
+    without images or valid metadata.
     """
     root = Path(images)
     if not root.is_dir():

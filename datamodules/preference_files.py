@@ -59,9 +59,7 @@ class PreferenceFile:
     `columns` names those for `prompt`, `chosen`, `rejected` and, if there is one, `label`: 1 where the image of the
     column `chosen` is better, 0 where that of `rejected` is, .5 for a tie, which is left out.
 
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: a column is not named, or the file is not JSONL.
+    Raises FileNotFoundError if there is no such file or folder, ValueError if a column is not named or a file no JSONL.
     """
 
     path: str  # of the file or folder, or name on the hub

@@ -142,9 +142,7 @@ def refuse_unmarked(folder: Path) -> None:
 def open_folder(folder: Path, made_with: Key) -> None:
     """Create a folder that the user names, marked with what it is made with, or make sure that it has this mark.
 
-    Raises:
-        OSError: it cannot be created; the error names it.
-        ValueError: it was made with other things, or by others; the sentence names what differs, or what is there.
+    Raises OSError, naming it, if it cannot be created, and ValueError if it was made with other things or by others.
     """
     refuse_unmarked(folder)
     _write_provenance(folder, made_with)

@@ -7,9 +7,9 @@ Each pixel is placed on the line from the background to one of ten colours, whic
 covered; pixels of one colour that touch are a candidate; its coverage is compared with every class drawn at all sizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import Any, ClassVar, Self
 
@@ -121,9 +121,13 @@ class ShapesDetector(Keyed):
         colors = [tuple(REFERENCES)[i] for i in candidates.color]
         bounds = np.searchsorted(candidates.image, np.arange(len(images) + 1))
         return [
-            Detections(classes[a:b], scores[a:b], candidates.boxes[a:b], lambda i, own=colors[a:b]: [own[k] for k in i])
+            Detections(classes[a:b], scores[a:b], candidates.boxes[a:b], partial(_pick, colors[a:b]))
             for a, b in pairwise(bounds)
         ]
+
+
+def _pick(names: Sequence[str], indices: Sequence[int]) -> list[str]:
+    return [names[i] for i in indices]
 
 
 def _backgrounds(images: NDArray[np.uint8]) -> Floats:
