@@ -1,7 +1,7 @@
 """Regions for reflection: the tokens of a finished image that are not satisfactory."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,34 +12,31 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.image_tokenizer import patch_side, upsample_patches
 from lightning_modules.backbone.sampling import uniform_noise
-from lightning_modules.cache_key import Keyed, fields_key
-from lightning_modules.decoding.strategy import Decoded, Judges, judge_able
+from lightning_modules.decoding.strategy import Decoded, Judges, Part
 from lightning_modules.rewards.verifier import Ability
 
 
-class TokenScorer(Keyed):
+class TokenScorer(Part):
     """Scores the tokens of finished images; what is low is not satisfactory."""
-
-    def cache_key(self) -> Any:
-        """Its class and all its fields."""
-        return fields_key(self)
 
     @property
     def judge_names(self) -> Sequence[str]:
-        """Names of the judges that it asks."""
         return ()
-
-    def check_judges(self, judges: Judges) -> None:
-        """Raise ValueError if a judge cannot do what is asked of it."""
 
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Scores [B, T]; the values asked of judges are added to the image's cost."""
 
 
+def _check_patches(decoder: Decoder, patches: int) -> None:
+    """Raise ValueError if the tokens of a decoder cannot be cut into M x M patches."""
+    if (grid := decoder.image_tokenizer.grid) % patches:
+        raise ValueError(f"patches={patches}: {grid}x{grid} tokens cannot be cut into as many along each side")
+
+
 @dataclass(frozen=True)
-class Region(Keyed):
-    """Ω: the tokens whose score lies below τ.
+class Region(Part):
+    """Ω: the tokens whose score lies below τ, of those that may change.
 
     Attributes:
         scorer: scores tokens.
@@ -63,9 +60,18 @@ class Region(Keyed):
         if self.patches is not None and self.patches < 1:
             raise ValueError(f"a region needs patches of at least 1, not {self.patches}")
 
-    def cache_key(self) -> Any:
-        """All its fields."""
-        return fields_key(self)
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return {"scorer": self.scorer}
+
+    @property
+    def judge_names(self) -> Sequence[str]:
+        return self.scorer.judge_names
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        if self.patches is not None:
+            _check_patches(decoder, self.patches)
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
@@ -76,7 +82,8 @@ class Region(Keyed):
             scores = upsample_patches(pooled.squeeze(1), grid)
         limit: Any = self.threshold if self.quantile is None else scores.quantile(self.quantile, dim=1, keepdim=True)
         region_mask = scores < limit
-        return region_mask.cumsum(1) > 0 if self.rewind else region_mask
+        region_mask = region_mask.cumsum(1) > 0 if self.rewind else region_mask
+        return region_mask if request.fixed_mask is None else region_mask & ~request.fixed_mask
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,18 @@ class PatchCLIPScore(TokenScorer):
 
     patches: int
     judge: str = "clip"
+    ability = Ability.PATCHES
 
     @property
     def judge_names(self) -> list[str]:
         return [self.judge]
 
-    def check_judges(self, judges: Judges) -> None:
-        judge_able(judges, self.judge, Ability.PATCHES)
+    def check_decoder(self, decoder: Decoder) -> None:
+        _check_patches(decoder, self.patches)
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judge_able(judges, self.judge, Ability.PATCHES)
-        scores = judge.patches(request.prompts, decoder.image_tokenizer.decode(image.tokens), self.patches)
+        pixels = decoder.image_tokenizer.decode(image.tokens)
+        scores = judges[self.judge].patches(request.prompts, pixels, self.patches)
         image.cost.verifier_calls += scores.numel()
         return upsample_patches(scores, decoder.image_tokenizer.grid)
 
@@ -119,17 +127,15 @@ class ValueGain(TokenScorer):
 
     verifier: str = "parm"
     patches: int = 4
+    ability = Ability.PREFIXES
 
     @property
     def judge_names(self) -> list[str]:
         return [self.verifier]
 
-    def check_judges(self, judges: Judges) -> None:
-        judge_able(judges, self.verifier, Ability.PREFIXES)
-
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judge_able(judges, self.verifier, Ability.PREFIXES)
+        judge = judges[self.verifier]
         judge.check_decoder(decoder)
         if image.features is None:
             raise ValueError("a gain in value needs the decoder's features, and these images have none")

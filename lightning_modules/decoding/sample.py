@@ -5,11 +5,11 @@ from typing import Any
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy
 
 
 @dataclass(frozen=True)
-class Sample(Strategy):
+class Sample(PathStrategy):
     """Plain sampling, with the settings of the decoder's kind."""
 
     sampling: Any

@@ -7,13 +7,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice among c candidates for each of B images.
-
-    Nothing is copied for it: these are tensors that decoding has at hand anyway.
+    """A choice among c candidates for each of B images. Its tensors are those of decoding, not copies.
 
     Attributes:
         judge: name of the judge that scored them.
-        tokens: images as far as they were made, [B, c, T], or of each the newest token alone, [B, c, 1], where all
+        tokens: images as far as they were made, [B, c, T], or the newest token of each alone, [B, c, 1], where all
             candidates share those before, which are the image's own.
         decided: tokens that were decided with these, counted from the first, [B], on the CPU; None where all are, or
             where the others are previews.
