@@ -1,18 +1,17 @@
 """Beam search over a verifier's values: the best prefixes of an image continue, whichever prefix they extend."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Beam(PathStrategy):
+class Beam(VerifierStrategy):
     """At every step each of n prefixes has k candidates; of all n * k the n of the highest score continue.
 
     This is beam search against a process reward model (arXiv 2408.03314, section 5.2), without lookahead. The k
@@ -20,12 +19,10 @@ class Beam(PathStrategy):
     is the image. With n = 1 this is verified decoding.
 
     Attributes:
-        n: prefixes of each image.
-        k: candidates of each prefix.
+        n, k: prefixes of each image, and candidates of each prefix.
         prior_weight: score = log V + prior_weight log p, p being the sampling distribution's of the whole prefix.
     """
 
-    sampling: Any
     n: int
     k: int
     verifier: str = "parm"

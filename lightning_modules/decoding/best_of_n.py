@@ -16,8 +16,7 @@ class BestOfN(Strategy):
     """Best-of-n of any strategy: the outcome reward model (ORM) of the paper, arXiv 2501.13926.
 
     Attributes:
-        strategy: makes the candidates; the first has the image's own seed, so it is what `strategy` alone makes.
-        n: candidates of each image.
+        strategy: makes the n candidates of each image; the first is what it makes alone, from the image's own seed.
         judge: name of the judge that scores finished images.
     """
 
@@ -34,7 +33,7 @@ class BestOfN(Strategy):
 
     @property
     def judge_names(self) -> list[str]:
-        return [self.judge, *super().judge_names]
+        return [self.judge, *self.strategy.judge_names]
 
     @property
     def images_at_once(self) -> int:

@@ -1,7 +1,6 @@
 """Sequential Monte Carlo: unpromising paths are dropped on the way, promising ones are continued twice."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +9,11 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Particles(PathStrategy):
+class Particles(VerifierStrategy):
     """n paths an image; every `stride` steps they are redrawn by how much each has gained in value.
 
     This is twisted sequential Monte Carlo (arXiv 2404.17546, section 3) with the verifier as the twist function: with
@@ -27,7 +26,6 @@ class Particles(PathStrategy):
         value_weight: paths are redrawn in proportion to (value / value at the last redraw) ** value_weight.
     """
 
-    sampling: Any
     n: int
     stride: int = 8
     verifier: str = "parm"
@@ -67,10 +65,9 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 def redraw(log_weights: Tensor, noise: Tensor) -> Tensor:
-    """Systematic resampling: indices [B, n], in order, each drawn about n times its weight.
+    """Systematic resampling: indices [B, n], in order, each drawn about n times its weight, given as logarithm [B, n].
 
-    One uniform number an image, `noise` [B], places n evenly spaced points along the cumulative weights, which are
-    given as logarithms [B, n], unnormalised.
+    One uniform number an image, `noise` [B], places n evenly spaced points along the cumulative weights.
     """
     n = log_weights.shape[1]
     return invert(log_weights.softmax(1), (torch.arange(n, device=noise.device) + noise[:, None]) / n)

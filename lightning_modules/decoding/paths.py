@@ -18,19 +18,14 @@ class Paths:
     """n paths of each of B images, neighbours, which share the pass over their prompt; all are at the same step.
 
     Args:
-        decoder: of the images.
-        request: the images; the first path of each has the image's own noise.
-        sampling: how candidates are drawn.
-        k: candidates a step of each path, at most.
+        decoder, request: of the images; the first path of each has the image's own noise.
+        sampling, k: how candidates are drawn, and how many a step of each path, at most.
         n: paths of each image.
-        judges: by name.
-        verifier: name of the judge that values candidates; None values nothing.
+        judges, verifier: the judge of this name values candidates; None values nothing.
 
     Attributes:
-        state: of the decoder.
-        verifier_state: what the verifier remembers.
-        image: the image of each path, 0..B-1, [P], on the CPU.
-        number: places of these P paths among the B * n that began, ascending, [P].
+        state, verifier_state: of the decoder; what the verifier remembers.
+        image, number: the image of each path, [P], on the CPU; its place among the B * n that began, ascending, [P].
         trace: the choices so far.
     """
 
@@ -49,9 +44,8 @@ class Paths:
         if self.verifier is not None:
             self.verifier.check_decoder(decoder)
         self.state: DecodingState = decoder.begin(request, sampling, k)
-        self.verifier_state: Any = Nothing()
-        if self.verifier is not None:
-            self.verifier_state = self.verifier.begin(self.state.prompt, decoder.num_tokens)
+        prompt = self.state.prompt
+        self.verifier_state: Any = self.verifier.begin(prompt, decoder.num_tokens) if self.verifier else Nothing()
         self.image = torch.arange(len(request.rows)).repeat_interleave(n)
         self.number = torch.arange(len(self.image), device=self.state.tokens.device)
         self.trace: list[Choice] = []
@@ -133,7 +127,6 @@ class Paths:
 
     def finish(self, rows: Tensor | None = None) -> Decoded:
         """Return the finished images, of paths `rows` [B] or of all."""
-        state = self.state
-        start = torch.zeros(len(self))
+        state, start = self.state, torch.zeros(len(self))
         made = Decoded(state.tokens, state.features, state.cost, start, state.trajectory, log_probs=state.log_probs)
         return replace(made if rows is None else made.select(rows), trace=self.trace)

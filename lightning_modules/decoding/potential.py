@@ -9,13 +9,13 @@ from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, judged, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, judged, require_positive
 from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import Ability, Judge
 
 
 @dataclass(frozen=True)
-class Potential(PathStrategy):
+class Potential(VerifierStrategy):
     """n paths an image. After every step the judge sees the preview of each path until one is clear enough.
 
     The one verdict on a clear path says whether it has potential. Of those that have, the one that the judge likes best
@@ -23,13 +23,12 @@ class Potential(PathStrategy):
 
     Attributes:
         judge: name of a `StepJudge`.
-        prune: a path without potential stops at once, and its place in the batch is free; if all of an image's do, the
-            best of them continues from where it stopped. False completes all, as the released scripts do.
+        prune: a path without potential stops at once; if all of an image's do, the best of them continues from where it
+            stopped. False completes all, as the released scripts do.
         reset_temperature: each path starts with the temperature of `sampling`; false leaves 0 of it to all but an
             image's first path, as the released scripts do.
     """
 
-    sampling: Any
     n: int
     judge: str
     prune: bool = True

@@ -1,18 +1,17 @@
 """Best-of-n that stops paths which cannot win: the paper's potential assessment, by a verifier in token space."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Pruning(PathStrategy):
+class Pruning(VerifierStrategy):
     """n paths an image; every `stride` steps those stop whose value falls behind the best path's of their image.
 
     A path that stops leaves the batch, as one without potential does in the paper (arXiv 2501.13926, section 3.3). With
@@ -23,7 +22,6 @@ class Pruning(PathStrategy):
         stride: steps between assessments; a step of a next-token decoder decides one token.
     """
 
-    sampling: Any
     n: int
     share: float
     stride: int = 8

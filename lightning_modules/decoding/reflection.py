@@ -23,15 +23,12 @@ class Reflection(Strategy):
     """Reflection on the images of any strategy. Each image has its own Ω and stops on its own.
 
     An image stops when the judge is satisfied, when Ω is empty, when a round's image is nearer to the one before than
-    `epsilon`, or after the last round. The prompts of a round may carry what the judge finds wrong, as PARM++ does
+    `epsilon`, or after the last of `rounds`. The prompts of a round may carry what the judge finds wrong, as in PARM++
     (arXiv 2501.13926).
 
     Attributes:
-        strategy: makes the image.
-        redecoder: decodes the tokens of Ω anew, all others staying as they are.
-        region_selector: finds Ω.
-        rounds: R, at most.
-        judge: name of the judge that scores finished images.
+        strategy, redecoder: makes the image; decodes the tokens of Ω anew, all others staying as they are.
+        region_selector, judge: finds Ω; name of the judge that scores finished images.
         stop_score: images of at least this score are left as they are (of verifiers: a log-value); default: none is.
         accept: keep a round's image only if the judge's score does not fall, or always, which is the method's letter.
         epsilon: of ‖I(r) - I(r-1)‖₂ over pixels in [0, 1]; 0 never stops an image.
@@ -64,7 +61,7 @@ class Reflection(Strategy):
 
     @property
     def judge_names(self) -> list[str]:
-        return [self.judge, *super().judge_names]
+        return [self.judge, *(name for part in self.parts.values() for name in part.judge_names)]
 
     @property
     def images_at_once(self) -> int:
@@ -89,7 +86,8 @@ class Reflection(Strategy):
         for number in range(self.strategy.reflection_rounds, self.reflection_rounds):
             active = active[scores[active] < self.stop_score]
             if len(active):
-                asked, old = _of_round(request, number).select(active), image.select(active)
+                seeds = [image_seed(seed, 0, number) for seed in request.seeds]  # each round has noise of its own
+                asked, old = replace(request, seeds=seeds).select(active), image.select(active)
                 region_mask = self.region_selector(decoder, judges, asked, old)
                 found = region_mask.any(1).nonzero().squeeze(1)
                 active, region_mask = active[found], region_mask[found]
@@ -113,30 +111,22 @@ class Reflection(Strategy):
         if self.critique_template is None:
             return request
         critiques = judge.critique(request.prompts, decoder.image_tokenizer.decode(image.tokens))
-        rows = [
-            {**row, "prompt": self.critique_template.format(prompt=row["prompt"], critique=text)}
-            for row, text in zip(request.rows, critiques, strict=True)
-        ]
-        return replace(request, rows=rows)
+        pairs, told = zip(request.prompts, critiques, strict=True), self.critique_template.format
+        texts = [told(prompt=prompt, critique=critique) for prompt, critique in pairs]
+        return replace(request, rows=[{**row, "prompt": text} for row, text in zip(request.rows, texts, strict=True)])
 
     def _redecode(
         self, decoder: Decoder, judges: Judges, request: Request, image: Decoded, region_mask: Tensor
     ) -> Decoded:
         """Decode Ω of the images anew; those with Ω of like size go together, for a batch waits for its last."""
         sizes = region_mask.sum(1)
-        groups = min(_GROUPS, len(sizes.unique()))
         request = replace(request, tokens=image.tokens, fixed_mask=~region_mask)
-        for group in sizes.argsort(stable=True).chunk(groups):
+        for group in sizes.argsort(stable=True).chunk(min(_GROUPS, len(sizes.unique()))):
             new = self.redecoder.decode(decoder, judges, request.select(group))
             image.cost.add(new.cost)
             image = image.put(group, new)
         # About another prompt the decoder knows something else.
         return image if self.critique_template is None else replace(image, features=None)
-
-
-def _of_round(request: Request, number: int) -> Request:
-    """The request with the noise of a round."""
-    return replace(request, seeds=[image_seed(seed, 0, number) for seed in request.seeds])
 
 
 def _with_rounds(image: Decoded, rounds: list[ReflectionRound]) -> Decoded:

@@ -1,7 +1,7 @@
 """Regions for reflection: the tokens of a finished image that are not satisfactory."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,9 @@ from lightning_modules.rewards.verifier import Ability
 class TokenScorer(Part):
     """Scores the tokens of finished images; what is low is not satisfactory."""
 
-    @property
-    def judge_names(self) -> Sequence[str]:
-        return ()
-
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Scores [B, T]; the values asked of judges are added to the image's cost."""
-
-
-def _check_patches(decoder: Decoder, patches: int) -> None:
-    """Raise ValueError if the tokens of a decoder cannot be cut into M x M patches."""
-    if (grid := decoder.image_tokenizer.grid) % patches:
-        raise ValueError(f"patches={patches}: {grid}x{grid} tokens cannot be cut into as many along each side")
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,7 @@ class Region(Part):
     """Ω: the tokens whose score lies below τ, of those that may change.
 
     Attributes:
-        scorer: scores tokens.
-        threshold: τ itself.
-        quantile: or τ as a quantile of the scores of the image itself.
+        threshold, quantile: τ itself, or as a quantile of the scores of the image itself.
         patches: scores are averaged over M x M patches first.
         rewind: everything from the first such token on: later tokens were drawn given that one.
     """
@@ -64,14 +52,10 @@ class Region(Part):
     def parts(self) -> Mapping[str, Part]:
         return {"scorer": self.scorer}
 
-    @property
-    def judge_names(self) -> Sequence[str]:
-        return self.scorer.judge_names
-
     def check_decoder(self, decoder: Decoder) -> None:
         super().check_decoder(decoder)
-        if self.patches is not None:
-            _check_patches(decoder, self.patches)
+        if self.patches is not None and (grid := decoder.image_tokenizer.grid) % self.patches:
+            raise ValueError(f"patches={self.patches} does not divide the {grid}x{grid} tokens of an image")
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
@@ -88,12 +72,7 @@ class Region(Part):
 
 @dataclass(frozen=True)
 class PatchCLIPScore(TokenScorer):
-    """The method's own: S_ij, the CLIPScore of the prompt and patch ij of M x M.
-
-    Attributes:
-        patches: M.
-        judge: name of a `CLIPScore`.
-    """
+    """The method's own: S_ij, the CLIPScore of the prompt and patch ij of M x M (M = `patches`)."""
 
     patches: int
     judge: str = "clip"
@@ -102,9 +81,6 @@ class PatchCLIPScore(TokenScorer):
     @property
     def judge_names(self) -> list[str]:
         return [self.judge]
-
-    def check_decoder(self, decoder: Decoder) -> None:
-        _check_patches(decoder, self.patches)
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         pixels = decoder.image_tokenizer.decode(image.tokens)
@@ -117,12 +93,8 @@ class PatchCLIPScore(TokenScorer):
 class ValueGain(TokenScorer):
     """The gain in the verifier's value (a probability) that tokens brought: where it falls, hope was lost.
 
-    Of next-token decoders each token, as it came; of mask-token decoders each of M x M patches, compared with the same
-    grid in which that patch is not decided yet, which takes a pass a patch.
-
-    Attributes:
-        verifier: its name.
-        patches: M.
+    Of next-token decoders each token, as it came; of mask-token decoders each of M x M `patches`, compared with the
+    same grid in which that patch is not decided yet, which takes a pass a patch.
     """
 
     verifier: str = "parm"
@@ -135,13 +107,11 @@ class ValueGain(TokenScorer):
 
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judges[self.verifier]
+        judge, features = judges[self.verifier], image.features
         judge.check_decoder(decoder)
-        if image.features is None:
+        if features is None:
             raise ValueError("a gain in value needs the decoder's features, and these images have none")
-        return decoder.value_gains(
-            request.prompts, image.tokens, image.features, judge.values, self.patches, image.cost
-        )
+        return decoder.value_gains(request.prompts, image.tokens, features, judge.values, self.patches, image.cost)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,11 @@ class Decoded:
         tokens: [B, T].
         features: what the decoder knew about each token when it was chosen; None from decoders without features.
         cost: of the whole batch, candidates that were not kept included.
-        first_unverified: the token (of mask-token decoders: the step) from which on the decoder alone decided, [B], on
-            the CPU; 0 in plain sampling.
+        first_unverified: token (of grids: step) from which on the decoder alone decided, [B], on the CPU.
         trajectory: how each grid was filled; None where tokens are decided one after the other.
         trace: what was chosen on the way, and what reflection did.
         stats: numbers about how each image was made, to be logged, [B] each.
-        log_probs: of what was taken at each step, under the distribution that it was drawn from, [B, steps]; None of
-            images that were decoded anew in part.
+        log_probs: see `DecodingState`, [B, steps]; None of images that were decoded anew in part.
     """
 
     tokens: Tensor
@@ -75,13 +73,9 @@ class Decoded:
 
 
 class Part(Keyed):
-    """A part of decoding that a config sets; it knows judges by name, so it can be read before anything is trained.
+    """A part of decoding that a config sets; it knows judges by name, so it can be read before anything is trained."""
 
-    Attributes:
-        ability: that all judges must have which it asks.
-    """
-
-    ability: ClassVar[Ability | None] = None
+    ability: ClassVar[Ability | None] = None  # that every judge which it asks must have
 
     def cache_key(self) -> Any:
         """Its class and all its fields, of what it wraps as well; parts that are no dataclasses say their own."""
@@ -93,9 +87,8 @@ class Part(Keyed):
         return {}
 
     @property
-    @abstractmethod
     def judge_names(self) -> Sequence[str]:
-        """Names of all judges that it, or what it wraps, asks."""
+        """Names of all judges that it, or what it wraps, asks; strategies say them themselves."""
         return [name for part in self.parts.values() for name in part.judge_names]
 
     def check_judges(self, judges: Judges) -> None:
@@ -118,6 +111,10 @@ class Strategy(Part):
     """A way to decode."""
 
     @property
+    @abstractmethod
+    def judge_names(self) -> Sequence[str]: ...
+
+    @property
     def reflection_rounds(self) -> int:
         """Rounds of reflection in it; a reflection around it continues their count, which decides its noise."""
         return 0
@@ -132,16 +129,23 @@ class Strategy(Part):
         """Decode the images of a request, each with the noise of its own seed."""
 
 
+@dataclass(frozen=True)
 class PathStrategy(Strategy):
-    """A strategy that moves `Paths`, by default n paths of each image by the values of a verifier.
-
-    Attributes:
-        sampling: how candidates are drawn.
-        n: paths of each image.
-        verifier: name of the judge that values half-made images.
-    """
+    """A strategy that moves `Paths`, whose candidates are drawn by `sampling`."""
 
     sampling: Any
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        wanted = decoder.begin.__annotations__.get("sampling", Any)
+        if wanted is not Any and isinstance(wanted, type) and not isinstance(self.sampling, wanted):
+            given, kind = type(self.sampling).__name__, type(decoder).__name__
+            raise ValueError(f"sampling is a {given}, and a {kind} takes a {wanted.__name__}")
+
+
+class VerifierStrategy(PathStrategy):
+    """A strategy that moves n paths of each image by the values of the judge that `verifier` names."""
+
     n: int
     verifier: str
 
@@ -152,13 +156,6 @@ class PathStrategy(Strategy):
     @property
     def images_at_once(self) -> int:
         return self.n
-
-    def check_decoder(self, decoder: Decoder) -> None:
-        super().check_decoder(decoder)
-        wanted = decoder.begin.__annotations__.get("sampling", Any)
-        if wanted is not Any and isinstance(wanted, type) and not isinstance(self.sampling, wanted):
-            given, needed = type(self.sampling).__name__, wanted.__name__
-            raise ValueError(f"sampling is a {given}, and a {type(decoder).__name__} takes a {needed}")
 
 
 def require_positive(what: str, **settings: int) -> None:

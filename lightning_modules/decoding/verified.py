@@ -1,7 +1,7 @@
 """Verified decoding: at every step the verifier values k candidates and one continues (PARM at test time)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed, invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Verified(PathStrategy):
+class Verified(VerifierStrategy):
     """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
     With `stride` 1 and `choose: argmax` this is step-wise verification by PARM (arXiv 2501.13926, section 3) to the
@@ -23,16 +23,14 @@ class Verified(PathStrategy):
     from the decoder's distribution of images that fulfil the prompt.
 
     Attributes:
-        k: candidates a step.
-        stride: steps of a candidate; 8 verifies the rows of an 8x8 grid, token by token.
+        k, stride: candidates, and steps of each; 8 steps are a row of an 8x8 grid, token by token.
         distinct: candidates (their first tokens) without repetition, instead of independent draws.
         choose: the best candidate, or a draw from softmax(score).
         value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
-        random_stop: verify each image only up to a random step and decode the rest plainly, to collect rollouts that
-            show what becomes of the prefixes verified decoding visits (needs stride 1).
+        random_stop: verify each image up to a random step and decode the rest plainly, for rollouts that show what
+            becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
-    sampling: Any
     k: int
     stride: int = 1
     verifier: str = "parm"
@@ -56,9 +54,8 @@ class Verified(PathStrategy):
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         paths = Paths(decoder, request, self.sampling, self.k, judges=judges, verifier=self.verifier)
-        stop = torch.full((len(paths),), paths.state.steps)
-        if self.random_stop:
-            stop = torch.tensor([image_seed(seed, 0) % paths.state.steps for seed in request.seeds])
+        steps = paths.state.steps
+        stop = torch.tensor([image_seed(seed, 0) % steps if self.random_stop else steps for seed in request.seeds])
         while not paths.is_done:
             if self.stride == 1:
                 self._step(paths, stop)
