@@ -1,7 +1,7 @@
 """Regions for reflection: the tokens of a finished image that are not satisfactory."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from lightning_modules.rewards.verifier import Ability
 
 class TokenScorer(Part):
     """Scores the tokens of finished images; what is low is not satisfactory."""
+
+    @property
+    def judge_names(self) -> Sequence[str]:
+        return ()
 
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
@@ -51,6 +55,10 @@ class Region(Part):
     @property
     def parts(self) -> Mapping[str, Part]:
         return {"scorer": self.scorer}
+
+    @property
+    def judge_names(self) -> Sequence[str]:
+        return self.scorer.judge_names
 
     def check_decoder(self, decoder: Decoder) -> None:
         super().check_decoder(decoder)

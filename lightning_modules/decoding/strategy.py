@@ -87,9 +87,9 @@ class Part(Keyed):
         return {}
 
     @property
+    @abstractmethod
     def judge_names(self) -> Sequence[str]:
-        """Names of all judges that it, or what it wraps, asks; strategies say them themselves."""
-        return [name for part in self.parts.values() for name in part.judge_names]
+        """Names of all judges that it, or what it wraps, asks."""
 
     def check_judges(self, judges: Judges) -> None:
         """Raise ValueError if a judge cannot do what is asked of it here, or by what is wrapped."""
@@ -109,10 +109,6 @@ class Part(Keyed):
 
 class Strategy(Part):
     """A way to decode."""
-
-    @property
-    @abstractmethod
-    def judge_names(self) -> Sequence[str]: ...
 
     @property
     def reflection_rounds(self) -> int:
