@@ -99,9 +99,9 @@ class Evaluator:
             except ValueError as error:
                 raise ValueError(f"strategies.{key}: {error}") from None
 
-    def prepare(self, evaluation: Evaluation) -> None:
+    def prepare(self, evaluation: Evaluation, training: bool = False) -> None:
         """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
-        self.refuse_unfit_judges()
+        self.refuse_unfit_judges(training)
         for strategy in self.strategies.values():
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
