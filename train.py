@@ -3,9 +3,10 @@
 import atexit
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,13 @@ from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
 from lightning_modules.ranks import is_first
 from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.runs.checkpoints import (
-    end_launched,
-    forget_refused,
-    keep_metrics,
-    load_checkpoint,
-    named_checkpoints,
-)
+from lightning_modules.runs.checkpoints import forget_refused, keep_metrics, load_checkpoint, named_checkpoints
 from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
 from lightning_modules.runs.messages import MENDABLE, sentence
 from lightning_modules.runs.preflight import preflight
 from lightning_modules.tasks.curve import CheckpointCurve
 
-launched_patience = 10.0  # seconds for launched processes to end after this one; see `end_launched`
+launched_patience = 10.0  # seconds for launched processes to end after this one
 
 
 def run(config: DictConfig) -> None:
@@ -56,12 +51,7 @@ def run(config: DictConfig) -> None:
 
 
 def build(node: DictConfig | None, **shared: Any) -> Any:
-    """Instantiate a node with everything below it; plain containers, since dataclasses inside must stay objects.
-
-    Args:
-        node: of the config.
-        shared: parts that are there already, which take the places of the keys of their names.
-    """
+    """Instantiate a node, if any, with parts that are there already; containers are plain, dataclasses stay objects."""
     if node is None:
         return None
     if shared:
@@ -70,11 +60,7 @@ def build(node: DictConfig | None, **shared: Any) -> Any:
 
 
 class Parts:
-    """The parts of a run, each built once, when it is first asked for.
-
-    Args:
-        config: of the run.
-    """
+    """The parts of a run, each built once, when it is first asked for."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -108,7 +94,7 @@ class Parts:
     @cached_property
     def trainer(self) -> Trainer:
         if "geneval" in self.callbacks:  # before loggers leave anything
-            self.evaluator.refuse_unfit_judges()
+            self.evaluator.refuse_unfit_judges(training=self.config.task == "fit")
         return trainer_of(self.config, list(self.callbacks.values()))
 
     def build(self, node: DictConfig | None) -> Any:
@@ -119,13 +105,11 @@ class Parts:
 
 def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build the Trainer, with loggers that know the config."""
-    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=False)
-    atexit.register(lambda: end_launched(trainer.strategy.launcher, launched_patience))
-    if (
-        HydraConfig.get().mode == RunMode.MULTIRUN
-        and trainer.world_size > 1
-        and not trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
-    ):
+    trainer: Trainer = build(config.trainer, callbacks=[*callbacks, StopBetweenBatches()], logger=False)
+    atexit.register(end_launched, trainer)
+    strategy: Any = trainer.strategy
+    several = trainer.world_size > 1 and not strategy.cluster_environment.creates_processes_externally
+    if several and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
     for logger in trainer.loggers:
@@ -134,6 +118,15 @@ def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
         except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
             raise ValueError(f"logger: {first_line(error)}") from error
     return trainer
+
+
+def end_launched(trainer: Trainer) -> None:
+    """Kill the processes that this one has launched and that do not end soon after it: they may wait for it in vain."""
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        try:
+            process.wait(launched_patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def fit(config: DictConfig) -> None:
@@ -155,10 +148,9 @@ def evaluate(config: DictConfig) -> None:
     """Test a checkpoint, all of a folder, or the weights that the config names."""
     parts = Parts(config)
     if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
-        geneval, checkpoints = parts.callbacks["geneval"], named_checkpoints(config.ckpt_path, config.task)
-        curve = CheckpointCurve(
-            parts.module, parts.evaluator, geneval.test_prompts, geneval.test_strategies, checkpoints, config.scores_dir
-        )
+        evaluation = partial(parts.callbacks["geneval"].evaluation, parts.module, testing=True)
+        checkpoints = named_checkpoints(config.ckpt_path, config.task)
+        curve = CheckpointCurve(parts.module, parts.evaluator, evaluation, checkpoints, config.scores_dir)
         curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
         return
     trainer = parts.trainer  # what it refuses comes before what is said
@@ -180,12 +172,12 @@ def generate(config: DictConfig) -> None:
     generating = parts.build(config.generating)
     if config.ckpt_path is not None:
         load_checkpoint(parts.module, config.ckpt_path)
-    generating.run(trainer_of(config, [StopBetweenBatches()]))
+    generating.run(trainer_of(config))
 
 
 def score(config: DictConfig) -> None:
     """Judge a folder of images."""
-    Parts(config).build(config.scoring).run(trainer_of(config, [StopBetweenBatches()]))
+    Parts(config).build(config.scoring).run(trainer_of(config))
 
 
 def export(config: DictConfig) -> None:

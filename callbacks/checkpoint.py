@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from lightning_modules.runs.checkpoints import read_checkpoint, shown
 class MovableCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which knows its files when the folder of the run has moved.
 
-    A run that resumes in a folder of its own brings the best weights along; what was saved after the checkpoint that it
-    resumes from is not its own. A file counts by the score that is written in it.
+    A run that resumes in another folder brings along the best weights of up to there, by the scores written in them.
     """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -38,19 +38,20 @@ class MovableCheckpoint(ModelCheckpoint):
         state["dirpath"] = self.dirpath
         for key in ("best_model_path", "last_model_path", "kth_best_model_path"):
             state[key] = _moved(state[key], old, new)
-        if self.monitor is not None:
-            scores = {_moved(path, old, new): score for path, score in state["best_k_models"].items()}
-            if trainer.is_global_zero:
-                places = [new, os.path.dirname(os.path.realpath(str(trainer.ckpt_path))), old]
-                found = {path: self._bring(path, score, places, checkpoint) for path, score in scores.items()}
-                scores = {path: score for path, score in found.items() if score is not None}
-            scores = trainer.strategy.broadcast(scores)
-            best, worst = (min, max) if self.mode == "min" else (max, min)
-            state["best_k_models"] = scores
-            state["best_model_path"] = best(scores, key=scores.__getitem__, default="")
-            state["best_model_score"] = scores.get(state["best_model_path"])
-            state["kth_best_model_path"] = worst(scores, key=scores.__getitem__, default="")
-            state["kth_value"] = scores.get(state["kth_best_model_path"], self.kth_value)
+        if self.monitor is None:
+            return
+        scores: dict[str, Tensor] = {}
+        if trainer.is_global_zero:
+            places = [new, os.path.dirname(os.path.realpath(str(trainer.ckpt_path))), old]
+            known = {_moved(path, old, new): score for path, score in state["best_k_models"].items()}
+            found = {path: self._bring(path, score, places, checkpoint) for path, score in known.items()}
+            scores = {path: score for path, score in found.items() if score is not None}
+        state["best_k_models"] = scores = trainer.strategy.broadcast(scores)
+        best, worst = (min, max) if self.mode == "min" else (max, min)
+        state["best_model_path"] = best(scores, key=scores.__getitem__, default="")
+        state["best_model_score"] = scores.get(state["best_model_path"])
+        state["kth_best_model_path"] = worst(scores, key=scores.__getitem__, default="")
+        state["kth_value"] = scores.get(state["kth_best_model_path"], self.kth_value)
 
     def _bring(self, path: str, score: Tensor, places: Sequence[str], resumed: Mapping[str, Any]) -> Tensor | None:
         """Copy best weights to `path` if they lie elsewhere; returns their score, or None if they are gone."""
@@ -67,15 +68,12 @@ class MovableCheckpoint(ModelCheckpoint):
                     shutil.copyfile(source, partial)
             current: Tensor = saved["callbacks"].get(self.state_key, {}).get("current_score", score)
             return current
-        print(
-            f"{os.path.basename(path)} ({self.monitor} {score:.4f}) is no more: "
-            "the best weights from now on take its place"
-        )
+        name = os.path.basename(path)
+        print(f"{name} ({self.monitor} {score:.4f}) is no more: the best weights from now on take its place")
         return None
 
 
 def _moved(path: str, old: str, new: str) -> str:
-    """Name the file in folder `new` that was `path` in folder `old`."""
     return str(Path(new) / Path(path).relative_to(old)) if path and Path(path).is_relative_to(old) else path
 
 
@@ -103,12 +101,11 @@ def say_what_is_tested(path: str | None, otherwise: str) -> None:
 class PreemptionCheckpoint(MovableCheckpoint):
     """Lightning's ModelCheckpoint, such that a run resumes exactly from wherever it was stopped.
 
-    It saves when training ends, and on SIGTERM or Ctrl-C to any process of the run, after the step that all are at (a
-    second Ctrl-C ends it at once, unsaved). It does not after an error, which may have left a step half done, and not
-    between the last batch of an epoch and the first of the next, from where Lightning would resume in the wrong epoch
-    when their lengths differ; validation there saves as part of its epoch. Where a signal finds it between two steps,
-    at work in another callback, it saves at once. Files are overwritten by name: a resumed run has one last.ckpt. A run
-    that has come to its last step can be given more of them.
+    It saves when training ends, and on SIGTERM or Ctrl-C to any process, after the step that all are at; where a signal
+    finds it between two steps, in another callback, at once. A second Ctrl-C ends the run unsaved. It does not save
+    after an error, which may have left a step half done, nor between the last batch of an epoch and the first of the
+    next, from where Lightning would resume in the wrong epoch when their lengths differ. Files are overwritten by name.
+    A run that has come to its last step can be given more of them.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -140,9 +137,8 @@ class PreemptionCheckpoint(MovableCheckpoint):
 
     def _interrupt(self, *_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        rank_zero_info(
-            "\nStopping when this step or validation is saved (ckpt_path=auto resumes it); Ctrl-C again: at once"
-        )
+        said = "Stopping when this step or validation is saved (ckpt_path=auto resumes it); Ctrl-C again: at once"
+        rank_zero_info(f"\n{said}")
         self._asked_to_stop = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -177,29 +173,40 @@ class PreemptionCheckpoint(MovableCheckpoint):
 
 
 class StopBetweenBatches(Callback):
-    """Ends a run that makes or judges images on SIGTERM: Lightning heeds it in training alone."""
+    """Ends a test, or a run that makes or judges images, on SIGTERM: Lightning heeds it in training alone.
+
+    Each process stops after its own batch: Lightning's own handler has them meet wherever the signal finds each.
+    """
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signal.signal(signal.SIGTERM, partial(self._ask_to_stop, trainer))
+
+    on_predict_start = on_test_start
+
+    def _ask_to_stop(self, trainer: Trainer, number: int, *_: Any) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)  # passes it on
+        trainer._signal_connector.received_sigterm = True
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
 
+    def on_test_batch_end(self, *batch: Any) -> None:
+        self.on_predict_batch_end(*batch)
 
+
+@dataclass(eq=False)
 class StepSeed(Callback):
-    """Makes what is drawn at random in a batch a function of its number, so that a resumed run draws the same.
+    """Makes what is drawn at random in a batch a function of its number, so that a resumed run draws the same."""
 
-    Args:
-        seed: of the training batches.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(image_seed(self.seed, trainer.fit_loop.total_batch_idx))
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        torch.manual_seed(batch_idx)
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        torch.manual_seed(batch[1])
 
-    on_test_batch_start = on_validation_batch_start
+    def on_test_batch_start(self, *batch: Any) -> None:
+        self.on_validation_batch_start(*batch)

@@ -1,6 +1,7 @@
 """GenEvalCallback: says when a model is evaluated by GenEval, and logs the results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,59 +9,49 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.decoding.strategy import Judges
-from lightning_modules.evaluator import Evaluation, Evaluator
+from lightning_modules.evaluator import Evaluation, Evaluator, Prompts
 from lightning_modules.report.media import log_images, log_page
 from lightning_modules.report.report import write_report
 from lightning_modules.report.tables import print_table
 
 
+@dataclass(eq=False)
 class GenEvalCallback(Callback):
     """GenEval at validation epoch ends (on validation prompts) and in testing (on evaluation prompts).
 
-    In validation `val/geneval` is the score of `monitor`, for ModelCheckpoint; in an epoch without evaluation the
-    latest score is logged again, so that the key is always there.
+    Validation always logs `val/geneval`, for ModelCheckpoint: in an epoch without evaluation the latest score again.
 
-    Args:
-        evaluator: decodes and judges.
+    Attributes:
         validation_strategies: names of the strategies that validation decodes by.
         test_strategies: the same of testing; null: all of them.
         monitor: the strategy whose score is `val/geneval`.
-        before_training: the test that ends training shows strategies that ask a trained verifier a second time, with
-            that verifier as it was before: what training has added.
+        before_training: the test that ends training runs strategies that ask a trained verifier a second time, with it
+            as it was before.
         validation_prompts, test_prompts: GenEval metadata.
         every_n_epochs: how often validation runs it.
-        folder: where results go.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        validation_strategies: Sequence[str],
-        test_strategies: Sequence[str] | None,
-        monitor: str,
-        before_training: bool,
-        validation_prompts: Sequence[Mapping[str, Any]],
-        test_prompts: Sequence[Mapping[str, Any]],
-        every_n_epochs: int,
-        folder: str,
-    ) -> None:
-        self.test_strategies = list(evaluator.strategies if test_strategies is None else test_strategies)
-        named = {"validation_strategies": validation_strategies, "test_strategies": self.test_strategies}
-        for key, names in {**named, "monitor": [monitor]}.items():
-            if unknown := [name for name in names if name not in evaluator.strategies]:
-                known = ", ".join(evaluator.strategies)
-                raise ValueError(f"callbacks.geneval.{key} names the strategy {unknown[0]!r}; there are: {known}")
-        if monitor not in validation_strategies:
-            raise ValueError(f"callbacks.geneval.monitor {monitor!r} is not among validation_strategies")
-        self.evaluator = evaluator
-        self.validation_strategies = list(validation_strategies)
-        self.monitor = monitor
-        self.before_training = before_training
-        self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
-        self.every_n_epochs = every_n_epochs
-        self.folder = Path(folder)
+    evaluator: Evaluator
+    validation_strategies: Sequence[str]
+    test_strategies: Sequence[str] | None
+    monitor: str
+    before_training: bool
+    validation_prompts: Prompts
+    test_prompts: Prompts
+    every_n_epochs: int
+    folder: str
+
+    def __post_init__(self) -> None:
         self._untrained: Judges = {}
         self._latest: dict[str, float] = {}
+        known, validated = self.evaluator.strategies, self.validation_strategies
+        named = {"validation_strategies": validated, "test_strategies": self.test_strategies or []}
+        for key, names in {**named, "monitor": [self.monitor]}.items():
+            if unknown := [name for name in names if name not in known]:
+                said = f"names the strategy {unknown[0]!r}; there are: {', '.join(known)}"
+                raise ValueError(f"callbacks.geneval.{key} {said}")
+        if self.monitor not in validated:
+            raise ValueError(f"callbacks.geneval.monitor {self.monitor!r} is not among validation_strategies")
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": dict(self._latest)}
@@ -72,17 +63,15 @@ class GenEvalCallback(Callback):
         """Return what a test, or a validation, evaluates."""
         decoder: Any = pl_module.decoder
         if testing:
-            return Evaluation(decoder, device, self.test_prompts, self.test_strategies, self._untrained)
+            names = self.test_strategies or list(self.evaluator.strategies)
+            return Evaluation(decoder, device, self.test_prompts, names, self._untrained)
         return Evaluation(decoder, device, self.validation_prompts, self.validation_strategies, {}, with_trace=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        judges = self.evaluator.judges
-        if stage == "fit":
-            for name in judges.teachers.intersection(self.evaluator.independent_judges):
-                raise ValueError(f"evaluator.independent_judges: {name!r} decides what is trained on")
-        self.evaluator.prepare(self.evaluation(pl_module, trainer.strategy.root_device, stage == "test"))
+        evaluation = self.evaluation(pl_module, trainer.strategy.root_device, stage == "test")
+        self.evaluator.prepare(evaluation, training=stage == "fit")  # by now the data has said which judges teach
         if stage == "fit" and self.before_training:  # a checkpoint is restored after this
-            self._untrained = judges.copy_trained()
+            self._untrained = self.evaluator.judges.copy_trained()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -93,9 +82,8 @@ class GenEvalCallback(Callback):
             self._latest = result.scores("val")
             for name, strategy in result.strategies.items():
                 self._latest[f"val/objects/{name}"] = strategy.objects
-                self._latest |= {
-                    f"val/independent/{judge}/{name}": mean for judge, mean in strategy.independent.items()
-                }
+                means = strategy.independent.items()
+                self._latest |= {f"val/independent/{judge}/{name}": mean for judge, mean in means}
             self._latest["val/geneval"] = result.strategies[self.monitor].overall
             log_images(trainer, "val", result)
         pl_module.log_dict(self._latest, prog_bar=False, sync_dist=True)  # all ranks have the same, or Lightning warns
@@ -105,8 +93,8 @@ class GenEvalCallback(Callback):
         with self.evaluator.resumed(evaluation, lambda: trainer.received_sigterm) as result:
             pl_module.log_dict(result.scores("test"), sync_dist=True)
             if trainer.is_global_zero:
-                write_report(self.folder, result)
+                write_report(Path(self.folder), result)
                 print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
                 print_table(result.strategies)
                 log_images(trainer, "test", result)
-                log_page(trainer, self.folder / "page.html")
+                log_page(trainer, Path(self.folder) / "page.html")

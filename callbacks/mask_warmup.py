@@ -1,25 +1,24 @@
 """Warm-up of masks: a mask-token decoder first learns to fill small gaps."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 
+@dataclass(eq=False)
 class MaskWarmup(Callback):
     """Raises the largest fraction of tokens that training masks from `start` to 1, linearly.
 
-    Where nearly all is masked there is nothing to learn but how common each code is, and a small decoder stays with
-    that for thousands of steps; with most neighbours in sight it soon finds out that they matter.
-
-    Args:
-        start: fraction at the first step.
-        steps: optimizer steps until all may be masked.
+    Where nearly all is masked, a small decoder learns for thousands of steps no more than how common each code is.
     """
 
-    def __init__(self, start: float, steps: int) -> None:
-        if not 0 < start <= 1:
-            raise ValueError(f"callbacks.mask_warmup.start must lie in (0, 1], not {start}")
-        self.start, self.steps = start, steps
+    start: float  # fraction at the first step
+    steps: int  # optimizer steps until all may be masked
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start <= 1:
+            raise ValueError(f"callbacks.mask_warmup.start must lie in (0, 1], not {self.start}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         fraction = self.start + (1 - self.start) * trainer.global_step / self.steps

@@ -1,5 +1,6 @@
 """An estimate of the memory that a run will need of each GPU, printed before it starts."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +12,11 @@ from callbacks.geneval import GenEvalCallback
 from lightning_modules.optim import trainable
 
 
+@dataclass(eq=False)
 class MemoryEstimate(Callback):
-    """Prints the memory that a run will need; kernels' workspaces and fragmentation come on top.
+    """Prints the memory that a run will need; kernels' workspaces and fragmentation come on top."""
 
-    Args:
-        images_per_row: passes of an image that a row of a training batch takes; a pair of preferences takes two.
-    """
-
-    def __init__(self, images_per_row: int = 1) -> None:
-        self.images_per_row = images_per_row
+    images_per_row: int = 1  # in a training batch; a pair of preferences has two
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero and (stage == "fit" or trainer.state.fn == "test"):
@@ -31,8 +28,7 @@ class MemoryEstimate(Callback):
     def estimate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, float]:
         """Estimate the bytes that a stage will need on each GPU, by what needs them.
 
-        `optimizer` is AdamW's two moments. Of `training` and `decoding`, the activations that wait for the backward
-        pass and those of a decoding step, only the larger are there at a time.
+        `optimizer` is AdamW's two moments. The activations of `training` and those of `decoding` take turns.
         """
         decoder: Any = pl_module.decoder
         weight = 2 if str(trainer.precision).endswith("-true") and "16" in str(trainer.precision) else 4
@@ -46,7 +42,7 @@ class MemoryEstimate(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GenEvalCallback):
                 evaluator = callback.evaluator
-                names = callback.validation_strategies if stage == "fit" else callback.test_strategies
+                names = callback.evaluation(pl_module, pl_module.device, stage != "fit").strategies
                 images = evaluator.batch_size * max(evaluator.strategies[name].images_at_once for name in names)
                 models = [model for judge in evaluator.judges.values() for model in vars(judge).values()]
                 weights = [p for model in models if isinstance(model, nn.Module) for p in model.parameters()]

@@ -44,23 +44,18 @@ class RunFolder(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if job_return.status == JobStatus.COMPLETED and is_first():
             slurm.requeue.forget()
+            _note_end(config.hydra.runtime.output_dir)
             if config.task in ("fit", "evaluate", "score", "pipeline"):  # which leave their results there
                 print(f"Results in {shown(config.hydra.runtime.output_dir)}")
-
-    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if kwargs["job_return"].status == JobStatus.COMPLETED:
-            _note_end(config.hydra.run.dir)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         _note_end(config.hydra.sweep.dir)
 
 
 def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
-    """Choose a folder in `parent` for this run.
+    """Choose a folder in `parent` for this run, named after the time, or after the SLURM job, which finds it again.
 
-    It is named after the time, or under SLURM after the job and the command: a job that is requeued finds it again. The
-    same command once more in the same job gets another one. Training with `ckpt_path=auto` resumes in the folder of the
-    newest checkpoint, if there is one where no other run is at work.
+    `ckpt_path=auto` resumes in the folder of the newest checkpoint where no run is at work.
     """
     resuming = ckpt_path == "auto" and task == "fit"
     if run := slurm.run_id():
@@ -79,10 +74,9 @@ def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:
 
 
 def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str | None:
-    """Say where the training of a run in `folder` starts: what `ckpt_path` names, or how far this very run has come.
+    """Say where the training of a run in `folder` starts: with `auto` at the newest checkpoint there.
 
-    With `auto` that is the newest checkpoint in the folder; under SLURM it is as well, whatever `ckpt_path` says, if it
-    was saved by the same command of the same job before that was requeued.
+    So it does, whatever `ckpt_path` says, if the same command of the same SLURM job saved that before it was requeued.
     """
     say = rank_zero_only(partial(print, flush=True))
     found, run = newest_checkpoint(folder, thorough=True), slurm.run_id()
@@ -92,10 +86,10 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str | None, name: str) -> str 
     if found and (ckpt_path == "auto" or is_own):
         say(f"The run resumes from {shown(found)}")
         return str(found)
-    if ckpt_path == "auto":
-        say(f"ckpt_path=auto: there is no checkpoint of a run {name!r} yet, so a new one starts")
-        return None
-    return ckpt_path
+    if ckpt_path != "auto":
+        return ckpt_path
+    say(f"ckpt_path=auto: there is no checkpoint of a run {name!r} yet, so a new one starts")
+    return None
 
 
 def try_to_hold(folder: Path) -> bool:
@@ -113,7 +107,7 @@ def try_to_hold(folder: Path) -> bool:
 
 
 def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
-    """Settle on the folder of a run or of a sweep; the user's own is theirs, but one run's at a time."""
+    """Settle on the folder of a run or of a sweep, which is one run's at a time."""
     HydraConfig.instance().set_config(config)  # names may refer to it
     try:
         refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
@@ -143,7 +137,7 @@ def _agreed(choose: Callable[[], str]) -> str:
 
 
 def _numbered(path: str) -> Iterator[Path]:
-    """Count `path`, `path`-1, `path`-2, ..."""
+    """Yield `path`, `path`-1, `path`-2, ..."""
     return (Path(f"{path}-{number}" if number else path) for number in count())
 
 
@@ -165,6 +159,5 @@ def _is_over(folder: Path) -> bool:
 
 
 def _note_end(folder: str) -> None:
-    """Note that the run in `folder` has come to its end."""
     if slurm.job_id() is not None and is_first():
         (Path(folder) / _ENDED).touch()

@@ -11,10 +11,7 @@ import torch
 _COPY = "copy or download it again"
 # What is wrong with files that begin like this, in lower case.
 _BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
-    "is a git-lfs pointer: run `git lfs pull` where it comes from": (
-        b"version https://git-lfs",
-        b"version https://hawser",
-    ),
+    "is a git-lfs pointer: run `git lfs pull` where it comes from": b"version https://",
     "is an HTML page: download the file itself": (b"<!doctype", b"<html", b"<!--", b"<?xml", b"<error"),
     "is a gzip archive: unpack it": b"\x1f\x8b",
     "is a xz archive: unpack it": b"\xfd7zxz",
@@ -24,16 +21,13 @@ _BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
 
 
 def refuse_broken(path: Path, key: str | None = None) -> None:
-    """Raise ValueError, naming a file of weights (.ckpt, .safetensors, .bin) or settings (.json), if it is none.
-
-    The sentence begins with the key of the config, if it is known.
-    """
+    """Raise ValueError, naming file and key, if it is no weights (.ckpt, .safetensors, .bin) or settings (.json)."""
     if complaint := _complaint(path):
         raise ValueError(f"{_named(path, key)} {complaint}")
 
 
 def refuse_broken_folder(folder: Path) -> None:
-    """Do the same for all weights and settings in a folder that a library is going to read."""
+    """Do the same for all weights and settings in a folder."""
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".bin", ".json") and path.is_file():
             refuse_broken(path)
@@ -59,7 +53,7 @@ def read_json(path: Path) -> Any:
 def read_torch(path: Path, key: str | None = None, thorough: bool = False) -> Any:
     """Read what `torch.save` wrote, on the CPU; raises ValueError, as `refuse_broken` does, for what is not plain data.
 
-    If `thorough`, a file of which some byte has changed since is refused as well; torch would load it all the same.
+    `thorough` refuses a file in which some byte has changed since; torch would load it all the same.
     """
     refuse_broken(path, key)
     try:
@@ -87,7 +81,6 @@ def _named(path: Path, key: str | None) -> str:
 
 
 def _complaint(path: Path) -> str | None:
-    """Say what is wrong, as the end of a sentence."""
     with path.open("rb") as file:
         head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -8,12 +8,7 @@ from lightning_modules.rewards.parm import PARM
 
 
 class EvaluationModule(ResumableModule):
-    """For `task=evaluate` of weights as they are: callbacks decode prompts of their own, so there is no data.
-
-    Args:
-        decoder: what is measured.
-        parm: a reward model for strategies, if any.
-    """
+    """For `task=evaluate` of weights as they are: callbacks decode prompts of their own, so there is no data."""
 
     learns_from = None
 

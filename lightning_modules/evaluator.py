@@ -21,97 +21,87 @@ from lightning_modules.partial_results import KeptBatches, PartialResult, gather
 from lightning_modules.ranks import rank, world_size
 from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
-from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, StrategyResult, result_row
+from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, result_row
 from lightning_modules.rewards.fid import FID
-from lightning_modules.rewards.geneval_metric import GenEvalMetric
 from lightning_modules.rewards.geneval_reward import to_uint8
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Verdict
+from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]
 Jobs = Sequence[tuple[int, int]]  # the number of a prompt, and that of its sample
 
 
+@contextmanager
+def _as_weights_are() -> Iterator[None]:
+    """Compute in the precision of the weights: some tasks are called within the Trainer's autocast, others without."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated.
-
-    Attributes:
-        decoder: makes the images.
-        device: of the decoder.
-        prompts: GenEval metadata.
-        strategies: names of those that decode.
-        untrained: verifiers as they were before training, by name. Strategies that choose by one of them are evaluated
-            a second time, by these.
-        with_trace: tell how the images of the contact sheets were made.
-    """
+    """What is evaluated: GenEval's `prompts`, by the strategies of these names."""
 
     decoder: Decoder
     device: torch.device
     prompts: Prompts
     strategies: Sequence[str]
-    untrained: Mapping[str, Any]
-    with_trace: bool = True
+    untrained: Mapping[str, Any]  # verifiers as they were before training; strategies that ask one run with it as well
+    with_trace: bool = True  # tell how the images of the contact sheets were made
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Decodes and judges each rank's share of the prompts; the result is the same on all ranks.
 
     Prompts are split over ranks without padding; no collective runs while decoding. The image of (prompt, sample)
     depends on the seed alone.
 
-    Args:
-        judges: of the run.
-        strategies: by name.
-        images_per_prompt: samples of each prompt.
+    Attributes:
         batch_size: images decoded at a time, candidates not counted.
-        seed: of all images.
         sheet_prompts: prompts on the contact sheets and on the page.
-        independent_judges: names of judges whose mean score stands beside GenEval (a verifier's value as a
-            probability): what training does not optimise tells whether it has found a way to cheat. A strategy that
-            chooses by one of them is not judged by it.
+        independent_judges: names of judges whose mean score stands beside GenEval (a verifier's as a probability), to
+            tell whether training cheats. A strategy that chooses by one is not judged by it.
         fid: distance to reference images, which stands beside them.
         unfinished: folder where batches are kept until their evaluation is complete.
     """
 
-    def __init__(
-        self,
-        judges: JudgeRegistry,
-        strategies: Mapping[str, Strategy],
-        images_per_prompt: int,
-        batch_size: int,
-        seed: int,
-        sheet_prompts: int,
-        independent_judges: Sequence[str],
-        fid: FID | None,
-        unfinished: str,
-    ) -> None:
-        if images_per_prompt < 1:
-            raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {images_per_prompt}")
-        self.judges = judges
-        self.strategies = dict(strategies)
-        self.images_per_prompt = images_per_prompt
-        self.batch_size = batch_size
-        self.seed = seed
-        self.sheet_prompts = sheet_prompts
-        self.independent_judges = list(independent_judges)
-        self.fid = fid
-        self.unfinished = unfinished
+    judges: JudgeRegistry
+    strategies: dict[str, Strategy]
+    images_per_prompt: int
+    batch_size: int
+    seed: int
+    sheet_prompts: int
+    independent_judges: list[str]
+    fid: FID | None
+    unfinished: str
 
-    def refuse_unfit_judges(self) -> None:
-        """Raise ValueError, naming the key, for judges that do not exist or cannot do what a strategy asks of them."""
+    def __post_init__(self) -> None:
+        if self.images_per_prompt < 1:
+            raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
+
+    def refuse_unfit_judges(self, training: bool = False) -> None:
+        """Raise ValueError, naming the key, for judges that do not exist or cannot do what a strategy asks of them.
+
+        In `training`, neither what is trained nor what decides what is trained on is independent.
+        """
         named: dict[str, Sequence[str]] = {"evaluator.independent_judges": self.independent_judges}
         named |= {f"strategies.{key}": strategy.judge_names for key, strategy in self.strategies.items()}
         self.judges.refuse_unknown(named)
+        taught = dict.fromkeys(self.judges.copy_trained() if training else (), "is trained")
+        taught |= dict.fromkeys(self.judges.teachers if training else (), "decides what is trained on")
+        for name in self.independent_judges:
+            if name in taught:
+                raise ValueError(f"evaluator.independent_judges: {name!r} {taught[name]}")
         for key, strategy in self.strategies.items():
             try:
                 strategy.check_judges(self.judges)
             except ValueError as error:
                 raise ValueError(f"strategies.{key}: {error}") from None
 
-    def prepare(self, evaluation: Evaluation) -> None:
+    def prepare(self, evaluation: Evaluation, training: bool = False) -> None:
         """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
-        self.refuse_unfit_judges()
+        self.refuse_unfit_judges(training)
         for strategy in self.strategies.values():
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
@@ -120,16 +110,14 @@ class Evaluator:
     def runs(self, evaluation: Evaluation) -> dict[str, tuple[Strategy, Judges]]:
         """Return strategies with their judges; those with untrained verifiers come before the first that asks one."""
         judges = {**self.judges, **{name: judge.to(evaluation.device) for name, judge in evaluation.untrained.items()}}
-        trained: list[tuple[str, tuple[Strategy, Judges]]] = []
-        untrained: list[tuple[str, tuple[Strategy, Judges]]] = []
-        first = len(evaluation.strategies)
-        for name in evaluation.strategies:
-            strategy = self.strategies[name]
-            if evaluation.untrained.keys() & set(strategy.judge_names):
-                first = min(first, len(trained))
-                untrained.append((name + BEFORE_TRAINING, (strategy, judges)))
-            trained.append((name, (strategy, self.judges)))
-        return dict(trained[:first] + untrained + trained[first:])
+        chosen = {name: self.strategies[name] for name in evaluation.strategies}
+        asking = [name for name in chosen if evaluation.untrained.keys() & {*chosen[name].judge_names}]
+        runs: dict[str, tuple[Strategy, Judges]] = {}
+        for name, strategy in chosen.items():
+            if name in asking[:1]:
+                runs |= {other + BEFORE_TRAINING: (chosen[other], judges) for other in asking}
+            runs[name] = strategy, self.judges
+        return runs
 
     def cache_key(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return all that decides the result but the code."""
@@ -166,10 +154,8 @@ class Evaluator:
     ) -> EvaluationResult:
         """Decode and judge this rank's share by each strategy, then gather the results.
 
-        Args:
-            evaluation: what is evaluated.
-            kept: where batches are kept, and read if they are there.
-            asked_to_stop: says between batches whether to raise SIGTERMException.
+        Batches are kept in `kept`, and read if they are there. `asked_to_stop` says between them whether to raise
+        SIGTERMException.
         """
         own = range(rank(), len(evaluation.prompts), world_size())
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
@@ -186,21 +172,25 @@ class Evaluator:
                         raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                    with _as_weights_are():
-                        total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
+                    total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
                     bar.update(len(batch))
-            results[name] = self._gather(name, total, evaluation.device)
-        return EvaluationResult(self._settings(evaluation), self._warnings(evaluation), results)
+            results[name] = gather_results(name, total)
+            if self.fid is not None:
+                results[name].independent["fid"] = self.fid.compute()
+        made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
+        asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
+        return EvaluationResult({**made, **asked}, self._warnings(evaluation), results)
 
+    @_as_weights_are()
     def decode(
         self, decoder: Decoder, strategy: Strategy, judges: Judges, prompts: Prompts, jobs: Jobs
     ) -> tuple[Decoded, np.ndarray]:
         """Decode some images; return them with their pixels, uint8 [B, H, W, 3]."""
         request = Request([prompts[i] for i, _ in jobs], [image_seed(self.seed, i, j) for i, j in jobs])
-        with _as_weights_are():
-            decoded = strategy.decode(decoder, judges, request)
-            return decoded, to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
+        decoded = strategy.decode(decoder, judges, request)
+        return decoded, to_uint8(decoder.image_tokenizer.decode(decoded.tokens))
 
+    @_as_weights_are()
     def _evaluate_batch(self, evaluation: Evaluation, strategy: Strategy, judges: Judges, jobs: Jobs) -> PartialResult:
         start, decoder, prompts = time.perf_counter(), evaluation.decoder, evaluation.prompts
         decoded, images = self.decode(decoder, strategy, judges, prompts, jobs)
@@ -217,46 +207,22 @@ class Evaluator:
         files = [sample_path(i, j) for i, j in jobs]
         on_sheet = pick_prompt_indices(len(prompts), self.sheet_prompts)
         shown = {i: place for place, (i, j) in enumerate(jobs) if j == 0 and i in on_sheet}
+        views = []
+        if shown:
+            choosing = (judge for name in evaluation.strategies for judge in self.strategies[name].judge_names)
+            asked = list(dict.fromkeys([*self.independent_judges, *choosing]))
+            drawn = decoded.select(torch.tensor([*shown.values()], device=decoded.tokens.device))
+            views = trace_views(decoder, judges, asked, [prompts[i] for i in shown], drawn, evaluation.with_trace)
         return PartialResult(
             rows=[result_row(*each) for each in zip(files, rows, verdicts, strict=True)],
             thumbnails={i: torch.from_numpy(images[place]) for i, place in shown.items()},
-            traces=self._traces(evaluation, judges, decoded, shown),
+            traces=dict(zip(shown, views, strict=True)),
             cost=decoded.cost,
             seconds=seconds,
-            objects=sum(map(_objects, verdicts)),
+            objects=sum(len(found) for verdict in verdicts for found in verdict.details.values()),
             independent=independent,
             stats={name: float(values.sum()) for name, values in decoded.stats.items()},
         )
-
-    def _traces(
-        self, evaluation: Evaluation, judges: Judges, decoded: Decoded, shown: Mapping[int, int]
-    ) -> dict[int, Any]:
-        """Return how images were made, by prompt, from their places in the batch."""
-        if not shown:
-            return {}
-        choosing = (judge for name in evaluation.strategies for judge in self.strategies[name].judge_names)
-        asked = list(dict.fromkeys([*self.independent_judges, *choosing]))
-        chosen = decoded.select(torch.tensor([*shown.values()], device=decoded.tokens.device))
-        rows = [evaluation.prompts[i] for i in shown]
-        views = trace_views(evaluation.decoder, judges, asked, rows, chosen, evaluation.with_trace)
-        return dict(zip(shown, views, strict=True))
-
-    def _gather(self, name: str, own: PartialResult, device: torch.device) -> StrategyResult:
-        metric = GenEvalMetric().to(device)
-        metric.update([row["tag"] for row in own.rows], [row["correct"] for row in own.rows])
-        result = gather_results(name, own, {task: float(score) for task, score in metric.compute().items()})
-        if self.fid is not None:
-            result.independent["fid"] = self.fid.compute()
-        return result
-
-    def _settings(self, evaluation: Evaluation) -> dict[str, Any]:
-        return {
-            "decoder": type(evaluation.decoder).__name__,
-            "judged_by": self.judges.geneval.judged_by,
-            "seed": self.seed,
-            "prompts": len(evaluation.prompts),
-            "images_per_prompt": self.images_per_prompt,
-        }
 
     def _warnings(self, evaluation: Evaluation) -> list[str]:
         """Return why scores are ceilings, or (with COCO's classes) not those of the official benchmark."""
@@ -268,14 +234,3 @@ class Evaluator:
         if self.images_per_prompt != OFFICIAL_IMAGES:
             found.append(f"{self.images_per_prompt} images of each prompt instead of the official {OFFICIAL_IMAGES}")
         return found + unofficial(evaluation.prompts)
-
-
-@contextmanager
-def _as_weights_are() -> Iterator[None]:
-    """Compute in the precision of the weights: some tasks are called within the Trainer's autocast, others without."""
-    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-        yield
-
-
-def _objects(verdict: Verdict) -> int:
-    return sum(map(len, verdict.details.values()))

@@ -1,10 +1,9 @@
 """Results of a part of the prompts: of a batch, kept until an evaluation is complete, or of a rank, gathered."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -18,6 +17,7 @@ from lightning_modules.files import whole
 from lightning_modules.ranks import broadcast, gather, rank
 from lightning_modules.report.drawing import Curve, Frame, ImageStrip, Section, TraceView
 from lightning_modules.report.results import StrategyResult
+from lightning_modules.rewards.geneval_metric import GenEvalMetric
 
 
 @dataclass
@@ -46,27 +46,21 @@ class PartialResult:
                 own[name] = own.get(name, 0.0) + total
 
 
-_CLASSES: list[Any] = [
-    PartialResult,
-    Cost,
-    TraceView,
-    Section,
-    ImageStrip,
-    Frame,
-    Curve,
-]  # what files of batches may hold
+# What files of batches may hold.
+_CLASSES: list[Any] = [PartialResult, Cost, TraceView, Section, ImageStrip, Frame, Curve]
 
 
-def gather_results(name: str, partial: PartialResult, scores: Mapping[str, float]) -> StrategyResult:
+def gather_results(name: str, partial: PartialResult) -> StrategyResult:
     """Return the result of a strategy, the same on every rank, from the partial results of all of them."""
-    total = PartialResult()
+    total, metric = PartialResult(), GenEvalMetric(sync_on_compute=False)
     for each in gather(partial):
         total.add(each)
-    images = len(total.rows)
+    metric.update([row["tag"] for row in total.rows], [row["correct"] for row in total.rows])
+    scores, images = {task: float(score) for task, score in metric.compute().items()}, len(total.rows)
     return StrategyResult(
         name=name,
-        overall=scores["overall"],
-        tasks={task: score for task, score in scores.items() if task != "overall"},
+        overall=scores.pop("overall"),
+        tasks=scores,
         rows=sorted(total.rows, key=lambda row: row["filename"]),
         thumbnails={i: pixels.numpy() for i, pixels in sorted(total.thumbnails.items())},
         decoder_forwards=total.cost.decoder_passes / images,
@@ -83,14 +77,8 @@ def gather_results(name: str, partial: PartialResult, scores: Mapping[str, float
 class KeptBatches:
     """Results of the batches of one evaluation, a file each, until the `with` block ends without an error.
 
-    While one run is at work, others with the same evaluation keep nothing. Where nothing can be written, what is
-    there is read.
-
-    Args:
-        parts: of this evaluation; all ranks share them.
-
     Attributes:
-        access: what this run may do there: all, read (nobody can write to it), or nothing (another run has it).
+        access: what this run may do with them: all, read (nobody can write), or nothing (another run is at work).
     """
 
     def __init__(self, parts: ArtifactCache) -> None:
@@ -131,9 +119,7 @@ class KeptBatches:
                 torch.save(result, partial)
         return result
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None and self.access == "all" and rank() == 0:
             shutil.rmtree(self.folder)
             self._lock_file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What several ranks exchange, and what makes their training step that of one process with the rows of all."""
+"""What ranks exchange, and what makes their training step that of one process with the rows of all."""
 
 from typing import TypeVar
 
@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -21,9 +23,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if is_distributed() else 1
-
-
-T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
@@ -47,16 +46,11 @@ def uniform_rows(rows: int, *shape: int, device: torch.device | None = None) -> 
 
     Ranks take the rows of a batch in turn (`datamodules.loaders`), and their generators are seeded alike.
     """
-    if not is_distributed():
-        return torch.rand(rows, *shape, device=device)
-    return torch.rand(rows * dist.get_world_size(), *shape, device=device)[dist.get_rank() :: dist.get_world_size()]
+    return torch.rand(rows * world_size(), *shape, device=device)[rank() :: world_size()]
 
 
 def mean_over_ranks(count: Tensor) -> Tensor:
-    """Take the mean of a count over ranks.
-
-    Ranks that divide their sums by it, and not by their own counts, have the gradient of the mean over all their terms.
-    """
+    """Take the mean of a count over ranks: sums divided by it have the gradient of the mean over all ranks' terms."""
     if is_distributed():
         count = count.clone()
         dist.all_reduce(count)

@@ -80,6 +80,17 @@ def test_what_training_has_added_is_shown_by_the_verifier_as_it_was(
     assert result.strategies["best" + BEFORE_TRAINING].rows == result.strategies["best"].rows  # the copy says the same
 
 
+def test_a_judge_that_is_trained_is_not_independent(evaluator: Evaluator) -> None:
+    evaluator.refuse_unfit_judges()
+    with pytest.raises(ValueError, match=r"^evaluator\.independent_judges: 'parm' is trained$"):
+        evaluator.refuse_unfit_judges(training=True)
+    evaluator.independent_judges = ["clauses"]
+    evaluator.refuse_unfit_judges(training=True)
+    evaluator.judges.teachers.add("clauses")
+    with pytest.raises(ValueError, match="'clauses' decides what is trained on"):
+        evaluator.refuse_unfit_judges(training=True)
+
+
 def test_an_evaluation_that_stops_resumes_where_it_was(
     evaluator: Evaluator, evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,21 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path) -> None:
     for (rank, killed, _), done in zip(failures, launch_together(starts, tmp_path), strict=True):
         assert done.returncode != 0
         assert killed or f"rank {rank} has run out of paint" in done.stderr
+
+
+@pytest.mark.slow(seconds=20)
+def test_two_ranks_that_evaluate_stop_when_the_first_is_asked_to(tmp_path: Path) -> None:
+    def stop(process: int) -> None:
+        end = time.monotonic() + 100
+        while not list(tmp_path.glob("scores/unfinished-*/*.pt")) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(process, signal.SIGTERM)
+
+    line = [*SMALL, "task=evaluate", "module=evaluation", "~data", "devices=ddp_cpu", "evaluator.batch_size=1",
+            "geneval.test_prompts.per_task=50", f"scores_dir={tmp_path}/scores"]  # fmt: skip
+    (done,) = launch_together([Start(line)], tmp_path, 120, stop)
+    assert done.returncode == 128 + signal.SIGTERM, done
+    assert "The evaluation stops; the same command resumes it" in done.stdout + done.stderr
 
 
 def slurm(node: int, port: int) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
 import re
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lightning_modules.broken_files import read_torch
 from lightning_modules.files import remove
+from lightning_modules.runs.messages import flat
 
 # What a checkpoint that is not trained on has to share with the config: the networks.
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
@@ -45,17 +45,13 @@ OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)
 
 
 def newest_checkpoint(folder: Path, thorough: bool = False) -> Path | None:
-    """Find the checkpoint from which the run in `folder` resumes: of those that can be read the one with most steps.
+    """Find the checkpoint with most steps, of those in the folder of a run that can be read, or else one that cannot.
 
-    That is mostly last.ckpt. A run that was killed may have left one that last.ckpt does not point at yet;
-    `hpc_ckpt_N.ckpt` is what Lightning leaves in a SLURM job. If none can be read, it is one that cannot. `thorough`
-    reads all bytes, and prints which checkpoints are passed over.
+    Lightning leaves `hpc_ckpt_N.ckpt` in a SLURM job. `thorough` reads all bytes, and prints what is passed over.
     """
-    checkpoints = folder / "checkpoints"
-    steps = [*checkpoints.glob("step-*.ckpt"), *checkpoints.glob("step=*.ckpt")]  # as they were called before
     found: dict[Path, int] = {}
     broken: dict[Path, Exception] = {}
-    for paths in (steps, list(folder.glob("hpc_ckpt_*.ckpt")), [checkpoints / "last.ckpt"]):
+    for paths in map(folder.glob, ("checkpoints/step[-=]*.ckpt", "hpc_ckpt_*.ckpt", "checkpoints/last.ckpt")):
         for path in sorted(filter(Path.is_file, paths), key=_number, reverse=True):
             try:
                 found[path] = read_checkpoint(str(path), thorough)["global_step"]
@@ -82,18 +78,6 @@ def shown(path: Path | str) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def end_launched(launcher: Any, seconds: float) -> None:
-    """Kill the processes that this one has launched and that do not end within some seconds of it.
-
-    Lightning ends a job when one of these fails, but when this one does they may wait for it in vain.
-    """
-    for process in getattr(launcher, "procs", ()):
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def keep_metrics(folder: Path) -> None:
     """Put aside, as metrics-1 and so on, the metrics of a run that is resumed: CSVLogger would delete them."""
     metrics = folder / "metrics"
@@ -104,30 +88,27 @@ def keep_metrics(folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise ValueError if a run in this folder would write over files that no run has left there."""
+    """Raise ValueError if a run in this folder would write over files of something else."""
     found = [name for name in _LEFT if (folder / name).exists()]
     if found and not _has_config(folder):
         raise ValueError(f"hydra.run.dir: {folder} holds {', '.join(found)} of something else: name another folder")
 
 
 def _has_config(folder: Path) -> bool:
-    """Look for the config of a run, the first thing that it writes into its folder."""
+    """Look for the first thing that a run writes into its folder."""
     config = folder / "config.yaml"
     return config.is_file() and re.search("^rollouts_dir:", config.read_text(errors="replace"), re.M) is not None
 
 
 def remember_found(folder: Path) -> None:
-    """Note a folder of the user's, and those in it, if they are there already: `forget_refused` leaves them."""
+    """Note what is there already, the folder and those in it: `forget_refused` leaves them."""
     if folder.is_dir():
         inside = [path.resolve() for path in folder.iterdir()]
         _found.update({folder.resolve(): not inside} | dict.fromkeys(inside, False))
 
 
 def forget_refused(folder: Path) -> None:
-    """Remove the folder of a run that was refused before it left anything but its config.
-
-    Of a folder that was there before, only what the run has put into it goes, and nothing if it was not empty.
-    """
+    """Remove the folder of a run that left nothing but its config, or only what is in it if it was there and empty."""
     was_empty = _found.get(folder.resolve())
     with suppress(OSError):
         names = {path.name for path in folder.iterdir()}
@@ -142,8 +123,7 @@ def forget_refused(folder: Path) -> None:
 def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) -> dict[str, Any]:
     """Read a checkpoint of training onto the CPU; for `thorough` see `read_torch`.
 
-    Raises ValueError if it is none, holds objects beside plain data, or lacks what the task needs; weights and steps
-    are always needed.
+    Raises ValueError if it is none, holds more than plain data, or lacks what the task, if any, needs.
     """
     checkpoint = read_torch(Path(path), "ckpt_path", thorough)
     needed = list(_PARTS)[: 2 if task is None else None if task == "fit" else 3]
@@ -167,9 +147,9 @@ def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
         raise FileNotFoundError(f"ckpt_path: there is no file {ckpt_path}")
     if task != "evaluate":
         raise FileNotFoundError(f"ckpt_path: {ckpt_path} is a folder; only task=evaluate takes all checkpoints of one")
-    if found := sorted({str(each.resolve()) for each in path.glob("*.ckpt")}):  # each once: last.ckpt is a link
-        return found
-    raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}")
+    if not (found := {str(each.resolve()) for each in path.glob("*.ckpt")}):  # each once: last.ckpt is a link
+        raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}")
+    return sorted(found)
 
 
 def load_checkpoint(module: LightningModule, path: str) -> None:
@@ -182,30 +162,22 @@ def load_checkpoint(module: LightningModule, path: str) -> None:
 def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
     """Raise ValueError if a checkpoint is damaged or lacks something, or, naming the key, was made with another config.
 
-    To resume training (`task: fit`) all that training depends on has to be the same, except for the Trainer's own
-    arguments: Lightning would restore the optimizer's settings from the checkpoint, whatever the config says. For other
-    tasks it is the networks, frozen ones included, since those are not in the checkpoint.
+    To resume training, all that it depends on has to be the same: Lightning would restore the optimizer's settings from
+    the checkpoint. For other tasks it is the networks, of which frozen ones are not in the checkpoint.
     """
     task = config["task"]
     stored = read_checkpoint(path, True, task).get("hyper_parameters", config)
-    for key, old, new in _differences(_decisive(stored, task), _decisive(config, task)):
-        name = key.removeprefix("module.") if key.split(".")[1:2] and key.split(".")[1] in config else key
-        raise ValueError(f"ckpt_path: {path} was made with {name}={old}, not {new}")
+    old, new = (dict(flat(_decisive(each, task))) for each in (stored, config))
+    for key in {**new, **old}:
+        before, now = old.get(key), new.get(key)
+        if before != now and not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+            name = key.removeprefix("module.") if key.split(".")[1:] and key.split(".")[1] in config else key
+            raise ValueError(f"ckpt_path: {path} was made with {name}={before}, not {now}")
 
 
 def _decisive(config: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Pick the settings in which a checkpoint and the config have to agree."""
     module = config.get("module") or {}
     if task != "fit":
         return {"module": {key: module[key] for key in _NETWORKS if key in module}}
     data = {key: value for key, value in (config.get("data") or {}).items() if key not in _FREE}
     return {"module": module, "data": data, "seed": config.get("seed")}
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted keys under which two configs differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, old, new

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
@@ -28,32 +28,27 @@ _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interv
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "validation_images", "train_images",
           "accumulate_grad_batches")  # fmt: skip
+_RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {
     **dict.fromkeys(_SIZES, (int, 1, math.inf, "a whole number of at least 1")),
     **dict.fromkeys(("max_steps", "max_epochs"), (int, -1, math.inf, "a whole number, -1 for no limit")),
-    **dict.fromkeys(
-        ("lr", "refit_lr", "weight_decay", "gradient_clip_val"), (int | float, 0, math.inf, "a number of at least 0")
-    ),
+    **dict.fromkeys(_RATES, (int | float, 0, math.inf, "a number of at least 0")),
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
 
 
 def refuse_wrong_values(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
-    """Raise ValueError for a name or a value that does not fit what is built of it; the sentence names the key.
-
-    Some values would be used after hours of work, others compared before anybody says which they are. `unresolved` is
-    the config with its interpolations, which say under which key a value is set that many read.
-    """
+    """Raise ValueError for a name or a value that does not fit what is built of it, naming the key that sets it."""
     refuse_wrong_texts(config)
     for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
     for name, node in config["logger"].items():
         if not isinstance(node, Mapping):
-            said = f"logger.{name}={_shown(node)} is no logger"
-            raise ValueError(f"{said}: ~logger.{name} leaves it out, logger=csv has metrics.csv alone")
+            said = f"~logger.{name} leaves it out, logger=csv has metrics.csv alone"
+            raise ValueError(f"logger.{name}={_shown(node)} is no logger: {said}")
     _refuse_below("", config, unresolved)
 
 
@@ -66,10 +61,7 @@ def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
 
 
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
-    """Raise ValueError for an override that adds a key at the top of the config, which no class refuses or reads.
-
-    Interpolations of the config, unresolved, may read it; `groups` are those of which a file is chosen.
-    """
+    """Raise ValueError for an override that adds a key to the unresolved config, beside `groups`, that is not read."""
     known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
@@ -82,19 +74,13 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
 
 
 def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError for a Trainer on GPUs that are not there, or with more processes on the CPU than it has cores.
-
-    Two processes can always be tried out.
-    """
-    wanted, devices = trainer["accelerator"], str(trainer.get("devices"))
+    """Raise ValueError for a Trainer on GPUs that are not there, or with more processes than 2 and the CPU's cores."""
+    wanted, devices, cores = trainer["accelerator"], str(trainer.get("devices")), os.cpu_count() or 1
     there = {"cuda": CUDAAccelerator.is_available(), "mps": MPSAccelerator.is_available()}
     if wanted in ("gpu", *there) and not there.get(wanted, any(there.values())):
-        raise ValueError(
-            f"trainer.accelerator={wanted} needs a GPU, and there is none here; instead of devices=ddp or devices=fsdp "
-            "use devices=ddp_cpu, which is two processes on the CPU, or set trainer.accelerator=cpu"
-        )
+        instead = "instead of devices=ddp or devices=fsdp use devices=ddp_cpu, or set trainer.accelerator=cpu"
+        raise ValueError(f"trainer.accelerator={wanted} needs a GPU, and there is none here; {instead}")
     on_cpu = wanted == "cpu" or (wanted == "auto" and not any(there.values()))
-    cores = os.cpu_count() or 1
     if on_cpu and devices.isdecimal() and int(devices) > max(2, cores):
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
@@ -122,45 +108,42 @@ def _takes(target: str) -> dict[str, Any]:
     """List what a class or function takes, with annotations; `**` if it takes any name, nothing if that is unknown."""
     try:
         found: Any = pydoc.locate(target)
-        parameters = inspect.signature(found).parameters.values()
+        try:
+            parameters = inspect.signature(found, eval_str=True).parameters
+        except NameError:  # of names that only type checkers import
+            parameters = inspect.signature(found).parameters
     except (pydoc.ErrorDuringImport, TypeError, ValueError):  # told when it is built
         return {}
-    try:
-        hints = get_type_hints(found.__init__ if inspect.isclass(found) else found)
-    except NameError:  # of names that only type checkers import
-        hints = {each.name: each.annotation for each in parameters if not isinstance(each.annotation, str)}
-    kinds = inspect.Parameter
-    names: dict[Any, str | None] = {kinds.POSITIONAL_ONLY: None, kinds.VAR_POSITIONAL: None, kinds.VAR_KEYWORD: "**"}
-    return {name: hints.get(name, Any) for each in parameters if (name := names.get(each.kind, each.name))}
+    takes: dict[str, Any] = {}
+    for name, each in parameters.items():
+        if each.kind not in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL):
+            unknown = each.annotation is each.empty or isinstance(each.annotation, str)
+            takes["**" if each.kind == each.VAR_KEYWORD else name] = Any if unknown else each.annotation
+    return takes
 
 
 def _useless(name: str, value: Any) -> str | None:
     """Say what a value of that name must be, if this one is of no use."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, float) and (math.isnan(each) or (math.isinf(each) and name not in _MAY_BE_INFINITE)):
-            return "finite"
-    if name in ("validation_strategies", "test_strategies") and value == []:
-        return "a list of at least one name"
-    if name == "val_check_interval" and number and value == 0:
-        return "above 0"
-    if name == "betas":
-        pair = isinstance(value, list) and len(value) == 2
-        useful = pair and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
-        return None if useful else "two numbers from 0 to below 1"
+    items, number = value if isinstance(value, list) else [value], type(value) in (int, float)
+    broken = [each for each in items if isinstance(each, float) and not math.isfinite(each)]
+    pair = len(items) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in items)
     known = _RANGES.get("batch_size" if name.endswith("batch_size") else name)
-    if known and value is not None:
-        kinds, least, most, wanted = known
-        return None if number and isinstance(value, kinds) and least <= value <= most else wanted
-    too_small = number and isinstance(value, int) and value < (-1 if name in _MINUS_ONE else 0)
-    return "a whole number of at least 0" if too_small else None
+    kinds, least, most, wanted = known or (int, -1 if name in _MINUS_ONE else 0, math.inf, "")
+    in_range = number and isinstance(value, kinds) and least <= value <= most
+    useless = {
+        "finite": any(math.isnan(each) or name not in _MAY_BE_INFINITE for each in broken),
+        "a list of at least one name": name in ("validation_strategies", "test_strategies") and value == [],
+        "images to compare with": name == "references" and value is None,
+        "above 0": name == "val_check_interval" and number and value == 0,
+        "two numbers from 0 to below 1": name == "betas" and not pair,
+        wanted: known and value is not None and not in_range,
+        "a whole number of at least 0": not known and type(value) is int and not in_range,
+    }
+    return next((needed for needed, is_so in useless.items() if is_so), None)
 
 
 def _unfit(value: Any, hint: Any) -> list[str] | None:
-    """Say in words what an annotation asks for; None if a plain value, or a node that makes an object, is that.
-
-    That null is allowed as well is no help to who wrote something else.
-    """
+    """Say what an annotation asks for (beside null); None if a value, or a node that makes an object, is that."""
     origin, inner = get_origin(hint), get_args(hint)
     kind = origin or hint
     if origin in (Union, types.UnionType):
@@ -181,9 +164,9 @@ def _unfit(value: Any, hint: Any) -> list[str] | None:
     elif issubclass(kind, Iterable):
         several = origin is tuple and Ellipsis not in inner
         fits = isinstance(value, Mapping) or (isinstance(value, list) and (not several or len(value) == len(inner)))
-        if fits and isinstance(value, list):
+        if isinstance(value, list):
             hints = inner if several else inner[:1] * len(value)
-            fits = all(_unfit(item, each) is None for item, each in zip(value, hints, strict=False))
+            fits = fits and all(_unfit(item, each) is None for item, each in zip(value, hints, strict=False))
         example = "" if isinstance(value, list | None) else f", [{value}]"
         words = [f"a list{f' of {len(inner)}' if several else ''}{example}"]
     else:  # some classes take settings as they are

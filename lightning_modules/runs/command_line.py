@@ -24,10 +24,9 @@ _asked = "0"  # what the user has set it to
 
 @contextmanager
 def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
-    """End the program by one sentence for what is refused before a job starts.
+    """End the program by one sentence for what is refused before a job starts; Hydra itself would print more.
 
-    Hydra itself would print its search path and the advice to add a `+`. It raises instead where whole tracebacks are
-    asked for; so they are, until `restore_tracebacks`.
+    Until `restore_tracebacks`, whole tracebacks are asked for, which makes Hydra raise.
     """
     global _asked
     _asked = os.environ.get(_FULL_ERROR, _asked)
@@ -59,18 +58,15 @@ def wrong_option(arguments: Sequence[str]) -> str | None:
         following = "".join(arguments[place + 1 : place + 2])
         if not value and not re.search("^-[a-zA-Z-]|=", following):
             value = following
-        tree = SettingsTree(arguments)
-        guesses = [f"{key}={value or 'VALUE'}" for key in tree.similar(flag.lstrip("-").replace("-", "_"))]
-        advice = (
-            f"did you mean {' or '.join(guesses)}?" if guesses else "a setting is written KEY=VALUE, without dashes"
-        )
+        similar = SettingsTree(arguments).similar(flag.lstrip("-").replace("-", "_"))
+        meant = " or ".join(f"{key}={value or 'VALUE'}" for key in similar)
+        advice = f"did you mean {meant}?" if meant else "a setting is written KEY=VALUE, without dashes"
         return f"there is no option {flag}; {advice}"
     rest = get_args_parser().parse_known_args(list(arguments))[1]
     return f"{rest[0]} comes after an option that is between settings: write options such as -m first" if rest else None
 
 
 def _explained(arguments: Sequence[str], error: BaseException) -> str:
-    """Explain in one sentence what was refused before there was a config."""
     if isinstance(error, OSError | OmegaConfBaseException) and not isinstance(error, HydraException):
         return sentence(error, dict(item.partition("=")[::2] for item in arguments if "=" in item))
     if complaint := wrong_setting(arguments):
@@ -109,36 +105,31 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
-    """Say why an override cannot be read, and how it is written."""
-    settings = [i for i, item in enumerate(items) if "=" in item]
+    word, settings = items[place], [i for i, item in enumerate(items) if "=" in item]
     first = max((i for i in settings if i <= place), default=0)
     last = min((i for i in settings if i > place), default=len(items))
     key, equals, value = " ".join(items[first:last]).partition("=")
+    text, listed = _quoted(key, value), shlex.quote(f"{key}=[a,b]")
     if equals and last - first > 1:
         whole = f"{key}={value.strip()}"
-        meant = whole if " " not in whole and _parsed(whole) else _quoted(key, value)
-        return f"{items[place]!r} is no setting; if it belongs to the one before, write {meant}"
+        meant = whole if " " not in whole and _parsed(whole) else text
+        return f"{word!r} is no setting; if it belongs to the one before, write {meant}"
+    if word in tree.keys:
+        return f"{word} has no value: write {word}=VALUE, without spaces"
     if not equals:
-        word = items[place]
-        if word in tree.keys:
-            return f"{word} has no value: write {word}=VALUE, without spaces"
-        chosen = [f"{group}={word}" for group in GROUPS if word in options(group)]
-        guess = f"; did you mean {' or '.join(chosen)}?" if chosen else ", which is written KEY=VALUE"
-        return f"{word!r} is no setting{guess}"
+        chosen = " or ".join(f"{group}={word}" for group in GROUPS if word in options(group))
+        return f"{word!r} is no setting" + (f"; did you mean {chosen}?" if chosen else ", which is written KEY=VALUE")
     if not re.fullmatch(r"(\+\+?|~)?\w+([./@:]\w+)*", key):
-        return f"{items[place]!r} is no setting: {key!r} is no key"
+        return f"{word!r} is no setting: {key!r} is no key"
     if value.startswith("~/"):
-        return f"{items[place]} cannot be read: write {key}=$HOME{value[1:]}"
+        return f"{word} cannot be read: write {key}=$HOME{value[1:]}"
     if value[:1] not in ("[", "{"):
-        return f"{items[place]} cannot be read: write {_quoted(key, value)}"
-    return (
-        f"{items[place]} cannot be read: a bracket or a quote is not closed, or a text in it needs quotes; a list is "
-        f"written {shlex.quote(key + '=[a,b]')}, a text {_quoted(key, value)}"
-    )
+        return f"{word} cannot be read: write {text}"
+    said = "a bracket or a quote is not closed, or a text in it needs quotes"
+    return f"{word} cannot be read: {said}; a list is written {listed}, a text {text}"
 
 
 def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | None:
-    """Say what is wrong with an override, if anything."""
     key, line = str(override.key_or_group), str(override.input_line)
     name, _, value = line.partition("=")
     if override.is_sweep_override() and not multirun:
@@ -161,7 +152,6 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
 
 
 def _wrong_choice(group: str, name: str, value: str) -> str | None:
-    """Say what is wrong with the choice of files of a group."""
     there = options(group)
     if re.search(r"[({]", value):
         return None
@@ -169,8 +159,8 @@ def _wrong_choice(group: str, name: str, value: str) -> str | None:
         if option == "null":
             return f"{name}=null chooses nothing; there are: {', '.join(there)}"
         if option not in there:
-            close = [f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6)]
-            guess = f"did you mean {' or '.join(close)}? There" if close else "there"
+            close = " or ".join(f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6))
+            guess = f"did you mean {close}? There" if close else "there"
             return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
     if name[0] == "+" and f"hydra.runtime.choices.{group}" in SettingsTree().keys:
         return f"{group} is chosen already: write {group}={value}"

@@ -40,9 +40,8 @@ _SYSTEM = {
 def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
     """Put an error into one sentence for the user.
 
-    A message of this project stays as it is; of another's only the first line is shown. What a constructor raised is
-    shown as such, with its node; what a data loader's process raised, as if it were raised here. `unresolved` is the
-    config with its interpolations.
+    A message of this project stays whole, others are cut to a line. What a constructor raised is shown with its node,
+    what a data loader's process raised as if it were raised here. `unresolved` is the config with its interpolations.
     """
     place = ""
     if isinstance(error, InstantiationException):
@@ -78,8 +77,7 @@ def defining_key(config: Mapping[str, Any], key: str) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and _is_our_file(frames[-1].filename)
+    return any(_is_our_file(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[-1:])
 
 
 def _is_our_file(name: str) -> bool:
@@ -98,36 +96,32 @@ def _of_worker(error: BaseException) -> str | None:
 
 def _of_system(error: OSError, text: str, unresolved: Mapping[str, Any]) -> str:
     """Say what the system refuses, after the key of the config whose folder it is in."""
-    texts = ((key, value) for key, value in flat(unresolved) if isinstance(value, str))
-    paths = [(key, value) for key, value in texts if value not in ("", ".", "/") and "${" not in value]
+    texts = {key: value for key, value in flat(unresolved) if isinstance(value, str)}
+    paths = {key: value for key, value in texts.items() if value not in ("", ".", "/") and "${" not in value}
     number, said, path = error.errno, error.strerror, error.filename
     if found := re.match(r"\[Errno (\d+)\] (.+?)(?:: '(.+?)')?(?: -> '.+')?$", text):
         number, said, path = int(found[1]), found[2], found[3]
     elif number is None or said is None or path is None:
-        key = next((key for key, value in paths if "/" in value and value in text), None)
+        key = next((key for key, value in paths.items() if "/" in value and value in text), None)
         return f"{key}: {text}" if key and not _is_ours(error) else text
     what = _SYSTEM.get(number, said)
     if path is None:
-        space = {f"{key}={value}": _free_space(value) for key, value in paths if key in _WRITTEN_TO}
+        space = {f"{key}={value}": _free_space(value) for key, value in paths.items() if key in _WRITTEN_TO}
         fullest = [setting for setting, free in space.items() if free == min(space.values())]
         return f"{what}, where {' and '.join(fullest)} is" if space and number in _FULL else what
-    full = os.path.abspath(str(path))
-    above = {key: os.path.abspath(value) for key, value in paths}
+    full, above = os.path.abspath(str(path)), {key: os.path.abspath(value) for key, value in paths.items()}
     keys = [key for key, folder in above.items() if f"{full}/".startswith(f"{folder}/")]
     key = max(keys, key=lambda key: len(above[key]), default=None)
     return f"{key}: {path}: {what}" if key else f"{path}: {what}"
 
 
 def _free_space(path: str) -> int:
-    """Count the bytes left on the disk that a path is on, or would be."""
     folder = Path(path).absolute()
     return shutil.disk_usage(next(parent for parent in [folder, *folder.parents] if parent.exists())).free
 
 
 def _of_config(error: OmegaConfBaseException, unresolved: Mapping[str, Any]) -> str:
-    """Say what OmegaConf finds wrong, with the key at which it is written."""
-    text = first_line(error)
-    full_key = re.search("full_key: (.+)", str(error))
+    text, full_key = first_line(error), re.search("full_key: (.+)", str(error))
     key = defining_key(unresolved, full_key[1]) if full_key else ""
     if missing := re.search("Interpolation key '(.+)' not found", text):
         reference = f"${{{missing[1]}}}"

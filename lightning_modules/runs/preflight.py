@@ -17,11 +17,7 @@ from lightning_modules.backbone.published import clip_named, named, nodes, refus
 from lightning_modules.ranks import is_first
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_foreign, refuse_other_config
-from lightning_modules.runs.checks import (
-    refuse_missing_devices,
-    refuse_unread,
-    refuse_wrong_values,
-)
+from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import options
 
@@ -32,9 +28,7 @@ _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module
 def preflight(config: DictConfig) -> None:
     """Refuse a composed config that cannot work, before anything is built or loaded.
 
-    Raises:
-        ValueError: a key that nothing reads, a value or a combination that cannot work; the sentence names the keys.
-        FileNotFoundError: weights or checkpoints are missing, all of which are named; or a file of CLIP's is none.
+    Raises ValueError, naming the keys, or FileNotFoundError, naming all weights that are missing.
     """
     unresolved: Any = OmegaConf.to_container(config)
     hydra = HydraConfig.get()
@@ -61,7 +55,6 @@ def preflight(config: DictConfig) -> None:
 
 
 def _refuse_incomplete(config: DictConfig) -> None:
-    """Raise ValueError where the task lacks a setting that it needs."""
     task, tasks, tested = config.task, options("task"), config.test_ckpt_path
     jobs, data = config.get("pipeline"), config.get("data")
     used = ("scoring.", "geneval.reward.") if task == "score" else ("",)
@@ -94,24 +87,18 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
     if data:
         _refuse_other_data(module, data)
-    if isinstance(strategy, Mapping):
-        sharded = issubclass(get_class(strategy["_target_"]), FSDPStrategy)
-    else:
-        sharded = str(strategy).startswith("fsdp")
-    if not sharded:
+    kind = get_class(strategy["_target_"]) if isinstance(strategy, Mapping) else None
+    if not (issubclass(kind, FSDPStrategy) if kind else str(strategy).startswith("fsdp")):
         return
     if not (_says(module, "trains_sharded", True) and _says(data, "trains_sharded", True)):
-        raise ValueError(
-            "devices=fsdp trains on images (module=decoder) or on pairs from files (module=dpo data=preference_files); "
-            "rollouts are for devices=ddp, and what task=rollout makes of data=preferences can be such files"
-        )
+        said = "pairs from files (module=dpo data=preference_files), as task=rollout makes them of data=preferences"
+        raise ValueError(f"devices=fsdp trains on images (module=decoder) or on {said}; rollouts are for devices=ddp")
     decoding = (name == "geneval" or (node or {}).get("monitor") == "val/geneval" for name, node in callbacks.items())
     if removed := " ".join(f"~callbacks.{name}" for name in compress(callbacks, decoding)):
         raise ValueError(f"devices=fsdp cannot decode while it trains: add {removed}, and evaluate by devices=ddp")
 
 
 def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raise ValueError for data that the module does not learn from."""
     wanted = _says(module, "learns_from", "anything")
     given = _says(data, "gives", wanted)
     if wanted is None:
@@ -142,10 +129,9 @@ def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str,
         for key, detector in detectors.items():
             wanted = getattr(detector, "image_size", None)
             if size and wanted and wanted != size:
-                raise ValueError(
-                    f"{defining_key(unresolved, key)}: {detector.__name__} looks at images of {wanted}x{wanted} "
-                    f"pixels, and the decoder makes {size}x{size}; geneval=coco judges photographs of any size"
-                )
+                said = f"{detector.__name__} looks at images of {wanted}x{wanted} pixels, and the decoder makes"
+                key = defining_key(unresolved, key)
+                raise ValueError(f"{key}: {said} {size}x{size}; geneval=coco judges photographs of any size")
     if known := next(filter(None, (getattr(detector, "class_names", None) for detector in detectors.values())), None):
         _refuse_unknown_classes(config["geneval"], known)
     for key, node in nodes(built):
@@ -176,10 +162,8 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, A
     if tokenizer and "train_images" in data:
         height, width = instantiate(data["train"], _convert_="all")[0].image.shape[:2]
         if (height, width) != (size, size):
-            raise ValueError(
-                f"data.train gives images of {width}x{height} pixels, and the image tokenizer reads {size}x{size}: "
-                "point data.train._target_ and data.validation._target_ at images of that size"
-            )
+            said = f"images of {width}x{height} pixels, and the image tokenizer reads {size}x{size}"
+            raise ValueError(f"data.train gives {said}: point data.train and data.validation at images of that size")
     return size
 
 
@@ -188,7 +172,6 @@ def _refuse_unknown_classes(geneval: Mapping[str, Any], class_names: Sequence[st
         for row in instantiate(geneval[name], _convert_="all") if geneval.get(name) else ():
             for clause in (*row["include"], *row.get("exclude", ())):
                 if clause["class"] not in class_names:
-                    raise ValueError(
-                        f"geneval.{name}: {row['prompt']!r} asks for {clause['class']!r}, which "
-                        f"geneval.reward.detector does not know; it knows: {', '.join(class_names)}"
-                    )
+                    said = f"{clause['class']!r}, which geneval.reward.detector does not know"
+                    known = ", ".join(class_names)
+                    raise ValueError(f"geneval.{name}: {row['prompt']!r} asks for {said}; it knows: {known}")

@@ -17,19 +17,16 @@ CLOSE = 0.75  # of two names, as difflib counts: `temp` is not yet close to `tem
 
 
 def options(group: str) -> list[str]:
-    """List the files of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """List the files of a group; none if there is no such group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group in GROUPS else []
 
 
 class SettingsTree:
     """The keys of the config that a command line composes, by overrides that choose an existing file of a group."""
 
     def __init__(self, overrides: Sequence[str] = ()) -> None:
-        self.choices: dict[str, str] = {}
-        for override in overrides:
-            group, _, option = override.partition("=")
-            if group.lstrip("+") in GROUPS and option in options(group.lstrip("+")):
-                self.choices[group] = option
+        pairs = (override.partition("=")[::2] for override in overrides)
+        self.choices = {name: option for name, option in pairs if option in options(name.lstrip("+"))}
 
     @cached_property
     def keys(self) -> list[str]:
@@ -56,8 +53,7 @@ class SettingsTree:
         group = key.partition(".")[0]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group = "task"
-        others = options(group) if group in GROUPS else []
-        return [f"{group}={other}" for other in others if key in self._composed({**self.choices, group: other})]
+        return [f"{group}={other}" for other in options(group) if key in self._composed({**self.choices, group: other})]
 
     def around(self, key: str) -> tuple[str, list[str]]:
         """Find the node that the key would be in, or the nearest one above; returns it and the names in it."""

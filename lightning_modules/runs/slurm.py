@@ -14,10 +14,7 @@ from lightning_modules.ranks import is_first
 
 
 def job_id() -> str | None:
-    """Return the SLURM job of this process, which keeps its number when it is requeued.
-
-    None elsewhere, and for interactive jobs: there, commands are typed one after another.
-    """
+    """Return the SLURM job of this process, which keeps its number when it is requeued; None in interactive jobs."""
     if SLURMEnvironment.job_id() is None:
         return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -25,10 +22,7 @@ def job_id() -> str | None:
 
 
 def run_id() -> str | None:
-    """Return which run this is: a command of a SLURM job; None elsewhere.
-
-    A job may have several commands, in turn or side by side, and the numbers of their steps depend on which is first.
-    """
+    """Return which run of a SLURM job this is, by its command: a job may have several, whose steps have no order."""
     if (job := job_id()) is None:
         return None
     command = "\n".join(sorted(HydraConfig.get().overrides.task))
@@ -38,7 +32,7 @@ def run_id() -> str | None:
 class Requeue:
     """Has SLURM start the job again when this run stops because of SIGUSR1, as `sbatch --signal=USR1@90` sends it.
 
-    It stands in for Lightning's own way, which saves wherever the signal finds each process, in the middle of a step.
+    Lightning's own way saves wherever the signal finds each process, in the middle of a step.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,27 @@ from lightning_modules.report.tables import print_plain, write_csv
 from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
 
+OnDevice = Callable[[torch.device], Evaluation]
+
 
 class CheckpointCurve(LightningModule):
-    """Evaluates every checkpoint of a folder as the end of training would.
+    """Evaluates every checkpoint of a folder as the end of training would; the Trainer brings device and ranks.
 
-    It is a LightningModule so that the Trainer brings device, ranks and progress. What an evaluation leaves is a folder
-    in `results` that appears when it is complete, named by the weights and the settings that decide it: what is there
-    is not evaluated again.
+    An evaluation that is complete is a folder in `results`, named by the weights and settings that decide it: what is
+    there is not evaluated again.
 
     Args:
-        module: what the checkpoints are of.
-        evaluator: decodes and judges.
-        prompts: GenEval metadata.
-        strategies: names of those that decode.
-        checkpoints: their paths.
-        results: where evaluations are kept.
+        evaluation: tells, from a device, what is evaluated.
+        paths: of the checkpoints, which are of `module`.
     """
 
     def __init__(
-        self,
-        module: LightningModule,
-        evaluator: Evaluator,
-        prompts: Sequence[Mapping[str, Any]],
-        strategies: Sequence[str],
-        checkpoints: Sequence[str],
-        results: str,
+        self, module: LightningModule, evaluator: Evaluator, evaluation: OnDevice, paths: Sequence[str], results: str
     ) -> None:
         super().__init__()
-        steps = {path: int(read_checkpoint(path)["global_step"]) for path in checkpoints}
+        steps = {path: int(read_checkpoint(path)["global_step"]) for path in paths}
         self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
-        self.module, self.evaluator = module, evaluator
-        self.prompts, self.strategies = prompts, strategies
+        self.module, self.evaluator, self.evaluation = module, evaluator, evaluation
         self.results = ArtifactCache(results, __name__)
         self.evaluated: dict[str, Path] = {}
 
@@ -61,19 +52,15 @@ class CheckpointCurve(LightningModule):
             self._report(trainer, folder)
 
     def test_dataloader(self) -> list[str]:
-        """The checkpoints, all of them on every rank, which share the prompts."""
+        """All checkpoints on every rank: ranks share the prompts."""
         return list(self.steps)
 
     def setup(self, stage: str) -> None:
-        self.evaluator.prepare(self._evaluation(self.trainer.strategy.root_device))
-
-    def _evaluation(self, device: torch.device) -> Evaluation:
-        decoder: Any = self.module.decoder
-        return Evaluation(decoder, device, self.prompts, self.strategies, {})
+        self.evaluator.prepare(self.evaluation(self.trainer.strategy.root_device))
 
     def test_step(self, batch: str, batch_idx: int) -> None:
         load_checkpoint(self.module, batch)
-        evaluation = self._evaluation(self.device)
+        evaluation = self.evaluation(self.device)
         key = self.evaluator.cache_key(evaluation)
         folder = self.results.path("checkpoint", key)
         if not self.trainer.strategy.broadcast(folder.is_dir()):
@@ -89,16 +76,13 @@ class CheckpointCurve(LightningModule):
         for path, evaluated in self.evaluated.items():
             report = read_json(evaluated / "geneval.json")
             if not isinstance(report, dict):
-                raise ValueError(
-                    f"{evaluated} is broken (its geneval.json is no report): remove it, and it is made again"
-                )
-            strategies = report["strategies"]
+                raise ValueError(f"{evaluated}/geneval.json is no report: remove {evaluated}, and it is made again")
             log = {}
-            for name, result in strategies.items():
+            for name, result in report["strategies"].items():
+                about = {"checkpoint": Path(path).stem, "step": self.steps[path], "strategy": name}
                 tasks = {task: result["tasks"].get(task) for task in TASKS}
                 low, high = result["interval_95"]
                 scores = {"overall": result["overall"], "low_95": low, "high_95": high, **tasks}
-                about = {"checkpoint": Path(path).stem, "step": self.steps[path], "strategy": name}
                 table.append({**about, **scores, "results": str(evaluated)})
                 log[f"test/geneval/{name}"] = result["overall"]
                 log |= {f"test/geneval/{name}/{task}": score for task, score in result["tasks"].items()}
@@ -112,7 +96,6 @@ class CheckpointCurve(LightningModule):
 
 
 def _plot(table: list[dict[str, Any]], path: Path) -> None:
-    """A line a strategy, with its interval."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(row["strategy"] for row in table):
@@ -127,15 +110,11 @@ def _plot(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def _print(table: list[dict[str, Any]]) -> None:
-    """Checkpoints x strategies, overall scores."""
     names = list(dict.fromkeys(row["strategy"] for row in table))
     shown = Table(title="GenEval of checkpoints", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("checkpoint", no_wrap=True)
     for heading in ("step", *names):
         shown.add_column(heading, justify="right", no_wrap=True)
-    rows: dict[tuple[str, str], list[str]] = {}
-    for row in table:
-        rows.setdefault((row["checkpoint"], str(row["step"])), []).append(f"{row['overall']:.3f}")
-    for about, scores in rows.items():
-        shown.add_row(*about, *scores)
+    for (name, step), rows in groupby(table, key=lambda row: (row["checkpoint"], row["step"])):
+        shown.add_row(name, str(step), *(f"{row['overall']:.3f}" for row in rows))
     print_plain(shown)

@@ -20,13 +20,9 @@ from lightning_modules.report.pictures import save_image
 class Generating(LightningModule):
     """Decodes the images that are not there yet; each is the one that evaluation with the same seed would judge.
 
-    It is a LightningModule so that the Trainer brings device, ranks and progress.
-
     Args:
         module: has the `decoder`.
         evaluator: decodes, with its seed, as many images of each prompt and as many at a time as it says.
-        strategy: the name of the one that decodes.
-        prompts: GenEval metadata.
         images: the folder. One that was made with other things, or by others, is refused.
     """
 
@@ -74,16 +70,13 @@ class Generating(LightningModule):
                 raise ValueError(f"{about} is not the prompt {row['prompt']!r} any more: name another folder")
 
     def _metadata(self, prompt: int) -> Path:
-        """Where a prompt is written beside its images."""
         return self.folder / Path(sample_path(prompt, 0)).parents[1] / "metadata.jsonl"
 
     @torch.no_grad()
     def predict_step(self, batch: list[tuple[int, int, dict[str, Any]]], batch_idx: int) -> int:
         """Make and write some images; returns how many."""
-        jobs = [(i, j) for i, j, _ in batch]
-        _, images = self.evaluator.decode(
-            self.module.decoder, self.strategy, self.evaluator.judges, self.data.prompts, jobs
-        )
+        jobs, judges = [(i, j) for i, j, _ in batch], self.evaluator.judges
+        _, images = self.evaluator.decode(self.module.decoder, self.strategy, judges, self.data.prompts, jobs)
         for (i, j, row), image in zip(batch, images, strict=True):
             if not (about := self._metadata(i)).is_file():
                 write_text(about, json.dumps(row) + "\n")

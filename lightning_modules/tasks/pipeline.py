@@ -22,15 +22,10 @@ from lightning_modules.runs.checkpoints import quoted
 
 @dataclass(frozen=True)
 class Job:
-    """A run of train.py.
-
-    Attributes:
-        overrides: of the config; `<NAME>` stands for the folder of the job NAME of the same seed.
-        makes: a file in its folder that is there when it is done.
-    """
+    """A run of train.py, by overrides in which `<NAME>` stands for the folder of the job NAME of the same seed."""
 
     overrides: Sequence[str]
-    makes: str = "geneval.json"
+    makes: str = "geneval.json"  # is in its folder when it is done
 
 
 @dataclass(frozen=True)
@@ -42,13 +37,10 @@ class Row:
 
 
 class Pipeline:
-    """Runs the jobs that are not done yet, in order, and writes pipeline.csv, .json, .md and .png.
-
-    A job that was killed resumes from its last checkpoint.
+    """Runs the jobs that are not done yet, or resumes them, in order; writes pipeline.csv, .json, .md and .png.
 
     Args:
         folder: of everything; a job runs in <folder>/seed-<seed>/<job>.
-        seeds: each runs all jobs.
         jobs: by name, each after those that it builds on.
         rows: of the table, by title; the first is what the others are compared with.
     """
@@ -108,7 +100,6 @@ class Pipeline:
         print_table(results)
 
     def _result(self, title: str, row: Row, seeds: Sequence[int]) -> StrategyResult:
-        """Put the images of all seeds for a row of the table into one result."""
         images: list[dict[str, Any]] = []
         reports = []
         for seed in seeds:
@@ -143,7 +134,6 @@ def _table_row(title: str, result: StrategyResult, base: StrategyResult) -> dict
 
 
 def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a bar for each row with its interval."""
     figure = Figure(figsize=(9, 0.5 * len(table) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     overall = np.array([row["overall"] for row in table])

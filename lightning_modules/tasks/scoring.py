@@ -12,14 +12,13 @@ from lightning import LightningModule, Trainer
 from tqdm import tqdm
 
 from datamodules.geneval_prompts import OFFICIAL_IMAGES, repeated, unofficial
-from datamodules.image_folder import ImageFolderDataModule, Images, PromptFolder, ScoreStore, read, scan, unnumbered
+from datamodules.image_folder import ImageFolderDataModule, Images, ScoreStore, read, scan, unnumbered
 from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
 from lightning_modules.report.pictures import contact_sheet, pick_prompt_indices, save_image
 from lightning_modules.report.results import StrategyResult, result_line, result_row
 from lightning_modules.report.tables import print_table
-from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval_metric import Summary, summarize
 from lightning_modules.rewards.geneval_reward import by_size
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS
@@ -28,17 +27,14 @@ from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS
 class Scoring(LightningModule):
     """Judges the images of a folder in GenEval's layout, and writes results.jsonl, geneval.json and a contact sheet.
 
-    It is a LightningModule so that the Trainer brings device, ranks and progress. Prompts are split over ranks, the
-    result of each is kept in a file of its own, and what has one is not judged again.
+    The Trainer brings device, ranks and progress. Prompts are split over ranks; one with a result is not judged again.
 
     Args:
-        images: the folder.
         evaluator: judges the images. Each of its `independent_judges` becomes a column of results.jsonl and a mean in
             geneval.json, and its `fid` of all images a number there.
-        results: where results of single prompts are kept.
+        results: where results are kept, a file a prompt.
         folder: where the report goes.
         batch_size: prompts a batch, per rank.
-        num_workers: processes that read images.
 
     Raises:
         FileNotFoundError, ValueError: the folder cannot be scored; the sentence names the file.
@@ -74,8 +70,7 @@ class Scoring(LightningModule):
             self.store.open()
         trainer.predict(self, data, return_predictions=False)
         trainer.strategy.barrier("scored")
-        fid = self.evaluator.fid
-        distance = {"fid": self._distance(fid, trainer)} if fid is not None else {}
+        distance = self._distance(trainer)
         if trainer.is_global_zero:
             self._report(trainer, distance)
 
@@ -90,13 +85,10 @@ class Scoring(LightningModule):
         pixels = [image for images in batch for image in images.pixels]
         verdicts = self.geneval.verdicts(rows, pixels, names) if pixels else []
         scores = {name: self._scores(name, rows, pixels) for name in self.evaluator.independent_judges}
-        judged = [
-            {
-                "row": result_row(name, row, verdict) | {judge: values[k] for judge, values in scores.items()},
-                "size": list(image.shape[1::-1]),
-            }
-            for k, (name, row, image, verdict) in enumerate(zip(names, rows, pixels, verdicts, strict=True))
-        ]
+        judged = []
+        for k, (name, row, image, verdict) in enumerate(zip(names, rows, pixels, verdicts, strict=True)):
+            further = {judge: values[k] for judge, values in scores.items()}
+            judged.append({"row": result_row(name, row, verdict) | further, "size": list(image.shape[1::-1])})
         for images in batch:
             own, judged = judged[: len(images.files)], judged[len(images.files) :]
             self.store.save(images.folder, {"judged": own, "warnings": images.notes, "left_out": images.left_out})
@@ -112,31 +104,34 @@ class Scoring(LightningModule):
                 scores[k] = value
         return scores
 
-    def _distance(self, fid: FID, trainer: Trainer) -> float:
-        """FID of all images. It is of the whole set, so it is not kept prompt by prompt; it takes one pass."""
-        rank, world_size = trainer.global_rank, trainer.world_size
+    def _distance(self, trainer: Trainer) -> dict[str, float]:
+        """Measure the FID, if wanted, which is of all images and so not kept prompt by prompt."""
+        rank, world_size, fid = trainer.global_rank, trainer.world_size, self.evaluator.fid
+        if fid is None:
+            return {}
         fid.start(trainer.strategy.root_device, rank, world_size)
         for folder in tqdm(self.folders[rank::world_size], desc="FID", unit="prompt", disable=rank > 0):
             pixels = read(folder, self.geneval.detector.image_size).pixels
             for indices in by_size(pixels):
                 fid.update(np.stack([pixels[k] for k in indices]))
-        return fid.compute()
+        return {"fid": fid.compute()}
 
     def _report(self, trainer: Trainer, distance: Mapping[str, float]) -> None:
-        results = [self._load(folder) for folder in self.folders]
-        judged = [image for result in results for image in result["judged"]]
+        results = []
+        for folder in self.folders:
+            if (kept := self.store.load(folder)) is None:
+                raise ValueError(f"images: {folder.path} has changed while it was scored")
+            results.append(kept)
+        rows = [image["row"] for each in results for image in each["judged"]]
         left_out = [f"{name} has no name like 00000" for name in unnumbered(self.images)]
-        left_out += [sentence for result in results for sentence in result["left_out"]]
-        if not judged:
+        left_out += [sentence for each in results for sentence in each["left_out"]]
+        if not rows:
             raise ValueError(f"images: none of the images of {self.images} can be judged; {left_out[0]}")
-        summary = summarize([image["row"] for image in judged])
-        result = self._result([image["row"] for image in judged], summary, distance)
-        warnings = [*self._incomplete(results), *_absent(summary), *_sizes(judged)]
-        warnings += [sentence for each in results for sentence in each["warnings"]]
+        summary = summarize(rows)
+        result = self._result(rows, summary, distance)
+        warnings = self._warnings(results, summary)
         self._write(result, summary, {"left_out": left_out, "warnings": warnings})
-        for sentence in [*(f"Left out: {sentence}" for sentence in left_out), *warnings]:
-            print(sentence)
-        print(summary)
+        print(*(f"Left out: {sentence}" for sentence in left_out), *warnings, summary, sep="\n")
         print_table({result.name: result})
         scores = {**result.tasks, "overall": result.overall, **result.independent}
         for logger in trainer.loggers:
@@ -158,18 +153,14 @@ class Scoring(LightningModule):
         )
 
     def _write(self, result: StrategyResult, summary: Summary, said: Mapping[str, Any]) -> None:
+        about = {"images": self.images, "judged_by": self.judged_by, "made_with": self.made_with}
         report = {
             "benchmark": "GenEval",
-            "images": self.images,
-            "judged_by": self.judged_by,
-            "made_with": self.made_with,
+            **about,
             "overall": result.overall,
             "interval_95": list(result.interval()),
+            **vars(summary),
             "tasks": {task: vars(score) | {"score": score.score} for task, score in summary.tasks.items()},
-            "total_images": summary.total_images,
-            "total_prompts": summary.total_prompts,
-            "correct_images": summary.correct_images,
-            "correct_prompts": summary.correct_prompts,
             "objects_per_image": result.objects,
             "independent": result.independent,
             **said,
@@ -180,55 +171,32 @@ class Scoring(LightningModule):
         if result.thumbnails:
             save_image(contact_sheet(result), self.folder / "sheet.png")
 
-    def _load(self, folder: PromptFolder) -> dict[str, Any]:
-        result = self.store.load(folder)
-        if result is None:
-            raise ValueError(f"images: {folder.path} has changed while it was scored")
-        return result
-
-    def _incomplete(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What keeps the score from being comparable: prompts or images that are missing or repeated, a phrase each."""
+    def _warnings(self, results: Sequence[Mapping[str, Any]], summary: Summary) -> list[str]:
+        """Say what keeps the score from being comparable: what is missing, repeated, or not as the others are."""
         prompts = [folder.metadata for folder in self.folders]
-        found = repeated(prompts)
+        found, wanted = repeated(prompts), Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
         if tuple(self.geneval.detector.class_names) == CLASS_NAMES:
-            found = unofficial(prompts)
-            wanted = OFFICIAL_IMAGES
-        else:
-            wanted = Counter(len(folder.files) for folder in self.folders).most_common(1)[0][0]
+            found, wanted = unofficial(prompts), OFFICIAL_IMAGES
         promised = (self.made_with or {}).get("prompt_count")
         if isinstance(promised, int) and len(prompts) < promised:
             found.append(f"{len(prompts)} of {promised} prompts have images: they were not made to the end")
-        names = [folder.path.name for folder in self.folders]
-        numbers = range(int(names[0]), int(names[-1]))
-        if gaps := sorted(set(numbers) - set(map(int, names))):
-            found.append(
-                f"from {names[0]} to {names[-1]} the folders of {len(gaps)} numbers are missing, {gaps[0]:05d} first"
-            )
-        return found + [
-            f"{folder.path.name} has {len(result['judged'])} images instead of {wanted}"
-            for folder, result in zip(self.folders, results, strict=True)
-            if len(result["judged"]) != wanted
-        ]
+        first, last = (self.folders[i].path.name for i in (0, -1))
+        if gaps := sorted({*range(int(first), int(last))} - {int(folder.path.name) for folder in self.folders}):
+            found.append(f"from {first} to {last} the folders of {len(gaps)} numbers are missing, {gaps[0]:05d} first")
+        for folder, result in zip(self.folders, results, strict=True):
+            if (count := len(result["judged"])) != wanted:
+                found.append(f"{folder.path.name} has {count} images instead of {wanted}")
+        if absent := [task for task in TASKS if task not in summary.tasks]:
+            found.append(f"no image of {', '.join(absent)} was judged: the overall score leaves that out")
+        sizes = {image["row"]["filename"]: tuple(image["size"]) for result in results for image in result["judged"]}
+        common = Counter(sizes.values()).most_common(1)[0][0]
+        for name, (w, h) in sizes.items():
+            if (w, h) != common:
+                found.append(f"{name} has {w}x{h} pixels, where most have {common[0]}x{common[1]}")
+        return found + [sentence for result in results for sentence in result["warnings"]]
 
     def _thumbnails(self) -> dict[int, np.ndarray]:
-        """The first images of some prompts, no larger than a contact sheet has use for."""
-        shown = {}
-        for index in sorted(pick_prompt_indices(len(self.folders), self.evaluator.sheet_prompts)):
-            images = read(self.folders[index], self.geneval.detector.image_size)
-            if images.pixels:
-                shown[int(self.folders[index].path.name)] = images.pixels[0]
-        return shown
-
-
-def _absent(summary: Summary) -> list[str]:
-    """A sentence if the overall score is not that of all tasks."""
-    absent = [task for task in TASKS if task not in summary.tasks]
-    return [f"no image of {', '.join(absent)} was judged: the overall score leaves that out"] if absent else []
-
-
-def _sizes(judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each image whose size is not that of most."""
-    common = Counter(tuple(image["size"]) for image in judged).most_common(1)[0][0]
-    others = [image for image in judged if tuple(image["size"]) != common]
-    names = [(image["row"]["filename"], image["size"]) for image in others]
-    return [f"{name} has {w}x{h} pixels, where most have {common[0]}x{common[1]}" for name, (w, h) in names]
+        """Read the first images of the prompts on the contact sheet."""
+        indices = sorted(pick_prompt_indices(len(self.folders), self.evaluator.sheet_prompts))
+        images = [read(self.folders[i], self.geneval.detector.image_size) for i in indices]
+        return {int(each.folder.path.name): each.pixels[0] for each in images if each.pixels}

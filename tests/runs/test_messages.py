@@ -180,6 +180,12 @@ def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, overr
     assert str(refused.value).startswith(f"{override.lstrip('+').partition('=')[0]}") and said in str(refused.value)
 
 
+def test_a_distance_needs_references(compose_config: Any) -> None:
+    config: Any = OmegaConf.to_container(compose_config("fid=shapes", "fid.references=null"))
+    with pytest.raises(ValueError, match=r"^fid\.references must be images to compare with, not null$"):
+        refuse_wrong_values(config, config)
+
+
 def test_infinity_is_fine_where_it_means_never(compose_config: Any) -> None:
     for overrides in (["strategies=reflection"], ["experiment=dpo", "module.max_fall=inf"]):
         config = compose_config(*overrides)
