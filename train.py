@@ -94,7 +94,7 @@ class Parts:
     @cached_property
     def trainer(self) -> Trainer:
         if "geneval" in self.callbacks:  # before loggers leave anything
-            self.evaluator.refuse_unfit_judges(training=self.config.task == "fit")
+            self.evaluator.refuse_unfit_strategies(self.module.decoder, training=self.config.task == "fit")
         return trainer_of(self.config, list(self.callbacks.values()))
 
     def build(self, node: DictConfig | None) -> Any:

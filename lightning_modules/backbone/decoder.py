@@ -202,6 +202,7 @@ class Decoder(nn.Module, Keyed):
     image_tokenizer: ImageTokenizer
     feature_layers: tuple[int, ...] = ()  # layers (1 = first) after which hidden states become features for verifiers
     has_likelihood: ClassVar[bool] = False
+    sampling_type: ClassVar[type] = object  # of the settings that `begin` takes; any by default
 
     @property
     def num_tokens(self) -> int:

@@ -44,6 +44,8 @@ class DiffusionSampling:
 class Pixels(ImageTokenizer):
     """Takes pixels for tokens, uint8 [B, 3, H, W]."""
 
+    grid = 1  # the parts of an image cannot be decoded one by one
+
     def encode(self, pixels: Tensor) -> Tensor:
         return (pixels * 255).round().to(torch.uint8)
 
@@ -81,6 +83,8 @@ class DiffusionDecoder(Decoder):
     Raises:
         ImportError, FileNotFoundError: diffusers is not installed; there is no such checkpoint.
     """
+
+    sampling_type = DiffusionSampling
 
     def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
         super().__init__()

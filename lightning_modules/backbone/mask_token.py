@@ -25,6 +25,7 @@ _Known = tuple[Tensor, Tensor, Tensor]
 class MaskTokenDecoder(MaskNetwork):
     """Prompts in, image tokens out, a set of positions a step; see `MaskNetwork` for the arguments."""
 
+    sampling_type = MaskSampling
     max_mask_ratio = 1.0  # scales the masked fraction of images in pre-training (`MaskWarmup`)
     # `grid_pass`, compiled. It belongs to the class: copies of an object would run with its weights.
     compiled_pass: ClassVar[Callable[..., list[Tensor]]]

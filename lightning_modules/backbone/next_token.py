@@ -29,6 +29,7 @@ class NextTokenDecoder(TokenDecoder):
     """
 
     causal = True
+    sampling_type = Sampling
     text_tokenizer: WordTokenizer
 
     def __init__(

@@ -133,10 +133,11 @@ class PathStrategy(Strategy):
 
     def check_decoder(self, decoder: Decoder) -> None:
         super().check_decoder(decoder)
-        wanted = decoder.begin.__annotations__.get("sampling", Any)
-        if wanted is not Any and isinstance(wanted, type) and not isinstance(self.sampling, wanted):
-            given, kind = type(self.sampling).__name__, type(decoder).__name__
-            raise ValueError(f"sampling is a {given}, and a {kind} takes a {wanted.__name__}")
+        if not isinstance(self.sampling, decoder.sampling_type):
+            given, kind, wanted = (
+                each.__name__ for each in (type(self.sampling), type(decoder), decoder.sampling_type)
+            )
+            raise ValueError(f"sampling is a {given}, and a {kind} takes a {wanted}")
 
 
 class VerifierStrategy(PathStrategy):
