@@ -68,7 +68,8 @@ class GenEvalCallback(Callback):
         return Evaluation(decoder, device, self.validation_prompts, self.validation_strategies, {}, with_trace=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.evaluator.prepare(self.evaluation(pl_module, trainer.strategy.root_device, stage == "test"))
+        evaluation = self.evaluation(pl_module, trainer.strategy.root_device, stage == "test")
+        self.evaluator.prepare(evaluation, training=stage == "fit")  # by now the data has said which judges teach
         if stage == "fit" and self.before_training:  # a checkpoint is restored after this
             self._untrained = self.evaluator.judges.copy_trained()
 

@@ -20,21 +20,11 @@ from lightning_modules.rewards.geneval_rules import Verdict
 
 @dataclass(frozen=True)
 class Repaint:
-    """Decodes a part of each image again, in a few steps, and has it judged anew.
+    """Decodes a part of each image again, which tears shapes as in the decoder's own images, and has it judged anew."""
 
-    Shapes are torn by this as they are in the decoder's own images, which no rendered image with a false caption shows,
-    at a fraction of what whole images cost.
-
-    Attributes:
-        strategy: decodes what is not kept, with the first caption as its prompt.
-        reward: its detector says what can be seen then.
-        shares: of the tokens that are decoded again, the least and the most; uniform in between for each image.
-        seed: of the shares and of the decoding.
-    """
-
-    strategy: Strategy
-    reward: GenEvalReward
-    shares: tuple[float, float]
+    strategy: Strategy  # decodes what is not kept, with the first caption as its prompt
+    reward: GenEvalReward  # its detector says what can be seen then
+    shares: tuple[float, float]  # least and greatest fraction of the tokens decoded again; uniform in between
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,15 +33,14 @@ class Repaint:
 
     @torch.no_grad()
     def __call__(self, decoder: TokenDecoder, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `CaptionsDataModule` with `tokens` instead of `image`, and labels that are true of them."""
+        """Return a batch of `CaptionsDataModule` with `tokens` instead of `image`, and their labels."""
         tokenizer = decoder.eval().image_tokenizer
         tokens = tokenizer.encode(batch["image"])
         copies = len(batch["prompt"]) // len(tokens)
         seeds = [image_seed(self.seed, index) for index in batch["group"][::copies].tolist()]
         noise = uniform_noise(seeds, 0, 1 + decoder.num_tokens)[:, 0].to(tokens.device)
         low, high = self.shares
-        share = low + (high - low) * noise[:, :1]
-        fixed = noise[:, 1:] >= share
+        fixed = noise[:, 1:] >= low + (high - low) * noise[:, :1]
         rows = batch["metadata"]
         tokens = self.strategy.decode(decoder, {}, Request(rows[::copies], seeds, tokens, fixed)).tokens
         found = self.reward.detect(to_uint8(tokenizer.decode(tokens)))
@@ -71,11 +60,11 @@ def _columns(verdicts: list[Verdict], grounding: list[np.ndarray]) -> dict[str, 
 
 
 class CaptionsDataModule(StreamDataModule[CaptionPair]):
-    """Batches of B images with two captions each, which stand side by side; see `PARMModule` for the fields.
+    """Batches of B images with two captions each, side by side; see `PARMModule` for the fields.
 
     Args:
         train, validation, train_images, validation_images, batch_size, num_workers: see `StreamDataModule`.
-        repaint: what is done to the images of training batches before they are read; None leaves them as rendered.
+        repaint: changes the images of training batches; None leaves them as rendered.
     """
 
     def __init__(

@@ -1,9 +1,7 @@
 """Prompts about COCO's 80 classes in GenEval's format: the official 553, and others to train and validate on.
 
-No training or validation prompt is official. The class-colour pairs that official prompts name, their unordered class
-pairs (task `two_object`), class-relation-class triples and counts of a class occur in no other split, and validation
-keeps some of the others to itself. "a photo of a bench" and the like have no other split: the official prompts name all
-80 classes, so `single_object` is for evaluation alone.
+No two splits name the same class-colour pair, unordered class pair (task `two_object`), class-relation-class triple or
+count of a class. `single_object` is for evaluation alone: the official prompts name all 80 classes.
 """
 
 import random
@@ -18,7 +16,7 @@ from lightning_modules.rewards.geneval_rules import CLASS_NAMES, COLORS, RELATIO
 
 OFFICIAL_FILE = BUNDLED / "geneval_prompts" / "prompts.jsonl"
 _VALIDATION = {"color": 60, "pair": 300, "triple": 2400, "count": 30}  # combinations that validation keeps to itself
-_PARTNERS = 40  # coloured objects that each one is combined with: of 200,000 combinations 18,000 are enough
+_PARTNERS = 40  # coloured objects that each one is combined with; 18,000 of 200,000 combinations are enough
 
 
 @cache
@@ -43,7 +41,7 @@ def _combinations(row: Metadata) -> Iterable[tuple[str, Hashable]]:
 
 @cache
 def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
-    """Return all prompts of a split, by task; but for the official ones in an order shuffled once and for all."""
+    """Return all prompts of a split by task, the official ones in their order, others in a fixed random one."""
     check_split(split)
     if split == "evaluation":
         return by_task(official_prompts())

@@ -17,17 +17,14 @@ from lightning_modules.broken_files import first_line
 def load_split(path: str, split: str) -> Dataset:
     """Load rows from a folder written by `datasets` (from its split, where it has several), or OWNER/NAME on the hub.
 
-    Raises:
-        FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
-        ValueError: there is no such split.
+    Raises FileNotFoundError if it is not there or the hub cannot be reached, ValueError if it has no such split.
     """
     is_folder = Path(path).is_dir()
     try:
         found = datasets.load_from_disk(path) if is_folder else datasets.load_dataset(path, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         wanted = "no whole folder written by `datasets`" if is_folder else "no folder, nor to be had from the hub"
-        cause = (str(error).splitlines() or [repr(error)])[0]
-        raise FileNotFoundError(f"{path} is {wanted}: {cause}") from None
+        raise FileNotFoundError(f"{path} is {wanted}: {first_line(error)}") from None
     if not isinstance(found, Dataset):
         if split not in found:
             raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, found))}")
@@ -36,7 +33,7 @@ def load_split(path: str, split: str) -> Dataset:
 
 
 def get_rows(cache: ArtifactCache, name: str, key: Key, make: Callable[[], Dataset]) -> Path:
-    """Return the folder of a data set in a cache, which is made first if it is not there; see `ArtifactCache.get`."""
+    """Return the folder of a data set in a cache, which is made if it is not there; see `ArtifactCache.get`."""
 
     def write(partial: Path) -> None:
         rows = make()
@@ -47,11 +44,7 @@ def get_rows(cache: ArtifactCache, name: str, key: Key, make: Callable[[], Datas
 
 
 def load_rows(folder: Path) -> Dataset:
-    """Load the data set of a folder that this project has written.
-
-    Raises:
-        ValueError: a file of it is broken; the sentence names the folder.
-    """
+    """Load what `get_rows` has stored; raises ValueError, naming the folder, if a file of it is broken."""
     try:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -59,10 +52,10 @@ def load_rows(folder: Path) -> Dataset:
 
 
 class StoredDataModule(LightningDataModule):
-    """Loaders of stored rows, and the folders of these in a checkpoint.
+    """Loaders of stored rows; checkpoints keep their folders.
 
     Args:
-        folder: where rows are stored.
+        folder: of all stored rows.
         batch_size: rows a training batch, per rank.
         collect_batch_size: images decoded, encoded or scored at a time; rows a batch of validation and test.
     """
@@ -72,8 +65,7 @@ class StoredDataModule(LightningDataModule):
     def __init__(self, folder: str, batch_size: int, collect_batch_size: int) -> None:
         super().__init__()
         self.cache = ArtifactCache(folder, type(self).__module__)
-        self.batch_size = batch_size
-        self.collect_batch_size = collect_batch_size
+        self.batch_size, self.collect_batch_size = batch_size, collect_batch_size
         self._folders: dict[str, str] = {}  # of each set, as the run has seen it; the name says what made it
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,23 +11,20 @@ from torch.utils.data import DataLoader
 
 from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
 from datamodules.data_sets import load_split
-from datamodules.prompt_templates import Metadata, Split, by_task, pick
+from datamodules.prompt_templates import Metadata, PerTask, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, read_prompts, validate_metadata
 
 OFFICIAL_IMAGES = 4  # of each prompt
 
 
-def prompts_from_coco(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """Return `per_task` prompts of each task, or of those that it names, about COCO's classes; null for all."""
+def prompts_from_coco(split: Split, per_task: PerTask) -> list[Metadata]:
+    """Return prompts about COCO's classes; see `pick`."""
     return pick(prompt_pool(split), per_task)
 
 
 def prompts_from_file(
-    path: str,
-    class_names: Sequence[str] = CLASS_NAMES,
-    official: bool = False,
-    per_task: int | Mapping[str, int] | None = None,
+    path: str, class_names: Sequence[str] = CLASS_NAMES, official: bool = False, per_task: PerTask = None
 ) -> list[Metadata]:
     """Read the prompts of a JSONL file in GenEval's format.
 
@@ -35,11 +32,10 @@ def prompts_from_file(
         path: of the file, or `bundled:geneval_prompts`, the official prompts.
         class_names: classes that prompts may name.
         official: these must be the official 553 prompts, each once.
-        per_task: how many of each task are taken, or of those that it names; null for all.
+        per_task: see `pick`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a broken row; the sentence names file and line. With `official`,
-            prompts that are missing, altered or repeated.
+        FileNotFoundError, ValueError: no such file, a broken row, or other prompts than the `official` ones.
     """
     file = str(OFFICIAL_FILE) if path == f"bundled:{OFFICIAL_FILE.parent.name}" else path
     return _checked(read_prompts(file, tuple(class_names)), path, official, per_task)
@@ -50,21 +46,17 @@ def prompts_from_dataset(
     split: str = "test",
     class_names: Sequence[str] = CLASS_NAMES,
     official: bool = False,
-    per_task: int | Mapping[str, int] | None = None,
+    per_task: PerTask = None,
 ) -> list[Metadata]:
     """Read the prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
 
     Its columns are the keys of GenEval's format (`tag`, `include`, `exclude`, `prompt`), or it has one column,
-    `metadata`, with their JSON. Columns give every clause all keys, those that it lacks as None, and a position's index
-    as text; both are undone.
+    `metadata`, with their JSON.
 
     Args:
         path: of the folder, or name on the hub.
         split: of a data set with several.
-        class_names, official, per_task: see `prompts_from_file`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such data set or split, or a broken row; the sentence names data set and row.
+        class_names, official, per_task: see `prompts_from_file`, also for what is raised.
     """
     rows = []
     for number, stored in enumerate(load_split(path, split)):
@@ -81,7 +73,7 @@ def prompts_from_dataset(
 
 
 def _plain(value: Any) -> Any:
-    """Undo what columns did to a row."""
+    """Undo what columns do to a row: keys that a clause lacks are None there, and a position's index is a text."""
     if isinstance(value, Mapping):
         plain = {key: _plain(item) for key, item in value.items() if item is not None}
         if isinstance(plain.get("position"), list):
@@ -90,16 +82,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _checked(
-    rows: list[Metadata], place: str, official: bool, per_task: int | Mapping[str, int] | None
-) -> list[Metadata]:
+def _checked(rows: list[Metadata], place: str, official: bool, per_task: PerTask) -> list[Metadata]:
     if official and (found := differences(rows)):
         raise ValueError(f"{place}: these are not the official prompts: {'; '.join(found)}")
     return rows if per_task is None else pick(by_task(rows), per_task)
 
 
 def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Say how many prompts occur more than once, and which one most often, in one phrase; none if none does."""
+    """Say in a phrase how many prompts occur more than once, and which one most often; none if none does."""
     counts = Counter(row["prompt"] for row in rows)
     several = sum(count > 1 for count in counts.values())
     prompt, most = next(iter(counts.most_common(1)), ("", 0))
@@ -108,9 +98,8 @@ def repeated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name what sets prompts apart from the official 553, a phrase each: missing, surplus, repeated, altered."""
-    official, distinct = (
-        {json.dumps(row, sort_keys=True): row["tag"] for row in each} for each in (official_prompts(), rows)
-    )
+    both = official_prompts(), rows
+    official, distinct = ({json.dumps(row, sort_keys=True): row["tag"] for row in each} for each in both)
     totals, counts = Counter(official.values()), Counter(distinct.values())
     found = [f"{counts[task]} of {total} {task} prompts" for task, total in totals.items() if counts[task] != total]
     found += repeated(rows)
@@ -132,13 +121,7 @@ def sample_path(prompt: int, sample: int) -> str:
 class PromptsDataModule(LightningDataModule):
     """Images to be made: (index of the prompt, number of the sample, GenEval metadata), those that are not there yet.
 
-    All images of a prompt are one rank's, and no prompt is two ranks'.
-
-    Args:
-        prompts: GenEval metadata.
-        images_per_prompt: samples of each.
-        folder: in GenEval's layout.
-        batch_size: images a batch, per rank.
+    Each prompt is one rank's, with all its images. `folder` has GenEval's layout; `batch_size` is images, per rank.
     """
 
     trainer: Trainer
@@ -148,8 +131,7 @@ class PromptsDataModule(LightningDataModule):
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
         self.prompts, self.images_per_prompt = prompts, images_per_prompt
-        self.folder = Path(folder)
-        self.batch_size = batch_size
+        self.folder, self.batch_size = Path(folder), batch_size
 
     def jobs(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
         """Return all of a rank's images."""

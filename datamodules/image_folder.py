@@ -6,6 +6,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,14 +29,7 @@ _NAMED = 5  # faulty folders that an error names
 
 @dataclass(frozen=True)
 class PromptFolder:
-    """The images of one prompt, not yet read.
-
-    Attributes:
-        path: of the folder.
-        metadata: the prompt.
-        files: names of the images, in `samples`.
-        others: names of what else is there.
-    """
+    """A prompt, the names of its images in `samples`, and of what else is there."""
 
     path: Path
     metadata: dict[str, Any]
@@ -48,45 +42,36 @@ class PromptFolder:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """The prompt and hashes of its images' bytes, as they are when this is first read."""
-        images = {file: _content(self.path / "samples" / file) for file in self.files}
+        """The prompt and hashes of its images, as they are when this is first read."""
+        images: dict[str, str | None] = dict.fromkeys(self.files)  # None for what cannot be read
+        for file in self.files:
+            with suppress(UnreadableImage):
+                images[file] = hash_image(self.path / "samples" / file, file)
         return {"prompt": self.metadata, "images": images, "others": self.others}
-
-
-def _content(path: Path) -> str | None:
-    """Hash a file's bytes; None for one that cannot be read, such as a link that leads nowhere."""
-    try:
-        return hash_image(path, str(path))
-    except UnreadableImage:
-        return None
 
 
 def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
     """Find the prompts of a folder of images, in the order of their numbers.
 
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no prompts, or one of which it cannot be known what was asked, or that has no images; the
-            sentence names the file.
+    Raises FileNotFoundError if there is no such folder, and ValueError, naming files, if it has no prompts, or some
+    without images or valid metadata.
     """
     root = Path(images)
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no folder {images}")
-    folders = sorted(
-        (path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)),
-        key=lambda path: (int(path.name), path.name),
-    )
+    folders = [path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)]
     if not folders:
         raise ValueError(f"images: {images} has no folders 00000, 00001, ... with metadata.jsonl and samples")
     found, complaints = [], []
-    for folder in folders:
+    for folder in sorted(folders, key=lambda path: (int(path.name), path.name)):
         try:
             found.append(_open(folder, class_names))
         except ValueError as error:
             complaints.append(str(error))
+    if len(complaints) > _NAMED:
+        complaints[_NAMED:] = [f"{len(complaints) - _NAMED} more folders have faults"]
     if complaints:
-        more = [f"{len(complaints) - _NAMED} more folders have faults"] if len(complaints) > _NAMED else []
-        raise ValueError("; ".join(complaints[:_NAMED] + more))
+        raise ValueError("; ".join(complaints))
     return found
 
 
@@ -118,25 +103,17 @@ def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one prompt.
-
-    Attributes:
-        folder: where they come from.
-        files: names of those that could be read.
-        pixels: of these, uint8 [H, W, 3] each.
-        notes: what is unusual about one, a sentence each.
-        left_out: why one was not read, a sentence each.
-    """
+    """The images of one prompt."""
 
     folder: PromptFolder
-    files: tuple[str, ...]
-    pixels: tuple[np.ndarray, ...]
-    notes: tuple[str, ...]
-    left_out: tuple[str, ...]
+    files: tuple[str, ...]  # those that could be read
+    pixels: tuple[np.ndarray, ...]  # uint8 [H, W, 3] each
+    notes: tuple[str, ...]  # what is unusual about one, a sentence each
+    left_out: tuple[str, ...]  # why one was not read, a sentence each
 
 
 def read(folder: PromptFolder, side: int | None) -> Images:
-    """Read the images of a prompt; `side` is what the detector needs them to have, pixels, if anything."""
+    """Read the images of a prompt; others than of `side` pixels, if the detector needs that, are left out."""
     files, pixels, notes = [], [], []
     left_out = [f"{folder.name(other)} has no name like 0000.png" for other in folder.others]
     for file in folder.files:
@@ -150,14 +127,13 @@ def read(folder: PromptFolder, side: int | None) -> Images:
         if side is not None and (height, width) != (side, side):
             left_out.append(f"{name} has {width}x{height} pixels, and the detector needs {side}x{side}")
             continue
-        if image.format != "PNG":
-            notes.append(f"{name} is a {image.format} image; lossy compression changes what is detected")
-        if image.mode != "RGB":
-            notes.append(f"{name} has the mode {image.mode} and was converted to RGB")
-        if image.transparent:
-            notes.append(f"{name} is transparent in parts, which were laid on white")
-        if image.turned:
-            notes.append(f"{name} was turned upright, as its EXIF data say")
+        unusual = {
+            f"is a {image.format} image; lossy compression changes what is detected": image.format != "PNG",
+            f"has the mode {image.mode} and was converted to RGB": image.mode != "RGB",
+            "is transparent in parts, which were laid on white": image.transparent,
+            "was turned upright, as its EXIF data say": image.turned,
+        }
+        notes += [f"{name} {note}" for note, holds in unusual.items() if holds]
         files.append(file)
         pixels.append(image.pixels)
     return Images(folder, tuple(files), tuple(pixels), tuple(notes), tuple(left_out))
@@ -168,14 +144,9 @@ def _read_all(side: int | None, folders: Sequence[PromptFolder]) -> list[Images]
 
 
 class ScoreStore:
-    """Results of prompts, a file each, written whole or not at all, so that a killed scoring is resumed.
+    """Results of prompts, a file each, so that a killed scoring is resumed; several processes can use it at once.
 
-    Several processes can use it at once. What is complete can be read where nothing can be written.
-
-    Args:
-        root: of all results.
-        judged_by: what decides the results; with anything else they are other results.
-        module: name of the module that judges; see `ArtifactCache`.
+    `judged_by` is all that decides the results; for `root` and `module` see `ArtifactCache`.
     """
 
     def __init__(self, root: str, judged_by: Mapping[str, Any], module: str = __name__) -> None:
@@ -187,7 +158,7 @@ class ScoreStore:
         self._parts.open()
 
     def load(self, folder: PromptFolder) -> dict[str, Any] | None:
-        """Return the result of a prompt; None if there is none of these images yet, or none that can be read."""
+        """Return the result of a prompt; None if these images have none yet, or none that can be read."""
         path = self._path(folder)
         result = read_json(path) if path.is_file() else None
         return result if isinstance(result, dict) else None
@@ -203,15 +174,9 @@ class ScoreStore:
 class ImageFolderDataModule(LightningDataModule):
     """Batches of prompts with all their images, those in which a prompt has no result yet.
 
-    Prompt i is rank i modulo the number of ranks' own, whatever the others have finished. An interruption changes no
-    batch: networks round a little differently in another one, and results are to be those of an uninterrupted run.
-
-    Args:
-        folders: see `scan`.
-        side: see `read`.
-        store: results so far.
-        batch_size: prompts a batch, per rank.
-        num_workers: processes that read images.
+    Rank r of n has prompts r, r + n, ..., always in the same batches: networks round a little differently in others,
+    and a resumed run is to give the results of an uninterrupted one. `batch_size` is prompts, per rank; for `folders`
+    and `side` see `scan` and `read`.
     """
 
     trainer: Trainer
@@ -231,6 +196,5 @@ class ImageFolderDataModule(LightningDataModule):
         own = self.folders[self.trainer.global_rank :: self.trainer.world_size]
         batches = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         missing: Any = [batch for batch in batches if any(self.store.load(folder) is None for folder in batch)]
-        return DataLoader(
-            missing, batch_size=None, collate_fn=partial(_read_all, self.side), num_workers=self.num_workers
-        )
+        collate = partial(_read_all, self.side)
+        return DataLoader(missing, batch_size=None, collate_fn=collate, num_workers=self.num_workers)

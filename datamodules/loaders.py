@@ -21,17 +21,16 @@ class _BatchesFrom(BatchSampler):
 class ResumableLoader(DataLoader[Any]):
     """A loader that knows its place in the epoch: Lightning saves it, and a resumed run begins with the next batch."""
 
+    batch_sampler: _BatchesFrom
     _served = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self._served % len(self)}  # after the last one a new epoch begins
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        assert isinstance(self.batch_sampler, _BatchesFrom)
         self.batch_sampler.start = state_dict["batches"]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        assert isinstance(self.batch_sampler, _BatchesFrom)
         self._served = self.batch_sampler.start
         for batch in super().__iter__():
             self._served += 1
@@ -50,17 +49,13 @@ def make_loader(
     """Return a loader of this rank's rows (the Trainer must not replace the sampler: `use_distributed_sampler: false`).
 
     Args:
-        dataset: with a length.
-        trainer: knows the rank, the number of ranks and, through `set_epoch`, the epoch that orders a shuffle.
         batch_size: rows a batch, per rank.
-        collate_fn: rows -> batch.
         train: pad to equal length on all ranks; else row i goes to rank i modulo the number of ranks, once.
         shuffle: a new order every epoch, the same after a resume.
         num_workers: processes that load; 0 loads in the main process.
     """
     rank, world_size = trainer.global_rank, trainer.world_size
-    total = len(dataset)  # type: ignore[arg-type]
-    sampler: Any = range(rank, total, world_size)
+    sampler: Any = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
     if train:
         sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=0)
     return ResumableLoader(

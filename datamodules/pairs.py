@@ -27,22 +27,15 @@ LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  
 class PairRule:
     """How rollouts of a prompt become pairs.
 
-    Attributes:
-        per_prompt: pairs of a prompt at most, widest margins first, no image twice; 1 is best against worst, null every
-            pair over the margin.
-        min_margin: pairs whose scores differ by less are not made.
-        surplus_penalty: taken from the score for each object that the prompt does not ask for, at most twice. GenEval
-            counts surplus only in its counting task, so a policy aligned to it alone learns to add objects.
-        weigh_margins: the loss of a pair is weighed by its margin, beside the balance over tasks.
-        max_weight: no pair counts for more than so many average ones. A task that the policy nearly masters yields a
-            handful of pairs: if these had a sixth of the loss, they would drown all others.
+    Surplus objects cost something because GenEval counts them in one task only: a policy aligned to it alone learns to
+    add objects. Weights are limited because a nearly mastered task has few pairs, which would drown all others.
     """
 
-    per_prompt: int | None = 1
-    min_margin: float = 0.05
-    surplus_penalty: float = 0.1
-    weigh_margins: bool = False
-    max_weight: float = 3.0
+    per_prompt: int | None = 1  # at most, widest margins first, no image twice; None takes every pair over the margin
+    min_margin: float = 0.05  # between the scores of a pair
+    surplus_penalty: float = 0.1  # taken from the score for each object that the prompt does not ask for, at most twice
+    weigh_margins: bool = False  # the loss of a pair is weighed by its margin, beside the balance over tasks
+    max_weight: float = 3.0  # of a pair, where the average is 1
 
     def __post_init__(self) -> None:
         if self.per_prompt is not None and self.per_prompt < 1:
@@ -69,18 +62,10 @@ def make_pairs(
     surplus: Sequence[int],
     rule: PairRule,
 ) -> tuple[list[Pair], Counter[str]]:
-    """Pair the rollouts of each prompt, widest margins first.
+    """Pair the rollouts of each prompt by their scores and numbers of surplus objects, widest margins first.
 
-    Args:
-        prompt_index: which rollouts belong together.
-        tokens: the images.
-        scores: higher is better.
-        surplus: objects that the prompt did not ask for.
-        rule: how to pair.
-
-    Returns:
-        The pairs, and what was dropped: `duplicates` (rollouts), `ties` (pairs under the margin) and prompts with `no
-        contrast`.
+    Returns the pairs, and how many `duplicates` (rollouts), `ties` (pairs under the margin) and prompts with `no
+    contrast` were dropped.
     """
     groups: defaultdict[int, list[int]] = defaultdict(list)
     dropped: Counter[str] = Counter()
@@ -105,10 +90,7 @@ def make_pairs(
 
 
 def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list[float]:
-    """Weigh pairs so that tasks have equal totals, divided within each by `shares`, and no weight is over `limit`.
-
-    Without the limit they are 1 on average.
-    """
+    """Weigh pairs, 1 on average, so that tasks have equal totals, divided by `shares`; then limit each weight."""
     total: defaultdict[str, float] = defaultdict(float)
     for task, share in zip(tasks, shares, strict=True):
         total[task] += share
@@ -118,7 +100,7 @@ def balance(tasks: Sequence[str], shares: Sequence[float], limit: float) -> list
 
 @torch.no_grad()
 def reference_log_probs(decoder: TokenDecoder, pairs: Mapping[str, list[Any]]) -> dict[str, list[float]]:
-    """Return log p of the `chosen` and the `rejected` images of some pairs."""
+    """Return log p of the `chosen` and of the `rejected` images."""
     device = next(decoder.parameters()).device
     chosen, rejected = (torch.tensor(pairs[side], device=device) for side in SIDES)
     chosen, rejected = decoder.pair_log_probs(pairs["prompt"], chosen, rejected, pairs["seed"])
@@ -159,25 +141,22 @@ class PairsDataModule(StoredDataModule):
     def _with_reference(self, pairs: Dataset, decoder: TokenDecoder) -> Dataset:
         """Add `ref_chosen` and `ref_rejected`, each side's log-probability under `decoder`, and which decoder it is.
 
-        They are computed where and in the precision in which the policy will be trained: where that is the reference,
-        they are the same to the last bit.
+        Device and precision are those of training: a policy that is the reference gives the same to the last bit.
         """
         made_for = [fingerprint(decoder)] * len(pairs)
         pairs = pairs.add_column("seed", list(range(len(pairs)))).add_column("decoder", made_for)
         strategy = self.trainer.strategy
         strategy.precision_plugin.convert_module(decoder.eval().to(strategy.root_device))
-        starts = range(0, len(pairs), self.collect_batch_size)
+        size = self.collect_batch_size
+        batches = tqdm(pairs.iter(size), "Reference log-probabilities", -(-len(pairs) // size), unit="batch")
         with strategy.precision_plugin.forward_context():
-            parts = [
-                reference_log_probs(decoder, pairs[start : start + self.collect_batch_size])
-                for start in tqdm(starts, desc="Reference log-probabilities", unit="batch")
-            ]
+            parts = [reference_log_probs(decoder, batch) for batch in batches]
         for side in SIDES:
             pairs = pairs.add_column(f"ref_{side}", [value for part in parts for value in part[side]])
         return pairs
 
     def predict_dataloader(self) -> list[Any]:
-        """Make the pairs with the models as they are and say how many, and where; no batches are left to predict."""
+        """Make the pairs with the models as they are, and say how many and where; no batches are left to predict."""
         for name in ("train", "validation"):
             pairs = self._pairs(name)
             rank_zero_info(f"{name}: {len(pairs)} pairs in {Path(pairs.cache_files[0]['filename']).parent}")

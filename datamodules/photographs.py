@@ -19,16 +19,9 @@ class Photograph:
 
 
 class Photographs(Keyed):
-    """The middle squares of the PNG, JPEG and WebP images in a folder and those below it, by their number.
+    """The middle squares, resized to `side` pixels, of the PNG, JPEG and WebP images in a folder and those below it.
 
-    Hidden files and folders (.name) hold no references.
-
-    Args:
-        folder: of the images.
-        side: pixels along each side.
-
-    Raises:
-        FileNotFoundError: there are none.
+    What is hidden (.name) is left out. Raises FileNotFoundError if there are none.
     """
 
     def __init__(self, folder: str, side: int) -> None:
@@ -40,11 +33,9 @@ class Photographs(Keyed):
         self.side = side
 
     def cache_key(self) -> dict[str, Any]:
-        """The bytes of the files, in their order, and the size they are cut to."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return {"class": class_name(self), "sha256": digest.hexdigest()[:16], "side": self.side}
+        """The bytes of the files, in their order, and their size."""
+        hashes = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in self.files)
+        return {"class": class_name(self), "sha256": hashlib.sha256(hashes).hexdigest()[:16], "side": self.side}
 
     def __len__(self) -> int:
         return len(self.files)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -29,22 +28,11 @@ from lightning_modules.jsonl import read_jsonl
 
 _LARGEST_WEIGHT = 1e6  # what is larger is a mistake, and overflows sooner or later
 _ORDER = {1: 1, 0: -1, 0.5: None}  # step through (`chosen`, `rejected`) that gives the better one first, by the label
+_Side = tuple[ImageSource, str] | list[int]  # an image that has yet to be read and its name in errors, or tokens
 
 
-@dataclass(frozen=True)
-class _Image:
-    """An image that has yet to be read, and its name in errors."""
-
-    source: ImageSource
-    name: str
-
-
-_Side = _Image | list[int]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A row whose form is right; its images have yet to be read. The chosen side comes first."""
+class _Pair(NamedTuple):
+    """A row of the right form, the chosen side first."""
 
     prompt: str
     sides: list[_Side]
@@ -66,36 +54,28 @@ class PreferenceFile:
     """A JSONL file, a folder written by `datasets`, or a data set on the Hugging Face hub.
 
     Images are paths (relative to the JSONL file), image columns of `datasets`, or columns of encoded images (`binary`);
-    where a value is a list of numbers instead, these are image tokens. A column `weight` says how much each pair
-    counts; without it all count alike.
+    lists of whole numbers are image tokens. A column `weight` says how much each pair counts, 1 without it.
 
-    Attributes:
-        path: of the file or folder, or name on the hub.
-        split: of a data set with several.
-        columns: names of the columns for `prompt`, `chosen` and `rejected`. One for `label`, if it is named, says which
-            image is chosen: 1 the one of the column `chosen`, 0 that of `rejected`, .5 neither (a tie, left out).
+    `columns` names those for `prompt`, `chosen`, `rejected` and, if there is one, `label`: 1 where the image of the
+    column `chosen` is better, 0 where that of `rejected` is, .5 for a tie, which is left out.
 
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: a column is not named, or the file is not JSONL.
+    Raises FileNotFoundError if there is no such file or folder, ValueError if a column is not named or a file no JSONL.
     """
 
-    path: str
-    split: str
+    path: str  # of the file or folder, or name on the hub
+    split: str  # of a data set with several
     columns: Mapping[str, str | None]
 
     def __post_init__(self) -> None:
         needed = ("prompt", *SIDES)
-        for name in needed:
-            if not self.columns.get(name):
-                raise ValueError(f"data.columns must name the column for {name!r}")
+        if missing := [name for name in needed if not self.columns.get(name)]:
+            raise ValueError(f"data.columns must name the column for {missing[0]!r}")
         if unknown := set(self.columns) - {*needed, "label"}:
             raise ValueError(f"data.columns: {min(unknown)!r} is none of {', '.join(needed)}, label")
-        path = Path(self.path)
         on_hub = not self._is_jsonl and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.path)
-        if not on_hub and not path.exists():
+        if not on_hub and not Path(self.path).exists():
             raise FileNotFoundError(f"there is no preference file or folder {self.path}")
-        if path.is_file() and not self._is_jsonl:
+        if Path(self.path).is_file() and not self._is_jsonl:
             raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
 
     @property
@@ -113,17 +93,13 @@ class PreferenceFile:
             yield from read_jsonl(self.path)
             return
         rows = load_split(self.path, self.split)
-        with _naming(self.path):
-            for column in self._named.values():
-                if column not in rows.column_names:
-                    raise ValueError(f"there is no {column!r}; the columns are: {', '.join(rows.column_names)}")
+        for column in self._named.values():
+            if column not in rows.column_names:
+                columns = ", ".join(rows.column_names)
+                raise ValueError(f"{self.path}: there is no {column!r}; the columns are: {columns}")
         used = {*self._named.values(), "weight", "decoder"}
         rows = rows.select_columns([name for name in rows.column_names if name in used])
-        # Undecoded, so that a broken image is found here, with its row.
-        for name, feature in rows.features.items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(name, datasets.Image(decode=False))
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows.to_iterable_dataset().decode(False)):  # so a broken image is named by its row
             yield f"{self.path}, row {number}", row
 
     def _pairs(self, doing: str) -> Iterator[tuple[str, _Pair | None]]:
@@ -134,6 +110,7 @@ class PreferenceFile:
             yield place, pair
 
     def _pair(self, row: Any) -> _Pair | None:
+        """Check the form of a row."""
         if not isinstance(row, Mapping):
             raise ValueError(f"not an object but {short(row)}")
         for column in self._named.values():
@@ -158,26 +135,21 @@ class PreferenceFile:
                 if type(token) is not int:
                     raise ValueError(f"token {short(token)} is not a whole number")
             return value
-        is_stored = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
-        if is_stored and value["bytes"] is None:
-            value = value["path"]
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+            value = value["path"] if value["bytes"] is None else value["bytes"]
         if isinstance(value, str):
-            return _Image(Path(self.path).parent / value, value)
-        if isinstance(value, bytes) or is_stored:
-            return _Image(value, f"the image in {column!r}")
+            return Path(self.path).parent / value, value
+        if isinstance(value, bytes):
+            return value, f"the image in {column!r}"
         raise ValueError(f"{column!r} holds neither an image nor tokens but {short(value)}")
 
     def cache_key(self) -> str:
-        """Hash all that pairs are made of: prompts, the bytes of images, tokens, weights, and their order.
-
-        Raises:
-            ValueError: see `encode`.
-        """
+        """Hash all that pairs are made of, with their order and the bytes of images; raises what `encode` does."""
         digest = hashlib.sha256()
         for place, pair in self._pairs("Looking for changes in"):
             if pair is not None:
                 with _naming(place):
-                    sides = [hash_image(s.source, s.name) if isinstance(s, _Image) else s for s in pair.sides]
+                    sides = [hash_image(*side) if isinstance(side, tuple) else side for side in pair.sides]
                 digest.update(json.dumps([pair.prompt, *sides, pair.weight, pair.decoder]).encode())
         return digest.hexdigest()[:16]
 
@@ -185,13 +157,11 @@ class PreferenceFile:
         """Check every row and encode its images: `prompt`, `chosen`, `rejected` (tokens) and `weight`.
 
         Raises:
-            ValueError: no rows, or a row with a missing column, a prompt that is no text or has unknown words, an
-                unreadable image, tokens that are out of range or too few or many, an unknown label, twice the same
-                image, or made for another decoder; it names file and row.
+            ValueError: there are no rows, a row is not of the right form, has unknown words, an unreadable image or
+                twice the same one, or was made for another decoder; the sentence names file and row.
         """
         tokenizer, policy = decoder.image_tokenizer, fingerprint(decoder)
-        made: dict[str, list[Any]] = {"prompt": [], "weight": []}
-        places: list[str] = []
+        made: list[tuple[str, str, float]] = []  # place, prompt and weight
         tokens: list[list[int]] = []  # chosen and rejected in turn
         pending: list[list[int] | np.ndarray] = []
         ties = 0
@@ -204,23 +174,23 @@ class PreferenceFile:
                     raise ValueError("this pair was made for another decoder")
                 decoder.check_prompts([pair.prompt])
                 pending += [_content(side, tokenizer) for side in pair.sides]
-            places.append(place)
-            made["prompt"].append(pair.prompt)
-            made["weight"].append(pair.weight)
+            made.append((place, pair.prompt, pair.weight))
             if len(pending) >= batch_size:
                 tokens += _encode(pending, tokenizer)
                 pending = []
         tokens += _encode(pending, tokenizer)
-        if not places:
+        if not made:
             raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
         if ties:
-            rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(places)} pairs")
-        if not any(made["weight"]):
+            rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(made)} pairs")
+        places, prompts, weights = zip(*made, strict=True)
+        if not any(weights):
             raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
-        for place, chosen, rejected in zip(places, tokens[::2], tokens[1::2], strict=True):
+        columns = {"prompt": prompts, "weight": weights, "chosen": tokens[::2], "rejected": tokens[1::2]}
+        for place, chosen, rejected in zip(places, columns["chosen"], columns["rejected"], strict=True):
             if chosen == rejected:
                 raise ValueError(f"{place}: chosen and rejected are the same image, token by token")
-        return Dataset.from_dict({**made, "chosen": tokens[::2], "rejected": tokens[1::2]})
+        return Dataset.from_dict(columns)
 
 
 def _prompt(value: Any) -> str:
@@ -235,8 +205,8 @@ def _prompt(value: Any) -> str:
 
 def _content(side: _Side, tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
     """Read an image, uint8 [H, W, 3], or check tokens."""
-    if isinstance(side, _Image):
-        return fit_square(read_image(side.source, side.name).pixels, tokenizer.image_size)
+    if isinstance(side, tuple):
+        return fit_square(read_image(*side).pixels, tokenizer.image_size)
     if len(side) != tokenizer.num_tokens:
         raise ValueError(f"{len(side)} tokens, where an image has {tokenizer.num_tokens}")
     for token in side:
@@ -255,12 +225,7 @@ def _encode(sides: list[list[int] | np.ndarray], tokenizer: ImageTokenizer) -> l
 
 
 class PreferenceFilesDataModule(PairsDataModule):
-    """Pairs from files; the reference is the decoder as it is before training.
-
-    Args:
-        train, validation: where they are; images are encoded once.
-        folder, collect_batch_size, batch_size: see `StoredDataModule`.
-    """
+    """Pairs from files, encoded once; the reference is the decoder as it is before training."""
 
     def __init__(
         self, train: PreferenceFile, validation: PreferenceFile, folder: str, collect_batch_size: int, batch_size: int

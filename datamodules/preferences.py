@@ -59,14 +59,12 @@ class PreferencesDataModule(PairsDataModule):
 
     Args:
         judges: of the run.
-        scores: what makes one image better than another: weights of judges, such as `geneval` (all is right), `clauses`
-            (the fraction of what the prompt asks that is), `strict` (and counts are exact) or `parm`; a verifier's
-            value counts as a probability.
-        train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set, so
-            that a set of verified ones proposes what is chosen.
+        scores: what makes an image better than another: weights of judges, such as `geneval` (all is right), `clauses`
+            (the fraction of what the prompt asks that is), `strict` (and counts are exact) or `parm`.
+        train: sets of rollouts, by name, over the same prompts; images of one prompt are paired whatever their set.
         validation: rollouts of prompts that are neither trained nor evaluated on.
         rule: how rollouts become pairs.
-        reference: whose log-probabilities pairs are given: the policy's at the start of the `round` or of the `run`.
+        reference: the policy at the start of the `round` or of the `run`.
         seed: of all images.
         folder, collect_batch_size, batch_size: see `StoredDataModule`.
     """
@@ -89,28 +87,22 @@ class PreferencesDataModule(PairsDataModule):
         super().__init__(folder, batch_size, collect_batch_size)
         if reference not in ("round", "run"):
             raise ValueError(f"data.reference must be 'round' or 'run', not {reference!r}")
-        self.judges, self.scores = judges, scores
-        self.train, self.validation = train, validation
-        self.rule, self.reference, self.seed = rule, reference, seed
+        self.judges, self.scores, self.rule = judges, scores, rule
+        self.train, self.validation, self.reference, self.seed = train, validation, reference, seed
         self._start: dict[str, Tensor] | None = None  # all weights before training, where they are needed again
         self._start_key = ""
-
-    @property
-    def teachers(self) -> set[str]:
-        """Names of the judges that have a say in what is trained on."""
-        proposing = {name for spec in self.train.values() for name in spec.strategy.judge_names}
-        return {name for name, weight in self.scores.items() if weight} | proposing
 
     def setup(self, stage: str) -> None:
         """Refuse scores of unknown judges; keep the weights before training, if they are a reference.
 
-        Lightning calls this before it restores a checkpoint, so that a resumed run has the same reference, and a
-        checkpoint can be tested on the validation pairs of its run where these are gone.
+        Lightning restores checkpoints after this, so a resumed run has the same reference, and a checkpoint can be
+        tested on the validation pairs of its run where these are gone.
         """
         asked = {f"data.train.{name}.strategy": spec.strategy.judge_names for name, spec in self.train.items()}
         self.judges.refuse_unknown({"data.scores": self.scores, **asked})
         if stage == "fit":
-            self.judges.teachers |= self.teachers
+            scoring = {name for name, weight in self.scores.items() if weight}
+            self.judges.teachers |= scoring.union(*(spec.strategy.judge_names for spec in self.train.values()))
         restored = stage == "test" and not self._folders  # a checkpoint may follow
         if restored or (self.reference == "run" and stage == "fit"):
             module: Any = self.trainer.lightning_module
@@ -124,17 +116,16 @@ class PreferencesDataModule(PairsDataModule):
         known = self._folders.get(key)
         folder = self.cache.find(known) if known else None
         if folder is None:
-            specs = self.train if name == "train" else {"plain": self.validation}
             if known and (round_index or self._start is None):
                 raise self.cache.gone(known)
             with self._before_training() if known else nullcontext():
-                folder = self._make(name, specs, round_index)
+                folder = self._make(name, round_index)
         self._folders[key] = str(folder.absolute())
         return load_rows(folder)
 
     @contextmanager
     def _before_training(self) -> Iterator[None]:
-        """Put the weights as they were before training in the place of the present ones: one model is in memory."""
+        """Replace the weights by those before training, for a time: one model is in memory."""
         assert self._start is not None
         module = self.trainer.lightning_module
         present = {key: value.clone() for key, value in module.state_dict().items()}
@@ -144,15 +135,15 @@ class PreferencesDataModule(PairsDataModule):
         finally:
             module.load_state_dict(present)
 
-    def _make(self, name: str, specs: Mapping[str, RolloutSpec], round_index: int) -> Path:
+    def _make(self, name: str, round_index: int) -> Path:
         """Collect rollouts with the policy of this moment, pair them, and give them their reference."""
         decoder: Any = self.trainer.lightning_module.decoder
         seed = image_seed(self.seed, round_index) if round_index else self.seed
         collector = RolloutCollector(decoder, self.judges, self.judges.geneval, seed, self.collect_batch_size)
+        specs = self.train if name == "train" else {"plain": self.validation}
         sets = {set_name: spec.of_round(round_index) for set_name, spec in specs.items()}
         parts = {set_name: collector.parts(self.cache.root, set_name, spec) for set_name, spec in sets.items()}
-        collected = [collector.collect(spec, parts[set_name], self.trainer) for set_name, spec in sets.items()]
-        rollouts = concatenate_datasets(collected)
+        rollouts = concatenate_datasets([collector.collect(sets[key], parts[key], self.trainer) for key in sets])
         made_with = {
             "rollouts": [collector.key(spec) for spec in sets.values()],
             "rule": key_of(self.rule),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Metadata = dict[str, Any]
 Split = Literal["train", "validation", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "evaluation")
+PerTask = int | Mapping[str, int] | None  # prompts of each task, or of those that it names; None is for all
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
@@ -18,7 +19,7 @@ def plural(noun: str) -> str:
 
 
 def clause(name: str, color: str | None = None, count: int = 1) -> Metadata:
-    """Return a clause: so many objects of a class, in one colour if it is given."""
+    """Return a clause: `count` objects of a class, in one colour if it is given."""
     return {"class": name, "count": count, **({"color": color} if color else {})}
 
 
@@ -31,14 +32,10 @@ def _phrase(part: Metadata) -> str:
 
 
 def make_row(task: str, *include: Metadata) -> Metadata:
-    """Return GenEval metadata of a task, with the sentence for its clauses; `counting` excludes one object more.
-
-    In `position` the second clause says where its object is, seen from that of the first: 'a photo of a SECOND left of
-    a FIRST'.
-    """
+    """Return GenEval metadata of a task, with the sentence for its clauses; `counting` excludes one object more."""
     phrases = [_phrase(part) for part in include]
     joined = " and ".join(phrases)
-    if task == "position":
+    if task == "position":  # the second object is seen from the first: "a SECOND left of a FIRST"
         joined = f"{phrases[1]} {include[1]['position'][0]} {phrases[0]}"
     surplus = [part | {"count": part["count"] + 1} for part in include]
     exclude = {"exclude": surplus} if task == "counting" else {}
@@ -57,13 +54,11 @@ def change_clause(row: Metadata, index: int, **changes: Any) -> Metadata:
     return make_row(row["tag"], *include)
 
 
-def pick(pool: Mapping[str, Sequence[Metadata]], per_task: int | Mapping[str, int] | None) -> list[Metadata]:
+def pick(pool: Mapping[str, Sequence[Metadata]], per_task: PerTask) -> list[Metadata]:
     """Pick `per_task` prompts of each task in a pool, or of those that it names, task after task; None is for all.
 
     A task with fewer distinct prompts repeats them in turn: every row is decoded with its own seed.
-
-    Raises:
-        ValueError: `per_task` names a task that the pool lacks, or a number below 1.
+    Raises ValueError for a task that the pool lacks, or a number below 1.
     """
     if per_task is None:
         return [row for prompts in pool.values() for row in prompts]

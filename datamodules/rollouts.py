@@ -35,21 +35,13 @@ _TRAJECTORY = ("previews", "fixed_at")
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """A set of rollouts: every prompt decoded `samples` times by a strategy.
+    """A set of rollouts: every prompt decoded `samples` times by a strategy."""
 
-    Attributes:
-        prompts: GenEval metadata, one row a prompt.
-        samples: images a prompt.
-        strategy: how they are decoded.
-        from_epoch: the epoch from which training uses them; they are collected then, with the PARM of that moment.
-        per_round: prompts of each task that a round of iterative DPO takes; None takes all, every round.
-    """
-
-    prompts: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Mapping[str, Any]]  # GenEval metadata
     samples: int
     strategy: Strategy
-    from_epoch: int = 0
-    per_round: Mapping[str, int] | None = None
+    from_epoch: int = 0  # when they are collected, with the PARM of that moment, and join the training data
+    per_round: Mapping[str, int] | None = None  # prompts of each task that a round of iterative DPO takes; None: all
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -58,7 +50,7 @@ class RolloutSpec:
             raise ValueError(f"per_round names {min(missing)!r}, a task of which there are no prompts")
 
     def of_round(self, round_index: int) -> "RolloutSpec":
-        """Return what a round collects: each task's prompts from where the round before left them."""
+        """Return what a round collects: each task's next prompts after those of the round before."""
         if self.per_round is None:
             return self
         prompts = []
@@ -96,22 +88,14 @@ class RolloutCollector:
 
     The image of (prompt, sample) depends on the seed alone, not on batch size, ranks or interruptions.
 
-    Attributes:
-        decoder, judges: what decodes; judges by name.
-        labels: judges the images.
-        seed: of all images.
-        batch_size: images decoded at a time.
-        store_features: rows also hold what the decoder knew of each token, so that PARM trains without decoder passes.
-            That is 2 x T x F half-precision numbers an image, 74 kB for the shapes decoder. Mask-token decoders store
-            how the grid was filled, and the log-probabilities.
     """
 
     decoder: TokenDecoder
     judges: Judges
-    labels: GenEvalReward
+    labels: GenEvalReward  # judges the images
     seed: int
-    batch_size: int
-    store_features: bool = False
+    batch_size: int  # images decoded at a time
+    store_features: bool = False  # rows also hold what the decoder knew, so that PARM trains without decoder passes
 
     def key(self, spec: RolloutSpec) -> dict[str, Any]:
         """Return what makes a set, apart from the code."""
@@ -126,14 +110,9 @@ class RolloutCollector:
         return all(ArtifactCache(folder).path(*_part(rows)).is_dir() for rows in self._batches(spec))
 
     def collect(self, spec: RolloutSpec, parts: ArtifactCache, trainer: Trainer) -> Dataset:
-        """Collect what is still missing of a set, together with the other ranks, and return all of it.
+        """Collect the batches that a set still lacks, together with the other ranks, and return all of its rows.
 
-        Batches are stored one by one, so that a killed collection is resumed. Between batches SIGTERMException is
-        raised once the Trainer has been asked to stop.
-
-        Returns:
-            Rows with prompt, metadata (JSON), tokens, reward, clauses, grounding, first_unverified, objects (found in
-            the image), seed, prompt_index, sample, settings.
+        Raises SIGTERMException between batches, once the Trainer has been asked to stop.
         """
         batches, rank = self._batches(spec), trainer.global_rank
         # Which batches are a rank's own must not depend on what the other ranks have finished by now.
@@ -155,7 +134,7 @@ class RolloutCollector:
         return [rows[start : start + self.batch_size] for start in rows[:: self.batch_size]]
 
     def _decode(self, spec: RolloutSpec, numbers: range) -> Dataset:
-        """Decode and label the images of some rows."""
+        """Decode and label the images of some rows; `objects` are those found in the image."""
         jobs = [divmod(number, spec.samples) for number in numbers]
         prompts = [spec.prompts[i] for i, _ in jobs]
         seeds = [image_seed(self.seed, i, j) for i, j in jobs]
@@ -180,21 +159,23 @@ class RolloutCollector:
         return Dataset.from_dict(columns | self._features(decoded))
 
     def _ground(self, row: Mapping[str, Any], found: Detections) -> np.ndarray:
-        """Return the words of a prompt that each token of its image shows, [T, max_words]; see `grounding`."""
+        """Mark the words of a prompt that each token of its image shows, [T, max_words]; see `grounding`."""
         names, threshold = self.labels.detector.class_names, self.labels.rules.threshold
         words, tokenizer = self.decoder.word_spans(row["prompt"]), self.decoder.image_tokenizer
         sizes = self.decoder.max_words, tokenizer.grid, tokenizer.image_size
         return grounding(row, found, names, threshold, words, *sizes)
 
     def _features(self, decoded: Decoded) -> dict[str, Any]:
-        """Return columns of what the decoder knew of each token, and of how a grid was filled."""
+        """Return columns of what the decoder knew of the T tokens, and of how a mask-token decoder filled the grid.
+
+        An image has 2 x T x F half-precision numbers of hidden features, or none if there is a trajectory.
+        """
         columns: dict[str, Any] = {}
-        if decoded.trajectory is not None:
-            for name in _TRAJECTORY:
-                columns[name] = getattr(decoded.trajectory, name).cpu().numpy().astype("int32")
+        if (trajectory := decoded.trajectory) is not None:
+            columns = {name: getattr(trajectory, name).cpu().numpy().astype("int32") for name in _TRAJECTORY}
         elif self.store_features:
-            for name in _HIDDEN:
-                columns[name] = [row.tobytes() for row in getattr(decoded.features, name).half().cpu().numpy()]
+            hidden = {name: getattr(decoded.features, name).half().cpu().numpy() for name in _HIDDEN}
+            columns = {name: [row.tobytes() for row in states] for name, states in hidden.items()}
         if self.store_features:
             columns |= {name: getattr(decoded.features, name).cpu().numpy() for name in STATISTICS}
         return columns
@@ -215,14 +196,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         states = [np.frombuffer(row[name], np.float16).reshape(len(row["tokens"]), -1) for row in rows]
         return torch.from_numpy(np.stack(states)).float()
 
-    more: dict[str, Any] = {}
-    if STATISTICS[0] in rows[0]:
-        more["features"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
-        more["features"] |= {name: column(name) for name in STATISTICS}
-    if "previews" in rows[0]:
-        more["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
-    return {
-        **more,
+    batch: dict[str, Any] = {
         "prompt": [row["prompt"] for row in rows],
         "tokens": column("tokens").long(),
         "correct": column("reward").float(),
@@ -231,6 +205,12 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "first_unverified": column("first_unverified"),
         "group": column("prompt_index"),
     }
+    if STATISTICS[0] in rows[0]:
+        batch["features"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
+        batch["features"] |= {name: column(name) for name in STATISTICS}
+    if "previews" in rows[0]:
+        batch["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
+    return batch
 
 
 class RolloutsDataModule(StoredDataModule):
@@ -238,8 +218,7 @@ class RolloutsDataModule(StoredDataModule):
 
     Args:
         judges: of the run; its GenEval labels the images.
-        train: sets of rollouts; set by set they join the training data at their `from_epoch` (with the Trainer's
-            `reload_dataloaders_every_n_epochs: 1`).
+        train: sets that join the training data at their `from_epoch` (`reload_dataloaders_every_n_epochs: 1`).
         validation, test: rollouts of prompts that training does not use.
         folder, collect_batch_size, batch_size: see `StoredDataModule`.
         seed, store_features: see `RolloutCollector`.
@@ -260,19 +239,19 @@ class RolloutsDataModule(StoredDataModule):
         batch_size: int,
     ) -> None:
         super().__init__(folder, batch_size, collect_batch_size)
-        self.judges = judges
-        self.train, self.validation, self.test = train, validation, test
-        self.seed, self.store_features = seed, store_features
+        self.judges, self.seed, self.store_features = judges, seed, store_features
+        self.train, self.sets = train, {**train, "validation": validation, "test": test}
         self._collected: dict[str, Dataset] = {}
 
     def setup(self, stage: str) -> None:
         """Refuse unknown judges before any rollout is made."""
-        specs = {**self.train, "validation": self.validation, "test": self.test}
-        self.judges.refuse_unknown({f"data.{name}.strategy": spec.strategy.judge_names for name, spec in specs.items()})
+        asked = {f"data.{name}.strategy": spec.strategy.judge_names for name, spec in self.sets.items()}
+        self.judges.refuse_unknown(asked)
 
-    def _collect(self, name: str, spec: RolloutSpec) -> Dataset:
+    def _collect(self, name: str) -> Dataset:
         """Return a named set, collected with the models as they are when the run first asks for it."""
         if name not in self._collected:
+            spec = self.sets[name]
             module: Any = self.trainer.lightning_module
             settings = self.seed, self.collect_batch_size, self.store_features
             collector = RolloutCollector(module.decoder, self.judges, self.judges.geneval, *settings)
@@ -286,24 +265,25 @@ class RolloutsDataModule(StoredDataModule):
             self._folders[name] = str(parts.root.absolute())
         return self._collected[name]
 
-    def _rollouts(self, rows: Dataset, train: bool) -> DataLoader[dict[str, Any]]:
+    def _rollouts(self, names: Sequence[str], train: bool = False) -> DataLoader[dict[str, Any]]:
+        rows = concatenate_datasets([self._collect(name) for name in names])
         arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
         arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
         return self._loader(rows.with_format("numpy", columns=arrays, output_all_columns=True), collate, train)
 
     def predict_dataloader(self) -> list[Any]:
         """Collect every set with the models as they are and say how much is correct; no batches are left to predict."""
-        for name, spec in {**self.train, "validation": self.validation, "test": self.test}.items():
-            rows = self._collect(name, spec)
+        for name in self.sets:
+            rows = self._collect(name)
             rank_zero_info(f"{name}: {len(rows)} rollouts, {np.mean(rows['reward']):.3f} correct")
         return []
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        due = [(name, spec) for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
-        return self._rollouts(concatenate_datasets([self._collect(name, spec) for name, spec in due]), train=True)
+        due = [name for name, spec in self.train.items() if spec.from_epoch <= self.trainer.current_epoch]
+        return self._rollouts(due, train=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._rollouts(self._collect("validation", self.validation), train=False)
+        return self._rollouts(["validation"])
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._rollouts(self._collect("test", self.test), train=False)
+        return self._rollouts(["test"])

@@ -1,6 +1,7 @@
 """Training data made on the fly: streams of samples that are functions of their index."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from lightning import LightningDataModule, Trainer
@@ -18,12 +19,12 @@ class Stream(Protocol[Sample_co]):
     def __getitem__(self, index: int) -> Sample_co: ...
 
 
+@dataclass(frozen=True)
 class StreamDataset(Dataset[tuple[int, Sample]]):
     """The first `length` samples of a stream, each with its index."""
 
-    def __init__(self, stream: Stream[Sample], length: int) -> None:
-        self.stream = stream
-        self.length = length
+    stream: Stream[Sample]
+    length: int
 
     def __len__(self) -> int:
         return self.length
@@ -56,19 +57,16 @@ class StreamDataModule(LightningDataModule, Generic[Sample]):
         super().__init__()
         self.train_dataset = StreamDataset(train, train_images)
         self.validation_dataset = StreamDataset(validation, validation_images)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     @staticmethod
     @abstractmethod
     def collate(samples: list[tuple[int, Any]]) -> dict[str, Any]:
-        """Samples with their indices -> a batch."""
+        """Turn samples with their indices into a batch."""
 
     def _loader(self, dataset: StreamDataset[Sample], train: bool) -> DataLoader[dict[str, Any]]:
-        # A stream is random by itself: shuffling would only cost the reproducible order.
-        return make_loader(
-            dataset, self.trainer, self.batch_size, self.collate, train=train, num_workers=self.num_workers
-        )
+        settings = self.trainer, self.batch_size, self.collate
+        return make_loader(dataset, *settings, train, shuffle=False, num_workers=self.num_workers)  # random by itself
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.train_dataset, train=True)

@@ -30,13 +30,12 @@ Key = Mapping[str, Any]
 class ArtifactCache:
     """Files and folders that are found by what made them, wherever their root has moved.
 
-    Each appears whole or not at all. Of several processes that want the same one, one makes it and the others wait.
-    What is there can be read where nothing can be written.
+    Each appears whole or not at all: one process makes it, and others wait. Reading needs no right to write.
 
     Args:
         root: the folder that holds them.
-        module: name of the module that makes them. Its code and that of the classes that a key names are part of the
-            key. Without it the key is all, as for parts, where the name of the whole stands for the code.
+        module: name of the module that makes them: its code and that of the classes in a key become part of the key.
+            Parts need none, because the name of the whole stands for the code.
         made_with: written to `provenance.json` in the root before anything else is.
     """
 
@@ -50,15 +49,10 @@ class ArtifactCache:
         return self.root / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:20]}{dot}{suffix}"
 
     def get(self, name: str, key: Key, make: Callable[[Path], object]) -> Path:
-        """Return the path of an artifact, which is made first if it is not there.
+        """Return the path of an artifact; if it is not there, `make` writes a file or a folder to the path it is given.
 
-        Args:
-            name: its kind, with the suffix of a file.
-            key: all that decides its content but the code, as plain data (`cache_key`).
-            make: writes a file or a folder to the path that it is given.
-
-        Raises:
-            OSError: it is not there and cannot be written; the error names it.
+        `name` is its kind, with the suffix of a file; `key` all that decides its content but the code, as plain data.
+        Raises OSError, naming the artifact, if it cannot be written.
         """
         path = self.path(name, key)
         if not path.exists():
@@ -67,7 +61,7 @@ class ArtifactCache:
         return path
 
     def parts(self, name: str, key: Key) -> "ArtifactCache":
-        """Return a cache of the parts of an artifact, each made by itself, so that a killed run loses one of them."""
+        """Return a cache of the parts of an artifact; a killed run loses one of them at most."""
         return ArtifactCache(self.path(name, key), made_with=self._with_code(key))
 
     def open(self) -> None:
@@ -78,12 +72,7 @@ class ArtifactCache:
             _write_provenance(self.root, self._made_with)
 
     def find(self, known: str, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path | None:
-        """Find an artifact that a checkpoint knows: by its name in the root, then where it was; None if it is gone.
-
-        Args:
-            known: the path at which it was.
-            is_whole: tells whether all of it is at a path.
-        """
+        """Find an artifact that was at `known`: by its name in the root, then there; None if neither `is_whole`."""
         return next((path for path in (self.root / Path(known).name, Path(known)) if is_whole(path)), None)
 
     def gone(self, known: str) -> FileNotFoundError:
@@ -97,13 +86,13 @@ class ArtifactCache:
     def _with_code(self, key: Key) -> Key:
         if not self._module:
             return key
-        modules = {self._module, *_CLASS.findall(json.dumps(key))}
-        return {"code": source_hash(frozenset(modules)), **key}
+        modules = frozenset([self._module, *_CLASS.findall(json.dumps(key))])
+        return {"code": source_hash(modules), **key}
 
 
 @cache
 def source_hash(modules: frozenset[str], project: Path = PROJECT) -> str:
-    """Hash the code of some modules of a project and of all its modules that they import, however indirectly."""
+    """Hash the code of some modules of a project and of all others that they import, however indirectly."""
     code: dict[str, bytes] = {}
     pending = list(modules)
     while pending:
@@ -151,13 +140,9 @@ def refuse_unmarked(folder: Path) -> None:
 
 
 def open_folder(folder: Path, made_with: Key) -> None:
-    """Create a folder that the user names, or make sure that it was made with the same things.
+    """Create a folder that the user names, marked with what it is made with, or make sure that it has this mark.
 
-    What these were is written there before anything else is, so a folder that does not say so is another's.
-
-    Raises:
-        OSError: it cannot be created; the error names it.
-        ValueError: it was made with other things, or by others; the sentence names what differs, or what is there.
+    Raises OSError, naming it, if it cannot be created, and ValueError if it was made with other things or by others.
     """
     refuse_unmarked(folder)
     _write_provenance(folder, made_with)

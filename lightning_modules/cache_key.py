@@ -18,22 +18,17 @@ class Keyed(ABC):
     def cache_key(self) -> Any:
         """Return all that decides its results, as plain data: settings, weights, bytes.
 
-        Two things with equal keys give equal results. What changes no result is not in it: names, paths, devices,
-        sizes of batches, what has been computed so far.
+        What changes no result is not in it: names, paths, devices, sizes of batches, what has been computed so far.
         """
 
 
 def class_name(thing: object) -> str:
-    """Name the class of a thing, with its module: classes of two packages may have one name."""
+    """Name the class of a thing, with its module."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def key_of(value: Any) -> Any:
-    """Return the key of a setting: its own one, that of a dataclass, or the plain value.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """Return the key of a setting: its own, that of a dataclass, or the plain value; raises ValueError for others."""
     if isinstance(value, Keyed):
         return value.cache_key()
     if is_dataclass(value) and not isinstance(value, type):
@@ -50,11 +45,7 @@ def key_of(value: Any) -> Any:
 
 
 def fields_key(thing: Any) -> dict[str, Any]:
-    """Return the key of a dataclass: its class and its fields, except those that its equality leaves out too.
-
-    Raises:
-        ValueError: it is no dataclass, or a field has no key.
-    """
+    """Return the key of a dataclass, its class and the fields it is compared by; raises ValueError for others."""
     if not is_dataclass(thing):
         raise ValueError(f"{class_name(thing)} is no dataclass, so it has to say its cache_key itself")
     compared = {entry.name: getattr(thing, entry.name) for entry in fields(thing) if entry.compare}

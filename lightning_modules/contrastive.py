@@ -1,10 +1,10 @@
 """ContrastiveModule: trains an open_clip model on images, and patches of them, with captions."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn import functional as F
 
 from lightning_modules.optim import OptimizerFactory, TrainedModule
@@ -14,34 +14,20 @@ from lightning_modules.rewards.clip_score import TextTokenizer, cells, image_fea
 class ContrastiveModule(TrainedModule):
     """CLIP's loss (arXiv 2103.00020) on whole images and a patch of each, with a minimally altered caption beside.
 
-    A patch goes with the caption of its image: what is learned is how much likelier what it shows makes this caption
-    than others, log p(caption | patch) / p(caption). That is what reflection asks of a patch; background, which says
-    nothing about any caption, comes out in the middle, what the caption denies below it.
+    A patch goes with its image's caption: what is learned is log p(caption | patch) / p(caption), which is what
+    reflection asks of a patch. Background, which says nothing, comes out in the middle, what is denied below it.
 
     Batches have `image` [B, 3, H, W] in [0, 1], `prompt` (2B strings, a true and an altered caption of each image) and
-    `correct` [2B].
-
-    Args:
-        clip: the open_clip model.
-        tokenizer: of the model.
-        optimizer, warmup_steps: see `TrainedModule`.
-        grids: a patch is a cell of an M x M grid, M drawn from these.
+    `correct` [2B]. A patch is a cell of an M x M grid, M drawn from `grids`; for the rest see `TrainedModule`.
     """
 
     exported_parts = ("clip",)
 
     def __init__(
-        self,
-        clip: nn.Module,
-        tokenizer: TextTokenizer,
-        optimizer: OptimizerFactory,
-        warmup_steps: int,
-        grids: Sequence[int],
+        self, clip: Module, tokenizer: TextTokenizer, optimizer: OptimizerFactory, warmup_steps: int, grids: list[int]
     ) -> None:
         super().__init__(optimizer, warmup_steps)
-        self.clip = clip
-        self.tokenizer = tokenizer
-        self.grids = list(grids)
+        self.clip, self.tokenizer, self.grids = clip, tokenizer, grids
 
     def _similarities(self, batch: dict[str, Any], views: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of V views with the batch's distinct captions [V, U], and the column of each caption [2B]."""
@@ -80,16 +66,13 @@ class ContrastiveModule(TrainedModule):
         images = batch["image"]
         altered_false = ~batch["correct"][1::2].bool()
         logits, columns = self._similarities(batch, images)
-        rows = torch.arange(len(images), device=images.device)
-        true, altered = columns[::2], columns[1::2]
-        metrics = {
-            f"{stage}/accuracy": (logits[rows, true] > logits[rows, altered])[altered_false].float().mean(),
-            f"{stage}/retrieval": (logits.argmax(1) == true).float().mean(),
-        }
+        rows, true, altered = torch.arange(len(images), device=images.device), columns[::2], columns[1::2]
+        scores = {"accuracy": logits}
         for grid in self.grids:
             patches, _ = self._similarities(batch, cells(images, grid).flatten(0, 1))
-            best = patches.view(len(images), grid**2, -1).mean(1)
-            metrics[f"{stage}/accuracy_{grid}x{grid}"] = (
-                (best[rows, true] > best[rows, altered])[altered_false].float().mean()
-            )
+            scores[f"accuracy_{grid}x{grid}"] = patches.view(len(images), grid**2, -1).mean(1)
+        metrics = {f"{stage}/retrieval": (logits.argmax(1) == true).float().mean()}
+        for name, score in scores.items():
+            right = (score[rows, true] > score[rows, altered])[altered_false]
+            metrics[f"{stage}/{name}"] = right.float().mean()
         self.log_dict(metrics, prog_bar=True, sync_dist=True, batch_size=len(images))

@@ -38,22 +38,18 @@ def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
 class DPOModule(TrainedModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
-    Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected`, the
-    log-probabilities that the reference gives them (B numbers, not a tensor: in bfloat16 Lightning would round hundreds
-    of nats to whole ones), `seed` (B numbers) and `weight` [B] of each pair; to refit PARM also the labels of
-    `PARMObjective.losses` for both sides, [2B, ...], chosen ones first.
+    Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected`, their
+    log-probabilities under the reference (B numbers, not a tensor, which Lightning would round in bfloat16), `seed` (B
+    numbers) and `weight` [B] of each pair; to refit PARM also the labels of `PARMObjective.losses` for both sides,
+    [2B, ...], chosen ones first.
 
     Args:
-        decoder: the shared decoder, which is trained.
-        parm: a reward model for verified decoding of the aligned decoder, if any.
-        optimizer, warmup_steps: see `TrainedModule`.
-        loss: of a pair.
+        decoder, parm: the shared decoder, which is trained; the reward model for its verified decoding, if any.
+        optimizer, warmup_steps, loss: see `TrainedModule`; of a pair.
         sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
-        max_fall: training stops when chosen images have become this much less likely than under the reference, nats
-            an image.
-        refit: loss by which PARM learns from the same images, to follow the policy that it reads; null leaves it as it
-            is.
-        refit_lr: learning rate of PARM.
+        max_fall: training stops when chosen images are this much less likely than under the reference, nats an image.
+        refit, refit_lr: loss and learning rate by which PARM learns from the same images, to follow the policy that it
+            reads; null: it does not.
         lora: adapters that are trained instead of the decoder's own weights; null trains these.
     """
 
@@ -73,18 +69,14 @@ class DPOModule(TrainedModule):
         lora: "LoRA | None" = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps)
-        if lora is not None:
-            lora.inject(decoder)
-        self.decoder = decoder
         if refit is not None and parm is None:
             raise ValueError("module.refit needs module.parm, the PARM that learns")
+        if lora is not None:
+            lora.inject(decoder)
+        self.decoder, self.lora = decoder, lora
         self.parm = None if parm is None else parm.requires_grad_(refit is not None)
-        self.loss = loss
-        self.sft_weight = sft_weight
-        self.max_fall = max_fall
-        self.refit = refit
-        self.refit_lr = refit_lr
-        self.lora = lora
+        self.loss, self.sft_weight, self.max_fall = loss, sft_weight, max_fall
+        self.refit, self.refit_lr = refit, refit_lr
         self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
 
     @property
@@ -98,9 +90,8 @@ class DPOModule(TrainedModule):
         return beside_adapters or super()._is_frozen(key)
 
     def measure(self, batch: dict[str, Any], stage: str) -> Tensor:
-        chosen, rejected = self.decoder.pair_log_probs(
-            batch["prompt"], batch["chosen"], batch["rejected"], batch["seed"]
-        )
+        prompts, seeds = batch["prompt"], batch["seed"]
+        chosen, rejected = self.decoder.pair_log_probs(prompts, batch["chosen"], batch["rejected"], seeds)
         reference = (batch["ref_chosen"], batch["ref_rejected"])
         ref_chosen, ref_rejected = torch.tensor(reference, dtype=torch.float32, device=self.device)
         losses = self.loss(chosen, rejected, ref_chosen, ref_rejected)
@@ -128,15 +119,13 @@ class DPOModule(TrainedModule):
         if is_distributed():
             torch.distributed.all_reduce(fall, torch.distributed.ReduceOp.MAX)
         if fall > self.max_fall:
-            raise ValueError(
-                f"chosen images became {fall:.1f} nats less likely than under the reference, more than "
-                f"module.max_fall={self.max_fall}: the policy is collapsing; lower the learning rate or raise beta or "
-                "module.sft_weight"
-            )
+            less = f"chosen images became {fall:.1f} nats less likely than under the reference"
+            advice = "the policy is collapsing; lower the learning rate or raise beta or module.sft_weight"
+            raise ValueError(f"{less}, more than module.max_fall={self.max_fall}: {advice}")
 
     def _refit_loss(self, batch: dict[str, Any]) -> Tensor:
         """Loss of PARM on both sides' images, read by the policy as it is now."""
-        assert self.refit is not None and self.parm is not None
+        assert self.refit and self.parm
         if "correct" not in batch:
             raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
         tokens = torch.cat([batch["chosen"], batch["rejected"]])

@@ -80,8 +80,8 @@ class Evaluator:
         if self.images_per_prompt < 1:
             raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
 
-    def refuse_unfit_judges(self, training: bool = False) -> None:
-        """Raise ValueError, naming the key, for judges that do not exist or cannot do what a strategy asks of them.
+    def refuse_unfit_strategies(self, decoder: Decoder, training: bool = False) -> None:
+        """Raise ValueError, naming the key, for unknown judges and for strategies that these or the decoder cannot do.
 
         In `training`, neither what is trained nor what decides what is trained on is independent.
         """
@@ -96,12 +96,13 @@ class Evaluator:
         for key, strategy in self.strategies.items():
             try:
                 strategy.check_judges(self.judges)
+                strategy.check_decoder(decoder)
             except ValueError as error:
                 raise ValueError(f"strategies.{key}: {error}") from None
 
-    def prepare(self, evaluation: Evaluation) -> None:
+    def prepare(self, evaluation: Evaluation, training: bool = False) -> None:
         """Refuse unknown judges and words, and detectors that fail their test, before any work starts."""
-        self.refuse_unfit_judges()
+        self.refuse_unfit_strategies(evaluation.decoder, training)
         for strategy in self.strategies.values():
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])

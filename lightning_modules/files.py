@@ -22,20 +22,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_read_only(error: OSError) -> bool:
-    """Say if an error means that this user may not write to some place."""
+    """Tell if an error means that this user may not write there."""
     return error.errno in _REFUSED
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a hidden path beside `path`: what is written there, a file or a folder, becomes `path` at the end.
+    """Give a hidden path beside `path`: the file or folder written there becomes `path` at the end.
 
-    Every process has names of its own, so that several can write the same thing at once: files replace one another, and
-    of folders the first stays. After an error nothing is left, and what a process that was killed has left in this
-    folder is removed.
-
-    Raises:
-        OSError: it cannot be written; the error names `path`.
+    Several processes can write the same one at once: the last file stays, and the first folder. After an error nothing
+    is left; what killed processes have left in this folder is removed. Raises OSError, naming `path`.
     """
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +55,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_once(path: Path, make: Callable[[Path], object]) -> None:
-    """Make a file or a folder unless it is there; of several processes that want it, one makes it and the others wait.
+    """Make a file or a folder unless it is there: one process makes it, the others wait. Raises OSError, naming `path`.
 
-    `make` writes it to the path that it is given. Nothing is locked or written if it is there already. Raises OSError,
-    naming `path`, if it cannot be written.
+    `make` writes it to the path that it is given. What is there is neither locked nor written to.
     """
     if path.exists():
         return
@@ -87,7 +82,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have errors in writing `path` name it: libraries name nothing or a temporary file."""
+    """Have errors in writing `path` name it; libraries name nothing, or a temporary file."""
     try:
         yield
     except OSError as error:
@@ -98,14 +93,14 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _machine() -> str:
-    """Name where numbers of processes mean the same: containers can share a machine's name, but not these."""
+    """Name where numbers of processes mean the same: a machine, or one of its containers."""
     namespace = Path("/proc/self/ns/pid")
     return f"{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
 
 @cache
 def _tidy(folder: Path) -> None:
-    """Remove what processes that are no more have left half written in a folder."""
+    """Remove what killed processes have left half written in a folder."""
     for path in folder.glob(".*.partial"):
         if (found := _PARTIAL.fullmatch(path.name)) and _is_abandoned(path, found["machine"], int(found["process"])):
             remove(path)

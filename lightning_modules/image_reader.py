@@ -3,7 +3,7 @@
 import hashlib
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# A path, an encoded image, or what `datasets` stores of one: {"bytes": ..., "path": ...}.
-ImageSource = str | Path | bytes | Mapping[str, Any]
+ImageSource = str | Path | bytes  # a path, or an encoded image
 
 # Other formats that Pillow knows would run programs (EPS), or take almost any bytes for an image (TGA).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
-# How an image of EXIF orientation 2, 3, ... is turned upright. ImageOps.exif_transpose would also write the other EXIF
-# data anew, and fails where one of these is broken.
+# How an image of EXIF orientation 2, 3, ... is turned upright; ImageOps.exif_transpose fails on other broken data.
 _Turn = Image.Transpose
 _TURNS: dict[Any, Image.Transpose] = dict(enumerate((
     _Turn.FLIP_LEFT_RIGHT, _Turn.ROTATE_180, _Turn.FLIP_TOP_BOTTOM, _Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE,
@@ -29,34 +27,25 @@ _TURNS: dict[Any, Image.Transpose] = dict(enumerate((
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be used: one sentence that names it and says why."""
+    """Says in one sentence which image cannot be used, and why."""
 
 
 @dataclass(frozen=True)
 class ReadImage:
-    """An image, and what was done to it.
+    """An image, and what was done to it."""
 
-    Attributes:
-        pixels: uint8 [H, W, 3].
-        format: of the file, as Pillow calls it; MPO is a phone's JPEG with more images behind it.
-        mode: of its pixels before they were converted to RGB.
-        turned: it was turned or mirrored, as its EXIF data say (TIFF images are turned without mention).
-        transparent: parts of it let through what is behind; they were laid on white.
-    """
-
-    pixels: np.ndarray
-    format: str
-    mode: str
-    turned: bool
-    transparent: bool
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    format: str  # of the file, as Pillow calls it; MPO is a phone's JPEG with more images behind it
+    mode: str  # of the pixels before they were converted to RGB
+    turned: bool  # it was turned or mirrored, as its EXIF data say; TIFF images are without mention
+    transparent: bool  # parts of it were, and were laid on white
 
 
 def read_image(source: ImageSource, name: str) -> ReadImage:
-    """Read an image, whose `name` sentences begin with.
+    """Read an image; `name` is its name in errors.
 
-    Raises:
-        UnreadableImage: there is no such file, it is broken or none of `FORMATS`, it moves, has more than 8 bits a
-            pixel and colour, or more pixels than Pillow's limit.
+    Raises UnreadableImage if it is missing, broken, none of `FORMATS`, moves, or has more than 8 bits a colour or more
+    pixels than Pillow's limit.
     """
     with _opened(source, name) as file:
         if not file.read(1):
@@ -81,7 +70,7 @@ def read_image(source: ImageSource, name: str) -> ReadImage:
 
 
 def hash_image(source: ImageSource, name: str) -> str:
-    """Hash an image's bytes, wherever they lie; raises `UnreadableImage` if there are none."""
+    """Hash an image's bytes; raises `UnreadableImage` if they cannot be read."""
     with _opened(source, name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -95,8 +84,6 @@ def fit_square(pixels: np.ndarray, side: int) -> np.ndarray:
 def _opened(source: ImageSource, name: str) -> Iterator[BufferedReader | BytesIO]:
     """Open the bytes of an image; whatever happens while they are open becomes an `UnreadableImage`."""
     try:
-        if isinstance(source, Mapping):
-            source = source["path"] or b"" if source["bytes"] is None else source["bytes"]
         if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("it is no file")  # but a pipe or a device, which might never end
         with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, warnings.catch_warnings():

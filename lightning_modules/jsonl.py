@@ -12,15 +12,11 @@ _GZIP = b"\x1f\x8b"
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Read a UTF-8 file of one JSON value a line; yields each after its place, "file:line".
 
-    Lines end at newlines only: all else that Unicode calls a line separator may stand in a text. Blank lines count, but
-    hold nothing.
-
-    Raises:
-        ValueError: a line is not JSON in UTF-8, or the file cannot be opened.
+    Blank lines count, but hold nothing. Raises ValueError if a line is not JSON in UTF-8, or the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # only a newline ends one, not all that Unicode calls a separator
                 if number == 1 and line.startswith(_GZIP):
                     raise ValueError(f"{path} is compressed; unpack it with gunzip")
                 line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line

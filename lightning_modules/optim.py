@@ -24,19 +24,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def warmup_cosine(module: "ResumableModule", optimizer: Optimizer, warmup_steps: int) -> OptimizerLRSchedulerConfig:
-    """Lightning's optimizer dictionary: linear warm-up, then cosine decay to zero at the last step of the Trainer."""
-    total = module.total_steps()
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        done = (step - warmup_steps) / max(1, total - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
-
-
 class ResumableModule(LightningModule):
     """A LightningModule whose checkpoints leave out frozen parts, which have weight files of their own.
 
@@ -77,13 +64,10 @@ class ResumableModule(LightningModule):
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:  # it lists them all
             own = self.state_dict()
+            shapes = [(key, [*value.shape], [*own[key].shape]) for key, value in state_dict.items() if key in own]
             wrong = [f"{key} is missing" for key in own if key not in state_dict and not self._is_frozen(key)]
             wrong += [f"{key} is not of this module" for key in state_dict if key not in own]
-            wrong += [
-                f"{key} has the shape {list(value.shape)} instead of {list(own[key].shape)}"
-                for key, value in state_dict.items()
-                if key in own and value.shape != own[key].shape
-            ]
+            wrong += [f"{key} has the shape {shape} instead of {want}" for key, shape, want in shapes if shape != want]
             if not wrong:
                 raise
             kind = type(self).__name__
@@ -106,8 +90,8 @@ class ResumableModule(LightningModule):
     def total_steps(self) -> int:
         """Optimizer steps that the Trainer's `max_steps` and `max_epochs` allow.
 
-        An epoch counts as the first one did, in a resumed run as well: its epochs may have other lengths by now, and a
-        Trainer that is asked for their length before it is restored loses its place in the epoch.
+        An epoch counts as the first one did, also when resumed: its epochs may have other lengths by now, and a Trainer
+        that is asked for their length before it is restored loses its place in the epoch.
         """
         trainer = self.trainer
         if trainer.max_epochs in (None, -1):
@@ -120,17 +104,13 @@ class ResumableModule(LightningModule):
 
 
 class TrainedModule(ResumableModule):
-    """A LightningModule that trains with warm-up and cosine decay, and measures alike in validation and in the test.
+    """A LightningModule that measures alike in validation and in the test.
 
-    Args:
-        optimizer: makes the optimizer from parameters.
-        warmup_steps: steps of linear warm-up, then cosine decay to zero.
-
-    Attributes:
-        exported_parts: names of the sub-modules that `task=export` writes; the config nodes that build them have these.
+    `optimizer` makes the optimizer from parameters, for `warmup_steps` of linear warm-up, then cosine decay to zero at
+    the last step of the Trainer.
     """
 
-    exported_parts: tuple[str, ...] = ()
+    exported_parts: tuple[str, ...] = ()  # sub-modules that `task=export` writes, by the config nodes that build them
 
     def __init__(self, optimizer: OptimizerFactory, warmup_steps: int) -> None:
         super().__init__()
@@ -138,7 +118,7 @@ class TrainedModule(ResumableModule):
 
     @property
     def exported(self) -> dict[str, nn.Module]:
-        """The networks that `task=export` writes, by the config node that builds each."""
+        """The networks that `task=export` writes, by config node."""
         return {name: getattr(self, name) for name in self.exported_parts}
 
     def trained(self) -> list[Any]:
@@ -156,16 +136,21 @@ class TrainedModule(ResumableModule):
         self.measure(batch, "test")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return warmup_cosine(self, self.optimizer(self.trained()), self.warmup_steps)
+        optimizer, total = self.optimizer(self.trained()), self.total_steps()
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 def _not_finite(weights: Mapping[str, Any]) -> str | None:
     """The start of a sentence on weights that are NaN or infinite, if there are any."""
-    wrong = [
-        key
-        for key, weight in weights.items()
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.isfinite().all()
-    ]
+    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, Tensor)}
+    wrong = [key for key, weight in tensors.items() if not weight.isfinite().all()]
     return f"weights are not finite: {_first(wrong)}" if wrong else None
 
 

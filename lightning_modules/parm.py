@@ -34,13 +34,12 @@ class PARMObjective:
     """Binary cross-entropy of the value of every prefix against the outcome of the finished image.
 
     Attributes:
-        clause_weight: of the auxiliary loss that asks which clauses of the prompt hold.
-        grounding_weight: of the auxiliary loss that asks which tokens show what which word names.
-        feature_dropout: fraction of the rows in which PARM is not shown the decoder's features given the prompt
-            (`PARM.forward`: not trusted), in training. Where the decoder draws something wrong, these misled it: PARM
-            has to learn to read the image, and the features given the prompt are easier to learn.
-        finished: fraction of the images of mask-token decoders that are read as they are after the last step; others
-            are read after any step. Of next-token decoders one pass reads all prefixes.
+        clause_weight, grounding_weight: of the auxiliary losses that ask which clauses of the prompt hold, and which
+            tokens show what which word names.
+        feature_dropout: fraction of the training rows without the decoder's features given the prompt (`PARM.forward`:
+            not trusted). They are easier to learn than the image, but misled the decoder where it drew something wrong.
+        finished: fraction of the images of mask-token decoders that are read after the last step, others after any. Of
+            next-token decoders one pass reads all prefixes.
     """
 
     clause_weight: float = 0.5
@@ -54,27 +53,18 @@ class PARMObjective:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
 
     def losses(
-        self,
-        parm: PARM,
-        features: DecoderFeatures,
-        labels: Mapping[str, Tensor],
-        trusted: Tensor | None = None,
-        over_ranks: bool = False,
+        self, parm: PARM, features: DecoderFeatures, labels: Mapping[str, Tensor], trusted: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Losses of value (`loss`), clauses and grounding, nats a prediction.
 
-        Args:
-            parm: the reward model.
-            features: about finished images; for a PARM that is not causal, about grids on the way to them.
-            labels: `correct` [B] in {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt
-                does not ask), `first_unverified` [B] (prefixes that end before it are not trained: a verifier
-                steered what came next).
-            trusted: see `PARM.forward`.
-            over_ranks: see `masked_bce`.
+        The features are about finished images; for a PARM that is not causal, about grids on the way to them. Labels
+        are `correct` [B] in {0, 1}, `clauses` [B, C] and `grounding` [B, T, L] (1, 0, or NaN where the prompt does not
+        ask), `first_unverified` [B] (prefixes that end before it are not trained: a verifier steered what came next).
+        `trusted` (see `PARM.forward`) is given in training, where the means are those over the targets of all ranks.
         """
+        over_ranks = trusted is not None
         logits, clause_logits, match_logits = parm(features, trusted)
-        known = torch.ones_like(features.log_probs, dtype=torch.bool)
-        trained = torch.ones_like(logits, dtype=torch.bool)
+        known, trained = (torch.ones_like(each, dtype=torch.bool) for each in (features.log_probs, logits))
         if features.undecided is not None:
             known = ~features.undecided
         else:
@@ -91,7 +81,7 @@ class PARMObjective:
         """Return the losses under feature dropout, and their weighted sum (`total`)."""
         log_probs = features.log_probs
         trusted = uniform_rows(len(log_probs), device=log_probs.device) >= self.feature_dropout
-        losses = self.losses(parm, features, labels, trusted, over_ranks=True)
+        losses = self.losses(parm, features, labels, trusted)
         auxiliary = self.clause_weight * losses["clause_loss"] + self.grounding_weight * losses["grounding_loss"]
         return losses | {"total": losses["loss"] + auxiliary}
 
@@ -100,15 +90,9 @@ class PARMModule(TrainedModule):
     """Trains the reward model; measures how well it ranks images of one prompt.
 
     Batches have `prompt` (B strings), `tokens` [B, T] or `image` (fewer where neighbours share one), the labels of
-    `PARMObjective.losses` and `group` [B] (index of the prompt). With `features`, what the decoder knew of the tokens
-    when it drew them, no decoder pass is needed. Batches of mask-token decoders have a `trajectory`, and of the
-    features the statistics alone: what was seen on the way takes a pass with what was unknown then.
-
-    Args:
-        decoder: the shared decoder, frozen here.
-        parm: the reward model.
-        optimizer, warmup_steps: see `TrainedModule`.
-        objective: the loss.
+    `PARMObjective.losses` and `group` [B] (index of the prompt). `features`, from when the tokens were drawn, save the
+    decoder pass. Batches of mask-token decoders have a `trajectory`, and of the features the statistics alone. The
+    decoder is frozen here. For `optimizer` and `warmup_steps` see `TrainedModule`.
     """
 
     exported_parts = ("parm",)
@@ -129,8 +113,7 @@ class PARMModule(TrainedModule):
             wanted = str(decoder.causal).lower()
             raise ValueError(f"parm.module.causal must be {wanted} for a {type(decoder).__name__}")
         self.decoder = decoder.eval().requires_grad_(False)
-        self.parm = parm
-        self.objective = objective
+        self.parm, self.objective = parm, objective
         self.ranking = torch.nn.ModuleDict({name: RankingMetric() for name in self.verifiers})
 
     @property
@@ -153,12 +136,10 @@ class PARMModule(TrainedModule):
 
     def measure(self, batch: dict[str, Any], stage: str) -> None:
         lengths = tenths(self.decoder.num_tokens)
-        if self.parm.causal:  # one pass shows every prefix
-            seen = [self._features(batch)]
-        else:
-            with isolate_rng():
-                torch.manual_seed(0)
-                seen = [self._features(batch, length / self.decoder.num_tokens) for length in lengths]
+        on_the_way = [length / self.decoder.num_tokens for length in lengths]
+        with isolate_rng():
+            torch.manual_seed(0)  # of causal ones one pass shows every prefix
+            seen = [self._features(batch, fraction) for fraction in ([None] if self.parm.causal else on_the_way)]
         for features in seen:
             losses = self.objective.losses(self.parm, features, batch)
             named = {f"{stage}/{name}": loss for name, loss in losses.items()}
@@ -172,12 +153,11 @@ class PARMModule(TrainedModule):
             assert isinstance(metric, RankingMetric)
             result = metric.compute()
             metric.reset()
-            log = {f"{stage}/{name}/auc_{10 * i}": auc for i, auc in enumerate(result["auc"], 1)}
-            log[f"{stage}/{name}/chosen"] = result["chosen"][-1]
-            log[f"{stage}/{name}/ece"] = result["ece"][-1]
-            log[f"{stage}/{name}/ece_50"] = result["ece"][len(result["ece"]) // 2 - 1]
-            self.log_dict(log, sync_dist=True)
-            self.log(f"{stage}/{name}/auc", result["auc"][-1], prog_bar=True, sync_dist=True)
+            auc, chosen, ece = result["auc"], result["chosen"], result["ece"]
+            log = {f"auc_{10 * i}": each for i, each in enumerate(auc, 1)}
+            log |= {"chosen": chosen[-1], "ece": ece[-1], "ece_50": ece[len(ece) // 2 - 1]}
+            self.log_dict({f"{stage}/{name}/{key}": value for key, value in log.items()}, sync_dist=True)
+            self.log(f"{stage}/{name}/auc", auc[-1], prog_bar=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         self._log_ranking("val")

@@ -14,12 +14,8 @@ from lightning_modules.ranks import uniform_rows
 class DecoderModule(TrainedModule):
     """Trains log p(tokens | prompt); some prompts are dropped so that guidance has an unconditional branch.
 
-    Batches have `image` [B, 3, H, W] in [0, 1] and `prompt`, a list of B strings.
-
-    Args:
-        decoder: the decoder to train; its image tokenizer stays as it is.
-        optimizer, warmup_steps: see `TrainedModule`.
-        prompt_dropout: fraction of prompts replaced by the empty one.
+    Batches have `image` [B, 3, H, W] in [0, 1] and `prompt` (B strings). The decoder's image tokenizer stays as it is.
+    `prompt_dropout` is the fraction of prompts that the empty one replaces; for the rest see `TrainedModule`.
     """
 
     exported_parts = ("decoder",)
@@ -31,8 +27,7 @@ class DecoderModule(TrainedModule):
         super().__init__(optimizer, warmup_steps)
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"module.prompt_dropout must lie in [0, 1], not {prompt_dropout}")
-        self.decoder = decoder
-        self.prompt_dropout = prompt_dropout
+        self.decoder, self.prompt_dropout = decoder, prompt_dropout
 
     def _loss(self, batch: dict[str, Any], dropout: float) -> Tensor:
         """Mean negative log-likelihood, nats a predicted token."""
@@ -46,12 +41,11 @@ class DecoderModule(TrainedModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        size = len(batch["prompt"])
         for name, dropout in (("val/loss", 0.0), ("val/loss_unconditional", 1.0)):
             with isolate_rng():
                 torch.manual_seed(batch_idx)  # the same masks each time
                 loss = self._loss(batch, dropout)
-            self.log(name, loss, prog_bar=not dropout, sync_dist=True, batch_size=size)
+            self.log(name, loss, prog_bar=not dropout, sync_dist=True, batch_size=len(batch["prompt"]))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.log("test/loss", self._loss(batch, 0.0), sync_dist=True, batch_size=len(batch["prompt"]))

@@ -11,15 +11,10 @@ from lightning_modules.optim import OptimizerFactory, TrainedModule
 
 
 class ImageTokenizerModule(TrainedModule):
-    """The codebook is fitted once, before the first step, on the first training images; the decoder by regression.
+    """Fits the codebook once, before the first step, and trains the decoder by regression.
 
-    Batches have `image` [B, 3, H, W] in [0, 1].
-
-    Args:
-        tokenizer: the autoencoder.
-        optimizer, warmup_steps: see `TrainedModule`.
-        codebook_images: images that k-means sees.
-        codebook_iterations: k-means passes.
+    K-means makes `codebook_iterations` passes over the first `codebook_images` training images; for the rest see
+    `TrainedModule`. Batches have `image` [B, 3, H, W] in [0, 1].
     """
 
     exported_parts = ("tokenizer",)
@@ -33,18 +28,15 @@ class ImageTokenizerModule(TrainedModule):
         codebook_iterations: int,
     ) -> None:
         super().__init__(optimizer, warmup_steps)
-        self.tokenizer = tokenizer
-        self.codebook_images = codebook_images
+        self.tokenizer, self.codebook_images = tokenizer, codebook_images
         self.codebook_iterations = codebook_iterations
 
     def on_train_start(self) -> None:
         if self.tokenizer.codebook.any():  # resumed: the codebook came with the checkpoint
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        dataset = data.train_dataset
-        images = data.collate([dataset[i] for i in range(self.codebook_images)])["image"]
-        generator = torch.Generator().manual_seed(0)
-        error = self.tokenizer.fit_codebook(images, self.codebook_iterations, generator)
+        images = data.collate([data.train_dataset[i] for i in range(self.codebook_images)])["image"]
+        error = self.tokenizer.fit_codebook(images, self.codebook_iterations, torch.Generator().manual_seed(0))
         rank_zero_info(f"Codebook of {self.tokenizer.codebook_size} patches: squared error {error:.4f} a patch")
 
     def _reconstruct(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The Evaluator by itself: no Trainer, no config."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.diffusion import DiffusionSampling
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -80,15 +82,16 @@ def test_what_training_has_added_is_shown_by_the_verifier_as_it_was(
     assert result.strategies["best" + BEFORE_TRAINING].rows == result.strategies["best"].rows  # the copy says the same
 
 
-def test_a_judge_that_is_trained_is_not_independent(evaluator: Evaluator) -> None:
-    evaluator.refuse_unfit_judges()
+def test_a_judge_that_is_trained_is_not_independent(evaluator: Evaluator, decoder: NextTokenDecoder) -> None:
+    refuse = partial(evaluator.refuse_unfit_strategies, decoder)
+    refuse()
     with pytest.raises(ValueError, match=r"^evaluator\.independent_judges: 'parm' is trained$"):
-        evaluator.refuse_unfit_judges(training=True)
+        refuse(training=True)
     evaluator.independent_judges = ["clauses"]
-    evaluator.refuse_unfit_judges(training=True)
+    refuse(training=True)
     evaluator.judges.teachers.add("clauses")
     with pytest.raises(ValueError, match="'clauses' decides what is trained on"):
-        evaluator.refuse_unfit_judges(training=True)
+        refuse(training=True)
 
 
 def test_an_evaluation_that_stops_resumes_where_it_was(
@@ -164,9 +167,17 @@ def test_images_are_decoded_in_the_precision_of_the_weights_whatever_calls(
             "reflection's stop_score=0.5 is never reached",
         ),
         (Reflection(PLAIN, PLAIN, Region(PatchCLIPScore(2, "parm"), 0.5), 1), "judge 'parm' does not score patches"),
+        (
+            Reflection(PLAIN, PLAIN, Region(RandomScores(), 0.5, patches=3), 1),
+            r"region_selector\.patches=3 does not divide the 4x4 tokens of an image",
+        ),
+        (
+            Reflection(PLAIN, Sample(MaskSampling(8)), Region(RandomScores(), 0.5), 1),
+            r"redecoder\.sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling",
+        ),
     ],
 )
-def test_judges_are_asked_for_what_they_can_do_before_any_work(
+def test_judges_and_decoders_are_asked_for_what_they_can_do_before_any_work(
     evaluator: Evaluator, evaluation: Evaluation, strategy: Strategy, said: str
 ) -> None:
     evaluator.strategies["mine"] = strategy

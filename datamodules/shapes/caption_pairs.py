@@ -1,4 +1,4 @@
-"""Rendered images with their true caption and a minimally altered one: what PARM learns from before any rollout."""
+"""Rendered images with a true caption and a minimally altered one: what PARM learns from before any rollout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,32 +20,27 @@ _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 def truth(scene: Scene) -> Detections:
     """Return what a perfect detector finds in a rendered scene."""
     objects = scene.objects
-    return Detections(
-        classes=[item.name for item in objects],
-        scores=np.ones(len(objects), np.float32),
-        boxes=np.array([item.box for item in objects], np.float32).reshape(-1, 4),
-        colors=lambda indices: [objects[i].color for i in indices],
-    )
+    classes, scores = [item.name for item in objects], np.ones(len(objects), np.float32)
+    boxes = np.array([item.box for item in objects], np.float32).reshape(-1, 4)
+    return Detections(classes, scores, boxes, lambda indices: [objects[i].color for i in indices])
 
 
 def judge(found: Detections, row: Metadata) -> Verdict:
     """Judge what is in an image by GenEval's rules; a "shape" in the prompt may be any one of the objects."""
-    vague = any(clause["class"] == ANYTHING for clause in row["include"])
-    meant = range(len(found.classes)) if vague else ()
-    read = [
-        replace(found, classes=[ANYTHING if i == j else name for j, name in enumerate(found.classes)]) for i in meant
-    ]
-    return max((_RULES.evaluate(row, each) for each in read or [found]), key=lambda verdict: verdict.correct)
+    read, names = [found], found.classes
+    if names and any(clause["class"] == ANYTHING for clause in row["include"]):
+        read = [replace(found, classes=[*names[:i], ANYTHING, *names[i + 1 :]]) for i in range(len(names))]
+    return max((_RULES.evaluate(row, each) for each in read), key=lambda verdict: verdict.correct)
 
 
 def labels(found: Detections, row: Metadata, max_words: int, grid: int) -> tuple[Verdict, np.ndarray]:
-    """Return GenEval's verdict on what is in an image, and the grounding of the prompt in it (see `grounding`)."""
+    """Return GenEval's verdict on what is in an image, and the prompt's `grounding` in it."""
     words = word_spans(row["prompt"])
     return judge(found, row), grounding(row, found, CLASSES, _RULES.threshold, words, max_words, grid, SIZE)
 
 
 def _changes(row: Metadata) -> Iterator[tuple[str, Metadata]]:
-    """Give every prompt of the same task with one thing changed, after the name of what was changed."""
+    """Give every prompt of the same task in which one thing is changed, after the name of that thing."""
     clauses = row["include"]
     for i, clause in enumerate(clauses):
         yield from (("class", change_clause(row, i, **{"class": name})) for name in CLASSES)
@@ -77,8 +72,8 @@ def _train_prompts() -> frozenset[str]:
 def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
     """Return a prompt with another class, colour, count or relation, or with its objects in another order.
 
-    Beside a training prompt it is a training prompt too, so that training never names a held-out combination.
-    What to change is drawn first, then how: relations have fewer alternatives than classes and matter as much.
+    From a training prompt it makes another one, never a held-out one. The kind of change is drawn first, then the
+    change: relations have fewer alternatives than classes and matter as much.
     """
     kinds: dict[str, list[Metadata]] = {}
     for kind, other in _changes(row):
@@ -100,18 +95,11 @@ class CaptionPair:
 
 @dataclass(frozen=True)
 class CaptionPairs:
-    """Endless caption pairs: `pairs[index]` is a function of (stream, index) alone.
-
-    The verdict on the altered caption comes from the rules, not from the assumption that it is false.
-
-    Attributes:
-        stream: images with true captions.
-        max_words, grid: of the longest prompt, and image tokens along each side, for grounding.
-    """
+    """Endless caption pairs: `pairs[index]` is a function of its fields and the index. Altered captions may be true."""
 
     stream: ShapesStream
-    max_words: int
-    grid: int
+    max_words: int  # of the longest prompt
+    grid: int  # image tokens along each side
 
     def __getitem__(self, index: int) -> CaptionPair:
         sample = self.stream[index]

@@ -1,17 +1,15 @@
 """Finds the objects of the shapes world in finished pictures, from pixels alone.
 
-It stands to the shapes world as Mask2Former and CLIP stand to photographs: it judges decoders, so it shares
-nothing with the renderer. Colours and shapes are this module's own, and what looks like none of them gets a
-low score instead of the nearest name.
+It judges decoders, so it shares nothing with the renderer: colours and shapes are this module's own, and what looks
+like none of them gets a low score instead of the nearest name.
 
-The way from pixels to objects: each pixel is placed on the line from the background to one of ten colours,
-which tells its colour and, at blended rims too, how much of it is covered; pixels of one colour that touch
-are a candidate; the coverage of each candidate is compared with every class drawn at all sizes.
+Each pixel is placed on the line from the background to one of ten colours, which tells its colour and how much of it is
+covered; pixels of one colour that touch are a candidate; its coverage is compared with every class drawn at all sizes.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import Any, ClassVar, Self
 
@@ -30,17 +28,10 @@ Masks = NDArray[np.bool_]
 
 SIDE = 64  # of the pictures, pixels
 REFERENCES = {  # what is commonly meant by these words, sRGB
-    "red": (215, 25, 35),
-    "orange": (245, 135, 15),
-    "yellow": (245, 220, 45),
-    "green": (40, 155, 60),
-    "blue": (40, 75, 210),
-    "purple": (125, 45, 165),
-    "pink": (250, 140, 185),
-    "brown": (110, 65, 35),
-    "black": (20, 20, 20),
-    "white": (250, 250, 250),
-}
+    "red": (215, 25, 35), "orange": (245, 135, 15), "yellow": (245, 220, 45), "green": (40, 155, 60),
+    "blue": (40, 75, 210), "purple": (125, 45, 165), "pink": (250, 140, 185), "brown": (110, 65, 35),
+    "black": (20, 20, 20), "white": (250, 250, 250),
+}  # fmt: skip
 GREY, TINT = 170.0, 24.0  # each channel of a background is this grey, give or take the tint
 FAINT = 36.0  # a pixel this close to the background is background, Euclidean sRGB distance
 SPECK = 24  # pixels; the smallest object, a star, covers 70, so anything smaller is dirt
@@ -74,9 +65,9 @@ INSIDE: dict[str, Callable[[Floats, Floats], Masks]] = {
 }
 
 
-@lru_cache(maxsize=1)
+@cache
 def _templates() -> Floats:
-    """Coverage by each class at all sizes and shifts, centroid mid-window, [classes, drawings, pixels]."""
+    """Draw each class at all sizes and shifts, centroid mid-window: coverage [classes, drawings, pixels]."""
     grid = (np.arange(WINDOW * SAMPLES, dtype=np.float32) + 0.5) / SAMPLES - WINDOW / 2
     unit = np.linspace(-1, 1, 400, dtype=np.float32)
     drawings = []
@@ -92,10 +83,9 @@ def _templates() -> Floats:
 
 @dataclass(frozen=True)
 class ShapesDetector(Keyed):
-    """`detector(images)` finds the objects of the shapes world, with GenEval-style scores in [0, 1].
+    """Finds the objects of the shapes world, in reading order of their topmost pixels, with scores in [0, 1].
 
     A clean, slightly blurred or noisy shape scores above 0.9, half a shape, two fused or a blob far less.
-    The objects of an image come in reading order of their topmost pixels.
     """
 
     class_names: ClassVar[tuple[str, ...]] = tuple(INSIDE)
@@ -104,7 +94,7 @@ class ShapesDetector(Keyed):
     batch_size: int = field(default=128, compare=False)  # images looked at together: bounds memory, changes no result
 
     def cache_key(self) -> dict[str, Any]:
-        """Its class: it has no settings that change what it finds, and no weights."""
+        """Its class, because no setting changes what it finds."""
         return fields_key(self)
 
     def to(self, device: object) -> Self:
@@ -112,11 +102,7 @@ class ShapesDetector(Keyed):
         return self
 
     def __call__(self, images: NDArray[np.uint8]) -> list[Detections]:
-        """Detect the objects of each image, uint8 [B, 64, 64, 3]; in a box, x2 and y2 are the last pixel + 1.
-
-        Raises:
-            ValueError: the images have another shape or type.
-        """
+        """Detect the objects of images, uint8 [B, 64, 64, 3], or raise ValueError; boxes end at the last pixel + 1."""
         if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
             found = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"the shapes detector needs uint8 images [B, {SIDE}, {SIDE}, 3], not {found}")
@@ -145,18 +131,17 @@ def _pick(names: Sequence[str], indices: Sequence[int]) -> list[str]:
 
 
 def _backgrounds(images: NDArray[np.uint8]) -> Floats:
-    """The median colour of each image as far as it can be a background's, [B, 3]."""
+    """Return the median colour of each image, within what backgrounds can have, [B, 3]."""
     pixels = images[:, ::2, ::2].reshape(len(images), -1, 3)
     half = pixels.shape[1] // 2
     return np.clip(np.partition(pixels, half, axis=1)[:, half].astype(np.float32), GREY - TINT, GREY + TINT)
 
 
 def _color_labels(offsets: Floats, backgrounds: Floats) -> NDArray[np.int8]:
-    """The colour covering most of each pixel as an index into `REFERENCES`, [B, H, W]; -1 is background.
+    """Name the colour that covers most of each pixel, an index into `REFERENCES`, [B, H, W]; -1 is background.
 
-    A pixel has the colour whose line from the background passes closest, and is covered if it lies on the far
-    half of that line. So the rim of a red object is red, though half red on grey alone would pass for pink.
-    `offsets` are the pixels less their image's background, [B, H, W, 3].
+    It is the colour whose line from the background passes closest, if the pixel lies on the far half of that line: so
+    the rim of a red object is not pink. `offsets` are the pixels less their image's background, [B, H, W, 3].
     """
     labels = np.full(offsets.shape[:3], -1, np.int8)
     where = np.nonzero(np.einsum("bhwc,bhwc->bhw", offsets, offsets) > FAINT**2)
@@ -170,7 +155,7 @@ def _color_labels(offsets: Floats, backgrounds: Floats) -> NDArray[np.int8]:
 
 
 def _components(labels: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Number equal labels that touch, also by corners, as they come in reading order, [B, H, W]; -1: none."""
+    """Number regions of equal labels that touch, also by corners, in reading order, [B, H, W]; -1: none."""
     inside = labels >= 0
     numbers = np.full(labels.shape, -1, np.int32)
     numbers[inside] = np.arange(inside.sum())
@@ -189,7 +174,7 @@ def _components(labels: NDArray[np.int8]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The N regions of one colour in a batch of images that may be objects."""
+    """N regions of one colour in a batch of images that may be objects."""
 
     numbers: NDArray[np.int32]  # [B, H, W], whose pixel it is, -1 nobody's
     image: NDArray[np.intp]  # [N], ascending
@@ -222,10 +207,7 @@ def _find(labels: NDArray[np.int8]) -> _Candidates:
 
 
 def _coverage(offsets: Floats, candidates: _Candidates) -> Floats:
-    """How much of each pixel around a candidate it covers, [N, WINDOW, WINDOW] in [0, 1].
-
-    Rims count with their share, measured along the candidate's own colour; other candidates' pixels do not.
-    """
+    """Measure how much of each pixel around a candidate it covers, along its own colour, [N, WINDOW, WINDOW]."""
     rows = candidates.corners[:, 0, None, None] + np.arange(WINDOW)[:, None]
     columns = candidates.corners[:, 1, None, None] + np.arange(WINDOW)
     exists = (rows >= 0) & (rows < SIDE) & (columns >= 0) & (columns < SIDE)
@@ -241,10 +223,10 @@ def _coverage(offsets: Floats, candidates: _Candidates) -> Floats:
 
 
 def _deviations(cover: Floats) -> Floats:
-    """How far coverages [N, WINDOW, WINDOW] are from each class where it fits best, [N, classes].
+    """Measure how far coverages [N, WINDOW, WINDOW] are from each class where it fits best, [N, classes].
 
-    Squared wrong coverage of 3x3 pixels beyond a blemish, relative to the radius because a longer contour
-    collects more. Averaging before squaring lets blur and noise cancel, but not a missing corner.
+    That is the wrong coverage beyond a blemish, averaged over 3x3 pixels (blur and noise cancel, a missing corner does
+    not), squared, and relative to the radius, because a longer contour collects more.
     """
     templates = _templates()
     rows = cover.reshape(-1, WINDOW**2)

@@ -1,8 +1,7 @@
-"""Prompts of the shapes world in GenEval's six tasks, templates and metadata format, and their splits.
+"""Prompts of the shapes world in GenEval's six tasks and format, and their splits.
 
-Held out: the class-colour pairs named by evaluation (or validation) prompts of `colors` and `color_attr`, the unordered
-class pairs of `two_object` and the class-relation-class triples of `position` are never named by a training prompt.
-`single_object` and `counting` have only 8 and 24 possible prompts, so there all splits share them.
+No two splits name the same class-colour pair (in `colors` and `color_attr`), unordered class pair (`two_object`) or
+class-relation-class triple (`position`). They share the 8 prompts of `single_object` and the 24 of `counting`.
 """
 
 import random
@@ -27,7 +26,7 @@ def _divide(kind: str, items: Iterable[Any], split: Split) -> list[Any]:
     shuffled = list(items)
     random.Random(f"shapes {kind}").shuffle(shuffled)
     validation, evaluation = _HELD_OUT[kind]
-    first, last = len(shuffled) - validation - evaluation, len(shuffled) - evaluation
+    first, last = -validation - evaluation, -evaluation
     return {"train": shuffled[:first], "validation": shuffled[first:last], "evaluation": shuffled[last:]}[split]
 
 
@@ -53,7 +52,7 @@ def prompt_pool(split: Split) -> dict[str, list[Metadata]]:
 
 
 def shapes_prompts(split: Split, per_task: int | Mapping[str, int] | None) -> list[Metadata]:
-    """Return GenEval metadata for prompts of each of the six tasks; see `prompt_templates.pick`."""
+    """Return prompts about shapes; see `pick`."""
     return pick(prompt_pool(split), per_task)
 
 

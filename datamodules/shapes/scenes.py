@@ -11,15 +11,14 @@ from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
 from lightning_modules.cache_key import Keyed, fields_key
 
-# Axis and sign of the offset.
-_DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+_DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and sign of the offset
 _WEIGHTS = {"single_object": 0.5, "two_object": 1, "counting": 2, "colors": 4, "position": 3, "color_attr": 4}
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
-    """Draw a scene that fulfils a prompt: exactly the objects asked for, everything left open at random.
+    """Draw a scene of exactly the objects that a prompt asks for; the objects of one clause share a colour.
 
-    Objects of one clause share a colour. A relation holds along the axis on which the objects are further apart.
+    A relation holds along the axis on which the objects are further apart.
     """
     wanted: list[tuple[str, str]] = []
     direction: tuple[int, int] | None = None
@@ -32,7 +31,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
     radii = [RADII[0]] * len(wanted) if len(wanted) > 2 else [int(r) for r in rng.choice(RADII, len(wanted))]
 
     def related(centres: np.ndarray) -> np.ndarray:
-        """Accept second objects in the wanted direction of the first, bool [TRIES]."""
+        """Tell where the second object is in the wanted direction of the first, bool [TRIES]."""
         assert direction is not None
         axis, sign = direction
         offset = centres[:, 1] - centres[:, 0]
@@ -47,7 +46,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def vague(row: Metadata, rng: np.random.Generator) -> Metadata:
-    """Say "shape" for the class in one clause of a prompt and, if it names a colour, any colour."""
+    """Say "shape" for the class in one clause of a prompt, in a random colour if it names one."""
     color = COLORS[rng.integers(len(COLORS))]
     i = int(rng.integers(len(row["include"])))
     return change_clause(row, i, **{"class": ANYTHING}, **({"color": color} if "color" in row["include"][i] else {}))
@@ -64,20 +63,16 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class ShapesStream(Keyed):
-    """Endless captioned images: `stream[index]` is a function of (seed, split, index) alone.
+    """Endless captioned images: `stream[index]` is a function of its fields and the index alone.
 
-    Attributes:
-        split: whose prompts are used.
-        seed: another seed is another stream.
-        task_weights: how often each task occurs, relative to the others; tasks left out do not occur.
-        vagueness: by task, share of the prompts in which one class is "shape". They teach that a colour, or a relation,
-            goes with every class: from named combinations alone one learns that the held-out ones are never meant.
+    Vague prompts, in which one class is "shape", teach that colours and relations go with every class, not only with
+    those that training names.
     """
 
     split: Split = "train"
     seed: int = 0
-    task_weights: Mapping[str, float] = field(default_factory=_WEIGHTS.copy)
-    vagueness: Mapping[str, float] = field(default_factory=dict)
+    task_weights: Mapping[str, float] = field(default_factory=_WEIGHTS.copy)  # how often each occurs, if it is named
+    vagueness: Mapping[str, float] = field(default_factory=dict)  # by task, the fraction of vague prompts
 
     def cache_key(self) -> dict[str, Any]:
         """Its fields; tasks are drawn in the order of their weights."""

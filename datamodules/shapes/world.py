@@ -1,8 +1,4 @@
-"""The renderer: scenes of coloured shapes on a nearly flat background, 64x64 pixels.
-
-A scene is a few objects whose centres lie on an 8-pixel grid. Sprites (class, radius) are drawn once with
-supersampling, so that rendering an image is a handful of small alpha blends.
-"""
+"""The renderer: scenes of coloured shapes, centred on an 8-pixel grid, on a flat background, 64x64 pixels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,23 +13,16 @@ TRIES = 32  # placements drawn at a time, until one fits
 GAP = 4  # pixels of background that always remain between two objects
 CLASSES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 PALETTE = {
-    "red": (224, 32, 32),
-    "orange": (255, 140, 0),
-    "yellow": (250, 225, 30),
-    "green": (30, 160, 50),
-    "blue": (30, 70, 220),
-    "purple": (130, 40, 170),
-    "pink": (255, 130, 190),
-    "brown": (115, 65, 25),
-    "black": (15, 15, 15),
-    "white": (255, 255, 255),
-}
+    "red": (224, 32, 32), "orange": (255, 140, 0), "yellow": (250, 225, 30), "green": (30, 160, 50),
+    "blue": (30, 70, 220), "purple": (130, 40, 170), "pink": (255, 130, 190), "brown": (115, 65, 25),
+    "black": (15, 15, 15), "white": (255, 255, 255),
+}  # fmt: skip
 BACKGROUNDS = ((170, 170, 170), (180, 172, 164), (164, 172, 180), (172, 180, 168))
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: class and colour by name, centre and radius in pixels (y grows downwards)."""
+    """An object: class and colour by name, centre and radius in pixels (y grows downwards)."""
 
     name: str
     color: str
@@ -56,7 +45,7 @@ class Scene:
 
 
 def _polygon(corners: Sequence[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Even-odd inside test for a closed polygon on the unit square."""
+    """Return the even-odd test of a polygon."""
 
     def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         result = np.zeros_like(x, dtype=bool)
@@ -68,17 +57,13 @@ def _polygon(corners: Sequence[tuple[float, float]]) -> Callable[[np.ndarray, np
     return inside
 
 
-def _star_corners() -> list[tuple[float, float]]:
-    angles = -np.pi / 2 + np.arange(10) * np.pi / 5
-    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    return [(float(r * np.cos(a)), float(r * np.sin(a))) for a, r in zip(angles, radii, strict=True)]
-
-
+_TENTHS = np.arange(10) * np.pi / 5 - np.pi / 2
+_STAR = [(r * np.cos(a), r * np.sin(a)) for a, r in zip(_TENTHS, [1.0, 0.42] * 5, strict=True)]
 _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: x**2 + y**2 < 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.92,
     "triangle": _polygon([(0.0, -0.95), (1.0, 0.9), (-1.0, 0.9)]),
-    "star": _polygon(_star_corners()),
+    "star": _polygon(_STAR),
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.97),
     "diamond": lambda x, y: abs(x) + abs(y) < 1,
     "ring": lambda x, y: (x**2 + y**2 < 1) & (x**2 + y**2 > 0.3),
@@ -90,7 +75,7 @@ _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @cache
 def _sprite(name: str, radius: int) -> np.ndarray:
-    """Coverage in [0, 1] of each pixel around the centre, float32 [2r, 2r, 1], 8x8 samples a pixel."""
+    """Return the coverage of each pixel around the centre, float32 [2r, 2r, 1], from 8x8 samples a pixel."""
     side = 2 * radius
     samples = (np.arange(side * 8) + 0.5) / (8 * radius) - 1
     y, x = np.meshgrid(samples, samples, indexing="ij")
@@ -111,15 +96,9 @@ def render(scene: Scene) -> np.ndarray:
 def place(
     rng: np.random.Generator, radii: Sequence[int], accept: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
-    """Draw centres for objects of the given radii that neither touch nor leave the image.
+    """Draw centres on the grid, int [n, 2] as (x, y), for objects that neither touch nor leave the image.
 
-    Args:
-        rng: source of randomness.
-        radii: one radius per object, pixels.
-        accept: given candidate centres [TRIES, n, 2], says which fulfil a further wish (a relation) as bool [TRIES].
-
-    Returns:
-        Centres on the grid, int [n, 2] as (x, y), pixels.
+    `accept` says which of several centres [TRIES, n, 2] fulfil a further wish (a relation), bool [TRIES].
     """
     reach = np.asarray(radii)
     low = np.ceil(reach / GRID).astype(int)

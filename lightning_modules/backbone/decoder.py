@@ -8,8 +8,9 @@ Every strategy drives every decoder by the same loop:
         proposal = decoder.propose(state, k)      # k candidates for the next step, from one forward pass
         decoder.commit(state, proposal, choice)   # one of them for each image
 
-A new decoder is three classes: a `DecodingState`, a `Proposal` and a `Decoder`. What only some decoders can do has a
-default here, which refuses in one sentence. `TokenDecoder` adds what training and verifiers in token space need.
+A new decoder is a `DecodingState`, a `Decoder` and, if `Proposal` lacks something, a subclass of that. What only some
+decoders can do has a default here, which refuses in one sentence. `TokenDecoder` adds what training and verifiers in
+token space need.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import Transformer
 from lightning_modules.cache_key import Keyed, class_name, key_of
@@ -34,22 +36,15 @@ Values = Callable[[DecoderFeatures, Sequence[int]], Tensor]  # of a verifier; se
 
 @dataclass(frozen=True)
 class Request:
-    """B images to decode.
+    """B images to decode."""
 
-    Attributes:
-        rows: GenEval metadata, with the prompt.
-        seeds: one an image; all noise of an image comes from its own.
-        tokens, fixed_mask: images [B, T] and which of their tokens stay as they are, bool [B, T]; None: none.
-    """
-
-    rows: Sequence[Mapping[str, Any]]
-    seeds: Sequence[int]
-    tokens: Tensor | None = None
-    fixed_mask: Tensor | None = None
+    rows: Sequence[Mapping[str, Any]]  # GenEval metadata, with the prompt
+    seeds: Sequence[int]  # one an image; all noise of an image comes from its own
+    tokens: Tensor | None = None  # images [B, T] to be decoded again in part
+    fixed_mask: Tensor | None = None  # which of their tokens stay as they are, bool [B, T]
 
     @property
     def prompts(self) -> list[str]:
-        """The texts of the prompts."""
         return [row["prompt"] for row in self.rows]
 
     def initial(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,17 +68,11 @@ class Request:
 
 @dataclass
 class Cost:
-    """Work that decoding took, summed over its rows.
+    """Work that decoding took, summed over its rows."""
 
-    Attributes:
-        decoder_passes: forward passes of one row; conditional and unconditional rows count alike.
-        verifier_calls: values asked of a judge.
-        tokens: image tokens that went through these passes.
-    """
-
-    decoder_passes: int = 0
-    verifier_calls: int = 0
-    tokens: int = 0
+    decoder_passes: int = 0  # forward passes of one row; conditional and unconditional rows count alike
+    verifier_calls: int = 0  # values asked of a judge
+    tokens: int = 0  # image tokens that went through these passes
 
     def count_pass(self, rows: int, tokens: int) -> None:
         """Count a forward pass of some rows with this many image tokens each."""
@@ -91,7 +80,6 @@ class Cost:
         self.tokens += rows * tokens
 
     def add(self, other: "Cost") -> None:
-        """Add the work of something else."""
         self.decoder_passes += other.decoder_passes
         self.verifier_calls += other.verifier_calls
         self.tokens += other.tokens
@@ -99,26 +87,15 @@ class Cost:
 
 @dataclass
 class DecodingState(ABC):
-    """B half-decoded images, all at the same step.
+    """B half-decoded images, all at the same step."""
 
-    Attributes:
-        tokens: [B, T]; those that are not decided yet are a preview, or anything.
-        step: number of steps done.
-        noise: the randomness of the images, as `Decoder.noise` draws it; the defaults below expect a `Noise`.
-        prompt: features of the prompt for verifiers, [B, L, 2 dim]; empty from decoders without features.
-        features: features of the tokens decided so far; None before there are any, and from decoders without features.
-        log_probs: log-probability of the candidate taken at each step, under the distribution that it was drawn from,
-            [B, steps]; 0 for steps to come.
-        cost: shared by all states that come from one `begin`.
-    """
-
-    tokens: Tensor
-    step: int
-    noise: Any
-    prompt: Tensor
-    features: DecoderFeatures | None
-    log_probs: Tensor
-    cost: Cost
+    tokens: Tensor  # [B, T]; those that are not decided yet are a preview, or anything
+    step: int  # steps done
+    noise: Any  # the randomness of the images, as `Decoder.noise` draws it; the defaults below expect a `Noise`
+    prompt: Tensor  # features of the prompt for verifiers, [B, L, 2 dim]; empty from decoders without features
+    features: DecoderFeatures | None  # of the tokens decided so far; None before, and from decoders without features
+    log_probs: Tensor  # of the candidate taken at each step, as it was drawn, [B, steps]; 0 for steps to come
+    cost: Cost  # shared by all states that come from one `begin`
 
     @property
     @abstractmethod
@@ -127,7 +104,6 @@ class DecodingState(ABC):
 
     @property
     def is_done(self) -> bool:
-        """All steps are done."""
         return self.step == self.steps
 
     @property
@@ -157,14 +133,9 @@ class DecodingState(ABC):
 
     def select(self, rows: Tensor) -> Self:
         """Take rows `rows` [B'], in that order and as often as they occur; a subclass adds the fields of its own."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            noise=self.noise[rows],
-            prompt=self.prompt[rows],
-            features=self.features and self.features.select(rows),
-            log_probs=self.log_probs[rows],
-        )
+        tokens, prompt, log_probs = self.tokens[rows], self.prompt[rows], self.log_probs[rows]
+        features, noise = self.features and self.features.select(rows), self.noise[rows]
+        return replace(self, tokens=tokens, noise=noise, prompt=prompt, features=features, log_probs=log_probs)
 
     def fork(self, k: int) -> Self:
         """Make k paths of each row, neighbours; path j draws with the noise of candidate j."""
@@ -180,18 +151,16 @@ class DecodingState(ABC):
         raise ValueError(f"{type(self).__name__} decides its tokens in a fixed order: there is no noise to leave out")
 
 
-class Proposal(ABC):
-    """k candidates for the next step of B images, from one forward pass: a dataclass of tensors [B, k, ...].
+@dataclass(frozen=True)
+class Proposal:
+    """k candidates for the next step of B images, from one forward pass; tensors that a subclass adds are [B, k, ...].
 
-    Attributes:
-        tokens: what each candidate decides: the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
-        log_probs: log-probability of each under the distribution that it was drawn from, [B, k].
-        features: features of each candidate, for verifiers; None from decoders without features.
+    A candidate decides the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
     """
 
     tokens: Tensor
-    log_probs: Tensor
-    features: DecoderFeatures | None
+    log_probs: Tensor  # of each candidate under the distribution that it was drawn from, [B, k]
+    features: DecoderFeatures | None  # of each candidate, for verifiers; None from decoders without features
 
     @property
     def repeats(self) -> Tensor:
@@ -208,7 +177,7 @@ class Proposal(ABC):
 
     def _map(self, change: Callable[[Tensor], Tensor], features: DecoderFeatures | None) -> Self:
         tensors = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **tensors, features=features)  # type: ignore[type-var]
+        return replace(self, **tensors, features=features)
 
 
 def equal_to_earlier(candidates: Tensor) -> Tensor:
@@ -218,37 +187,25 @@ def equal_to_earlier(candidates: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Frames:
-    """Moments on the way to an image, to be drawn.
-
-    Attributes:
-        title: of all of them.
-        tokens: the image at each moment, [F, T].
-        shown: which tokens are decided, bool [F, T]; None: whole images.
-        captions: one a moment.
-    """
+    """F moments on the way to an image, to be drawn."""
 
     title: str
-    tokens: Tensor
-    shown: Tensor | None
+    tokens: Tensor  # the image at each moment, [F, T]
+    shown: Tensor | None  # which tokens are decided, bool [F, T]; None: whole images
     captions: list[str]
 
 
 class Decoder(nn.Module, Keyed):
-    """Turns prompts into image tokens.
-
-    Attributes:
-        feature_layers: the layers (1 = first) after which hidden states become features; without any, verifiers in
-            token space have nothing to read.
-    """
+    """Turns prompts into image tokens."""
 
     frozen_parts = ("image_tokenizer",)
     image_tokenizer: ImageTokenizer
-    feature_layers: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = ()  # layers (1 = first) after which hidden states become features for verifiers
     has_likelihood: ClassVar[bool] = False
+    sampling_type: ClassVar[type] = object  # of the settings that `begin` takes; any by default
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image, T."""
         return self.image_tokenizer.num_tokens
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -308,18 +265,15 @@ class TokenDecoder(HubMixin, Decoder):
     """A decoder of image tokens, which has a likelihood, can be trained, and has features for verifiers.
 
     Args:
-        image_tokenizer: fixes the number of tokens and the codebook; turns tokens into pixels. It is frozen.
-        depth: layers of the decoder's Transformer.
+        image_tokenizer: fixes the number of tokens and the codebook. It is frozen.
+        depth: layers of the Transformer.
         feature_layers: see `Decoder`.
-
-    Attributes:
-        transformer: the one that its tokens go through.
-        causal: tokens are decided from the first to the last, one a step; otherwise grids are filled.
     """
 
-    transformer: Transformer
-    causal: ClassVar[bool]
     has_likelihood = True
+    causal: ClassVar[bool]  # tokens are decided from the first to the last, one a step; otherwise grids are filled
+    text_tokenizer: TextTokenizer  # of prompts
+    transformer: Transformer  # the one that its tokens go through
 
     def __init__(self, image_tokenizer: ImageTokenizer, depth: int, feature_layers: Sequence[int]) -> None:
         super().__init__()
@@ -329,17 +283,17 @@ class TokenDecoder(HubMixin, Decoder):
         self.feature_layers = tuple(feature_layers)
 
     def cache_key(self) -> dict[str, Any]:
-        """Its weights and sizes, and the layers of its features; subclasses add what else decides images."""
+        """Its weights, sizes, text and feature layers; subclasses add what else decides images."""
         return {
             "class": class_name(self),
             "weights": fingerprint(self),
             "transformer": key_of(self.transformer.config),
+            "text": self.text_tokenizer.cache_key(),
             "feature_layers": list(self.feature_layers),
         }
 
     @property
     def dim(self) -> int:
-        """Width of the embeddings."""
         return self.transformer.config.dim
 
     @property
@@ -347,9 +301,12 @@ class TokenDecoder(HubMixin, Decoder):
     def max_words(self) -> int:
         """Words (text tokens) of the prompt in `DecoderFeatures`, L."""
 
-    @abstractmethod
     def word_spans(self, prompt: str) -> list[tuple[int, int]]:
         """The characters of a prompt that each of these words covers, start and end."""
+        return self.text_tokenizer.spans(prompt)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        self.text_tokenizer.encode(prompts)
 
     @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
@@ -364,8 +321,7 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> tuple[Tensor, Tensor]:
         """`log_probs` of both images of B pairs, [B] each, from one pass; estimates draw alike for both."""
         both = self.log_probs([*prompts, *prompts], torch.cat([chosen, rejected]), [*seeds, *seeds])
-        first, second = both.chunk(2)
-        return first, second
+        return both[: len(chosen)], both[len(chosen) :]
 
     @property
     def likelihood_key(self) -> Any:
@@ -378,8 +334,7 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable, for policy gradients; it equals `DecodingState.log_probs` but for rounding. The `trajectory` of
-        grids is needed; it is None where tokens are decided one after the other.
+        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`.
         """
 
     @abstractmethod
@@ -392,8 +347,7 @@ class TokenDecoder(HubMixin, Decoder):
     ) -> DecoderFeatures:
         """Features that verifiers learn from: of all prefixes at once, or of grids at a step each.
 
-        Args:
-            batch: `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`.
-            last_step: fraction of grids that are read as they are after the last step, the others after any step.
-            fraction: of the way at which all grids are read instead.
+        The batch has `prompt`, `tokens` [B, T] and, where stored, `features` and `trajectory`; see `PARMModule`. Of the
+        grids a fraction `last_step` is read after the last step, the others after any step, or all of them at a
+        `fraction` of the way.
         """

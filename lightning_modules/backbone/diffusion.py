@@ -28,18 +28,14 @@ _ONE_STEP = "pipelines of diffusers decide an image in one step: use plain sampl
 class DiffusionSampling:
     """How a pipeline is run.
 
-    Attributes:
-        steps: of denoising.
-        guidance: scale of guidance as diffusers counts it: 1 is none. Pipelines that are distilled to be guided (FLUX,
-            LCM) read it as a number in one pass; others take a pass with the prompt and one without.
-        size: pixels along each side.
-        negative_prompt: what guidance leads away from.
+    Pipelines that are distilled to be guided (FLUX, LCM) read `guidance` as a number in one pass; others take a pass
+    with the prompt and one without.
     """
 
-    steps: int
-    guidance: float
-    size: int
-    negative_prompt: str = ""
+    steps: int  # of denoising
+    guidance: float  # scale of guidance as diffusers counts it: 1 is none
+    size: int  # pixels along each side
+    negative_prompt: str = ""  # what guidance leads away from
 
     def __post_init__(self) -> None:
         refuse_below(1, steps=self.steps)
@@ -47,6 +43,8 @@ class DiffusionSampling:
 
 class Pixels(ImageTokenizer):
     """Takes pixels for tokens, uint8 [B, 3, H, W]."""
+
+    grid = 1  # the parts of an image cannot be decoded one by one
 
     def encode(self, pixels: Tensor) -> Tensor:
         return (pixels * 255).round().to(torch.uint8)
@@ -74,27 +72,19 @@ class DiffusionState(DecodingState):
         raise ValueError(_ONE_STEP)
 
 
-@dataclass(frozen=True)
-class DiffusionProposal(Proposal):
-    """Whole images as candidates, uint8 [B, 1, 3, H, W], of which no probability is known."""
-
-    tokens: Tensor
-    log_probs: Tensor
-    features: None = None
-
-
 class DiffusionDecoder(Decoder):
     """Any text-to-image pipeline of diffusers.
 
     Args:
         checkpoint: a folder, or OWNER/NAME on the hub, with safetensors; code that comes with it is not run.
         dtype: of the weights.
-        without: parts of the pipeline that are not loaded, where it can do without them, such as `text_encoder_3` and
-            `tokenizer_3`, the large text encoder of Stable Diffusion 3.
+        without: parts that are not loaded, such as `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3.
 
     Raises:
         ImportError, FileNotFoundError: diffusers is not installed; there is no such checkpoint.
     """
+
+    sampling_type = DiffusionSampling
 
     def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
         super().__init__()
@@ -120,7 +110,6 @@ class DiffusionDecoder(Decoder):
         self.image_tokenizer = Pixels()
 
     def cache_key(self) -> dict[str, Any]:
-        """The networks of the pipeline, its scheduler, its tokenizers, and how it puts them together."""
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         return {
             "class": class_name(self),
@@ -170,7 +159,8 @@ class DiffusionDecoder(Decoder):
         )
 
     @torch.no_grad()
-    def propose(self, state: DiffusionState, k: int, distinct: bool = False) -> DiffusionProposal:
+    def propose(self, state: DiffusionState, k: int, distinct: bool = False) -> Proposal:
+        """One candidate for each image, uint8 [B, 1, 3, H, W], of which no probability is known."""
         sampling = state.sampling
         guided = self._guidance(sampling)
         if "negative_prompt" in guided:
@@ -192,15 +182,15 @@ class DiffusionDecoder(Decoder):
                 output_type="pt",
             ).images
         unknown = torch.full((len(images), 1), torch.nan, device=images.device)
-        return DiffusionProposal(self.image_tokenizer.encode(images.float())[:, None], unknown)
+        return Proposal(self.image_tokenizer.encode(images.float())[:, None], unknown, None)
 
-    def commit(self, state: DiffusionState, proposal: DiffusionProposal, choice: Tensor) -> None:
+    def commit(self, state: DiffusionState, proposal: Proposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]
         state.step = 1
 
 
 def _part_key(part: Any) -> dict[str, Any]:
-    """All that decides the work of a part of a pipeline beside the weights: its config, or a tokenizer's vocabulary."""
+    """What decides the work of a part of a pipeline beside the weights: its config, or a tokenizer's vocabulary."""
     from diffusers import ConfigMixin
     from transformers import PreTrainedTokenizerBase
 

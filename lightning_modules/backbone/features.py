@@ -17,32 +17,20 @@ class DecoderFeatures:
     """Features of S tokens of each row: those of an image, or of k candidates, one after the other.
 
     Candidates have S / k tokens each: one for the next position (next-token decoders), or a whole grid (mask-token
-    decoders). They share the pass that they were drawn from, hence the hidden states and `entropy`, which are there
-    once, for S / k tokens.
-
-    Attributes:
-        prompt: its words, by themselves and in the prompt, [B, L, 2 dim].
-        embeddings: embeddings of the tokens, [B, S, dim].
-        hidden: hidden states, at a few depths side by side, of the position that predicts the token, [B, S / k, F].
-        unconditional_hidden: the same without the prompt: the image by itself, as the decoder sees it, [B, S / k, F].
-        log_probs: log p(token | prompt, tokens decided before), [B, S], at temperature 1, without guidance.
-        unconditional_log_probs: the same without the prompt, [B, S].
-        entropy: of the distribution that the log-probability is taken from, nats, [B, S / k].
-        undecided: tokens that are a preview and will be drawn again, bool [B, S]; None where there are no previews.
+    decoders). They share the pass that they were drawn from, so its hidden states and entropy are there once.
     """
 
-    prompt: Tensor
-    embeddings: Tensor
-    hidden: Tensor
-    unconditional_hidden: Tensor
-    log_probs: Tensor
-    unconditional_log_probs: Tensor
-    entropy: Tensor
-    undecided: Tensor | None = None
+    prompt: Tensor  # its words, by themselves and in the prompt, [B, L, 2 dim]
+    embeddings: Tensor  # of the tokens, [B, S, dim]
+    hidden: Tensor  # hidden states, at a few depths, of the position that predicts the token, [B, S / k, F]
+    unconditional_hidden: Tensor  # the same without the prompt: the image by itself, as the decoder sees it
+    log_probs: Tensor  # log p(token | prompt, tokens decided before), [B, S], at temperature 1, without guidance
+    unconditional_log_probs: Tensor  # the same without the prompt, [B, S]
+    entropy: Tensor  # of the distribution that the log-probability is taken from, nats, [B, S / k]
+    undecided: Tensor | None = None  # tokens that will be drawn again, bool [B, S]; None where there are no previews
 
     @property
     def candidates(self) -> int:
-        """k."""
         return self.log_probs.shape[1] // self.hidden.shape[1]
 
     @property
@@ -68,7 +56,6 @@ class DecoderFeatures:
         return shared._map(_OWN, lambda value: value.unflatten(1, (k, -1)).flatten(0, 1))
 
     def select(self, rows: Tensor) -> "DecoderFeatures":
-        """Keep some rows."""
         return self._map(("prompt", *_OF_TOKENS), lambda value: value[rows])
 
     def put(self, rows: Tensor, other: "DecoderFeatures") -> "DecoderFeatures":

@@ -18,8 +18,7 @@ _DOWNLOAD = ("revision", "cache_dir", "token", "force_download", "local_files_on
 class HubMixin(ModelHubMixin, library_name="image-cot"):
     """A network with `from_pretrained`, `save_pretrained` and `push_to_hub`, on the folders that `export` writes.
 
-    `config.json` holds the config node of the network, which says how it is built, frozen parts included; those have
-    weights of their own elsewhere, which the node names.
+    `config.json` holds the config node of the network, which builds it and names the weights of its frozen parts.
     """
 
     @classmethod
@@ -32,8 +31,7 @@ class HubMixin(ModelHubMixin, library_name="image-cot"):
         """
         folder = Path(model_id)
         if not folder.is_dir():
-            download = {name: options[name] for name in _DOWNLOAD}
-            folder = from_hub(model_id, ["*.safetensors", "*.json"], **download)
+            folder = from_hub(model_id, ["*.safetensors", "*.json"], **{name: options[name] for name in _DOWNLOAD})
         stored = folder / "config.json"
         config = read_settings(stored) if stored.is_file() else {}
         if "module" not in config:

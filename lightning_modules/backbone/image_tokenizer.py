@@ -10,17 +10,11 @@ from lightning_modules.backbone.hub import HubMixin
 
 
 class ImageTokenizer(HubMixin, nn.Module):
-    """Turns pixels into a grid of codes and back.
+    """Turns pixels into a grid of codes and back."""
 
-    Attributes:
-        codebook_size: number of different codes.
-        grid: codes along each side; an image has grid x grid tokens, row by row.
-        image_size: pixels along each side.
-    """
-
-    codebook_size: int
-    grid: int
-    image_size: int
+    codebook_size: int  # number of different codes
+    grid: int  # codes along each side; an image has grid x grid tokens, row by row
+    image_size: int  # pixels along each side
 
     @property
     def num_tokens(self) -> int:
@@ -43,9 +37,9 @@ class ImageTokenizer(HubMixin, nn.Module):
 class PatchVQ(ImageTokenizer):
     """A vector-quantised autoencoder whose code vectors are pixel patches.
 
-    The encoder is the nearest code vector of each patch; the decoder is a convolutional network over the grid of
-    codes that corrects each code's patch by what its neighbours say. Codes come from k-means (`fit_codebook`), which
-    cannot collapse the way a jointly trained codebook does on pictures that are mostly background.
+    The encoder takes the nearest code vector of each patch; the decoder is a convolutional network that corrects each
+    code's patch by its neighbours. Codes come from k-means (`fit_codebook`): a codebook that is trained jointly
+    collapses on pictures that are mostly background.
     """
 
     codebook: Tensor
@@ -97,10 +91,8 @@ class PatchVQ(ImageTokenizer):
     def fit_codebook(self, pixels: Tensor, iterations: int, generator: torch.Generator) -> float:
         """Set the codebook by k-means on the distinct patches of images [N, 3, H, W] in [0, 1], and return its error.
 
-        Every distinct patch counts once: background is three quarters of all patches and would take the codes. It runs
-        on the CPU, where the images come from, so the codes do not depend on the device of the training that follows.
-        The generator draws the starting codes (k-means++). The error is the mean squared distance of a distinct patch
-        to its code, summed over its pixels.
+        Every distinct patch counts once: background would take the codes. It runs on the CPU, so the codes do not
+        depend on the device. The error is the mean squared distance of a patch to its code, summed over its pixels.
         """
         patches = (self.patches(pixels).flatten(0, 1) * 255).round().to(torch.uint8).unique(dim=0) / 255
         if len(patches) < self.codebook_size:

@@ -4,14 +4,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_modules.broken_files import first_line, read_json, read_settings, read_torch, refuse_broken
@@ -38,12 +37,10 @@ def resolve(checkpoint: str, advice: str | None = None) -> Path:
 
 
 def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **options: Any) -> Path:
-    """Fetch files of a model on the hub, if they are not here yet, and return their folder on this machine.
+    """Fetch files of a model OWNER/NAME on the hub, if they are not here yet, and return their folder.
 
-    Args:
-        name, patterns: OWNER/NAME, and patterns of the files.
-        advice: in the FileNotFoundError without network or model; None: how to set a checkpoint to a folder.
-        options: of `snapshot_download`, such as `revision`.
+    Without network or model it raises FileNotFoundError, with the `advice` or how to set a checkpoint to a folder. The
+    options are those of `snapshot_download`.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
@@ -70,38 +67,37 @@ class CheckpointReader:
             if not isinstance(names, dict):
                 raise ValueError(f"{index} has no 'weight_map', which says which file holds which tensor")
             files = sorted(set(names.values()))
-        self._shapes: dict[str, list[int]] = {}
-        self._read: dict[str, Callable[[], Tensor]] = {}
+        self._tensors: dict[str, Tensor] = {}  # files mapped to memory, which is filled when a tensor is read
         for path in (folder / file for file in files):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, which {index.name} names")
-            if path.suffix == ".bin":
-                pickled = read_torch(path)
-                if not isinstance(pickled, dict):
-                    raise ValueError(f"{path} holds no tensors with names")
-                self._shapes |= {key: list(value.shape) for key, value in pickled.items()}
-                self._read |= {key: partial(pickled.__getitem__, key) for key in pickled}
-                continue
-            refuse_broken(path)
-            try:
-                opened = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
-            self._shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-            self._read |= {key: partial(opened.get_tensor, key) for key in opened.keys()}  # noqa: SIM118
+            self._tensors |= _tensors_of(path)
 
     @property
     def keys(self) -> set[str]:
-        return set(self._shapes)
+        return set(self._tensors)
 
     def shape(self, names: Sequence[str]) -> list[int]:
         """The shape of some tensors joined along their first dimension."""
-        shapes = [self._shapes[name] for name in names]
+        shapes = [list(self._tensors[name].shape) for name in names]
         return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(names) > 1 else shapes[0]
 
     def read(self, names: Sequence[str]) -> Tensor:
         """Some tensors joined along their first dimension."""
-        return torch.cat([self._read[name]() for name in names]) if len(names) > 1 else self._read[names[0]]()
+        return torch.cat([self._tensors[name] for name in names]) if len(names) > 1 else self._tensors[names[0]]
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".bin":
+        pickled = read_torch(path)
+        if not isinstance(pickled, dict):
+            raise ValueError(f"{path} holds no tensors with names")
+        return pickled
+    refuse_broken(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
 
 
 @torch.no_grad()
@@ -121,16 +117,11 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def pretrained(module: M, checkpoint: str | None = None, start: str | None = None) -> M:
-    """Load a module's weights; without a checkpoint the module is as it was initialised, or as it is at the `start`.
+    """Load a module's weights from a checkpoint (see `resolve`); without one it is as it was initialised.
 
     A module whose weights are published under other names has `stored_as(key)`: the names of the tensors that, joined
     along their first dimension, are its tensor `key`. `check_stored(config)` raises ValueError if the stored config is
-    that of another model.
-
-    Args:
-        module: to be loaded.
-        checkpoint: its weights; see `resolve`.
-        start: weights of another kind of model to begin training with, for modules that have `warm_start`.
+    that of another model. A module with `warm_start` can begin training at the `start`, weights of another kind.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -187,8 +178,7 @@ def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
 def fingerprint(module: nn.Module) -> str:
     """Hash all weights, frozen parts included, and the layers that they are in, but not their device.
 
-    Of a layer it sees what torch prints. The `cache_key` of a network must name what that leaves out, such as the heads
-    of most attention layers.
+    Of a layer it sees what torch prints. What that leaves out, the `cache_key` of a network must name.
     """
     digest = hashlib.sha256()
     for key, part in module.named_modules():

@@ -10,17 +10,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adapters beside some linear layers; all else is frozen.
-
-    Attributes:
-        rank: of the adapters.
-        alpha: their output is scaled by alpha / rank.
-        targets: ends of the names of linear layers, in all blocks.
-    """
+    """Adapters beside some linear layers; all else is frozen."""
 
     rank: int = 16
-    alpha: float = 32.0
-    targets: Sequence[str] = ("qkv", "proj", "mlp.0", "mlp.2")
+    alpha: float = 32.0  # their output is scaled by alpha / rank
+    targets: Sequence[str] = ("qkv", "proj", "mlp.0", "mlp.2")  # ends of the names of linear layers, in all blocks
 
     def inject(self, module: nn.Module) -> None:
         """Put adapters into a module, in place; raises ValueError if it has no such layer."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli
 from torch.nn import functional as F
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
@@ -21,23 +20,15 @@ Norm = Callable[[int], nn.Module]
 
 @dataclass(frozen=True)
 class MagvitConfig:
-    """Sizes of a MAGVIT-v2 tokenizer. Levels are counted from the finest, which has an image's own resolution.
+    """Sizes of a MAGVIT-v2 tokenizer. Levels are counted from the finest, which has an image's own resolution."""
 
-    Attributes:
-        image_size: pixels along each side; halved from each level to the next.
-        bits: channels of the latents, so that there are 2^bits codes.
-        encoder_widths, decoder_widths: channels of each level.
-        encoder_blocks, decoder_blocks: residual blocks of each level.
-        norm_groups, norm_eps: of the group norms; `norm_groups` must divide all widths.
-    """
-
-    image_size: int = 256
-    bits: int = 13
-    encoder_widths: Sequence[int] = (128, 256, 256, 512, 512)
-    encoder_blocks: Sequence[int] = (4, 3, 4, 3, 4)
+    image_size: int = 256  # pixels along each side; halved from each level to the next
+    bits: int = 13  # channels of the latents, so that there are 2^bits codes
+    encoder_widths: Sequence[int] = (128, 256, 256, 512, 512)  # channels of each level
+    encoder_blocks: Sequence[int] = (4, 3, 4, 3, 4)  # residual blocks of each level
     decoder_widths: Sequence[int] = (128, 128, 256, 256, 512)
     decoder_blocks: Sequence[int] = (4, 4, 3, 4, 3)
-    norm_groups: int = 32
+    norm_groups: int = 32  # must divide all widths
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -169,22 +160,9 @@ class LookupFreeQuantizer(nn.Module):
         """Codes [B, h, w] -> their vectors of +1 and -1, [B, bits, h, w]."""
         return self.embedding[indices].movedim(-1, 1)
 
-    def losses(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Entropy and commitment losses of latents [B, bits, h, w], weighted as in Show-o.
-
-        Entropy is low where single bits are certain and each bit is 1 half of the time.
-        """
-        bits = Bernoulli(logits=4 * z)  # softmax over the squared distances from +1 and -1
-        usage = Bernoulli(probs=bits.probs.mean((0, 2, 3)))
-        entropy = bits.entropy().mean() - usage.entropy().mean()
-        vectors = self.entries(self.indices(z))
-        passed = z + (vectors - z).detach()  # straight through: the 0.25 adds to the loss and takes from its gradient
-        commitment = F.mse_loss(z, vectors) + 0.25 * F.mse_loss(passed, z.detach())
-        return 0.1 * entropy, 0.1 * commitment
-
 
 class MagvitV2(ImageTokenizer):
-    """The tokenizer; fully convolutional, so images of other shapes than its own can be encoded and decoded too."""
+    """The tokenizer: both networks, with the quantizer between them."""
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
@@ -207,11 +185,7 @@ class MagvitV2(ImageTokenizer):
     def encode(self, pixels: Tensor) -> Tensor:
         return self.quantize.indices(self.latents(pixels)).flatten(1)
 
-    def reconstruct(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Decode without clamping to [0, 1], for training."""
-        indices = tokens.unflatten(1, shape or (self.grid, self.grid))
-        return (self.decoder(self.quantize.entries(indices)).float() + 1) / 2  # half precision has fewer than 256 greys
-
-    def decode(self, tokens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Tokens [B, h * w], row by row -> pixels [B, 3, H, W] in [0, 1]; `shape` is (h, w), if not grid x grid."""
-        return self.reconstruct(tokens, shape).clamp(0, 1)
+    def decode(self, tokens: Tensor) -> Tensor:
+        vectors = self.quantize.entries(tokens.unflatten(1, (self.grid, self.grid)))
+        pixels = self.decoder(vectors).float()  # half precision has fewer than 256 greys
+        return ((pixels + 1) / 2).clamp(0, 1)

@@ -35,17 +35,11 @@ class Rotary:
 
 @dataclass
 class Prefix:
-    """Keys and values of prompts; an `AttentionFn` in the pass over the prompts, which fills it.
+    """Keys and values of G prompts, padded on the left; an `AttentionFn` in the pass over them, which fills it."""
 
-    Attributes:
-        rotary: of its positions; the last token of every prompt is at position max_text.
-        real: bool [G, P]; shorter prompts are padded on the left, and padding is never attended to; None: no padding.
-        keys, values: per layer, [G, heads, P, head_dim].
-    """
-
-    rotary: Rotary
-    real: Tensor | None
-    keys: list[Tensor] = field(default_factory=list)
+    rotary: Rotary  # of its positions; the last token of every prompt is at position max_text
+    real: Tensor | None  # bool [G, P], False for padding, which is never attended to; None: no padding
+    keys: list[Tensor] = field(default_factory=list)  # per layer, [G, heads, P, head_dim]
     values: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,21 +67,14 @@ class Prefix:
 
 @dataclass
 class Grid:
-    """How soi, image and eoi attend: to their own prompt and to each other.
-
-    Attributes:
-        rotary: of soi, image and eoi.
-        prefixes: of the prompts, each for an equal part of the rows; a prefix of one row serves its whole part.
-        allowed: keys that the rows of each prefix may attend to, bool [G, 1, 1, P + S]; None: all.
-    """
+    """How soi, image and eoi attend: to their own prompt and to each other."""
 
     rotary: Rotary
-    prefixes: Sequence[Prefix]
-    allowed: list[Tensor | None] = field(init=False)
+    prefixes: Sequence[Prefix]  # each for an equal part of the rows; a prefix of one row serves its whole part
 
     def __post_init__(self) -> None:
         length = self.rotary.cos.shape[0]
-        self.allowed = [
+        self.allowed: list[Tensor | None] = [  # keys that the rows of each prefix may attend to, bool [G, 1, 1, P + S]
             None if prefix.real is None else F.pad(prefix.real, (0, length), value=True)[:, None, None]
             for prefix in self.prefixes
         ]

@@ -14,14 +14,11 @@ class MaskEstimate:
     """How log p(image | prompt) is estimated.
 
     By default it is the bound of any-order decoders: with c of n tokens masked, c uniform in 1..n, the mean of
-    n / c x log p(masked tokens | the others) (LLaDA, arXiv 2502.09992, equation 6).
-
-    Attributes:
-        n_masks: masks an image, each from its own n-th of the counts; more of them make less noise.
-        as_trained: Show-o's own sum instead: c from its cosine schedule, no n / c, among all ids, and with soi and eoi.
+    n / c x log p(masked tokens | the others) (LLaDA, arXiv 2502.09992, equation 6). `as_trained` takes Show-o's own sum
+    instead: c from its cosine schedule, no n / c, among all ids, and with soi and eoi.
     """
 
-    n_masks: int = 4
+    n_masks: int = 4  # masks an image, each from its own n-th of the counts; more of them make less noise
     as_trained: bool = False
 
     def __post_init__(self) -> None:

@@ -28,12 +28,12 @@ class MaskNetwork(TokenDecoder):
     Args:
         image_tokenizer, feature_layers: see `TokenDecoder`; without feature layers there are no features.
         text_tokenizer: turns prompts into ids.
-        max_text: a prompt's block has one place more than this; longer prompts lose their end.
+        max_text: see `Vocabulary`; longer prompts lose their end.
         transformer: sizes of the decoder.
         rotary_dims: dimensions of each head that carry the position.
         estimate: of log p of whole images; the default is `MaskEstimate()`.
-        visual: codes are embedded (and predicted) by what they look like as well, and tokens by their row and column.
-            Show-o has neither; small decoders learn much faster with both.
+        visual: codes are embedded and predicted by their looks too, tokens by row and column: small decoders learn
+            much faster, but Show-o has neither.
         compiled: decoding's passes are compiled, on GPUs with CUDA graphs.
     """
 
@@ -75,16 +75,14 @@ class MaskNetwork(TokenDecoder):
             self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)
 
     def cache_key(self) -> dict[str, Any]:
-        """Its weights, sizes, text and feature layers; `estimate` changes no image."""
-        vocabulary, text = key_of(self.vocabulary), self.text_tokenizer.cache_key()
-        return super().cache_key() | {"rotary_dims": self.rotary_dims, "vocabulary": vocabulary, "text": text}
+        """See `TokenDecoder`; `estimate` changes no image."""
+        return super().cache_key() | {"rotary_dims": self.rotary_dims, "vocabulary": key_of(self.vocabulary)}
 
     def warm_start(self, name: str, stored: CheckpointReader) -> None:
-        """Begin training with the weights of a next-token decoder, as Show-o begins with those of a language model.
+        """Begin training with what a next-token decoder has too, as Show-o begins with a language model.
 
-        What both have is taken over: the Transformer and its norm, what codes look like, rows and columns, words, and
-        the part of each code that is its own. To have predicted the next token helps to fill gaps. ValueError if a
-        tensor is missing or of another shape; the sentence has it and the `name` of the weights.
+        That is the Transformer and its norm, what codes look like, rows and columns, words, and the part of each code
+        that is its own. ValueError if a tensor is missing or of another shape, with it and the `name` of the weights.
         """
         codes, words = slice(self.vocabulary.first_code, self.vocabulary.mask), slice(self.vocabulary.text)
         other = ("image_tokenizer.", "embed.", "head.")
@@ -97,12 +95,6 @@ class MaskNetwork(TokenDecoder):
     @property
     def max_words(self) -> int:
         return self.vocabulary.max_text - 2
-
-    def word_spans(self, prompt: str) -> list[tuple[int, int]]:
-        return self.text_tokenizer.spans(prompt)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        self.text_tokenizer.encode(prompts)
 
     def _rotary(self, start: int, length: int) -> Rotary:
         positions = torch.arange(start, start + length, device=self.embed.weight.device)
@@ -128,8 +120,8 @@ class MaskNetwork(TokenDecoder):
     def encode_with_features(self, prompts: Sequence[str]) -> tuple[Prefix, Tensor]:
         """The keys and values of G prompts, and their features, [G, L, 2 dim]; [G, 0, 0] without feature layers.
 
-        The features are each text token by itself, beside the last of the feature layers. They are aligned on the left,
-        with zeros after the end, so they do not depend on the other prompts.
+        The features are each text token by itself, beside the last of the feature layers; aligned on the left, with
+        zeros after the end, they do not depend on the other prompts.
         """
         blocks = self._blocks(prompts)
         prefix, layers = self.prompt_pass(blocks)
@@ -166,7 +158,7 @@ class MaskNetwork(TokenDecoder):
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer, or just the last without features.
 
-        Of the codes [R, n] those that are `unknown` are masked. Each prefix has the prompts of as many rows.
+        Of the codes [R, n] those that are `unknown` are masked. Each prefix is for an equal part of the rows.
         """
         grid = self._grid(tokens, unknown, prefixes)
         return self.transformer.run(*grid) if self.feature_layers else [self.transformer.last(*grid)]
@@ -188,8 +180,8 @@ class MaskNetwork(TokenDecoder):
     def guided_logits(self, branches: Sequence[Tensor], guidance: float, positions: Tensor) -> Tensor:
         """Guided logits [M, C] at positions [M] of the B * n, counted row by row.
 
-        The branches are normalised hidden states [B, n, dim], with the prompt and without. Logits are linear in them,
-        so these are guided, and the head runs once.
+        The branches, normalised hidden states [B, n, dim] with the prompt and without, are guided themselves: logits
+        are linear in them, so the head runs once.
         """
         conditional, *unconditional = (branch.flatten(0, 1)[positions] for branch in branches)
         if unconditional and guidance:
@@ -199,8 +191,7 @@ class MaskNetwork(TokenDecoder):
     def token_log_probs(self, prefix: Prefix, tokens: Tensor, masked: Tensor, as_trained: bool = False) -> Tensor:
         """log p(token | prompt, tokens that are not masked) of codes where `masked`, else 0, [B, n]. Differentiable.
 
-        With `as_trained` among all ids instead of the image codes, and of soi and eoi as well, [B, n + 2]: Show-o's own
-        training never excludes these.
+        With `as_trained` among all ids, and of soi and eoi as well, [B, n + 2]: Show-o's own training excludes none.
         """
         if not as_trained:
             log_p = self.code_logits(tokens, masked, [prefix]).log_softmax(-1)
@@ -220,8 +211,8 @@ class MaskNetwork(TokenDecoder):
     def decoding_bytes(self, images: int, size: int) -> float:
         """Estimate the keys and values of prompts, and the largest of what else there is, guidance included.
 
-        That is one of: a layer's hidden states; the probabilities of all codes and their cumulative sum, in single
-        precision; the finest level of the image tokenizer's decoder, of which four maps are there at a time.
+        That is a layer's hidden states, the probabilities of all codes and their cumulative sum, in single precision,
+        or four maps of the finest level of the image tokenizer's decoder.
         """
         config, tokenizer = self.transformer.config, self.image_tokenizer
         prompts = 2 * config.depth * config.dim * (self.vocabulary.max_text + 1) * size

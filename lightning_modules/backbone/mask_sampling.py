@@ -12,17 +12,11 @@ from lightning_modules.backbone.sampling import Noise, invert, refuse_below, uni
 
 @dataclass(frozen=True)
 class MaskSampling:
-    """How a grid of masked tokens is filled.
+    """How a grid of masked tokens is filled."""
 
-    Attributes:
-        steps: forward passes, T.
-        guidance: scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional.
-        temperature: of the noise on confidences; codes themselves are drawn at temperature 1.
-    """
-
-    steps: int = 18
-    guidance: float = 1.75
-    temperature: float = 1.0
+    steps: int = 18  # forward passes, T
+    guidance: float = 1.75  # scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional
+    temperature: float = 1.0  # of the noise on confidences; codes themselves are drawn at temperature 1
 
     def __post_init__(self) -> None:
         refuse_below(1, steps=self.steps)
@@ -49,9 +43,8 @@ def least_confident(
 ) -> Tensor:
     """Choose the `count` [B] least confident tokens, to be masked for the next step, bool [B, n].
 
-    Confidence is log p + temperature x Gumbel noise; tokens that tie at the cut are fixed. `probs` [B, n] are those of
-    the drawn codes; tokens that were not `unknown` [B, n] stay fixed. The temperature is a number or [B, 1], the noise
-    uniform, [B, n].
+    Confidence is log p of the drawn codes, whose `probs` are [B, n], + temperature (a number or [B, 1]) x Gumbel noise,
+    made of uniform noise [B, n]. Tokens that tie at the cut are fixed; those that were not `unknown` [B, n] stay so.
     """
     log_p = torch.where(unknown, probs, torch.finfo(torch.float32).max).clamp(min=1e-20).log()  # known: surest of all
     gumbel = -(-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
@@ -62,15 +55,11 @@ def least_confident(
 
 @dataclass(frozen=True)
 class SeededNoise(Noise):
-    """Noise of grids of n tokens, filled in T steps.
-
-    Attributes:
-        candidates: [B, K, 2, T, n]: for the codes of each candidate, and for the confidences.
-    """
+    """Noise of grids of n tokens, filled in T steps: [B, K, 2, T, n], for codes of candidates and for confidences."""
 
     @staticmethod
     def draw(seeds: Sequence[int], k: int, steps: int, tokens: int) -> "SeededNoise":
-        """The noise of images with these seeds; more candidates leave the first ones' as it is."""
+        """The noise of images with these seeds; more candidates leave that of the first ones as it is."""
         uniform = uniform_noise(seeds, 2 * k, steps * tokens).unflatten(2, (steps, tokens))
         return SeededNoise(uniform[:, :-1].unflatten(1, (k, 2)), uniform[:, -1, :, 0])
 

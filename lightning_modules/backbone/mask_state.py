@@ -8,51 +8,26 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import DecodingState, Proposal, equal_to_earlier
-from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
+from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.mask_attention import Prefix
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise
 from lightning_modules.backbone.trajectory import Trajectory
 
 
-@dataclass(frozen=True)
+@dataclass
 class Vocabulary:
-    """Ids of the one table of embeddings: text, ten special tokens, image codes, the mask.
+    """Ids of the one table of embeddings: text, ten special tokens, image codes, the mask."""
 
-    Attributes:
-        text: ids of the text tokenizer.
-        end_of_text: one of them, which opens and closes a prompt.
-        codes: size of the image codebook.
-        max_text: a prompt's block has one place more than this; longer ones are cut.
-    """
+    text: int  # ids of the text tokenizer
+    end_of_text: int  # one of them, which opens and closes a prompt
+    codes: int  # size of the image codebook
+    max_text: int  # a prompt's block has one place more than this; longer ones are cut
 
-    text: int
-    end_of_text: int
-    codes: int
-    max_text: int
-
-    @property
-    def soi(self) -> int:
-        return self.text + 1
-
-    @property
-    def eoi(self) -> int:
-        return self.text + 2
-
-    @property
-    def t2i(self) -> int:
-        return self.text + 5
-
-    @property
-    def first_code(self) -> int:
-        return self.text + 10
-
-    @property
-    def mask(self) -> int:
-        return self.first_code + self.codes
-
-    @property
-    def total(self) -> int:
-        return self.mask + 1
+    def __post_init__(self) -> None:
+        self.soi, self.eoi, self.t2i = self.text + 1, self.text + 2, self.text + 5
+        self.first_code = self.text + 10
+        self.mask = self.first_code + self.codes
+        self.total = self.mask + 1
 
     def block(self, text: Sequence[int]) -> list[int]:
         """Text ids -> `t2i sot text eot`, at most max_text + 1 ids; what is too long loses its end, with a warning."""
@@ -64,21 +39,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class MaskProposal(Proposal):
-    """k candidates for the next step of a grid; see `Proposal`.
+    """k candidates for the next step of a grid, whole grids of codes [B, k, n]; log_probs are of the codes they fix."""
 
-    Attributes:
-        tokens, log_probs: whole grids of codes, [B, k, n], and of the codes that each candidate fixes, [B, k].
-        probs: of the codes that were drawn, [B, k, n], 1 for known ones.
-        masked: what is masked for the next step, bool [B, k, n].
-        is_last: after this step all codes are fixed, masked or not.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
-    features: DecoderFeatures | None
-    probs: Tensor
-    masked: Tensor
-    is_last: bool
+    probs: Tensor  # of the codes that were drawn, [B, k, n], 1 for known ones
+    masked: Tensor  # what is masked for the next step, bool [B, k, n]
+    is_last: bool  # after this step all codes are fixed, masked or not
 
     @property
     def repeats(self) -> Tensor:
@@ -87,22 +52,14 @@ class MaskProposal(Proposal):
 
 @dataclass
 class MaskState(DecodingState):
-    """B grids on their way; see `DecodingState`. Tokens that are `unknown` are a preview: drawn, but not fixed.
-
-    Attributes:
-        unknown: bool [B, n].
-        sampling: how the grid is filled.
-        temperature: scales the noise on confidences, [B, 1]; 1 is the schedule as it is.
-        prefixes: of the prompts and, with guidance or features, of the empty one.
-        grids: tokens and unknown after each step so far.
-    """
+    """B grids on their way; see `DecodingState`. Tokens that are `unknown` are a preview: drawn, but not fixed."""
 
     noise: SeededNoise
-    unknown: Tensor
+    unknown: Tensor  # bool [B, n]
     sampling: MaskSampling
-    temperature: Tensor
-    prefixes: list[Prefix]
-    grids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    temperature: Tensor  # scales the noise on confidences, [B, 1]; 1 is the schedule as it is
+    prefixes: list[Prefix]  # of the prompts and, with guidance or features, of the empty one
+    grids: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # tokens and unknown after each step so far
 
     @property
     def steps(self) -> int:

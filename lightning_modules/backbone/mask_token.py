@@ -18,17 +18,16 @@ from lightning_modules.cache_key import key_of
 from lightning_modules.ranks import uniform_rows
 
 _RANDOM_STEPS = 16  # of images that were not decoded
+# Of B grids with k candidates: unknown before, bool [B, n], undecided after, bool [B, k, n], `MaskState.statistics`.
+_Known = tuple[Tensor, Tensor, Tensor]
 
 
 class MaskTokenDecoder(MaskNetwork):
-    """Prompts in, image tokens out, a set of positions a step; see `MaskNetwork` for the arguments.
+    """Prompts in, image tokens out, a set of positions a step; see `MaskNetwork` for the arguments."""
 
-    Attributes:
-        max_mask_ratio: scales the masked fraction of images in pre-training (`MaskWarmup`).
-        compiled_pass: `grid_pass`, compiled. It belongs to the class: copies of an object would run with its weights.
-    """
-
-    max_mask_ratio = 1.0
+    sampling_type = MaskSampling
+    max_mask_ratio = 1.0  # scales the masked fraction of images in pre-training (`MaskWarmup`)
+    # `grid_pass`, compiled. It belongs to the class: copies of an object would run with its weights.
     compiled_pass: ClassVar[Callable[..., list[Tensor]]]
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
@@ -99,10 +98,7 @@ class MaskTokenDecoder(MaskNetwork):
         )
 
     def forward_pass(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
-        """One forward pass: hidden states for features and, normalised, those for logits, [B, n, dim] a branch.
-
-        The branches, prompts and empty prompts, are one batch; without guidance and features there are no empty ones.
-        """
+        """One forward pass: hidden states for features and, normalised, those for logits, [B, n, dim] a prefix."""
         branches = len(state.prefixes)
         tokens, unknown = state.tokens.repeat(branches, 1), state.unknown.repeat(branches, 1)
         state.cost.count_pass(*tokens.shape)
@@ -112,7 +108,7 @@ class MaskTokenDecoder(MaskNetwork):
 
     @torch.no_grad()
     def propose(self, state: MaskState, k: int, distinct: bool = False) -> MaskProposal:
-        """k candidates for the next step, whole grids, which are never `distinct` (ValueError); see `Decoder`."""
+        """k whole grids as candidates, which are never `distinct` (ValueError); see `Decoder`."""
         if distinct:
             raise ValueError("distinct candidates are tokens; a mask-token decoder draws whole grids")
         layers, branches = self.forward_pass(state)
@@ -135,23 +131,14 @@ class MaskTokenDecoder(MaskNetwork):
         undecided = masked & (not is_last)
         if self.feature_layers:
             known = state.unknown, undecided, state.statistics
-            features = self._features(state.prompt, layers, branches, tokens, *known)
+            features = self._features(state.prompt, layers, branches, tokens, known)
         return MaskProposal(tokens, probs.log().masked_fill(undecided, 0).sum(-1), features, probs, masked, is_last)
 
     def _features(
-        self,
-        prompt: Tensor,
-        layers: Sequence[Tensor],
-        branches: Sequence[Tensor],
-        tokens: Tensor,
-        unknown: Tensor,
-        undecided: Tensor,
-        statistics: Tensor,
+        self, prompt: Tensor, layers: Sequence[Tensor], branches: Sequence[Tensor], tokens: Tensor, known: _Known
     ) -> DecoderFeatures:
-        """Features of k grids [B, k, n] from the pass that they were drawn from (`forward_pass`).
-
-        `statistics` [3, B, n] are those of known tokens; see `MaskState`.
-        """
+        """Features of k grids [B, k, n] from the pass that they were drawn from (`forward_pass`)."""
+        unknown, undecided, statistics = known
         shape = tokens.transpose(1, 2).shape  # [B, n, k]
         positions = unknown.flatten().nonzero().squeeze(1)
         log_p, unconditional = (self.code_head(part.flatten(0, 1)[positions]).log_softmax(-1) for part in branches)
@@ -185,13 +172,10 @@ class MaskTokenDecoder(MaskNetwork):
         undecided: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> DecoderFeatures:
-        """Features of grids, by default of finished images, from a pass with each prompt and one without any.
+        """Features of grids [B, n], by default of finished images, from a pass with each prompt and one without any.
 
-        Args:
-            prompts, tokens: codes [B, n], previews included; each grid has as many prompts, which are neighbours.
-            unknown: tokens that were masked in the pass that the previews come from, bool [B, n].
-            undecided: tokens that are still a preview after it, bool [B, n].
-            statistics: `MaskState.statistics` before the pass, [3, B, n].
+        Each grid has as many prompts, which are neighbours. The others are of the pass that its previews come from:
+        tokens `unknown` before and `undecided` after it, bool [B, n], and `MaskState.statistics` before it, [3, B, n].
         """
         copies = len(prompts) // len(tokens)
         nothing = torch.zeros_like(tokens, dtype=torch.bool)
@@ -204,7 +188,7 @@ class MaskTokenDecoder(MaskNetwork):
         layers = [torch.cat([h, b.repeat_interleave(copies, 0)]) for h, b in zip(full, bare, strict=True)]
         branches = self.norm(layers[-1][:, 1:-1]).chunk(2)
         known = unknown, undecided[:, None], statistics.repeat_interleave(copies, 1)
-        return self._features(read, layers, branches, tokens[:, None], *known)
+        return self._features(read, layers, branches, tokens[:, None], known)
 
     def training_features(
         self, batch: Mapping[str, Any], last_step: float = 0.0, fraction: float | None = None

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.decoder import Cost, Frames, Request, TokenDecoder, Values
+from lightning_modules.backbone.decoder import Cost, Frames, Proposal, Request, TokenDecoder, Values
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer, upsample_patches
-from lightning_modules.backbone.next_token_state import NextTokenProposal, NextTokenState, decision_order
+from lightning_modules.backbone.next_token_state import NextTokenState, decision_order
 from lightning_modules.backbone.sampling import Noise, Sampling, draw, sampling_log_probs, uniform_noise
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
 from lightning_modules.backbone.trajectory import Trajectory
@@ -29,6 +29,8 @@ class NextTokenDecoder(TokenDecoder):
     """
 
     causal = True
+    sampling_type = Sampling
+    text_tokenizer: WordTokenizer
 
     def __init__(
         self,
@@ -41,8 +43,8 @@ class NextTokenDecoder(TokenDecoder):
     ) -> None:
         super().__init__(image_tokenizer, transformer.depth, feature_layers)
         dim = transformer.dim
-        words = WordTokenizer(vocabulary, max_words)
-        self.prompt_encoder = PromptEncoder(words, replace(transformer, depth=text_depth))
+        self.text_tokenizer = WordTokenizer(vocabulary, max_words)
+        self.prompt_encoder = PromptEncoder(self.text_tokenizer, replace(transformer, depth=text_depth))
         self.codes = nn.Parameter(torch.zeros(image_tokenizer.codebook_size, dim))
         self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], dim, bias=False)
         self.rows = nn.Parameter(torch.zeros(image_tokenizer.grid, 1, dim))
@@ -53,22 +55,13 @@ class NextTokenDecoder(TokenDecoder):
             nn.init.normal_(weight, std=0.02)
         nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
 
-    def cache_key(self) -> dict[str, Any]:
-        return super().cache_key() | {"text": self.prompt_encoder.tokenizer.cache_key()}
-
     @property
     def max_words(self) -> int:
-        return self.prompt_encoder.tokenizer.max_words
-
-    def word_spans(self, prompt: str) -> list[tuple[int, int]]:
-        return self.prompt_encoder.tokenizer.spans(prompt)
+        return self.text_tokenizer.max_words
 
     def word_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> word ids [B, L] on the decoder's device; raises ValueError for unknown words and too many."""
-        return self.prompt_encoder.tokenizer(prompts).to(self.rows.device)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        self.word_ids(prompts)
+        """Prompts -> word ids [B, L]; raises ValueError for unknown words and too many."""
+        return self.text_tokenizer(prompts).to(self.rows.device)
 
     @property
     def _positions(self) -> Tensor:
@@ -78,13 +71,12 @@ class NextTokenDecoder(TokenDecoder):
     def _code_embeddings(self) -> Tensor:
         """Embeddings of all codes, [V, dim]: a map of what they look like, and a part of each one's own.
 
-        The map carries what is learned of one code over to its look-alikes, a red rim's to a blue one's: without it
-        the decoder hardly combines classes and colours that no training prompt names together.
+        Without the map the decoder hardly combines classes and colours that no training prompt names together.
         """
         return self.code_proj(self.image_tokenizer.code_vectors) + self.codes
 
     def _embed(self, codes: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings, with positions, of an image's first tokens [B, S], given those of all codes."""
+        """Embeddings, with positions, of an image's first tokens [B, S]."""
         return codes[tokens] + self._positions[: tokens.shape[1]]
 
     def _logits(self, codes: Tensor, hidden: Tensor) -> Tensor:
@@ -99,11 +91,11 @@ class NextTokenDecoder(TokenDecoder):
         return prompt, [h[:, prompt.shape[1] - 1 :] for h in hidden]
 
     def _feature_states(self, hidden: Sequence[Tensor]) -> Tensor:
-        """Hidden states of every layer [..., dim] -> those of `feature_layers` side by side, [..., F]."""
+        """Hidden states of every layer [..., dim] -> those of `feature_layers`, [..., F]."""
         return torch.cat([hidden[depth - 1] for depth in self.feature_layers], dim=-1)
 
     def _token_logits(self, word_ids: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of each token of images [B, T] given the prompt and the tokens before it."""
+        """Logits [B, T, V] of each token of images [B, T], given the prompt and the tokens before it."""
         codes = self._code_embeddings()
         return self._logits(codes, self._run(codes, word_ids, tokens)[1][-1])
 
@@ -163,7 +155,7 @@ class NextTokenDecoder(TokenDecoder):
 
     @torch.no_grad()
     def features_from_cache(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> DecoderFeatures:
-        """Features `stored` while decoding images [B, T], with those that follow cheaply from prompts and tokens."""
+        """Features `stored` while decoding images [B, T], and those that follow cheaply from prompts and tokens."""
         word_ids = self.word_ids(prompts)
         embeddings = self._embed(self._code_embeddings(), tokens)
         prompt = self.prompt_encoder.read(word_ids, self.prompt_encoder(word_ids))
@@ -176,7 +168,7 @@ class NextTokenDecoder(TokenDecoder):
             return self.features_from_cache(batch["prompt"], batch["tokens"], **batch["features"])
         return self.features(batch["prompt"], batch["tokens"])
 
-    def preview(self, state: NextTokenState, proposal: NextTokenProposal | None = None) -> Tensor:
+    def preview(self, state: NextTokenState, proposal: Proposal | None = None) -> Tensor:
         """The tokens so far as pixels; what is not decided yet is grey. See `Decoder`."""
         tokens, known = state.tokens, state.fixed
         if proposal is not None:
@@ -216,9 +208,8 @@ class NextTokenDecoder(TokenDecoder):
     def begin(self, request: Request, sampling: Sampling, k: int = 1) -> NextTokenState:
         """Encode the prompts, with their unconditional twin, and read what is fixed; see `Decoder`.
 
-        Fixed tokens are read, not decided: those before the first open one in the same pass as the prompt, later ones
-        in the pass of the decided token before them. So there are as many passes as the row with most has open tokens,
-        and at most one more.
+        Fixed tokens are read, not decided: those before the first open one in the pass of the prompt, later ones in
+        that of the decided token before them. So there is at most one pass more than the most open tokens of a row.
         """
         ids = self.word_ids(request.prompts)
         tokens, fixed = request.initial(self.num_tokens, ids.device)
@@ -274,11 +265,8 @@ class NextTokenDecoder(TokenDecoder):
         state.features.write(rows, last[rows] + 1 + columns, features, columns)
 
     @torch.no_grad()
-    def propose(self, state: NextTokenState, k: int, distinct: bool = False) -> NextTokenProposal:
-        """k candidates for the next token, from the pass that led to this state; see `Decoder`.
-
-        A fixed token is its own only candidate, k times.
-        """
+    def propose(self, state: NextTokenState, k: int, distinct: bool = False) -> Proposal:
+        """k candidates for the next token; a fixed token is its own only candidate, k times. See `Decoder`."""
         conditional, unconditional = state.logits.chunk(2)
         noise = state.noise.candidates[:, :k, state.step]
         tokens, log_probs = draw(conditional, unconditional, state.sampling, noise, distinct)
@@ -287,11 +275,12 @@ class NextTokenDecoder(TokenDecoder):
         tokens = torch.where(fixed, state.tokens.gather(1, position), tokens)
         log_p = state.logits[:, None].log_softmax(-1)
         features = self._features(state.prompt, state.codes, tokens, position, state.hidden[:, None], log_p)
-        return NextTokenProposal(tokens[..., None], log_probs.masked_fill(fixed, 0.0), features)
+        return Proposal(tokens[..., None], log_probs.masked_fill(fixed, 0.0), features)
 
     @torch.no_grad()
-    def commit(self, state: NextTokenState, proposal: NextTokenProposal, choice: Tensor) -> None:
-        """Candidate `choice` [B] is the next token; unless it is the last one, run the next forward pass."""
+    def commit(self, state: NextTokenState, proposal: Proposal, choice: Tensor) -> None:
+        """Take candidate `choice` [B] and, unless that was the last step, run the next forward pass."""
+        assert proposal.features is not None
         rows, last = torch.arange(len(choice), device=choice.device), state.position
         here = rows, last.to(choice.device)
         state.tokens[here], state.fixed[here] = proposal.tokens[rows, choice, 0], True

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.decoder import DecodingState, Proposal
+from lightning_modules.backbone.decoder import DecodingState
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.sampling import Noise, Sampling
 from lightning_modules.backbone.transformer import KVCache
@@ -15,8 +15,7 @@ def decision_order(fixed: Tensor) -> Tensor:
     """Positions to decide, ascending, [B, steps], given the tokens that stay, bool [B, T].
 
     A row decides its open tokens, and at the end its last token even if that is fixed: then all others have been read.
-    A row with fewer open tokens than others decides its last token again and again; a fixed token is its own only
-    candidate.
+    A row with fewer open tokens than others decides its last token again and again.
     """
     length = fixed.shape[1]
     due = torch.where(fixed, length, torch.arange(length))
@@ -25,40 +24,22 @@ def decision_order(fixed: Tensor) -> Tensor:
     return due.sort(1).values[:, :steps].clamp(max=length - 1)
 
 
-@dataclass(frozen=True)
-class NextTokenProposal(Proposal):
-    """k candidates for the next token, drawn by temperature, top-k, top-p and guidance; see `Proposal`."""
-
-    tokens: Tensor
-    log_probs: Tensor
-    features: DecoderFeatures
-
-
 @dataclass
 class NextTokenState(DecodingState):
     """Each step decides one token of each image, not necessarily at the same position; see `DecodingState`.
 
-    Attributes:
-        noise: candidates [B, K, T].
-        features: of the tokens before `position`, with room for all T.
-        fixed: tokens that stay as they are, bool [B, T]; decided ones are among them.
-        order: positions to decide, ascending, [B, steps], on the CPU; see `decision_order`.
-        sampling: how candidates are drawn.
-        codes: embeddings of all codes, [V, dim].
-        cache: keys and values, conditional rows first, then the unconditional ones.
-        hidden: hidden states that predict the next token, [2B, F]; conditional rows first.
-        logits: of the next token, [2B, V].
+    Of 2B rows the first B are conditional, the others unconditional.
     """
 
-    noise: Noise
-    features: DecoderFeatures
-    fixed: Tensor
-    order: Tensor
+    noise: Noise  # candidates [B, K, T]
+    features: DecoderFeatures  # of the tokens before `position`, with room for all T
+    fixed: Tensor  # tokens that stay as they are, bool [B, T]; decided ones are among them
+    order: Tensor  # positions to decide, ascending, [B, steps], on the CPU; see `decision_order`
     sampling: Sampling
-    codes: Tensor
-    cache: KVCache
-    hidden: Tensor
-    logits: Tensor
+    codes: Tensor  # embeddings of all codes, [V, dim]
+    cache: KVCache  # of 2B rows
+    hidden: Tensor  # hidden states that predict the next token, [2B, F]
+    logits: Tensor  # of the next token, [2B, V]
 
     @property
     def steps(self) -> int:

@@ -38,21 +38,13 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Published:
-    """Weights on the Hugging Face hub.
+    """Weights on the Hugging Face hub."""
 
-    Attributes:
-        key: of the config; it can name a folder (or for open_clip a file) instead.
-        name: OWNER/NAME.
-        files: patterns; if the weights are there, one of them has files.
-        only: pattern of the files to download; empty for the whole repository.
-        file: of the folder, to be named by the key; empty for the folder itself.
-    """
-
-    key: str
-    name: str
-    files: tuple[str, ...]
-    only: str = ""
-    file: str = ""
+    key: str  # of the config; it can name a folder (or for open_clip a file) instead
+    name: str  # OWNER/NAME
+    files: tuple[str, ...]  # patterns; if the weights are there, one of them has files
+    only: str = ""  # pattern of the files to download; empty for the whole repository
+    file: str = ""  # of the folder, to be named by the key; empty for the folder itself
 
     @property
     def is_here(self) -> bool:
@@ -126,7 +118,5 @@ def refuse_missing(weights: list[Published]) -> None:
         missing.append(each)
     if missing:
         listed = "\n".join(f"  {each}" for each in missing)
-        raise FileNotFoundError(
-            f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network:\n"
-            f"{listed}"
-        )
+        message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
+        raise FileNotFoundError(f"{message}:\n{listed}")

@@ -18,19 +18,12 @@ def refuse_below(least: int, **settings: float) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn."""
 
-    Attributes:
-        temperature: divides the logits; > 0.
-        top_k: keep only the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probability reaches this (nucleus); 1 keeps all.
-        guidance: scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 0.0
+    temperature: float = 1.0  # divides the logits; > 0
+    top_k: int = 0  # keep only the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this (nucleus); 1 keeps all
+    guidance: float = 0.0  # scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -46,10 +39,7 @@ def image_seed(*parts: int) -> int:
 
 
 def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
-    """Uniform noise in [0, 1) for decoding, [B, 1 + candidates, steps], row b from seeds[b] alone, in any precision.
-
-    More candidates add rows and leave the first ones as they are.
-    """
+    """Uniform noise in [0, 1), [B, 1 + candidates, steps], row b from seeds[b] alone; more candidates only add."""
     generator, shape = torch.Generator(), (1 + candidates, steps)
     rows = [torch.rand(shape, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
     return torch.stack(rows)
@@ -57,15 +47,10 @@ def uniform_noise(seeds: Sequence[int], candidates: int, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """The randomness of B images: each row comes from the seed of its image alone.
+    """Uniform noise of B images: each row comes from the seed of its image alone."""
 
-    Attributes:
-        candidates: uniform numbers for drawing each of K candidates, [B, K, ...]; a later index is the step.
-        choice: uniform numbers for choosing among them at each step, [B, steps].
-    """
-
-    candidates: Tensor
-    choice: Tensor
+    candidates: Tensor  # for drawing each of K candidates, [B, K, ...]; a later index is the step
+    choice: Tensor  # for choosing among them at each step, [B, steps]
 
     def __getitem__(self, rows: Tensor) -> Self:
         return replace(self, candidates=self.candidates[rows], choice=self.choice[rows])
@@ -76,7 +61,6 @@ class Noise:
         return replace(self, candidates=own, choice=self.choice.repeat_interleave(k, 0))
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
         return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 
 
@@ -99,14 +83,10 @@ def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sam
 def draw(
     conditional: Tensor, unconditional: Tensor, sampling: Sampling, noise: Tensor, distinct: bool
 ) -> tuple[Tensor, Tensor]:
-    """Draw k tokens by inverting the cumulative distribution at uniform noise [B, k].
+    """Draw k tokens from logits [B, V] at uniform noise [B, k]; return them and their log-probabilities, [B, k] each.
 
-    Args:
-        conditional, unconditional: logits [B, V].
-        distinct: draw without replacement. Where fewer than k tokens have any probability, the last one repeats.
-
-    Returns:
-        Tokens [B, k] and their log-probabilities [B, k] under the sampling distribution.
+    The probabilities are those of the sampling distribution. `distinct` tokens are drawn without replacement; where
+    fewer than k have any probability, the last one repeats.
     """
     log_p = sampling_log_probs(conditional, unconditional, sampling)
     probs = log_p.exp()

@@ -36,10 +36,7 @@ class ShowO(MaskTokenDecoder):
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
 
     def check_stored(self, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if Show-o's own config says that weights are for other tokenizers.
-
-        The 512-pixel model differs from the 256-pixel one in nothing but the number of its image tokens.
-        """
+        """Raise ValueError if Show-o's own config says that weights are for other tokenizers."""
         own = {
             "num_vq_tokens": (self.num_tokens, "the 256-pixel model has 256 tokens an image, the 512-pixel one 1024"),
             "codebook_size": (self.vocabulary.codes, "that of its image tokenizer, which is showlab/magvitv2"),

@@ -16,15 +16,10 @@ from lightning_modules.cache_key import Keyed, class_name, digest
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer as mask-token decoders need it.
+    """A tokenizer as mask-token decoders need it."""
 
-    Attributes:
-        size: number of ids.
-        end_of_text: the id that opens and closes a prompt.
-    """
-
-    size: int
-    end_of_text: int
+    size: int  # number of ids
+    end_of_text: int  # the id that opens and closes a prompt
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt, without special ones."""
@@ -33,7 +28,7 @@ class TextTokenizer(Protocol):
         """The characters of a prompt that each of its ids stands for, start and end."""
 
     def cache_key(self) -> Any:
-        """Return all that decides the ids; see `Keyed`."""
+        """See `Keyed`."""
 
 
 def word_spans(prompt: str) -> list[tuple[int, int]]:
@@ -69,7 +64,6 @@ class PublishedTokenizer(Keyed):
         self.size, self.end_of_text = self._tokenizer.get_vocab_size(), found
 
     def cache_key(self) -> dict[str, Any]:
-        """Its file, and the token that opens and closes a prompt."""
         content = digest(self._tokenizer.to_str())
         return {"class": class_name(self), "tokenizer": content, "end_of_text": self.end_of_text}
 
@@ -93,15 +87,13 @@ class WordTokenizer(Keyed):
         self._ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
 
     def cache_key(self) -> dict[str, Any]:
-        """Its words, in their order, and how many of them a prompt may have."""
         return {"class": class_name(self), "vocabulary": digest(self.vocabulary), "max_words": self.max_words}
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Word ids of each prompt, without padding."""
         return [[word for word in row if word] for row in self(prompts).tolist()]
 
-    def spans(self, prompt: str) -> list[tuple[int, int]]:
-        return word_spans(prompt)
+    spans = staticmethod(word_spans)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Word ids, int64 [B, max_words]; ValueError for unknown words, or more than `max_words`."""
@@ -118,14 +110,10 @@ class WordTokenizer(Keyed):
 
 
 class PromptEncoder(nn.Module):
-    """Bidirectional Transformer over the words of a prompt.
-
-    Padding is attended to like a word: every prompt has the same length, and no mask is needed anywhere.
-    """
+    """Bidirectional Transformer over the words of a prompt; padding is attended to like a word."""
 
     def __init__(self, tokenizer: WordTokenizer, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
         self.words = nn.Embedding(tokenizer.size, config.dim)
         self.positions = nn.Parameter(torch.zeros(tokenizer.max_words, config.dim))
         self.transformer = Transformer(config)
@@ -140,8 +128,7 @@ class PromptEncoder(nn.Module):
     def read(self, word_ids: Tensor, encoded: Tensor) -> Tensor:
         """Features of a prompt for verifiers: each word by itself beside its embedding in the prompt, [B, L, 2 dim].
 
-        The latter mixes a word with its neighbours, in some decoders so much that PARM does not find out which word
-        names what it sees.
+        The latter can be so much of a mix with its neighbours that PARM does not find the word for what it sees.
         """
         words = self.words(word_ids)
         return torch.cat([nn.functional.layer_norm(words, words.shape[-1:]), encoded], dim=-1)

@@ -11,15 +11,10 @@ from lightning_modules.backbone.mask_sampling import masked_after
 
 @dataclass(frozen=True)
 class Trajectory:
-    """How B grids were filled, in S steps.
+    """How B grids were filled, in S steps."""
 
-    Attributes:
-        previews: the grid after each step, codes [B, S, n]; after the last it is the image.
-        fixed_at: the step after which a token did not change any more, [B, n].
-    """
-
-    previews: Tensor
-    fixed_at: Tensor
+    previews: Tensor  # the grid after each step, codes [B, S, n]; after the last it is the image
+    fixed_at: Tensor  # the step after which a token did not change any more, [B, n]
 
     @staticmethod
     def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
@@ -45,7 +40,6 @@ class Trajectory:
         return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
 
     def select(self, rows: Tensor) -> "Trajectory":
-        """Keep some rows."""
         return Trajectory(self.previews[rows], self.fixed_at[rows])
 
     def put(self, rows: Tensor, other: "Trajectory") -> "Trajectory":

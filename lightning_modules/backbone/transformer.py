@@ -13,46 +13,40 @@ from torch.utils.checkpoint import checkpoint
 
 _BLOCK = 4  # positions by which caches grow
 
-# How the positions of a pass attend to one another, and to others whose keys and values the function holds: a layer's
-# index, its queries, keys and values, [B, heads, S, head_dim] -> the attended values, of the same shape.
+# How positions attend to one another, and to others whose keys and values the function holds: a layer's index, its
+# queries, keys and values, [B, heads, S, head_dim] -> the attended values, of the same shape.
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+@dataclass
 class KVCache:
     """Keys and values of decoded prefixes, of different lengths, and of the candidates for their next positions.
 
     A prefix is stored once; candidates attend to it without copying it. `commit` takes one of them.
-
-    Attributes:
-        capacity: positions that a prefix will have at most, so that memory is asked for once.
-        keys, values: per layer, [B, heads, room + 1, head_dim]; padding is written to the last position.
-        lengths: positions filled in each row, [B], on the CPU.
-        candidates: keys and values of the k candidates, per layer, [B, heads, k, head_dim].
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.lengths = torch.zeros(0, dtype=torch.int64)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.candidates: list[tuple[Tensor, Tensor]] = []
-        self._spare: Tensor | None = None  # memory for the next layer that needs more room
+    capacity: int  # positions that a prefix will have at most, so that memory is asked for once
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of each row, [B], on the CPU
+    keys: list[Tensor] = field(default_factory=list)  # per layer, [B, heads, room + 1, head_dim]; padding is put last
+    values: list[Tensor] = field(default_factory=list)
+    candidates: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values of k, per layer
+    _spare: Tensor | None = None  # memory for the next layer that needs more room
 
     @property
     def length(self) -> int:
-        """Positions filled in the longest row."""
+        """That of the longest row."""
         return int(self.lengths.max())
 
     @property
     def room(self) -> int:
-        """Positions that there is room for in each row."""
+        """Positions that there is memory for in each row."""
         return self.keys[0].shape[2] - 1
 
     def reserve(self, length: int) -> None:
         """Make room for prefixes of some length, but never much more.
 
-        On CPUs, reading prefixes with gaps between them takes up to four times as long, much more than to move them now
-        and then. A layer moves to memory that another one has left: to touch new memory takes longer than to copy.
+        On CPUs gaps between prefixes make reading up to four times as slow; to move them now and then takes less. A
+        layer moves to memory that another one has left: to touch new memory takes longer than to copy.
         """
         if length <= self.room:
             return
@@ -97,37 +91,26 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
-        chosen = KVCache(self.capacity)
-        chosen.lengths = self.lengths[rows.cpu()]
-        chosen.keys = [key[rows] for key in self.keys]
-        chosen.values = [value[rows] for value in self.values]
-        chosen.candidates = [(key[rows], value[rows]) for key, value in self.candidates]
-        return chosen
+        keys, values = ([layer[rows] for layer in store] for store in (self.keys, self.values))
+        candidates = [(key[rows], value[rows]) for key, value in self.candidates]
+        return KVCache(self.capacity, self.lengths[rows.cpu()], keys, values, candidates)
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of a pre-norm Transformer, and where models differ.
 
-    Attributes:
-        dim: width.
-        depth: number of layers.
-        heads: attention heads; must divide `dim`.
-        mlp_ratio: hidden width of the feed-forward layers, as a multiple of `dim`.
-        parallel: attention and feed-forward layer read the same norm, and both are added to the input.
-        qk_norm: layer norms over the head's width on queries and keys, shared by all heads of a layer.
-        gelu: exact or by tanh.
-        checkpointing: in training keep only each layer's input, and compute the rest again in the backward pass: a
-            third more time, a twentieth of the memory (arXiv 1604.06174).
+    With `checkpointing`, training keeps only each layer's input and computes the rest again in the backward pass: a
+    third more time, a twentieth of the memory (arXiv 1604.06174).
     """
 
-    dim: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-    parallel: bool = False
-    qk_norm: bool = False
-    gelu: Literal["none", "tanh"] = "none"
+    dim: int  # width
+    depth: int  # number of layers
+    heads: int  # attention heads; must divide `dim`
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward layers, as a multiple of `dim`
+    parallel: bool = False  # attention and feed-forward layer read the same norm, and both are added to the input
+    qk_norm: bool = False  # layer norms over the head's width on queries and keys, shared by all heads of a layer
+    gelu: Literal["none", "tanh"] = "none"  # exact or by tanh
     checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,8 +122,7 @@ class TransformerConfig:
 
         A layer keeps, in widths: its input and norm (2), queries, keys, values before and after norm and rotation (7),
         keys and values beside the prompt's (2), what is attended to in two layouts (2), and the feed-forward layer's
-        hidden states before and after its activation. With checkpointing only one layer has all that, the others their
-        input.
+        hidden states before and after its activation. With checkpointing only one layer has all that.
         """
         layer = (13 + 2 * self.mlp_ratio) * self.dim
         widths = layer + self.depth * self.dim if self.checkpointing else self.depth * layer
@@ -154,9 +136,8 @@ class TransformerConfig:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    In training on CPUs by plain matrix products: there the backward pass of the fused kernel is up to three times as
-    slow, though without a backward pass it is the faster one. `allowed` are the keys that a query may attend to, bool
-    [B, 1, S or 1, K]; with `causal`, those of its own position and before.
+    `allowed` are the keys that a query may attend to, bool [B, 1, S or 1, K]; with `causal`, those of its own position
+    and before. In training on CPUs plain matrix products are up to three times as fast as the fused kernel.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
@@ -231,11 +212,11 @@ class Transformer(nn.Module):
             yield x
 
     def run(self, x: Tensor, attending: AttentionFn) -> list[Tensor]:
-        """A pass over x [B, S, dim]; returns the hidden states [B, S, dim] after every layer."""
+        """The hidden states [B, S, dim] after every layer of a pass over x [B, S, dim]."""
         return list(self.layers(x, attending))
 
     def last(self, x: Tensor, attending: AttentionFn) -> Tensor:
-        """A pass over x [B, S, dim]; keeps and returns only the hidden states [B, S, dim] after the last layer."""
+        """The hidden states [B, S, dim] after the last layer; the others are not kept."""
         return deque(self.layers(x, attending), maxlen=1).pop()
 
     def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:

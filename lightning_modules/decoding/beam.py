@@ -1,31 +1,28 @@
 """Beam search over a verifier's values: the best prefixes of an image continue, whichever prefix they extend."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Beam(PathStrategy):
+class Beam(VerifierStrategy):
     """At every step each of n prefixes has k candidates; of all n * k the n of the highest score continue.
 
-    This is beam search against a process reward model (arXiv 2408.03314, section 5.2), without lookahead. All k
+    This is beam search against a process reward model (arXiv 2408.03314, section 5.2), without lookahead. The k
     candidates of a prefix share its one decoder pass; of equal ones one counts. The prefix of the highest final score
     is the image. With n = 1 this is verified decoding.
 
     Attributes:
-        n: prefixes of each image.
-        k: candidates of each prefix.
+        n, k: prefixes of each image, and candidates of each prefix.
         prior_weight: score = log V + prior_weight log p, p being the sampling distribution's of the whole prefix.
     """
 
-    sampling: Any
     n: int
     k: int
     verifier: str = "parm"
@@ -44,16 +41,17 @@ class Beam(PathStrategy):
         first = paths.number[:: self.n]  # of each image's prefixes
         log_probs = torch.zeros(len(paths), 1, device=first.device)
         alive = (paths.number % self.n == 0)[:, None]  # at first all are the same
+        asked = torch.zeros_like(first[0])
         parents: list[Tensor] = []
         while not paths.is_done:
             proposal = paths.propose(self.k)
             values = paths.value(proposal)
-            paths.count(int(alive.sum()) * self.k)
+            asked += self.k * alive.sum()
             log_probs = log_probs + proposal.log_probs
             score = (values + self.prior_weight * log_probs).masked_fill(proposal.repeats | ~alive, -torch.inf)
             best, index = score.view(len(first), -1).topk(self.n, dim=1)  # of n * k candidates
             alive = best.view(-1, 1) > -torch.inf
-            kept = torch.zeros_like(score, dtype=torch.int64).view(len(first), -1)
+            kept = torch.zeros(len(first), self.n * self.k, dtype=torch.int64, device=first.device)
             kept = kept.scatter(1, index, alive.view_as(index).long()).view_as(score)
             parent, choice = (first[:, None] + index // self.k).flatten(), (index % self.k).flatten()
             log_probs = log_probs[parent, choice, None]
@@ -61,19 +59,9 @@ class Beam(PathStrategy):
             paths.commit(proposal.select(parent), choice)
             paths.record(proposal.tokens, values, kept)
             parents.append(parent)
-        _keep_own_choices(paths, parents, first)
+        paths.count(int(asked))
+        prefix = first  # of each image; in the end its trace has the choices among this prefix's candidates alone
+        for step in reversed(range(len(parents))):
+            prefix = parents[step][prefix]
+            paths.trace[step] = paths.trace[step].select(prefix)
         return paths.finish(first)
-
-
-def _keep_own_choices(paths: Paths, parents: list[Tensor], prefix: Tensor) -> None:
-    """Keep of the trace of all prefixes the choices among the candidates of those that the images began with.
-
-    Args:
-        paths: whose trace it is.
-        parents: which prefix each of the B n prefixes extends, [B n], of every step.
-        prefix: the prefix that each image is in the end, [B].
-    """
-    for step in reversed(range(len(parents))):
-        prefix, choice = parents[step][prefix], paths.trace[step]
-        own = {name: getattr(choice, name)[prefix] for name in ("tokens", "scores", "kept")}
-        paths.trace[step] = replace(choice, **own)

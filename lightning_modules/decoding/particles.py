@@ -1,7 +1,6 @@
 """Sequential Monte Carlo: unpromising paths are dropped on the way, promising ones are continued twice."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,25 +9,23 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Particles(PathStrategy):
+class Particles(VerifierStrategy):
     """n paths an image; every `stride` steps they are redrawn by how much each has gained in value.
 
     This is twisted sequential Monte Carlo (arXiv 2404.17546, section 3) with the verifier as the twist function: with
     `value_weight` 1, a perfect value and many paths it samples images from the decoder's distribution of those that
-    fulfil the prompt. Best-of-n finishes every candidate; here the compute of a hopeless prefix goes to a hopeful one.
-    The path of the highest final value is the image; with a stride of the whole image this is best-of-n. The stats have
-    the effective sample size before a redraw, on average.
+    fulfil the prompt. The path of the highest final value is the image; with a stride of the whole image this is
+    best-of-n. The stats have the effective sample size before a redraw, on average.
 
     Attributes:
         stride: steps between redraws; 8 steps of a next-token decoder are a row of an 8x8 grid.
         value_weight: paths are redrawn in proportion to (value / value at the last redraw) ** value_weight.
     """
 
-    sampling: Any
     n: int
     stride: int = 8
     verifier: str = "parm"
@@ -44,26 +41,22 @@ class Particles(PathStrategy):
         last = torch.zeros(len(first), self.n, device=first.device)
         sizes: list[Tensor] = []
         while not paths.is_done:
-            proposal, noise = paths.propose(), paths.state.choice_noise[:: self.n].to(first.device)
+            proposal, noise = paths.propose(), paths.state.choice_noise[:: self.n]
             values = paths.value(proposal).view_as(last)
             paths.commit(proposal)
             if paths.state.step % self.stride == 0 and not paths.is_done:
                 gained = (values - last).masked_fill(paths.state.is_complete.view_as(last), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise)
-                self._record(paths, values, one_hot(kept, self.n).sum(1))
+                paths.record_paths(values, one_hot(kept, self.n).sum(1))
                 paths.reassign((first[:, None] + kept).flatten())
                 last = values.gather(1, kept)
         # Of equally good ones one is drawn as in a redraw, or many perfect paths would not sample the posterior.
         gained = (self.value_weight * (values - last)).masked_fill(values < values.amax(1, keepdim=True), -torch.inf)
         winner = invert(gained.softmax(1), noise[:, None]).squeeze(1)
-        self._record(paths, values, one_hot(winner, self.n))
+        paths.record_paths(values, one_hot(winner, self.n))
         stats = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
         return replace(paths.finish(first + winner), stats=stats)
-
-    def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
-        paths.count(values.numel())
-        paths.record(paths.spread(paths.state.tokens), values, kept)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -72,13 +65,9 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 def redraw(log_weights: Tensor, noise: Tensor) -> Tensor:
-    """Systematic resampling: indices [B, n], in order, each drawn about n times its weight.
+    """Systematic resampling: indices [B, n], in order, each drawn about n times its weight, given as logarithm [B, n].
 
-    One uniform number places n evenly spaced points along the cumulative weights.
-
-    Args:
-        log_weights: [B, n], unnormalised.
-        noise: uniform, [B].
+    One uniform number an image, `noise` [B], places n evenly spaced points along the cumulative weights.
     """
     n = log_weights.shape[1]
     return invert(log_weights.softmax(1), (torch.arange(n, device=noise.device) + noise[:, None]) / n)

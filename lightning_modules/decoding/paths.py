@@ -18,19 +18,14 @@ class Paths:
     """n paths of each of B images, neighbours, which share the pass over their prompt; all are at the same step.
 
     Args:
-        decoder: of the images.
-        request: the images; the first path of each has the image's own noise.
-        sampling: how candidates are drawn.
-        k: candidates a step of each path, at most.
+        decoder, request: of the images; the first path of each has the image's own noise.
+        sampling, k: how candidates are drawn, and how many a step of each path, at most.
         n: paths of each image.
-        judges: by name.
-        verifier: name of the judge that values candidates; None values nothing.
+        judges, verifier: the judge of this name values candidates; None values nothing.
 
     Attributes:
-        state: of the decoder.
-        verifier_state: what the verifier remembers.
-        image: the image of each path, 0..B-1, [P], on the CPU.
-        number: places of these P paths among the B * n that began, [P].
+        state, verifier_state: of the decoder; what the verifier remembers.
+        image, number: the image of each path, [P], on the CPU; its place among the B * n that began, ascending, [P].
         trace: the choices so far.
     """
 
@@ -49,18 +44,14 @@ class Paths:
         if self.verifier is not None:
             self.verifier.check_decoder(decoder)
         self.state: DecodingState = decoder.begin(request, sampling, k)
-        self.verifier_state: Any = Nothing()
-        if self.verifier is not None:
-            self.verifier_state = self.verifier.begin(self.state.prompt, decoder.num_tokens)
-        self.number = torch.arange(len(request.rows), device=self.state.tokens.device)
-        self.image = torch.arange(len(request.rows))
+        prompt = self.state.prompt
+        self.verifier_state: Any = self.verifier.begin(prompt, decoder.num_tokens) if self.verifier else Nothing()
+        self.image = torch.arange(len(request.rows)).repeat_interleave(n)
+        self.number = torch.arange(len(self.image), device=self.state.tokens.device)
         self.trace: list[Choice] = []
         self._decided: Tensor | None = None
         if n > 1:
-            noise = decoder.noise(request.repeat(n).seeds, k, sampling)
-            self.select(self.number.repeat_interleave(n))
-            self.state = self.state.with_noise(noise)
-            self.number = torch.arange(len(self), device=self.number.device)
+            self._move(self, self.number // n, decoder.noise(request.repeat(n).seeds, k, sampling))
 
     def __len__(self) -> int:
         return len(self.number)
@@ -89,28 +80,28 @@ class Paths:
         self._decided = self.state.decided
         self.decoder.commit(self.state, proposal, choice)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep paths `rows` [P'], in that order and as often as they occur, each with its noise."""
-        self.state, self.number, self.image = self.state.select(rows), self.number[rows], self.image[rows.cpu()]
-        self.verifier_state = self.verifier_state.select(rows)
-
-    def part(self, rows: Tensor) -> "Paths":
-        """Copy paths `rows` [P'], which then continue on their own."""
+    def select(self, rows: Tensor) -> "Paths":
+        """Copy paths `rows` [P'], ascending, each with its noise; the trace is shared."""
         paths = copy(self)
-        paths.select(rows)
+        paths.number, paths.image = self.number[rows], self.image[rows.cpu()]
+        paths.state, paths.verifier_state = self.state.select(rows), self.verifier_state.select(rows)
         return paths
-
-    def reassign(self, rows: Tensor) -> None:
-        """Move paths `rows` [P] to the places of these; the noise of each place stays."""
-        self.state = self.state.select(rows).with_noise(self.state.noise)
-        self.verifier_state = self.verifier_state.select(rows)
 
     def fork(self, k: int) -> "Paths":
-        """Make k paths of each, neighbours; path j draws with the noise of candidate j."""
-        paths, rows = copy(self), torch.arange(len(self), device=self.number.device).repeat_interleave(k)
-        paths.state, paths.number, paths.image = self.state.fork(k), self.number[rows], self.image[rows.cpu()]
-        paths.verifier_state = self.verifier_state.select(rows)
+        """Make k paths of each, neighbours, with a shared trace; path j draws with the noise of candidate j."""
+        paths = copy(self)
+        paths.n, paths.image = k * self.n, self.image.repeat_interleave(k)
+        paths.number = torch.arange(len(paths.image), device=self.number.device)
+        paths.state, paths.verifier_state = self.state.fork(k), self.verifier_state.select(paths.number // k)
         return paths
+
+    def reassign(self, rows: Tensor, paths: "Paths | None" = None) -> None:
+        """Move paths `rows` [P] of these, or of others, to the places of these; the noise of each place stays."""
+        self._move(self if paths is None else paths, rows, self.state.noise)
+
+    def _move(self, paths: "Paths", rows: Tensor, noise: Any) -> None:
+        self.state = paths.state.select(rows).with_noise(noise)
+        self.verifier_state = paths.verifier_state.select(rows)
 
     def spread(self, values: Tensor, missing: float = 0) -> Tensor:
         """Put values [P, ...] at the places of their paths, [B, n, ...], where others have stopped: `missing`."""
@@ -118,26 +109,24 @@ class Paths:
         return places.index_put((self.number,), values).unflatten(0, (-1, self.n))
 
     def record(self, tokens: Tensor, scores: Tensor, kept: Tensor) -> None:
-        """Record a choice among c candidates of each image, as `Choice` has it, after its commit."""
-        decided = None
-        if self._decided is not None and (tokens.shape[2] == 1 or not self.is_done):
-            decided = self._decided.new_zeros(len(self.rows)).index_put((self.image,), self._decided + 1)
+        """Record a choice among c candidates of each path, as `Choice` has it (B = P), after its commit."""
+        decided = None if self._decided is None else self._decided + 1
         self.trace.append(Choice(self.name, tokens, decided, scores, kept))
+
+    def record_paths(self, scores: Tensor, kept: Tensor) -> None:
+        """Record a choice among the paths of each image, scores and kept [B, n], and count their values."""
+        decided = None
+        if self._decided is not None and not self.is_done:
+            decided = self._decided.new_zeros(len(self.rows)).index_put((self.image,), self._decided + 1)
+        self.trace.append(Choice(self.name, self.spread(self.state.tokens), decided, scores, kept))
+        self.count(len(self))
 
     def count(self, values: int) -> None:
         """Count values that were asked of the verifier."""
         self.state.cost.verifier_calls += values
 
-    def finish(self, rows: Tensor | None = None, first_unverified: Tensor | None = None) -> Decoded:
-        """Return the finished images, of paths `rows` [B] or of all.
-
-        Args:
-            rows: which paths.
-            first_unverified: see `Decoded.first_unverified`; default: 0.
-        """
-        state = self.state
-        first_unverified = torch.zeros(len(self)) if first_unverified is None else first_unverified
-        made = Decoded(
-            state.tokens, state.features, state.cost, first_unverified, state.trajectory, log_probs=state.log_probs
-        )
+    def finish(self, rows: Tensor | None = None) -> Decoded:
+        """Return the finished images, of paths `rows` [B] or of all."""
+        state, start = self.state, torch.zeros(len(self))
+        made = Decoded(state.tokens, state.features, state.cost, start, state.trajectory, log_probs=state.log_probs)
         return replace(made if rows is None else made.select(rows), trace=self.trace)

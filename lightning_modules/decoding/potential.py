@@ -9,33 +9,31 @@ from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_able, judged, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, judged, require_positive
 from lightning_modules.decoding.trace import Choice
 from lightning_modules.rewards.verifier import Ability, Judge
 
 
 @dataclass(frozen=True)
-class Potential(Strategy):
+class Potential(VerifierStrategy):
     """n paths an image. After every step the judge sees the preview of each path until one is clear enough.
 
     The one verdict on a clear path says whether it has potential. Of those that have, the one that the judge likes best
     when finished is the image; if none has, the one whose verdict was the least certain no.
 
     Attributes:
-        sampling: how paths are decoded.
-        n: paths of each image.
         judge: name of a `StepJudge`.
-        prune: a path without potential stops at once, and its place in the batch is free; if all of an image's do, the
-            best of them continues from where it stopped. False completes all, as the released scripts do.
+        prune: a path without potential stops at once; if all of an image's do, the best of them continues from where it
+            stopped. False completes all, as the released scripts do.
         reset_temperature: each path starts with the temperature of `sampling`; false leaves 0 of it to all but an
             image's first path, as the released scripts do.
     """
 
-    sampling: Any
     n: int
     judge: str
     prune: bool = True
     reset_temperature: bool = True
+    ability = Ability.UNFINISHED
 
     def __post_init__(self) -> None:
         require_positive("potential", n=self.n)
@@ -44,16 +42,10 @@ class Potential(Strategy):
     def judge_names(self) -> list[str]:
         return [self.judge]
 
-    @property
-    def images_at_once(self) -> int:
-        return self.n
-
-    def check_judges(self, judges: Judges) -> None:
-        judge_able(judges, self.judge, Ability.UNFINISHED)
-
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
-        judge = judge_able(judges, self.judge, Ability.UNFINISHED)
+        self.check_judges(judges)
+        judge = judges[self.judge]
         paths = Paths(decoder, request, self.sampling, n=self.n)
         if not self.reset_temperature:
             paths.state = paths.state.without_order_noise(paths.number % self.n > 0)
@@ -65,11 +57,10 @@ class Potential(Strategy):
             paths.commit(paths.propose())
             tokens[paths.number] = paths.state.tokens
             is_assessed = self._assess(judge, paths, potential)
-            if self.prune and not paths.is_done:
-                hopeless = potential[paths.number] < 0.5
-                for row in hopeless.nonzero():
-                    stopped[int(paths.number[row])] = paths.part(row)
-                paths.select((~hopeless).nonzero().squeeze(1))
+            hopeless = potential[paths.number] < 0.5
+            if self.prune and not paths.is_done and hopeless.any():
+                stopped |= {int(paths.number[row]): paths.select(row) for row in hopeless.nonzero()}
+                paths = paths.select((~hopeless).nonzero().squeeze(1))
             if is_assessed:
                 trace.append(self._choice(tokens.clone(), potential.clone(), torch.isin(everyone, paths.number).long()))
         scores = torch.full_like(potential, torch.nan)

@@ -1,18 +1,17 @@
 """Best-of-n that stops paths which cannot win: the paper's potential assessment, by a verifier in token space."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Pruning(PathStrategy):
+class Pruning(VerifierStrategy):
     """n paths an image; every `stride` steps those stop whose value falls behind the best path's of their image.
 
     A path that stops leaves the batch, as one without potential does in the paper (arXiv 2501.13926, section 3.3). With
@@ -23,7 +22,6 @@ class Pruning(PathStrategy):
         stride: steps between assessments; a step of a next-token decoder decides one token.
     """
 
-    sampling: Any
     n: int
     share: float
     stride: int = 8
@@ -37,26 +35,18 @@ class Pruning(PathStrategy):
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         paths = Paths(decoder, request, self.sampling, n=self.n, judges=judges, verifier=self.verifier)
-        batch = len(request.rows)
+        first = paths.number[:: self.n]
         while not paths.is_done:
             proposal = paths.propose()
             values = paths.value(proposal)[:, 0]
             paths.commit(proposal)
+            scores = paths.spread(values, torch.nan)  # [B, n]; those that stopped before have none
             if paths.state.step % self.stride == 0 and not paths.is_done:
-                image = paths.image.to(values.device)
-                best = values.new_full((batch,), -torch.inf).scatter_reduce(0, image, values, "amax")
-                promising = (values.exp() >= self.share * best[image].exp()).nonzero().squeeze(1)
-                self._record(paths, values, promising)
-                paths.select(promising)
-        order = values.argsort(descending=True, stable=True)
-        first = (
-            (paths.image.to(order.device)[order] == torch.arange(batch, device=order.device)[:, None]).int().argmax(1)
-        )
-        self._record(paths, values, order[first])
-        return paths.finish(order[first])
-
-    def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
-        """Record which of the paths continue, `kept`; those that stopped before have no value."""
-        paths.count(len(values))
-        continues = torch.zeros_like(paths.number).index_fill(0, kept, 1)
-        paths.record(paths.spread(paths.state.tokens), paths.spread(values, torch.nan), paths.spread(continues))
+                chances = scores.exp().nan_to_num(-1)
+                continues = chances >= self.share * chances.amax(1, keepdim=True)
+                paths.record_paths(scores, continues.long())
+                promising = continues.flatten()[paths.number].nonzero().squeeze(1)
+                paths = paths if len(promising) == len(paths) else paths.select(promising)
+        winner = scores.nan_to_num(-torch.inf).argmax(1)
+        paths.record_paths(scores, one_hot(winner, self.n))
+        return paths.finish(torch.searchsorted(paths.number, first + winner))

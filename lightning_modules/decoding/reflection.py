@@ -1,6 +1,7 @@
 """Reflection (PARM++): judge the finished image, find what is not satisfactory, decode only that once more."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.regions import Region
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judge_able, judge_named, judged
+from lightning_modules.decoding.strategy import Decoded, Judges, Part, Strategy, judge_named
 from lightning_modules.decoding.trace import ReflectionRound
 from lightning_modules.rewards.verifier import Ability, Judge
 
@@ -22,15 +23,12 @@ class Reflection(Strategy):
     """Reflection on the images of any strategy. Each image has its own Ω and stops on its own.
 
     An image stops when the judge is satisfied, when Ω is empty, when a round's image is nearer to the one before than
-    `epsilon`, or after the last round. The prompts of a round may carry what the judge finds wrong, as PARM++ does
+    `epsilon`, or after the last of `rounds`. The prompts of a round may carry what the judge finds wrong, as in PARM++
     (arXiv 2501.13926).
 
     Attributes:
-        strategy: makes the image.
-        redecoder: decodes the tokens of Ω anew, all others staying as they are.
-        region_selector: finds Ω.
-        rounds: R, at most.
-        judge: name of the judge that scores finished images.
+        strategy, redecoder: makes the image; decodes the tokens of Ω anew, all others staying as they are.
+        region_selector, judge: finds Ω; name of the judge that scores finished images.
         stop_score: images of at least this score are left as they are (of verifiers: a log-value); default: none is.
         accept: keep a round's image only if the judge's score does not fall, or always, which is the method's letter.
         epsilon: of ‖I(r) - I(r-1)‖₂ over pixels in [0, 1]; 0 never stops an image.
@@ -58,37 +56,46 @@ class Reflection(Strategy):
         return self.strategy.reflection_rounds + self.rounds
 
     @property
+    def parts(self) -> Mapping[str, Part]:
+        return {"strategy": self.strategy, "redecoder": self.redecoder, "region_selector": self.region_selector}
+
+    @property
     def judge_names(self) -> list[str]:
-        scorer = self.region_selector.scorer
-        return [self.judge, *self.strategy.judge_names, *self.redecoder.judge_names, *scorer.judge_names]
+        return [self.judge, *(name for part in self.parts.values() for name in part.judge_names)]
 
     @property
     def images_at_once(self) -> int:
         return max(self.strategy.images_at_once, self.redecoder.images_at_once)
 
     def check_judges(self, judges: Judges) -> None:
-        self._judge(judges)
-        for part in (self.strategy, self.redecoder, self.region_selector.scorer):
-            part.check_judges(judges)
+        judge = judge_named(judges, self.judge, None if self.critique_template is None else Ability.CRITIQUE)
+        if judge.best_score < self.stop_score < math.inf:
+            never = f"reflection's stop_score={self.stop_score} is never reached"
+            raise ValueError(f"{never}: {self.judge!r} gives log-values (.95: -.05)")
+        super().check_judges(judges)
 
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
-        judge = self._judge(judges)
+        self.check_judges(judges)
+        judge = judges[self.judge]
         image = self.strategy.decode(decoder, judges, request)
-        scores = self._score(decoder, judge, request, image)
+        scores = image.judged_by(judge, decoder, request.rows)
         trace, image = image.trace, replace(image, trace=())
         active = torch.arange(len(scores), device=image.tokens.device)  # images that have not stopped
         rounds: list[ReflectionRound] = []
         for number in range(self.strategy.reflection_rounds, self.reflection_rounds):
             active = active[scores[active] < self.stop_score]
             if len(active):
-                active, region_mask = self._find_regions(decoder, judges, _of_round(request, number), image, active)
+                seeds = [image_seed(seed, 0, number) for seed in request.seeds]  # each round has noise of its own
+                asked, old = replace(request, seeds=seeds).select(active), image.select(active)
+                region_mask = self.region_selector(decoder, judges, asked, old)
+                found = region_mask.any(1).nonzero().squeeze(1)
+                active, region_mask = active[found], region_mask[found]
+                asked, old = asked.select(found), old.select(found)
             if not len(active):
                 break
-            asked, old = _of_round(request, number).select(active), image.select(active)
-            critique = self._with_critique(decoder, judge, asked, old)
-            new = self._redecode(decoder, judges, critique, old, region_mask)
-            after = self._score(decoder, judge, asked, new)
+            new = self._redecode(decoder, judges, self._with_critique(decoder, judge, asked, old), old, region_mask)
+            after = new.judged_by(judge, decoder, asked.rows)
             accepted = (after >= scores[active]) | (self.accept == "always")
             both = torch.stack([scores[active], after], 1)
             rounds.append(ReflectionRound(self.judge, active, region_mask, old.tokens, new.tokens, both, accepted))
@@ -99,63 +106,27 @@ class Reflection(Strategy):
                 active = active[(now - before).norm(dim=1) >= self.epsilon]
         return _with_rounds(replace(image, trace=trace), rounds)
 
-    def _judge(self, judges: Judges) -> Judge[Any]:
-        """Look up the judge; raises ValueError if it cannot do what the settings ask."""
-        judge = judge_named(judges, self.judge)
-        if self.critique_template is not None:
-            judge_able(judges, self.judge, Ability.CRITIQUE)
-        if judge.best_score < self.stop_score < math.inf:
-            raise ValueError(
-                f"reflection's stop_score={self.stop_score} is never reached: {self.judge!r} gives log-values "
-                "(.95: -.05)"
-            )
-        return judge
-
-    def _score(self, decoder: Decoder, judge: Judge[Any], request: Request, image: Decoded) -> Tensor:
-        """Score finished images, [B]."""
-        image.cost.verifier_calls += len(image.tokens)
-        return judged(judge, decoder, request.rows, image.tokens, image.features)
-
-    def _find_regions(
-        self, decoder: Decoder, judges: Judges, request: Request, image: Decoded, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Find Ω of images `rows`: those that have any [b], and Ω of these, bool [b, T]."""
-        request = request.select(rows)
-        region_mask = self.region_selector(decoder, judges, request, image.select(rows))
-        if request.fixed_mask is not None:
-            region_mask &= ~request.fixed_mask
-        lacking = region_mask.any(1)
-        return rows[lacking], region_mask[lacking]
-
     def _with_critique(self, decoder: Decoder, judge: Judge[Any], request: Request, image: Decoded) -> Request:
         """Put what the judge finds wrong with images into their prompts."""
         if self.critique_template is None:
             return request
         critiques = judge.critique(request.prompts, decoder.image_tokenizer.decode(image.tokens))
-        rows = [
-            {**row, "prompt": self.critique_template.format(prompt=row["prompt"], critique=text)}
-            for row, text in zip(request.rows, critiques, strict=True)
-        ]
-        return replace(request, rows=rows)
+        pairs, told = zip(request.prompts, critiques, strict=True), self.critique_template.format
+        texts = [told(prompt=prompt, critique=critique) for prompt, critique in pairs]
+        return replace(request, rows=[{**row, "prompt": text} for row, text in zip(request.rows, texts, strict=True)])
 
     def _redecode(
         self, decoder: Decoder, judges: Judges, request: Request, image: Decoded, region_mask: Tensor
     ) -> Decoded:
         """Decode Ω of the images anew; those with Ω of like size go together, for a batch waits for its last."""
         sizes = region_mask.sum(1)
-        groups = min(_GROUPS, len(sizes.unique()))
         request = replace(request, tokens=image.tokens, fixed_mask=~region_mask)
-        for group in sizes.argsort(stable=True).chunk(groups):
+        for group in sizes.argsort(stable=True).chunk(min(_GROUPS, len(sizes.unique()))):
             new = self.redecoder.decode(decoder, judges, request.select(group))
             image.cost.add(new.cost)
             image = image.put(group, new)
         # About another prompt the decoder knows something else.
         return image if self.critique_template is None else replace(image, features=None)
-
-
-def _of_round(request: Request, number: int) -> Request:
-    """The request with the noise of a round."""
-    return replace(request, seeds=[image_seed(seed, 0, number) for seed in request.seeds])
 
 
 def _with_rounds(image: Decoded, rounds: list[ReflectionRound]) -> Decoded:
@@ -165,5 +136,7 @@ def _with_rounds(image: Decoded, rounds: list[ReflectionRound]) -> Decoded:
         number[event.rows] += 1
         accepted[event.rows] += event.accepted
     stats = {**image.stats, "rounds": number, "accepted_rounds": accepted}
-    reflected = image.all_chosen(number.nonzero().squeeze(1))
-    return replace(reflected, trace=[*image.trace, *rounds], stats=stats)
+    # A judge has chosen these: the decoder alone has drawn nothing but the finished image.
+    last = image.tokens.shape[1] if image.trajectory is None else image.trajectory.previews.shape[1] - 1
+    first_unverified = image.first_unverified.index_fill(0, number.nonzero().squeeze(1).cpu(), last)
+    return replace(image, trace=[*image.trace, *rounds], stats=stats, first_unverified=first_unverified)

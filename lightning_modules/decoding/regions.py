@@ -1,7 +1,7 @@
 """Regions for reflection: the tokens of a finished image that are not satisfactory."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +12,16 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.image_tokenizer import patch_side, upsample_patches
 from lightning_modules.backbone.sampling import uniform_noise
-from lightning_modules.cache_key import Keyed, fields_key
-from lightning_modules.decoding.strategy import Decoded, Judges, judge_able
+from lightning_modules.decoding.strategy import Decoded, Judges, Part
 from lightning_modules.rewards.verifier import Ability
 
 
-class TokenScorer(Keyed):
+class TokenScorer(Part):
     """Scores the tokens of finished images; what is low is not satisfactory."""
-
-    def cache_key(self) -> Any:
-        """Its class and all its fields."""
-        return fields_key(self)
 
     @property
     def judge_names(self) -> Sequence[str]:
-        """Names of the judges that it asks."""
         return ()
-
-    def check_judges(self, judges: Judges) -> None:
-        """Raise ValueError if a judge cannot do what is asked of it."""
 
     @abstractmethod
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
@@ -38,13 +29,11 @@ class TokenScorer(Keyed):
 
 
 @dataclass(frozen=True)
-class Region(Keyed):
-    """Ω: the tokens whose score lies below τ.
+class Region(Part):
+    """Ω: the tokens whose score lies below τ, of those that may change.
 
     Attributes:
-        scorer: scores tokens.
-        threshold: τ itself.
-        quantile: or τ as a quantile of the scores of the image itself.
+        threshold, quantile: τ itself, or as a quantile of the scores of the image itself.
         patches: scores are averaged over M x M patches first.
         rewind: everything from the first such token on: later tokens were drawn given that one.
     """
@@ -63,9 +52,18 @@ class Region(Keyed):
         if self.patches is not None and self.patches < 1:
             raise ValueError(f"a region needs patches of at least 1, not {self.patches}")
 
-    def cache_key(self) -> Any:
-        """All its fields."""
-        return fields_key(self)
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return {"scorer": self.scorer}
+
+    @property
+    def judge_names(self) -> Sequence[str]:
+        return self.scorer.judge_names
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        if self.patches is not None and (grid := decoder.image_tokenizer.grid) % self.patches:
+            raise ValueError(f"patches={self.patches} does not divide the {grid}x{grid} tokens of an image")
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
         """Ω of each image, bool [B, T]."""
@@ -76,31 +74,25 @@ class Region(Keyed):
             scores = upsample_patches(pooled.squeeze(1), grid)
         limit: Any = self.threshold if self.quantile is None else scores.quantile(self.quantile, dim=1, keepdim=True)
         region_mask = scores < limit
-        return region_mask.cumsum(1) > 0 if self.rewind else region_mask
+        region_mask = region_mask.cumsum(1) > 0 if self.rewind else region_mask
+        return region_mask if request.fixed_mask is None else region_mask & ~request.fixed_mask
 
 
 @dataclass(frozen=True)
 class PatchCLIPScore(TokenScorer):
-    """The method's own: S_ij, the CLIPScore of the prompt and patch ij of M x M.
-
-    Attributes:
-        patches: M.
-        judge: name of a `CLIPScore`.
-    """
+    """The method's own: S_ij, the CLIPScore of the prompt and patch ij of M x M (M = `patches`)."""
 
     patches: int
     judge: str = "clip"
+    ability = Ability.PATCHES
 
     @property
     def judge_names(self) -> list[str]:
         return [self.judge]
 
-    def check_judges(self, judges: Judges) -> None:
-        judge_able(judges, self.judge, Ability.PATCHES)
-
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judge_able(judges, self.judge, Ability.PATCHES)
-        scores = judge.patches(request.prompts, decoder.image_tokenizer.decode(image.tokens), self.patches)
+        pixels = decoder.image_tokenizer.decode(image.tokens)
+        scores = judges[self.judge].patches(request.prompts, pixels, self.patches)
         image.cost.verifier_calls += scores.numel()
         return upsample_patches(scores, decoder.image_tokenizer.grid)
 
@@ -109,33 +101,25 @@ class PatchCLIPScore(TokenScorer):
 class ValueGain(TokenScorer):
     """The gain in the verifier's value (a probability) that tokens brought: where it falls, hope was lost.
 
-    Of next-token decoders each token, as it came; of mask-token decoders each of M x M patches, compared with the same
-    grid in which that patch is not decided yet, which takes a pass a patch.
-
-    Attributes:
-        verifier: its name.
-        patches: M.
+    Of next-token decoders each token, as it came; of mask-token decoders each of M x M `patches`, compared with the
+    same grid in which that patch is not decided yet, which takes a pass a patch.
     """
 
     verifier: str = "parm"
     patches: int = 4
+    ability = Ability.PREFIXES
 
     @property
     def judge_names(self) -> list[str]:
         return [self.verifier]
 
-    def check_judges(self, judges: Judges) -> None:
-        judge_able(judges, self.verifier, Ability.PREFIXES)
-
     @torch.no_grad()
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        judge = judge_able(judges, self.verifier, Ability.PREFIXES)
+        judge, features = judges[self.verifier], image.features
         judge.check_decoder(decoder)
-        if image.features is None:
+        if features is None:
             raise ValueError("a gain in value needs the decoder's features, and these images have none")
-        return decoder.value_gains(
-            request.prompts, image.tokens, image.features, judge.values, self.patches, image.cost
-        )
+        return decoder.value_gains(request.prompts, image.tokens, features, judge.values, self.patches, image.cost)
 
 
 @dataclass(frozen=True)

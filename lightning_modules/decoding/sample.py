@@ -1,18 +1,16 @@
 """Plain sampling: one candidate a step, taken as it comes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
+from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy
 
 
 @dataclass(frozen=True)
-class Sample(Strategy):
+class Sample(PathStrategy):
     """Plain sampling, with the settings of the decoder's kind."""
 
-    sampling: Any
     judge_names = ()
     images_at_once = 1
 

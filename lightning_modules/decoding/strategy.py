@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,13 +25,11 @@ class Decoded:
         tokens: [B, T].
         features: what the decoder knew about each token when it was chosen; None from decoders without features.
         cost: of the whole batch, candidates that were not kept included.
-        first_unverified: the token (of mask-token decoders: the step) from which on the decoder alone decided, [B], on
-            the CPU; 0 in plain sampling.
-        trajectory: of mask-token decoders: how each grid was filled.
+        first_unverified: token (of grids: step) from which on the decoder alone decided, [B], on the CPU.
+        trajectory: how each grid was filled; None where tokens are decided one after the other.
         trace: what was chosen on the way, and what reflection did.
         stats: numbers about how each image was made, to be logged, [B] each.
-        log_probs: of what was taken at each step, under the distribution that it was drawn from, [B, steps]; None of
-            images that were decoded anew in part.
+        log_probs: see `DecodingState`, [B, steps]; None of images that were decoded anew in part.
     """
 
     tokens: Tensor
@@ -57,10 +55,7 @@ class Decoded:
         )
 
     def put(self, rows: Tensor, other: "Decoded") -> "Decoded":
-        """Put the images of `other` in the place of those at `rows`; the cost stays this one's.
-
-        Of a trajectory it is the end that is replaced.
-        """
+        """Put other images in the place of those at `rows`, of a trajectory its end; the cost stays this one's."""
         first_unverified = other.first_unverified.to(self.first_unverified)
         return replace(
             self,
@@ -71,18 +66,49 @@ class Decoded:
             log_probs=None,
         )
 
-    def all_chosen(self, rows: Tensor) -> "Decoded":
-        """Mark images as chosen by a judge: of these the decoder alone has drawn nothing but the finished image."""
-        last = self.tokens.shape[1] if self.trajectory is None else self.trajectory.previews.shape[1] - 1
-        return replace(self, first_unverified=self.first_unverified.index_fill(0, rows.cpu(), last))
+    def judged_by(self, judge: Judge[Any], decoder: Decoder, rows: Rows) -> Tensor:
+        """Score the images of these prompts by a judge, [B]; the cost counts it."""
+        self.cost.verifier_calls += len(self.tokens)
+        return judged(judge, decoder, rows, self.tokens, self.features)
 
 
-class Strategy(Keyed):
-    """A way to decode; strategies know judges by name, so that a config can be read before anything is trained."""
+class Part(Keyed):
+    """A part of decoding that a config sets; it knows judges by name, so it can be read before anything is trained."""
+
+    ability: ClassVar[Ability | None] = None  # that every judge which it asks must have
 
     def cache_key(self) -> Any:
-        """Its class and all its fields, of what it wraps as well; strategies that are no dataclasses say their own."""
+        """Its class and all its fields, of what it wraps as well; parts that are no dataclasses say their own."""
         return fields_key(self)
+
+    @property
+    def parts(self) -> Mapping[str, "Part"]:
+        """The parts that it wraps, by their keys in the config."""
+        return {}
+
+    @property
+    @abstractmethod
+    def judge_names(self) -> Sequence[str]:
+        """Names of all judges that it, or what it wraps, asks."""
+
+    def check_judges(self, judges: Judges) -> None:
+        """Raise ValueError if a judge cannot do what is asked of it here, or by what is wrapped."""
+        for name in self.judge_names if self.ability else ():
+            judge_named(judges, name, self.ability)
+        for part in self.parts.values():
+            part.check_judges(judges)
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        """Raise ValueError, with the key first, if a setting, or one of what is wrapped, does not go with a decoder."""
+        for key, part in self.parts.items():
+            try:
+                part.check_decoder(decoder)
+            except ValueError as error:
+                raise ValueError(f"{key}.{error}") from None
+
+
+class Strategy(Part):
+    """A way to decode."""
 
     @property
     def reflection_rounds(self) -> int:
@@ -91,37 +117,37 @@ class Strategy(Keyed):
 
     @property
     @abstractmethod
-    def judge_names(self) -> Sequence[str]:
-        """Names of all judges by which it, or what it wraps, chooses."""
-
-    @property
-    @abstractmethod
     def images_at_once(self) -> int:
         """Images, or candidates for one, that are decoded side by side for each image that is asked for."""
-
-    def check_judges(self, judges: Judges) -> None:
-        """Raise ValueError if a judge cannot do what this strategy, or what it wraps, asks of it."""
 
     @abstractmethod
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         """Decode the images of a request, each with the noise of its own seed."""
 
 
+@dataclass(frozen=True)
 class PathStrategy(Strategy):
-    """A strategy that decodes n paths of each image side by side and moves them by the values of a verifier.
-
-    Attributes:
-        sampling: how candidates are drawn.
-        n: paths of each image.
-        verifier: name of the judge that values half-made images.
-    """
+    """A strategy that moves `Paths`, whose candidates are drawn by `sampling`."""
 
     sampling: Any
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        if not isinstance(self.sampling, decoder.sampling_type):
+            given, kind, wanted = (
+                each.__name__ for each in (type(self.sampling), type(decoder), decoder.sampling_type)
+            )
+            raise ValueError(f"sampling is a {given}, and a {kind} takes a {wanted}")
+
+
+class VerifierStrategy(PathStrategy):
+    """A strategy that moves n paths of each image by the values of the judge that `verifier` names."""
+
     n: int
     verifier: str
 
     @property
-    def judge_names(self) -> list[str]:
+    def judge_names(self) -> Sequence[str]:
         return [self.verifier]
 
     @property
@@ -136,18 +162,12 @@ def require_positive(what: str, **settings: int) -> None:
             raise ValueError(f"{what} needs {name} of at least 1, not {value}")
 
 
-def judge_named(judges: Judges, name: str) -> Judge[Any]:
-    """Look up a judge; raises ValueError with the names there are."""
-    if name not in judges:
-        raise ValueError(f"judge {name!r} does not exist here; there are: {', '.join(judges)}")
-    return judges[name]
-
-
-def judge_able(judges: Judges, name: str, ability: Ability) -> Judge[Any]:
-    """Look up a judge with an ability; raises ValueError with the names of those that have it."""
-    able = [key for key, judge in judges.items() if ability in judge.abilities]
+def judge_named(judges: Judges, name: str, ability: Ability | None = None) -> Judge[Any]:
+    """Look up a judge, with an ability; raises ValueError with the names of those there are."""
+    able = [key for key, judge in judges.items() if ability is None or ability in judge.abilities]
     if name not in able:
-        raise ValueError(f"judge {name!r} {ability.value}; there are: {', '.join(able) or 'none'}")
+        lacks = "does not exist here" if ability is None else ability.value
+        raise ValueError(f"judge {name!r} {lacks}; there are: {', '.join(able) or 'none'}")
     return judges[name]
 
 

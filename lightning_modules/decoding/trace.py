@@ -7,16 +7,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice among c candidates for each of B images.
-
-    Nothing is copied for it: these are tensors that decoding has at hand anyway.
+    """A choice among c candidates for each of B images. Its tensors are those of decoding, not copies.
 
     Attributes:
         judge: name of the judge that scored them.
-        tokens: images as far as they were made, [B, c, T], or of each the newest token alone, [B, c, 1], where all
-            candidates share those before, which are the image's own.
-        decided: tokens that were decided with these, counted from the first, [B], on the CPU; None where all are, or
-            where the others are previews.
+        tokens: images as far as they were made, [B, c, T], or the newest token alone, [B, c, 1], after the image's own.
+        decided: number of tokens decided with these, [B], on the CPU; None where all are, or others are previews.
         scores: of verifiers log-values, [B, c]; NaN of candidates that were not there, or not judged.
         kept: how often each continues, [B, c].
     """
@@ -41,8 +37,7 @@ class ReflectionRound:
         judge: name of the judge that scored them.
         rows: numbers of these images, [b].
         region_mask: the tokens that were decoded anew, bool [b, T].
-        before, after: tokens [b, T].
-        scores: of the judge, before and after, [b, 2].
+        before, after: tokens [b, T], and `scores` of both, [b, 2].
         accepted: bool [b].
     """
 

@@ -1,7 +1,7 @@
 """Verified decoding: at every step the verifier values k candidates and one continues (PARM at test time)."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,29 +10,27 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed, invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, PathStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Verified(PathStrategy):
+class Verified(VerifierStrategy):
     """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
     With `stride` 1 and `choose: argmax` this is step-wise verification by PARM (arXiv 2501.13926, section 3) to the
-    letter: k candidates at every step, the best continues. One decoder pass a step serves all k. `choose: sample` with
-    `value_weight` 1 draws a candidate in proportion to its value: with independent candidates and a perfect value that
-    is sampling from the decoder's distribution of images that fulfil the prompt.
+    letter: k candidates at every step, from one decoder pass, the best continues. `choose: sample` with `value_weight`
+    1 draws a candidate in proportion to its value: with independent candidates and a perfect value that is sampling
+    from the decoder's distribution of images that fulfil the prompt.
 
     Attributes:
-        k: candidates a step.
-        stride: steps of a candidate; 8 verifies the rows of an 8x8 grid, token by token.
+        k, stride: candidates, and steps of each; 8 steps are a row of an 8x8 grid, token by token.
         distinct: candidates (their first tokens) without repetition, instead of independent draws.
         choose: the best candidate, or a draw from softmax(score).
         value_weight, prior_weight: score = value_weight log V + prior_weight log p, p being the sampling distribution.
-        random_stop: verify each image only up to a random step and decode the rest plainly, to collect rollouts that
-            show what becomes of the prefixes verified decoding visits (needs stride 1).
+        random_stop: verify each image up to a random step and decode the rest plainly, for rollouts that show what
+            becomes of the prefixes verified decoding visits (needs stride 1).
     """
 
-    sampling: Any
     k: int
     stride: int = 1
     verifier: str = "parm"
@@ -56,48 +54,42 @@ class Verified(PathStrategy):
     @torch.no_grad()
     def decode(self, decoder: Decoder, judges: Judges, request: Request) -> Decoded:
         paths = Paths(decoder, request, self.sampling, self.k, judges=judges, verifier=self.verifier)
-        stop = torch.full((len(paths),), paths.state.steps)
-        if self.random_stop:
-            stop = torch.tensor([image_seed(seed, 0) % paths.state.steps for seed in request.seeds])
+        steps = paths.state.steps
+        stop = torch.tensor([image_seed(seed, 0) % steps if self.random_stop else steps for seed in request.seeds])
         while not paths.is_done:
             if self.stride == 1:
-                self._step(paths, stop > paths.state.step)
+                self._step(paths, stop)
             else:
-                paths = self._block(paths)
-        return paths.finish(first_unverified=stop)
+                self._block(paths)
+        return replace(paths.finish(), first_unverified=stop)
 
     def _choose(self, values: Tensor, log_probs: Tensor, noise: Tensor) -> Tensor:
         """Index [B] of the candidate that is taken, from log-values and prior log-probabilities [B, k]."""
         score = self.value_weight * values + self.prior_weight * log_probs
         return score.argmax(1) if self.choose == "argmax" else invert(score.softmax(1), noise[:, None]).squeeze(1)
 
-    def _step(self, paths: Paths, verify: Tensor) -> None:
-        """Make one step: k candidates from the pass that was made anyway.
-
-        Rows in which `verify` [B] is false take their first candidate.
-        """
+    def _step(self, paths: Paths, stop: Tensor) -> None:
+        """Make one step: k candidates from the pass that is made anyway; from step `stop` [B] on the first is taken."""
         proposal = paths.propose(self.k, self.distinct)
         values = paths.value(proposal)
-        choice = self._choose(values, proposal.log_probs, paths.state.choice_noise) * verify.to(values.device)
+        choice = self._choose(values, proposal.log_probs, paths.state.choice_noise)
+        if self.random_stop:
+            choice = choice * (stop > paths.state.step).to(choice.device)
         paths.commit(proposal, choice)
         paths.count(values.numel())
         paths.record(proposal.tokens, values, one_hot(choice, self.k))
 
-    def _block(self, paths: Paths) -> Paths:
-        """Make `stride` steps: k paths run side by side, one of them is taken."""
-        shape, choice_noise, noise = (len(paths), self.k), paths.state.choice_noise, paths.state.noise
-        proposal = paths.propose(self.k, self.distinct).unfold()
-        paths = paths.fork(self.k)
+    def _block(self, paths: Paths) -> None:
+        """Make `stride` steps: k lanes of each path run side by side, one of them is taken."""
+        shape = len(paths), self.k
+        lanes, proposal = paths.fork(self.k), paths.propose(self.k, self.distinct).unfold()
         log_probs = torch.zeros_like(proposal.log_probs[:, 0])
-        for step in range(min(self.stride, paths.state.steps - paths.state.step)):
-            proposal = paths.propose() if step else proposal
+        for step in range(min(self.stride, lanes.state.steps - lanes.state.step)):
+            proposal = lanes.propose() if step else proposal
             log_probs = log_probs + proposal.log_probs[:, 0]
-            values = paths.value(proposal)
-            paths.commit(proposal)
+            values = lanes.value(proposal)
+            lanes.commit(proposal)
         values = values.view(shape)
-        choice = self._choose(values, log_probs.view(shape), choice_noise)
-        paths.count(values.numel())
-        paths.record(paths.state.tokens.unflatten(0, shape), values, one_hot(choice, self.k))
-        paths.select(torch.arange(shape[0], device=choice.device) * self.k + choice)
-        paths.state = paths.state.with_noise(noise)
-        return paths
+        choice = self._choose(values, log_probs.view(shape), paths.state.choice_noise)
+        lanes.record_paths(values, one_hot(choice, self.k))
+        paths.reassign(paths.number * self.k + choice, lanes)

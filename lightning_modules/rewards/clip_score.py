@@ -62,8 +62,7 @@ class CLIPScore(Reward):
     """2.5 max(cos(image, prompt), 0) of whole images, 2.5 cos of patches. Features of each prompt are computed once.
 
     Args:
-        clip: an open_clip model (`load_clip`, by name and pretrained weights or `local-dir:FOLDER`).
-        tokenizer: of the model (`open_clip.get_tokenizer`).
+        clip, tokenizer: an open_clip model and its tokenizer (`load_clip`, `open_clip.get_tokenizer`).
         batch_size: images or patches in a forward pass.
     """
 
@@ -71,37 +70,31 @@ class CLIPScore(Reward):
 
     def __init__(self, clip: nn.Module, tokenizer: TextTokenizer, batch_size: int = 256) -> None:
         self.clip = clip.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.tokenizer, self.batch_size = tokenizer, batch_size
         self._texts: dict[str, Tensor] = {}
 
     def cache_key(self) -> dict[str, Any]:
         """The model, its preprocessing and its tokenizer."""
-        tokenizer = tokenizer_key(self.tokenizer)
-        return {"class": class_name(self), "tokenizer": tokenizer, **image_key(self.clip)}
+        return {"class": class_name(self), "tokenizer": tokenizer_key(self.tokenizer), **image_key(self.clip)}
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         return self.patches([row["prompt"] for row in prompts], pixels, 1)[:, 0, 0].clamp(min=0)
 
     @torch.no_grad()
     def patches(self, prompts: Sequence[str], pixels: Tensor, patches: int) -> Tensor:
-        """S_ij of the prompt and patch ij of images [B, 3, H, W] cut into an M x M grid, [B, M, M].
-
-        Not clipped at 0: many patches have nothing of the prompt in them, and their order matters.
+        """S_ij of the prompt and patch ij of images [B, 3, H, W] cut into an M x M grid, [B, M, M]; not clipped at 0.
 
         Raises:
             ValueError: the image's sides are no multiples of `patches`.
         """
-        if pixels.shape[2] % patches or pixels.shape[3] % patches:
-            raise ValueError(
-                f"images of {pixels.shape[2]}x{pixels.shape[3]} pixels have no {patches}x{patches} patches"
-            )
+        height, width = pixels.shape[2:]
+        if height % patches or width % patches:
+            raise ValueError(f"images of {height}x{width} pixels have no {patches}x{patches} patches")
         self.clip.to(pixels.device)
         crops = cells(pixels, patches).flatten(0, 1)
         images = torch.cat([image_features(self.clip, part) for part in crops.split(self.batch_size)])
-        cosine = torch.einsum(
-            "bpd,bd->bp", images.unflatten(0, (len(pixels), -1)), self._text_features(prompts, pixels.device)
-        )
+        texts = self._text_features(prompts, pixels.device)
+        cosine = torch.einsum("bpd,bd->bp", images.unflatten(0, (len(pixels), -1)), texts)
         return _WEIGHT * cosine.view(-1, patches, patches)
 
     def _text_features(self, prompts: Sequence[str], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ The crops are those of the official evaluation (github.com/djghosh13/geneval), t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -28,41 +29,31 @@ def crop(
     image: NDArray[np.uint8],
     box: NDArray[np.float32],
     mask: NDArray[np.bool_] | None,
-    background: str | None = "#999",
-    to_box: bool = True,
+    background: str | None,
+    to_box: bool,
 ) -> Image.Image:
-    """Cut out of an image the pixels from which the colour of an object is read.
+    """Cut out of an image [H, W, 3] the pixels from which the colour of an object is read.
 
     Args:
-        image: [H, W, 3].
         box: corners [4] (x1, y1, x2, y2), pixels, rounded half to even; what lies outside of the image is black.
-        mask: the object's pixels [H, W]; None leaves all pixels as they are.
-        background: colour of the pixels that are not the object's; None leaves them as they are.
+        mask: the object's pixels [H, W].
+        background: colour of the pixels that are not the object's. None, like no mask, leaves them as they are.
         to_box: cut the box out, instead of taking the whole image.
     """
     if mask is not None and background is not None:
         paint = np.asarray(Image.new("RGB", (1, 1), background))
         image = np.where(mask[..., None], image, paint)
     picture = Image.fromarray(image)
-    if not to_box:
-        return picture
-    x1, y1, x2, y2 = np.rint(box).astype(int).tolist()
-    return picture.crop((x1, y1, x2, y2))
+    return picture.crop(np.rint(box).astype(int).tolist()) if to_box else picture
 
 
 class CLIPColors(Keyed):
     """Names the colours of objects by CLIP: the one of GenEval's ten whose three sentences fit the crop best.
 
-    `name` is what reports call it.
-
     Args:
-        model, pretrained: see `load_clip`. The official evaluation's is ViT-L/14 with QuickGELU.
+        model, pretrained: see `load_clip`, also for errors. The official evaluation's is ViT-L/14 with QuickGELU.
         background, to_box: see `crop`.
         batch_size: crops in a forward pass.
-
-    Raises:
-        FileNotFoundError: the weights are not to be had.
-        ValueError: there is no such architecture, or the weights are those of another one.
     """
 
     def __init__(
@@ -77,22 +68,16 @@ class CLIPColors(Keyed):
         self.clip = clip.eval().requires_grad_(False)
         self.transform: Any = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.background, self.to_box = background, to_box
-        self.batch_size = batch_size
+        self.background, self.to_box, self.batch_size = background, to_box, batch_size
         self.device = torch.device("cpu")
         self._classifiers: dict[str, Tensor] = {}
         self.name = model
 
     def cache_key(self) -> dict[str, Any]:
         """The model's weights, how it wants its images, how it reads texts, and what is cut out."""
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.clip),
-            "preprocessing": get_model_preprocess_cfg(self.clip),
-            "tokenizer": tokenizer_key(self.tokenizer),
-            "background": self.background,
-            "to_box": self.to_box,
-        }
+        clip = {"weights": fingerprint(self.clip), "preprocessing": get_model_preprocess_cfg(self.clip)}
+        cut = {"background": self.background, "to_box": self.to_box}
+        return {"class": class_name(self), **clip, "tokenizer": tokenizer_key(self.tokenizer), **cut}
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model."""
@@ -130,18 +115,14 @@ class CLIPColors(Keyed):
         return self._classifiers[name]
 
 
+@dataclass(frozen=True, eq=False)
 class LazyColors:
-    """`Detections.colors` of one image: names by a classifier what is asked for and not known yet.
+    """`Detections.colors` of one image, uint8 [H, W, 3]: a classifier names what is asked for and not known yet."""
 
-    Args:
-        classifier: names colours.
-        image: uint8 [H, W, 3].
-        detections: what was found in it.
-    """
-
-    def __init__(self, classifier: CLIPColors, image: NDArray[np.uint8], detections: Detections) -> None:
-        self.classifier, self.image, self.detections = classifier, image, detections
-        self.known: dict[int, str] = {}
+    classifier: CLIPColors
+    image: NDArray[np.uint8]
+    detections: Detections
+    known: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, indices: Sequence[int]) -> list[str]:
         name_colors([(self, indices)])

@@ -15,11 +15,7 @@ from lightning_modules.rewards.clip_score import image_features, image_key
 
 
 class CLIPFeatures(nn.Module, Keyed):
-    """Unit features of a CLIP's image tower [B, D]: features that need no Inception.
-
-    Args:
-        clip: an open_clip model.
-    """
+    """Unit features of an open_clip model's image tower [B, D]: features that need no Inception."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -54,7 +50,6 @@ class FID(Keyed):
         self.references, self.count, self.batch_size = references, count, batch_size
         self.metric = FrechetInceptionDistance(feature, reset_real_features=False, normalize=True)
         self.feature = feature
-        self._known = False
 
     def cache_key(self) -> dict[str, Any]:
         """The references, how many of them, and what makes features."""
@@ -69,8 +64,7 @@ class FID(Keyed):
     def start(self, device: torch.device | str, rank: int, world_size: int) -> None:
         """Forget the images, but not the references: these are read once, each by one process."""
         self.metric.to(device)
-        if not self._known:
-            self._known = True
+        if not self.metric.real_features_num_samples:
             own = range(rank, self.count, world_size)
             for start in trange(0, len(own), self.batch_size, desc="FID references", disable=rank > 0):
                 numbers = own[start : start + self.batch_size]

@@ -1,7 +1,5 @@
 """GenEval's scores from single verdicts: the official summary of stored rows, a metric across processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +29,9 @@ class Summary:
 
     total_images: int
     total_prompts: int
-    correct_images: float
-    """Share of images that are correct."""
-    correct_prompts: float
-    """Share of prompts with at least one correct image: grows with the number of images per prompt."""
-    tasks: dict[str, TaskScore]
-    """In order of first appearance."""
+    correct_images: float  # share of images
+    correct_prompts: float  # share of prompts with at least one correct image: grows with the images per prompt
+    tasks: dict[str, TaskScore]  # in order of first appearance
 
     @property
     def overall(self) -> float:
@@ -56,8 +51,7 @@ class Summary:
 def summarize(rows: Iterable[Mapping[str, Any]]) -> Summary:
     """Sum up result rows with `tag`, `correct` and `metadata`, the JSON text that tells prompts apart.
 
-    Raises:
-        ValueError: there are no rows.
+    Raises ValueError if there are no rows.
     """
     images: dict[str, list[bool]] = {}
     prompts: dict[str, bool] = {}
@@ -67,9 +61,8 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> Summary:
     if not images:
         raise ValueError("there are no GenEval results to summarize")
     tasks = {tag: TaskScore(sum(correct), len(correct)) for tag, correct in images.items()}
-    total = sum(task.total for task in tasks.values())
-    correct_images = sum(task.correct for task in tasks.values()) / total
-    return Summary(total, len(prompts), correct_images, sum(prompts.values()) / len(prompts), tasks)
+    every = [verdict for correct in images.values() for verdict in correct]
+    return Summary(len(every), len(prompts), sum(every) / len(every), sum(prompts.values()) / len(prompts), tasks)
 
 
 class GenEvalMetric(Metric):

@@ -21,27 +21,17 @@ Kind = Literal["correct", "strict", "clauses"]
 
 
 class Detector(Protocol):
-    """Finds objects in images.
+    """Finds objects in images, uint8 [B, H, W, 3]; its `cache_key` is that of its detections."""
 
-    Attributes:
-        class_names: the classes it knows, in the order in which results list them.
-        image_size: pixels along each side that images must have; None for any.
-        name: what reports call it.
-    """
+    class_names: tuple[str, ...]  # in the order in which results list them
+    image_size: int | None  # pixels along each side that images must have; None for any
+    name: str  # what reports call it
 
-    class_names: tuple[str, ...]
-    image_size: int | None
-    name: str
-
-    def cache_key(self) -> dict[str, Any]:
-        """The key of its detections; see `Keyed`."""
-        ...
+    def cache_key(self) -> dict[str, Any]: ...
 
     def to(self, device: torch.device | str) -> Self: ...
 
-    def __call__(self, images: np.ndarray) -> list[Detections]:
-        """Images, uint8 [B, H, W, 3] -> detections of each."""
-        ...
+    def __call__(self, images: np.ndarray) -> list[Detections]: ...
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
@@ -63,10 +53,9 @@ class GenEvalReward(Reward):
     Args:
         detector: finds the objects; its classes are the ones that prompts may name.
         colors: names the colours of objects; None where the detector does.
-        self_test: what has to be found in a known picture before anything is judged; None skips it.
-        options: of `GenEvalRules`, under their official names.
-        kind: the reward: `correct`, 1 or 0; `strict`, the same with exact counts; `clauses`, the share of what the
-            prompt asks that the image shows, in [0, 1].
+        self_test: a known picture to judge before all others; None skips it.
+        options: of `GenEvalRules`.
+        kind: the reward: `correct`, 1 or 0; `strict`, the same with exact counts; `clauses`, `Verdict.share`.
     """
 
     def __init__(
@@ -117,36 +106,29 @@ class GenEvalReward(Reward):
         return {"geneval": self, **others}
 
     def prepare(self, device: torch.device | str) -> None:
-        """Move to a device, and judge the known picture there.
-
-        Raises:
-            ValueError: it is not judged as it should be.
-        """
+        """Move to a device, and judge the known picture there; raises ValueError if it is misjudged."""
         self.detector.to(device)
         if self.colors is not None:
             self.colors.to(device)
+        self._test()
+
+    def _test(self) -> None:
         if self.self_test is not None:
             self.self_test.check(self.verdicts, self.detector.class_names)
 
     def detect(self, images: Images, files: Sequence[str] | None = None) -> list[Detections]:
-        """Find the objects of B images, uint8 [H, W, 3] each; those of one size together.
-
-        Args:
-            images: the pixels.
-            files: what the images are called, for detections that were made elsewhere.
+        """Find the objects of B images, uint8 [H, W, 3]; `files` are their names, for detections made elsewhere.
 
         Raises:
             ValueError: the detector fails its self-test, which comes first.
         """
-        if self.self_test is not None:
-            self.self_test.check(self.verdicts, self.detector.class_names)
+        self._test()
         if isinstance(self.detector, StoredDetections):
             found = self.detector.of(files)
         else:
             of_image: dict[int, Detections] = {}
             for indices in by_size(images):
-                detected = self.detector(np.stack([images[i] for i in indices]))
-                of_image |= dict(zip(indices, detected, strict=True))
+                of_image |= dict(zip(indices, self.detector(np.stack([images[i] for i in indices])), strict=True))
             found = [of_image[i] for i in range(len(images))]
         if self.colors is None:
             return found

@@ -1,16 +1,14 @@
 """GenEval's rules: what a prompt may ask, which detections count, whether an image shows what is asked.
 
-The behaviour is that of the official evaluation (github.com/djghosh13/geneval, arXiv 2310.11513), oddities
-included, because scores are only comparable when the oddities agree. What finds the objects is not decided
-here: any detector that fills in `Detections` can be judged.
+The behaviour, oddities included, is that of the official evaluation (github.com/djghosh13/geneval, arXiv 2310.11513):
+scores are only comparable when the oddities agree. Any detector that fills in `Detections` can be judged.
 """
-
-from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +24,15 @@ CLAUSES = ("object_1", "color_1", "object_2", "color_2", "relation", "exact_coun
 
 # COCO's 80 classes in COCO's order, three of them under GenEval's own names (computer mouse, tv remote,
 # computer keyboard): map a COCO detector's output by index, never by name.
-CLASS_NAMES = tuple(
-    re.split(
-        r",\s+",
-        """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-        stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
-        backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat,
-        baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon,
-        bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
-        potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard,
-        cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-        hair drier, toothbrush""",
-    )
-)
+_NAMES = """\
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
+tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+teddy bear, hair drier, toothbrush"""
+CLASS_NAMES = tuple(re.split(r",\s+", _NAMES))
 
 
 def _unnamed(indices: Sequence[int]) -> list[str]:
@@ -49,17 +43,13 @@ def _unnamed(indices: Sequence[int]) -> list[str]:
 class Detections:
     """The detections of one image, before any threshold, in the detector's order (it breaks ties)."""
 
-    classes: Sequence[str]
-    """[N] class names."""
-    scores: NDArray[np.float32]
-    """[N] confidences."""
-    boxes: NDArray[np.float32]
-    """[N, 4] corners (x1, y1, x2, y2) in pixels, y growing downwards."""
+    classes: Sequence[str]  # [N]
+    scores: NDArray[np.float32]  # [N]
+    boxes: NDArray[np.float32]  # [N, 4], corners (x1, y1, x2, y2) in pixels, y growing downwards
+    # Names the colours of the detections with these indices; asked only if a prompt wants one: it may cost a network.
     colors: Callable[[Sequence[int]], list[str]] = _unnamed
-    """Names the colours of the detections with these indices; asked only if a prompt wants a colour,
-    because the answer may cost a network."""
+    # The pixels of the detections with these indices, [n, H, W]; None from detectors that know boxes only.
     masks: Callable[[Sequence[int]], NDArray[np.bool_]] | None = None
-    """The pixels of the detections with these indices, [n, H, W]; None from detectors that know boxes only."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +57,16 @@ class Verdict:
     """GenEval's judgement of one image."""
 
     correct: bool
-    reason: str
-    """One line per failed clause in the official wording, two relations in sorted order; "" when correct."""
-    details: dict[str, list[list[float]]]
-    """The objects kept: class -> [[x1, y1, x2, y2, score], ...], classes in list order, best score first."""
-    strict: bool
-    """Every include is met by exactly `count` objects of the class; excludes are ignored."""
+    reason: str  # one line per failed clause in the official wording, two relations in sorted order; "" when correct
+    details: dict[str, list[list[float]]]  # objects kept: class -> [[x1, y1, x2, y2, score], ...], best score first
+    strict: bool  # every include is met by exactly `count` objects of the class; excludes are ignored
+    # The share of what is asked that is met, in [0, 1]; 1 if nothing is. Each include's objects and its colour count
+    # once, so do all relations together, and all excludes.
     share: float
-    """Of what the prompt asks, the share that is met, in [0, 1]: each include's objects, colour and relation, and
-    the excludes, count once each. All is met where nothing is asked."""
+    # [6] in the order of `CLAUSES`: 1 met, 0 not met, NaN not asked. What is not reached because something before it
+    # failed (the colour of a missing object) is not met. `relation` is every relation asked, `exact_count` every
+    # exclude; objects and colours of a third include have no place.
     clauses: tuple[float, ...]
-    """[6] in the order of `CLAUSES`: 1 met, 0 not met, NaN not asked. What is never reached because something
-    before it failed (the colour of a missing object) is not met. `relation` is every relation asked,
-    `exact_count` every exclude; objects and colours of a third include clause have no place."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +74,14 @@ class GenEvalRules:
     """The official scoring with its options under their official names."""
 
     class_names: Sequence[str] = CLASS_NAMES
-    threshold: float = 0.3
-    """Confidence that an object has to exceed."""
-    counting_threshold: float = 0.9
-    """Confidence that an object has to exceed in the task "counting"."""
-    max_objects: int = 16
-    """Objects kept per class, so a larger count can never be met."""
-    max_overlap: float = 1.0
-    """IoU from which the less confident of two boxes of a class is dropped; 1 keeps even exact duplicates."""
-    position_threshold: float = 0.1
-    """Share of the summed box sizes by which two centres must differ before the difference counts."""
+    threshold: float = 0.3  # confidence that an object has to exceed
+    counting_threshold: float = 0.9  # the same in the task "counting"
+    max_objects: int = 16  # kept per class, so a larger count can never be met
+    max_overlap: float = 1.0  # IoU from which the less confident of two boxes of a class is dropped; 1 drops none
+    position_threshold: float = 0.1  # share of the summed box sizes by which two centres must differ for it to count
 
     def colors_asked(self, metadata: Mapping[str, Any], detections: Detections) -> list[int]:
-        """The detections whose colours `evaluate` will ask for, so that they can be named beforehand, in one pass."""
+        """Indices of the detections whose colours `evaluate` will ask for, to be named beforehand in one pass."""
         kept = self._keep(metadata["tag"], detections)
         asked = [clause for clause in metadata.get("include", ()) if "color" in clause]
         groups = [kept.get(clause["class"], [])[: clause["count"]] for clause in asked]
@@ -165,49 +147,41 @@ class GenEvalRules:
     def _check(
         self, clause: Mapping[str, Any], found: list[int], groups: list[list[int] | None], detections: Detections
     ) -> tuple[dict[str, bool], str]:
-        """Check an include clause on `found`, the best `count` objects of its class.
+        """Check an include clause on `found`, the best `count` objects of its class, up to the first failure.
 
-        Returns which of object, color and relation are asked and met, and why the clause failed ("" if it
-        passed). The first failure ends the check.
+        Returns which of object, color and relation are asked and met, and why the clause failed ("" if it passed).
         """
         name, count = clause["class"], clause["count"]
-        asked = {"object": True, "color": "color" in clause, "relation": "position" in clause}
-        met = {part: False for part, wanted in asked.items() if wanted}
-
+        keys = {"object": "class", "color": "color", "relation": "position"}
+        met = {part: False for part, key in keys.items() if key in clause}
         if len(found) < count:
             return met, f"expected {name}>={count}, found {len(found)}"
         met["object"] = True
-
-        if asked["color"]:
+        if "color" in clause:
             color, seen = clause["color"], detections.colors(found)
             right = seen.count(color)
             if right < count:
                 named = ", ".join(f"{seen.count(other)} {other}" for other in COLORS if other in seen)
                 return met, f"expected {color} {name}>={count}, found {right} {color}; and {named}"
             met["color"] = True
-
-        if asked["relation"]:
+        if "position" in clause:
             relation, target = clause["position"]
-            target_group = groups[target]
-            if target_group is None:
+            targets = groups[target]
+            if targets is None:
                 return met, f"no target for {name} to be {relation}"
-            for i in found:
-                for j in target_group:
-                    seen_at = relations(detections.boxes[i], detections.boxes[j], self.position_threshold)
-                    if relation not in seen_at:
-                        joined = " and ".join(sorted(seen_at))
-                        return met, f"expected {name} {relation} target, found {joined} target"
+            for i, j in product(found, targets):
+                seen_at = relations(detections.boxes[i], detections.boxes[j], self.position_threshold)
+                if relation not in seen_at:
+                    return met, f"expected {name} {relation} target, found {' and '.join(sorted(seen_at))} target"
             met["relation"] = True
         return met, ""
 
 
 def overlap(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2), end pixels included; 0 if both are empty.
-
-    Sides are rounded to float32 like the detector's boxes, what follows is not: cases on the boundary depend on it.
-    """
+    """Intersection over union of two boxes (x1, y1, x2, y2), end pixels included; 0 if both are empty."""
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        # Sides are rounded to float32, what follows is not: cases on the boundary depend on it.
         width, height = np.float32(x2 - x1).item(), np.float32(y2 - y1).item()
         return max(width + 1, 0) * max(height + 1, 0)
 
@@ -220,9 +194,8 @@ def overlap(box: Sequence[float], other: Sequence[float]) -> float:
 def relations(box: NDArray[np.float32], target: NDArray[np.float32], position_threshold: float = 0.1) -> set[str]:
     """The relations of `box` to `target`, both [4] (x1, y1, x2, y2): none, one or two of `RELATIONS`.
 
-    Along each axis the offset of the centres is shortened by `position_threshold` times the summed box sizes;
-    a relation holds when more than half the length of the whole offset is left. In float32 like the
-    detector's boxes: cases on the boundary depend on it.
+    Along each axis the offset of the centres is shortened by `position_threshold` times the summed box sizes; a
+    relation holds when more than half the length of the whole offset is left. Cases on the boundary depend on float32.
     """
     corners = np.stack([box, target]).astype(np.float32).reshape(2, 2, 2)  # [box, corner, axis]
     center = corners.mean(axis=1)
@@ -245,8 +218,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> 
         FileNotFoundError: there is no such file.
         ValueError: the file has no prompts or a broken one; the message names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file of GenEval prompts")
     rows = []
     for place, row in read_jsonl(path):
@@ -260,8 +232,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> 
 def validate_metadata(row: Any, class_names: Sequence[str], place: str) -> None:
     """Refuse a prompt that `GenEvalRules` cannot judge, or would judge otherwise than its author meant.
 
-    Raises:
-        ValueError: one sentence that begins with `place` ("file:line") and says what is wrong.
+    Raises ValueError with one sentence that begins with `place` ("file:line").
     """
     if complaint := _complaint(row, class_names):
         raise ValueError(f"{place}: {complaint}")
@@ -271,41 +242,40 @@ def _complaint(row: Any, class_names: Sequence[str]) -> str:
     """A sentence on what is wrong with a prompt, "" if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {row!r}"
-    if row.get("tag") not in TASKS:
-        return f"unknown tag {row.get('tag')!r}, known are {', '.join(TASKS)}"
-    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        return f"prompt must be a non-empty text, found {row.get('prompt')!r}"
-    if not isinstance(row.get("include"), list) or not row["include"]:
-        return f"include must be a non-empty list, found {row.get('include')!r}"
-    if not isinstance(row.get("exclude", []), list):
-        return f"exclude must be a list, found {row['exclude']!r}"
+    tag, prompt, include, exclude = row.get("tag"), row.get("prompt"), row.get("include"), row.get("exclude", [])
+    checks = (
+        (tag in TASKS, f"unknown tag {tag!r}, known are {', '.join(TASKS)}"),
+        (isinstance(prompt, str) and prompt.strip(), f"prompt must be a non-empty text, found {prompt!r}"),
+        (isinstance(include, list) and include, f"include must be a non-empty list, found {include!r}"),
+        (isinstance(exclude, list), f"exclude must be a list, found {exclude!r}"),
+    )
+    if complaint := next((sentence for fine, sentence in checks if not fine), ""):
+        return complaint
     for kind, keys in (("include", ("class", "count", "color", "position")), ("exclude", ("class", "count"))):
         for index, clause in enumerate(row.get(kind, [])):
-            if found := _clause_complaint(clause, keys, index, class_names):
-                return f"{kind}[{index}]: {found}"
+            if complaint := _clause_complaint(clause, keys, index, class_names):
+                return f"{kind}[{index}]: {complaint}"
     return ""
 
 
 def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names: Sequence[str]) -> str:
     if not isinstance(clause, dict):
         return f"expected an object, found {clause!r}"
-    # The rules read known keys only, so a misspelt one would be ignored in silence.
-    if unknown := [key for key in clause if key not in keys]:
-        return f"unknown key {unknown[0]!r}, known are {', '.join(keys)}"
-    if clause.get("class") not in class_names:
-        known = ", ".join([*class_names[:8], *(["..."] if len(class_names) > 8 else [])])
-        return f"unknown class {clause.get('class')!r}, known are {known}"
-    if type(clause.get("count")) is not int or clause["count"] < 1:
-        return f"count must be a whole number of at least 1, found {clause.get('count')!r}"
-    if "color" in clause and clause["color"] not in COLORS:
-        return f"unknown color {clause['color']!r}, known are {', '.join(COLORS)}"
-    if "position" not in clause:
-        return ""
-    position = clause["position"]
-    if not isinstance(position, list) or len(position) != 2:
-        return f"position must be [relation, index of an earlier include], found {position!r}"
-    if position[0] not in RELATIONS:
-        return f"unknown relation {position[0]!r}, known are {', '.join(RELATIONS)}"
-    if type(position[1]) is not int or not 0 <= position[1] < index:
-        return f"position must refer to an earlier include by its index, found {position[1]!r}"
-    return ""
+    unknown = next((key for key in clause if key not in keys), None)
+    name, count, color = clause.get("class"), clause.get("count"), clause.get("color", COLORS[0])
+    classes = ", ".join([*class_names[:8], *(["..."] if len(class_names) > 8 else [])])
+    pair = clause.get("position", [RELATIONS[0], -1])
+    is_pair = isinstance(pair, list) and len(pair) == 2
+    relation, target = pair if is_pair else (None, None)
+    is_earlier = "position" not in clause or (type(target) is int and 0 <= target < index)
+    checks = (
+        # The rules read known keys only, so a misspelt one would be ignored in silence.
+        (unknown is None, f"unknown key {unknown!r}, known are {', '.join(keys)}"),
+        (name in class_names, f"unknown class {name!r}, known are {classes}"),
+        (type(count) is int and count >= 1, f"count must be a whole number of at least 1, found {count!r}"),
+        (color in COLORS, f"unknown color {color!r}, known are {', '.join(COLORS)}"),
+        (is_pair, f"position must be [relation, index of an earlier include], found {pair!r}"),
+        (relation in RELATIONS, f"unknown relation {relation!r}, known are {', '.join(RELATIONS)}"),
+        (is_earlier, f"position must refer to an earlier include by its index, found {target!r}"),
+    )
+    return next((sentence for fine, sentence in checks if not fine), "")

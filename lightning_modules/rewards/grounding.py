@@ -36,16 +36,13 @@ def grounding(
 
     Args:
         metadata: the prompt; colours are named only if its clauses name any, because that may cost a network.
-        detections: the objects in the image.
-        class_names: names of classes, of one word or several, which prompts may have in the plural.
+        class_names: of one word or several, which prompts may have in the plural.
         threshold: score that an object has to exceed.
-        words: the characters of the prompt that each word covers, start and end; decoders have words of their own.
+        words: start and end of each of the decoder's words in the prompt, in characters.
         max_words: words of the longest prompt, L.
-        grid: tokens along each side, which make T = grid * grid.
-        image_size: pixels along each side.
+        grid, image_size: tokens (T = grid * grid) and pixels along each side.
 
-    Returns:
-        [T, L] of 0 and 1; NaN for words that are no part of a class or colour, and beyond the prompt.
+    Returns [T, L] of 0 and 1; NaN for words that are no part of a class or colour, and beyond the prompt.
     """
     found = [i for i, score in enumerate(detections.scores) if score > threshold]
     colored = any("color" in clause for clause in metadata["include"])
@@ -53,9 +50,8 @@ def grounding(
     middles = (np.arange(grid) + 0.5) * image_size / grid
     result = np.full((grid, grid, max_words), np.nan, np.float32)
     for name in _names(tuple(class_names)).finditer(metadata["prompt"]):
-        places = [
-            place for place, (start, end) in enumerate(words[:max_words]) if start < name.end() and end > name.start()
-        ]
+        first, last = name.span()
+        places = [place for place, (start, end) in enumerate(words[:max_words]) if start < last and end > first]
         result[..., places] = 0
         color, noun = name["color"] or name["lone"], name["noun"] or ""
         singular = {noun, noun.removesuffix("s"), noun.removesuffix("es")}
@@ -63,7 +59,6 @@ def grounding(
             if (seen == color) if color else (ANYTHING in singular or detections.classes[i] in singular):
                 x1, y1, x2, y2 = detections.boxes[i]
                 rows, columns = (middles >= y1) & (middles < y2), (middles >= x1) & (middles < x2)
-                inside = rows[:, None] & columns
                 for place in places:
-                    result[inside, place] = 1
+                    result[rows[:, None] & columns, place] = 1
     return result.reshape(-1, max_words)

@@ -1,7 +1,7 @@
 """GenEval's object detector for photographs: Mask2Former through transformers.
 
-The official evaluation runs it in mmdetection. The way from an image to objects follows that one and not
-transformers' own post-processing, which squashes masks to a fixed size and gives no boxes.
+The way from an image to objects is that of mmdetection, in which the official evaluation runs it: transformers' own
+post-processing squashes masks to a fixed size and gives no boxes.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +37,7 @@ class Mask2FormerDetector(Keyed):
         max_objects: pairs of mask and class that are kept of an image.
 
     Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: there is no such checkpoint.
+        ImportError, FileNotFoundError: transformers is not installed; there is no such checkpoint.
         ValueError: it is another kind of model, or one of other classes, or lacks weights.
     """
 
@@ -77,21 +76,14 @@ class Mask2FormerDetector(Keyed):
         if wrong := sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}):
             raise ValueError(f"detector {checkpoint!r} has no tensor {wrong[0]!r} of the right shape")
         self.model.eval().requires_grad_(False)
-        self.batch_size = batch_size
+        self.name, self.batch_size, self.max_objects = checkpoint, batch_size, max_objects
         self.shortest, self.longest = shortest, longest
-        self.max_objects = max_objects
-        self.name = checkpoint
 
     def cache_key(self) -> dict[str, Any]:
         """The network, the sizes of its images, and how many objects are kept."""
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.model),
-            "config": digest(published_key(self.model.config.to_dict())),
-            "shortest": self.shortest,
-            "longest": self.longest,
-            "max_objects": self.max_objects,
-        }
+        network = {"weights": fingerprint(self.model), "config": digest(published_key(self.model.config.to_dict()))}
+        sizes = {"shortest": self.shortest, "longest": self.longest, "max_objects": self.max_objects}
+        return {"class": class_name(self), **network, **sizes}
 
     def to(self, device: torch.device | str) -> Self:
         """Move the network."""
@@ -127,22 +119,17 @@ class Mask2FormerDetector(Keyed):
         """Class probabilities [Q, C] and mask logits [Q, h, w] of an image, upsampled to its size -> its objects."""
         scores, pairs = probs.flatten().topk(min(self.max_objects, probs.numel()))
         queries, of_query = (pairs // probs.shape[1]).unique(return_inverse=True)
-        sure, boxes = (
-            torch.cat(parts)
-            for parts in zip(*(_measure(upsample(part)) for part in masks[queries].split(CHUNK)), strict=True)
-        )
         own = masks[queries]
+        measured = [_measure(upsample(part)) for part in own.split(CHUNK)]
+        sure, boxes = (torch.cat(parts) for parts in zip(*measured, strict=True))
 
         def pixels(indices: Any) -> NDArray[np.bool_]:
             return (upsample(own[of_query[list(indices)]]) > 0).cpu().numpy()
 
         classes = (pairs % probs.shape[1]).tolist()
-        return Detections(
-            classes=[CLASS_NAMES[i] for i in classes],
-            scores=(scores * sure[of_query]).cpu().numpy(),
-            boxes=boxes[of_query].cpu().numpy(),
-            masks=pixels,
-        )
+        scores = scores * sure[of_query]
+        names, boxes = [CLASS_NAMES[i] for i in classes], boxes[of_query]
+        return Detections(names, scores.cpu().numpy(), boxes.cpu().numpy(), masks=pixels)
 
 
 def _upsampled(masks: Tensor, padded: Sequence[int], inner: Sequence[int], size: Sequence[int]) -> Tensor:

@@ -26,8 +26,7 @@ def load_clip(
     """The open_clip model of a name with its weights.
 
     Args:
-        model_name: an architecture (`ViT-L-14-quickgelu`); or `local-dir:FOLDER` or `hf-hub:OWNER/NAME`, which have
-            their config and weights.
+        model_name: an architecture (`ViT-L-14-quickgelu`); or `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
         pretrained: open_clip's tag of weights for the architecture, or their file; None with a folder.
         require_pretrained: refuse to leave the weights random.
         key: of the config, which errors name.
@@ -48,9 +47,7 @@ def load_clip(
 
 
 def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> None:
-    """Refuse weights whose architecture is not the named one. Nothing is loaded.
-
-    Weights that come with a config pass, and so do files: nothing is known of them.
+    """Refuse weights that were made for another architecture. Files and weights with a config pass; none are loaded.
 
     Raises:
         FileNotFoundError: `pretrained` is neither a file nor a tag of open_clip.
@@ -67,31 +64,25 @@ def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> N
         return
     twin = name.removesuffix(_QUICK) if name.endswith(_QUICK) else name + _QUICK
     weights = open_clip.get_pretrained_cfg(name, pretrained) or open_clip.get_pretrained_cfg(twin, pretrained)
-    if not weights:
-        if not Path(pretrained).is_file():
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-            raise FileNotFoundError(
-                f"{key}: {pretrained!r} is neither a file nor weights of {model_name} that open_clip knows ({tags}); "
-                f"where there is network {how_to_download(key, model_name, pretrained)}"
-            )
-        return
+    if not weights and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise FileNotFoundError(
+            f"{key}: {pretrained!r} is neither a file nor weights of {model_name} that open_clip knows ({tags}); "
+            f"where there is network {how_to_download(key, model_name, pretrained)}"
+        )
     quick = weights.get("quick_gelu", False)
     # An architecture without a twin is the one that its weights were trained with, even if their entry does not say so.
-    if quick != architecture.get("quick_gelu", False) and open_clip.get_model_config(twin):
-        raise ValueError(
-            f"{key}: {pretrained} weights need {twin}, not {model_name}: they were trained "
-            f"{'with' if quick else 'without'} QuickGELU"
-        )
+    if weights and quick != architecture.get("quick_gelu", False) and open_clip.get_model_config(twin):
+        trained = f"they were trained {'with' if quick else 'without'} QuickGELU"
+        raise ValueError(f"{key}: {pretrained} weights need {twin}, not {model_name}: {trained}")
 
 
 def how_to_download(key: str, model_name: str, pretrained: str | None) -> str:
     """The command and setting that bring weights; for those that open_clip does not know, OpenAI's ViT-L/14."""
-    if pretrained and (weights := published_clip(key, model_name, pretrained)):
-        with_model = ""
-    else:
-        weights = published_clip(key, *_OPENAI)
-        with_model = "" if model_name == _OPENAI[0] else f" and its model to {_OPENAI[0]}"
+    known = published_clip(key, model_name, pretrained) if pretrained else None
+    weights = known or published_clip(key, *_OPENAI)
     assert weights is not None
+    with_model = "" if known or model_name == _OPENAI[0] else f" and its model to {_OPENAI[0]}"
     return (
         f"run `hf download {weights.name} --include '{weights.only}' --local-dir CLIP`, then set "
         f"{key}.pretrained to the file of weights in CLIP{with_model}"

@@ -1,11 +1,11 @@
 """PARM, the potential assessment reward model: a Transformer that values a prompt with a half-made image.
 
-The paper (arXiv 2501.13926, section 3) asks a vision-language model about half-made images; this is the compact
-reading in token space: 6 layers and a head d -> d/2 -> GELU -> 1 on (prompt, tokens so far, candidate).
+The paper (arXiv 2501.13926, section 3) asks a vision-language model; this is the compact reading in token space:
+6 layers and a head d -> d/2 -> GELU -> 1 on (prompt, tokens so far, candidate).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,38 +30,24 @@ _SUM_SCALE = 0.1
 
 @dataclass
 class PARMState:
-    """B half-decoded images as PARM knows them.
+    """B half-decoded images as PARM knows them."""
 
-    Attributes:
-        cache: keys and values of prompt and prefix; None where PARM is not causal.
-        sums: running sums over the prefix, [B, 3].
-        lengths: tokens in the prefix of each row, [B], on the CPU.
-        prompt: projected prompt, [B, L, dim].
-        candidate_sums: `sums` with each candidate of the last `score`, [B, k, 3].
-    """
-
-    cache: KVCache | None
-    sums: Tensor
-    lengths: Tensor
-    prompt: Tensor
-    candidate_sums: Tensor
+    cache: KVCache | None  # of prompt and prefix; None where PARM is not causal
+    sums: Tensor  # running sums over the prefix, [B, 3]
+    lengths: Tensor  # tokens in the prefix of each row, [B], on the CPU
+    prompt: Tensor  # projected, [B, L, dim]
+    candidate_sums: Tensor  # `sums` with each candidate of the last `score`, [B, k, 3]
 
     def select(self, rows: Tensor) -> "PARMState":
-        return replace(
-            self,
-            cache=self.cache and self.cache.select(rows),
-            sums=self.sums[rows],
-            lengths=self.lengths[rows.cpu()],
-            prompt=self.prompt[rows],
-            candidate_sums=self.candidate_sums[rows],
-        )
+        cache, lengths = self.cache and self.cache.select(rows), self.lengths[rows.cpu()]
+        return PARMState(cache, self.sums[rows], lengths, self.prompt[rows], self.candidate_sums[rows])
 
 
 class Matching(nn.Module):
     """Lets tokens read the words that name what they show: attention by sigmoid, whose weights are supervised.
 
-    To find the red star of a prompt in an image is what every value rests on. From one verdict an image a Transformer
-    hardly learns it; from `grounding`, one verdict for each token and word, it does (cf. GLIP, arXiv 2112.03857).
+    From one verdict an image a Transformer hardly learns it; from one for each token and word (`grounding`) it does
+    (cf. GLIP, arXiv 2112.03857).
     """
 
     def __init__(self, dim: int) -> None:
@@ -83,11 +69,11 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
         transformer: sizes; the method's are width 512, 6 layers, 8 heads.
         grid: codes along each side of an image, which then has T = grid * grid tokens.
         decoder_dim: width of the shared decoder.
-        feature_layers: the depths at which the shared decoder shows its hidden states in `DecoderFeatures`.
-        input_features: `hidden` reads the decoder's hidden states (with and without the prompt) and log-probabilities
-            beside its embeddings, `embeddings` reads the embeddings alone.
+        feature_layers: the depths at which the decoder shows its hidden states in `DecoderFeatures`.
+        input_features: `embeddings` reads the decoder's embeddings alone, `hidden` its hidden states (with and without
+            the prompt) and log-probabilities, too.
         causal: for next-token decoders: values every prefix in one pass and decodes with a cache. False is for
-            mask-token decoders: reads whole grids, in which undecided tokens are marked as such, one pass a grid.
+            mask-token decoders: reads whole grids with undecided tokens marked, one pass a grid.
     """
 
     def __init__(
@@ -102,9 +88,8 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
         super().__init__()
         if input_features not in ("hidden", "embeddings"):
             raise ValueError(f"parm.input_features must be 'hidden' or 'embeddings', not {input_features!r}")
-        dim, num_tokens = transformer.dim, grid**2
-        feature_dim = decoder_dim * len(feature_layers)
-        self.input_features, self.causal, self.num_tokens = input_features, causal, num_tokens
+        dim, feature_dim = transformer.dim, decoder_dim * len(feature_layers)
+        self.input_features, self.causal, self.num_tokens = input_features, causal, grid**2
         self.prompt_proj = nn.Linear(2 * decoder_dim, dim)
         self.token_proj = nn.Linear(decoder_dim, dim)
         self.token_norm = nn.LayerNorm(decoder_dim)
@@ -129,18 +114,14 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
     def cache_key(self) -> dict[str, Any]:
         """Its weights and sizes; what it reads of the decoder shows in both."""
-        transformer = key_of(self.transformer.config)
-        return {"class": class_name(self), "weights": fingerprint(self), "transformer": transformer}
+        sizes = key_of(self.transformer.config)
+        return {"class": class_name(self), "weights": fingerprint(self), "transformer": sizes}
 
     def warm_start(self, name: str, stored: CheckpointReader) -> None:
-        """Begin training with what a PARM of next-token decoders has learnt: all but the mark of undecided tokens.
-
-        Args:
-            name: of the weights, for errors.
-            stored: weights of a causal PARM of the same sizes.
+        """Begin training with the weights of a causal PARM of the same sizes: all but the mark of undecided tokens.
 
         Raises:
-            ValueError: a tensor is missing or of another shape; the sentence names it.
+            ValueError: a tensor of the weights, which errors call `name`, is missing or of another shape.
         """
         begin = {key: [weight] for key, weight in self.named_parameters() if key != "undecided"}
         copy_from(stored, begin, f"parm.start={name!r}")
@@ -170,10 +151,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
         return (x.unflatten(1, (-1, part.shape[1])) + part[:, None]).flatten(1, 2)
 
     def _logits(self, hidden: Tensor, statistics: Tensor, trust: Tensor | float = 1.0) -> Tensor:
-        """Value logits [B, S] from hidden states [B, S, dim]; the statistics have a say of their own.
-
-        The sum of log p ranks images by itself: PARM learns what to add to it.
-        """
+        """Value logits [B, S] from hidden states [B, S, dim], and directly from statistics: sums of log p rank well."""
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would tie values that differ
             logits = self.head(hidden.float())
             if self.input_features == "hidden":
@@ -198,11 +176,9 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
         Args:
             features: about all T tokens of images; if not causal, at any step on the way.
-            trusted: bool [B]; in rows in which it is false, what the decoder thinks of the image given the prompt is
-                not read: its hidden states with the prompt, and all log-probabilities. Default: all true.
+            trusted: bool [B]; where it is false, hidden states with the prompt and log-probabilities are not read.
 
-        Returns:
-            [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses]; and [B, T, L] (see `grounding`).
+        Returns [B, T] and [B, T, clauses] if causal, else [B, 1] and [B, 1, clauses]; [B, T, L] (see `grounding`).
         """
         trust = 1.0 if trusted is None else trusted[:, None, None].float()
         prompt = self.prompt_proj(features.prompt)
@@ -247,8 +223,7 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
             cache = KVCache(prompt.shape[1] + capacity)
             self.transformer(projected, causal=True, cache=cache)
         sums = projected.new_zeros(len(prompt), 3)
-        lengths = torch.zeros(len(prompt), dtype=torch.int64)
-        return PARMState(cache, sums, lengths, projected, sums[:, None])
+        return PARMState(cache, sums, torch.zeros(len(prompt), dtype=torch.int64), projected, sums[:, None])
 
     def value(
         self, memory: PARMState, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels
@@ -259,9 +234,9 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
 
     @torch.no_grad()
     def sync(self, state: PARMState, features: DecoderFeatures | None, position: Tensor) -> None:
-        """Read the tokens that the decoder passed without a choice, because they stay as they are.
+        """Read the tokens that the decoder passed without a choice: the prefix of row b ends before position[b] then.
 
-        Afterwards the prefix of row b ends before position[b], [B], on the CPU; it may have been longer.
+        The positions [B] are on the CPU; the prefix may have been longer.
         """
         if features is None or state.cache is None or (position == state.lengths).all():
             return

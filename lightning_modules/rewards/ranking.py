@@ -4,22 +4,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_calibration_error
-
-TENTHS = 10
+from torchmetrics.utilities import dim_zero_cat
 
 
 def tenths(num_tokens: int) -> list[int]:
     """Prefix lengths at each tenth of an image."""
-    return [max(1, round(num_tokens * (i + 1) / TENTHS)) for i in range(TENTHS)]
+    return [max(1, round(num_tokens * tenth / 10)) for tenth in range(1, 11)]
 
 
 class RankingMetric(Metric):
     """Ranking quality of log-values against correctness, images compared within their prompt.
 
-    Update with values [B, P] (P prefix lengths), correct [B] (0 or 1) and group [B] (which prompt). `compute` gives
-    `auc` [P] (fraction of correct-wrong pairs of a prompt that are ordered right, ties half; nan without any), `chosen`
-    [P] (fraction of prompts whose highest-valued image is correct, ties sharing) and `ece` [P] (expected calibration
-    error of exp(value), 10 bins).
+    Update with values [B, P] (P prefix lengths), correct [B] (0 or 1) and group [B] (which prompt). Gives `auc` [P],
+    the fraction of correct-wrong pairs of a prompt that are ordered right, ties half, nan without any; `chosen` [P],
+    that of prompts whose highest-valued image is correct, ties sharing; `ece` [P], exp(value)'s calibration error.
     """
 
     full_state_update = False
@@ -38,7 +36,7 @@ class RankingMetric(Metric):
         self.group.append(group)
 
     def compute(self) -> dict[str, Tensor]:
-        values, correct, group = (_joined(state) for state in (self.values, self.correct, self.group))
+        values, correct, group = (dim_zero_cat(state) for state in (self.values, self.correct, self.group))
         wins = values.new_zeros(values.shape[1])
         pairs, chosen = 0, []
         for g in group.unique():
@@ -52,8 +50,3 @@ class RankingMetric(Metric):
         probability = values.clamp(max=0).exp()
         ece = [binary_calibration_error(p, correct.long(), n_bins=10, norm="l1") for p in probability.unbind(1)]
         return {"auc": wins / pairs, "chosen": torch.stack(chosen).mean(0), "ece": torch.stack(ece)}
-
-
-def _joined(state: list[Tensor] | Tensor) -> Tensor:
-    """A list state as one tensor, whether or not it has been reduced over ranks."""
-    return torch.cat(state) if isinstance(state, list) else state

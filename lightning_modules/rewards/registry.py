@@ -1,7 +1,8 @@
 """JudgeRegistry: the judges of a run by name, each built once."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,19 +13,17 @@ from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Judge, Likelihood
 
 
-class JudgeRegistry(Mapping[str, Judge]):
+class JudgeRegistry(UserDict[str, Judge]):
     """All judges that strategies, data and evaluations can name; each name means one judge.
 
     Args:
-        geneval: GenEval's rules, which label images; they judge as `geneval`, `strict` and `clauses`. None where
-            nothing is labelled.
+        geneval: label images, and judge as `geneval`, `strict` and `clauses`. None where nothing is labelled.
         rewards: further judges.
         decoder: judges its own images as `likelihood`, if it can.
-        parm: the reward model.
 
     Attributes:
         oracles: names of the judges by which results are measured.
-        teachers: names of the judges that decide what is trained on; the data adds them.
+        teachers: names of those that decide what is trained on; the data adds them.
 
     Raises:
         ValueError: two judges have one name.
@@ -44,26 +43,13 @@ class JudgeRegistry(Mapping[str, Judge]):
         verifiers: dict[str, Judge] = {} if parm is None else {"parm": parm}
         if decoder is not None and decoder.has_likelihood:
             verifiers["likelihood"] = Likelihood()
-        self._judges: dict[str, Judge] = {}
+        super().__init__({**verifiers, **kinds})
         for name, judge in rewards.items():
             if not isinstance(judge, Judge):
                 raise ValueError(f"judges.rewards.{name} is no judge, but a {type(judge).__name__}")
-        for group in (verifiers, kinds, rewards):
-            for name, judge in group.items():
-                if name in self._judges:
-                    raise ValueError(
-                        f"judges: there are two called {name!r}: give the one in judges.rewards another name"
-                    )
-                self._judges[name] = judge
-
-    def __getitem__(self, name: str) -> Judge:
-        return self._judges[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._judges)
-
-    def __len__(self) -> int:
-        return len(self._judges)
+            if name in self:
+                raise ValueError(f"judges: there are two called {name!r}: give the one in judges.rewards another name")
+            self[name] = judge
 
     @property
     def geneval(self) -> GenEvalReward:

@@ -1,7 +1,6 @@
 """A known picture that a detector has to understand before it judges anything.
 
-Wrong weights, a wrong config or a device without the right kernels do not fail: they find nothing, or nonsense, and
-every score is low. A picture with a known answer shows it.
+Wrong weights, a wrong config or wrong kernels do not fail by themselves: they find nothing, and every score is low.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ class SelfTest:
 
     Args:
         folder: with `picture.png` and `prompts.jsonl`, or `bundled:NAME`. Each line is a prompt in GenEval's format
-            with one more key, `correct`: whether the picture fulfils it. There must be prompts of both kinds.
+            and whether the picture fulfils it, `correct`; some must, some must not.
 
     Raises:
         FileNotFoundError: there is no such folder, picture or list.
@@ -47,11 +46,7 @@ class SelfTest:
         self.done = False
 
     def check(self, judge: Judge, class_names: Sequence[str]) -> None:
-        """Have the picture judged by a detector of these classes, unless it has been already.
-
-        Raises:
-            ValueError: a verdict is not the expected one, or a prompt cannot be judged.
-        """
+        """Have the picture judged by a detector of these classes, once; raises ValueError if a verdict is wrong."""
         if self.done:
             return
         self.done = True  # judging the picture would start the test anew

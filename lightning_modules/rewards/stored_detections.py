@@ -20,8 +20,8 @@ class StoredDetections(Keyed):
 
     One row an image: `{"filename": "00000/samples/0000.png", "detections": [{"class": "dog", "score": 0.9,
     "bbox": [x1, y1, x2, y2], "color": "red", "mask": {"size": [H, W], "counts": [...]}}, ...]}`, in the detector's
-    order and before any threshold. `color` is needed where a prompt asks for it and no colour model is configured;
-    `mask`, COCO's uncompressed run lengths (column by column, background first), where one is and should see masks.
+    order, before any threshold. Without a colour model prompts may need `color`; with one, it sees `mask` if there is
+    one: COCO's uncompressed run lengths (column by column, background first).
 
     Args:
         path: a JSONL file, or a folder of them.
@@ -57,11 +57,7 @@ class StoredDetections(Keyed):
         return self
 
     def of(self, files: Sequence[str] | None) -> list[Detections]:
-        """Return the detections of files, by their paths in the folder of images.
-
-        Raises:
-            ValueError: these are no files, or nothing is known of one.
-        """
+        """Return the detections of files; raises ValueError if images have none or nothing is known of one."""
         if files is None:
             raise ValueError(f"{self.path}: detections made elsewhere can only judge files (task=score)")
         for name in files:
@@ -106,10 +102,6 @@ def _colors(colors: Sequence[str | None], place: str, indices: Sequence[int]) ->
 
 def _masks(masks: Sequence[Any], indices: Sequence[int]) -> NDArray[np.bool_]:
     """Run lengths -> pixels [n, H, W]."""
-    pixels = []
-    for index in indices:
-        height, width = masks[index]["size"]
-        counts = masks[index]["counts"]
-        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        pixels.append(flat.reshape(width, height).T)
-    return np.stack(pixels)
+    runs = [(masks[index]["size"], masks[index]["counts"]) for index in indices]
+    flat = [np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]) for size, counts in runs]
+    return np.stack(flat).transpose(0, 2, 1)

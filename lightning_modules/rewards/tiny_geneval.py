@@ -1,7 +1,4 @@
-"""GenEval's detector and its colour classifier with few channels and random weights, to try everything on a CPU.
-
-The weights are the same each time.
-"""
+"""GenEval's detector and colour classifier, small and with random weights (always the same), to try all on a CPU."""
 
 import json
 from functools import partial

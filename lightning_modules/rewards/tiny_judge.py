@@ -25,19 +25,14 @@ def _words() -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    options: Any = {"vocab_size": 400, "special_tokens": special, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     bpe.train_from_iterator(["yes", "no"] * 50 + [Questions().clear, Questions().final] * 9, trainer)
     return bpe
 
 
 def save_tiny_judge(folder: str) -> str:
-    """Write the checkpoint of a random LLaVA-OneVision, of 4 image tokens a view, and return its folder.
-
-    The weights are the same each time, and large enough for answers to differ between images.
-    """
+    """Write a LLaVA-OneVision of 4 image tokens a view and of random weights, always the same; return its folder."""
     make_once(Path(folder), _write_judge)
     return folder
 
@@ -45,22 +40,15 @@ def save_tiny_judge(folder: str) -> str:
 def _write_judge(folder: Path) -> None:
     import transformers
 
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_words(),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-    )
+    special: Any = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    special["extra_special_tokens"] = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_words(), **special)
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
     size = {"height": 28, "width": 28}
-    transformers.LlavaOnevisionProcessor(
-        image_processor=transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
-        tokenizer=tokenizer,
-        video_processor=transformers.LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=4,
-        vision_feature_select_strategy="full",
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    image = transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints)
+    video = transformers.LlavaOnevisionVideoProcessor(size=size)
+    options: Any = {"num_image_tokens": 4, "vision_feature_select_strategy": "full", "chat_template": TEMPLATE}
+    transformers.LlavaOnevisionProcessor(image, tokenizer, video, **options).save_pretrained(folder)
     small: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids: Any = tokenizer.get_vocab()
     config = transformers.LlavaOnevisionConfig(
@@ -74,6 +62,6 @@ def _write_judge(folder: Path) -> None:
     model = transformers.LlavaOnevisionForConditionalGeneration(config)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:
+            if weight.ndim > 1:  # large enough for answers to differ between images
                 weight.normal_(std=0.3, generator=generator)
     model.save_pretrained(folder)

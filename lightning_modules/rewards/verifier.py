@@ -27,11 +27,9 @@ class Ability(Enum):
 
 
 class VerifierState(Protocol):
-    """The memory of a judge: what it knows of B half-made images."""
+    """The memory of a judge: what it knows of B half-made images; `select` keeps rows [B'], in order, with repeats."""
 
-    def select(self, rows: Tensor) -> Self:
-        """Keep rows `rows` [B'], in that order and as often as they occur."""
-        ...
+    def select(self, rows: Tensor) -> Self: ...
 
 
 class Nothing:
@@ -45,23 +43,14 @@ S = TypeVar("S", bound=VerifierState)
 
 
 class Judge(Keyed, Generic[S]):
-    """Scores images, finished or half-made: higher is better.
+    """Scores images, finished or half-made: higher is better."""
 
-    Attributes:
-        abilities: what it can do that others cannot; the methods of all others raise ValueError.
-        best_score: no score is higher.
-    """
-
-    abilities: ClassVar[frozenset[Ability]] = frozenset()
-    best_score: ClassVar[float] = math.inf
+    abilities: ClassVar[frozenset[Ability]] = frozenset()  # methods of other abilities raise ValueError
+    best_score: ClassVar[float] = math.inf  # no score is higher
 
     @abstractmethod
     def of_finished(self, rows: Rows, features: DecoderFeatures | None, pixels: Pixels) -> Tensor:
-        """Score finished images [B], from their prompts and from the features about them or their pixels.
-
-        Raises:
-            ValueError: it needs features, and there is none.
-        """
+        """Score finished images [B], by features or pixels; raises ValueError if it needs features and gets none."""
 
     def begin(self, prompt: Tensor, capacity: int) -> Any:
         """Start beside a decoder: the `prompt` of its state, [B, L, 2 dim], for images of `capacity` tokens."""
@@ -69,13 +58,9 @@ class Judge(Keyed, Generic[S]):
 
     @abstractmethod
     def value(self, memory: S, rows: Rows, state: DecodingState, proposal: Proposal, previews: Pixels) -> Tensor:
-        """Score B images extended by each of k candidates, [B, k].
+        """Score B images extended by each of k candidates for the next step, `proposal`: [B, k].
 
-        Args:
-            memory: what it knows of them.
-            rows: their prompts.
-            state, proposal: the images, and the candidates for the next step.
-            previews: the best guess at each candidate's finished image, pixels [B k, 3, H, W].
+        `memory` is what it knows of them; `previews` gives the best guesses at finished images, [B k, 3, H, W].
         """
 
     def commit(self, memory: S, choice: Tensor) -> None:
@@ -118,10 +103,7 @@ class Verifier(Judge[S]):
 
 
 class TokenVerifier(Verifier[S]):
-    """Values half-made images in token space, by what the decoder knows of them.
-
-    Of a next-token decoder these are prefixes, of a mask-token decoder grids whose features say what is decided.
-    """
+    """Values half-made images by the decoder's features: prefixes of next-token decoders, grids of mask-token ones."""
 
     abilities = frozenset({Ability.PREFIXES})
 

@@ -31,16 +31,13 @@ CHATML = """\
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions to the judge; {prompt} stands for the prompt of the image.
+    """The questions to the judge; each must contain {prompt}, which stands for the prompt of the image.
 
     Attributes:
         clear: is an unfinished image clear enough to be judged?
         potential: asked after a yes to `clear`: can it still become what the prompt says?
         final: does a finished image show what the prompt says?
         critique: what in a finished image is not as the prompt says? Answered in words.
-
-    Raises:
-        ValueError: a question does not mention the prompt.
     """
 
     clear: str = (
@@ -69,21 +66,17 @@ class Questions:
 class VisionLanguageJudge(StepJudge, Critic):
     """A frozen LLaVA-OneVision that judges images; called as a reward, it gives P(yes) to the final question.
 
-    As in the original, it sees an image whole, padded to a square, and not in the close-up views that LLaVA-OneVision
-    adds to a lone image: 730 tokens instead of some 3700 for 512 x 512 pixels.
+    As in the original, it sees an image whole, padded to a square, without the close-up views that LLaVA-OneVision adds
+    to a lone image: 730 tokens instead of some 3700 for 512 x 512 pixels.
 
     Args:
         checkpoint: a folder, or OWNER/NAME on the hub, with safetensors; code that comes with it is not run.
-        dtype: of the weights.
         batch_size: images in a forward pass.
-        questions: what it is asked.
-        yes: the answer whose probability counts, against `no`; each must be one token.
-        no: the other answer.
+        yes, no: the answers, one token each; the probability of `yes` against `no` counts.
         critique_tokens: longest critique.
 
     Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: there is no such checkpoint.
+        ImportError, FileNotFoundError: transformers is not installed; there is no such checkpoint.
         ValueError: the model is of another kind, or an answer is not one token.
     """
 
@@ -111,34 +104,26 @@ class VisionLanguageJudge(StepJudge, Critic):
         if kind != "llava_onevision":
             raise ValueError(f"judge {checkpoint!r} must be a llava_onevision model; it is a {kind} model")
         self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        self.batch_size = batch_size
         self.questions, self.yes, self.no = questions, yes, no
-        self.critique_tokens = critique_tokens
+        self.batch_size, self.critique_tokens = batch_size, critique_tokens
         self._answers = [self._token(yes), self._token(no)]
         self.processor.chat_template = self.processor.chat_template or CHATML
         full = self.processor.vision_feature_select_strategy == "full"  # else the first token of an image is dropped
         self._image = self.processor.image_token * (self.processor.num_image_tokens + full)  # one more ends the image
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        options: Any = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
         self.model.eval().requires_grad_(False)
 
     def cache_key(self) -> dict[str, Any]:
         """The network, how it is shown images and conversations, and what it is asked."""
         tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
-        used = {name: value for name, value in tokenizer.items() if name not in ("padding", "truncation")}
+        del tokenizer["padding"], tokenizer["truncation"]
         configs = self.model.config, self.model.generation_config, self.processor.image_processor
-        return {
-            "class": class_name(self),
-            "weights": fingerprint(self.model),
-            "configs": digest([published_key(config.to_dict()) for config in configs]),
-            "tokenizer": digest(used),
-            "template": digest(self.processor.chat_template),
-            "image": self._image,
-            "questions": key_of(self.questions),
-            "answers": [self.yes, self.no],
-            "critique_tokens": self.critique_tokens,
-        }
+        network = {"class": class_name(self), "weights": fingerprint(self.model)}
+        network["configs"] = digest([published_key(config.to_dict()) for config in configs])
+        texts = {"tokenizer": digest(tokenizer), "template": digest(self.processor.chat_template), "image": self._image}
+        asked = {"questions": key_of(self.questions), "answers": [self.yes, self.no]}
+        return {**network, **texts, **asked, "critique_tokens": self.critique_tokens}
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
         """P(yes) [B]: finished images [B, 3, H, W], in [0, 1], show what their prompts (GenEval metadata) say."""
@@ -160,15 +145,10 @@ class VisionLanguageJudge(StepJudge, Critic):
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
             ids = [torch.tensor(row, device=pixels.device) for row in rows[part]]
-            inputs = _left_padded(ids)
-            answers = self.model.generate(
-                input_ids=inputs,
-                attention_mask=_left_padded([torch.ones_like(row) for row in ids]),
-                **self._views(pixels[part]),
-                max_new_tokens=self.critique_tokens,
-                do_sample=False,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            )
+            inputs, mask = _left_padded(ids), _left_padded([torch.ones_like(row) for row in ids])
+            text = {"input_ids": inputs, "attention_mask": mask, "pad_token_id": self.processor.tokenizer.pad_token_id}
+            options = {"max_new_tokens": self.critique_tokens, "do_sample": False}
+            answers = self.model.generate(**text, **self._views(pixels[part]), **options)
             texts += self.processor.batch_decode(answers[:, inputs.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -176,16 +156,12 @@ class VisionLanguageJudge(StepJudge, Critic):
         tokenizer = self.processor.tokenizer
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"answer {word!r} must be one token of the judge's, not {tokenizer.convert_ids_to_tokens(ids)}"
-            )
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(f"answer {word!r} must be one token of the judge's, not {tokens}")
         return ids[0]
 
     def _conversations(self, prompts: Sequence[str], turns: Sequence[str]) -> list[list[int]]:
-        """Token ids of one conversation about an image for each prompt, up to where the next answer begins.
-
-        User and judge speak in turn; the image comes with the first turn.
-        """
+        """Token ids of a conversation for each prompt, in turns of user (image first) and judge, up to an answer."""
         rows = []
         for prompt in prompts:
             parts = [[{"type": "text", "text": turn.replace("{prompt}", prompt)}] for turn in turns]
@@ -197,11 +173,8 @@ class VisionLanguageJudge(StepJudge, Critic):
         return rows
 
     def _views(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [0, 1] -> what the model is given of B images, each seen whole.
-
-        Several images of one conversation are each seen whole, a lone one is cut into views as well. So a batch passes
-        for one conversation, of one image more than there are: then this holds for a batch of one, too.
-        """
+        """Pixels [B, 3, H, W] in [0, 1] -> what the model is given of B images, each seen whole."""
+        # A lone image is also cut into views; so a batch passes for one conversation, of one image more than there are.
         images = (pixels * 255).to(torch.uint8)  # truncated, as Show-o's scripts do
         views = self.processor.image_processor([[*images, images[0]]], return_tensors="pt")
         return {
@@ -222,10 +195,10 @@ class VisionLanguageJudge(StepJudge, Critic):
 
     @torch.no_grad()
     def _read(self, pixels: Tensor, asked: Sequence[Sequence[list[int]]]) -> Tensor:
-        """P(yes) as in `_judge`, for one batch, with one forward pass for each of the `asked`.
+        """P(yes) as in `_judge`, for one batch, with a forward pass for each of the `asked`.
 
-        Only what the conversation before did not have is read; keys and values of the rest are there already. Padding
-        is on the left and masked, so all rows continue from one column of the cache.
+        It reads only what the conversation before did not have. Padding is on the left and masked, so all rows continue
+        from one column of the cache.
         """
         device = self.model.device
         inputs: dict[str, Any] = self._views(pixels)

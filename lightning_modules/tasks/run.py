@@ -106,7 +106,7 @@ class Parts:
     @cached_property
     def trainer(self) -> Trainer:
         if "geneval" in self.callbacks:  # before loggers leave anything
-            self.evaluator.refuse_unfit_judges(training=self.config.task == "fit")
+            self.evaluator.refuse_unfit_strategies(self.module.decoder, training=self.config.task == "fit")
         return trainer_of(self.config, list(self.callbacks.values()))
 
     def build(self, node: DictConfig | None) -> Any:
@@ -124,9 +124,10 @@ def trainer_of(config: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
     if several and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     trainer.loggers = list(build(config.logger).values())  # which write: what the Trainer refuses leaves nothing behind
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
         try:
-            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+            logger.log_hyperparams(plain)
         except Exception as error:  # W&B has errors of its own for what the user can mend, such as no login
             raise ValueError(f"logger: {first_line(error)}") from error
     return trainer
@@ -149,7 +150,7 @@ def fit(config: DictConfig) -> None:
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
         return
-    tested = best and best.best_model_path
+    tested = best.best_model_path if best else None
     if tested == "":
         raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
     say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
@@ -197,7 +198,7 @@ def export(config: DictConfig) -> None:
     module = Parts(config).module
     load_checkpoint(module, config.ckpt_path)
     parts = module.exported
-    nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}
+    nodes: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}
     folders = {name: Path(config.export_dir) / (name if len(parts) > 1 else "") for name in parts}
     for name in parts:  # before any is written
         refuse_other_weights(folders[name], nodes[name])

@@ -64,7 +64,7 @@ def test_encodes_as_the_original(tokenizer: MagvitV2, golden: dict[str, Tensor])
 
 
 def test_decodes_as_the_original(tokenizer: MagvitV2, golden: dict[str, Tensor]) -> None:
-    raw = 2 * tokenizer.reconstruct(golden["codes"]) - 1
+    raw = tokenizer.decoder(tokenizer.quantize.entries(golden["codes"].unflatten(1, (4, 4))))
     torch.testing.assert_close(raw, golden["reconstruction"], atol=1e-4, rtol=0)
     levels = tokenizer.decode(golden["codes"]).permute(0, 2, 3, 1) * 255
     assert levels.min() >= 0
@@ -75,11 +75,9 @@ def test_decodes_as_the_original(tokenizer: MagvitV2, golden: dict[str, Tensor])
 
 
 def test_grids_need_not_be_square(tokenizer: MagvitV2, golden: dict[str, Tensor]) -> None:
-    raw = 2 * tokenizer.reconstruct(golden["rect_codes"], shape=(4, 6)) - 1
+    raw = tokenizer.decoder(tokenizer.quantize.entries(golden["rect_codes"].unflatten(1, (4, 6))))
     torch.testing.assert_close(raw, golden["rect_reconstruction"], atol=1e-4, rtol=0)
-    pixels = tokenizer.decode(golden["rect_codes"], shape=(4, 6))
-    assert torch.equal(pixels, ((raw + 1) / 2).clamp(0, 1))
-    assert tokenizer.encode(pixels).shape == (1, 24)
+    assert tokenizer.encode((raw + 1) / 2).shape == (1, 24)
 
 
 def test_thirteen_bits_are_signs_with_the_most_significant_first(golden: dict[str, Tensor]) -> None:
@@ -91,21 +89,6 @@ def test_thirteen_bits_are_signs_with_the_most_significant_first(golden: dict[st
     assert torch.equal(z[0, 5].signbit(), torch.ones(4, 4, dtype=torch.bool))
     assert not (indices[0] & (1 << 9 | 1 << 7)).any()  # +0 in channel 3, -0 in channel 5
     assert ((indices[1] >> 12) == 1).all()  # 1e-30 in channel 0
-
-
-def test_losses_are_the_originals(tokenizer: MagvitV2, golden: dict[str, Tensor]) -> None:
-    entropy, commitment = tokenizer.quantize.losses(golden["z"])
-    torch.testing.assert_close(entropy[None], golden["entropy_loss"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(commitment[None], golden["quantizer_loss"], atol=1e-6, rtol=0)
-
-
-def test_losses_of_far_latents_have_finite_gradients() -> None:
-    z = torch.tensor([-40.0, 40.0, 0.5, 40.0]).view(2, 2, 1, 1).requires_grad_()  # the second channel: always 1
-    losses = LookupFreeQuantizer(2).losses(z)
-    (commitment,) = torch.autograd.grad(losses[1], z, retain_graph=True)
-    torch.testing.assert_close(commitment.flatten(), 0.1 * 0.75 * 2 / 4 * torch.tensor([-39.0, 39.0, -0.5, 39.0]))
-    (entropy,) = torch.autograd.grad(losses[0], z)
-    assert entropy.isfinite().all()
 
 
 def test_codes_do_not_depend_on_mixed_precision(tokenizer: MagvitV2, golden: dict[str, Tensor]) -> None:

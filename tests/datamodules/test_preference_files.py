@@ -152,6 +152,7 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
         (PAIR | {"prompt": "a \ud83d star"}, r"the prompt 'a \\ud83d star' is not valid Unicode"),
         (PAIR | {"chosen": 7}, r"'chosen' holds neither an image nor tokens but 7"),
         (PAIR | {"chosen": {"url": "x"}}, r"'chosen' holds neither an image nor tokens but {'url': 'x'}"),
+        (PAIR | {"chosen": {"bytes": None, "path": None}}, r"'chosen' holds neither an image nor tokens but None"),
         (PAIR | {"rejected": [*ONES[:15], True]}, r"token True is not a whole number"),
         (PAIR | {"rejected": [{"role": "user"}]}, r"token {'role': 'user'} is not a whole number"),
         (PAIR | {"rejected": ""}, r" cannot be read: it is no file"),

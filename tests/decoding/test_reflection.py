@@ -300,6 +300,20 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, Request(rows, SEEDS))
 
 
+def test_decoders_that_settings_do_not_fit_are_refused_by_the_key(decoder: NextTokenDecoder) -> None:
+    halves = Region(TokenConfidence(), quantile=0.25, patches=2)
+    Reflection(PLAIN, PLAIN, halves, 1).check_decoder(decoder)
+    thirds = Region(TokenConfidence(), quantile=0.25, patches=3)
+    with pytest.raises(ValueError, match=r"^region_selector\.patches=3 does not divide the 4x4 tokens of an image$"):
+        Reflection(PLAIN, PLAIN, thirds, 1).check_decoder(decoder)
+    filled = Reflection(PLAIN, Sample(MaskSampling(8)), halves, 1)
+    said = "sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling$"
+    with pytest.raises(ValueError, match=rf"^redecoder\.{said}"):
+        filled.check_decoder(decoder)
+    with pytest.raises(ValueError, match=rf"^strategy\.redecoder\.{said}"):
+        BestOfN(filled, 2, "parm").check_decoder(decoder)
+
+
 def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
     decoder: NextTokenDecoder, judges: dict, rows: list
 ) -> None:

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from lightning_modules.backbone.decoder import Request
+from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles, effective_sample_size, redraw
+from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, Reward
-from tests.helpers.models import make_decoder
+from tests.helpers.models import make_decoder, make_masked
+from tests.helpers.toy import ToyDecoder
 
 SAMPLING = Sampling(guidance=0.5)
 SEEDS = [image_seed(1, i) for i in range(12)]
@@ -250,6 +253,25 @@ def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges:
         Verified(SAMPLING, k=2, verifier="light").decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"):
         BestOfN(Sample(SAMPLING), 2, "clip").decode(decoder, judges, Request(rows, SEEDS))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Sample,
+        lambda sampling: Verified(sampling, k=2),
+        lambda sampling: Potential(sampling, 2, "judge"),
+        lambda sampling: Beam(sampling, 2, 2),
+    ],
+)
+def test_a_sampling_of_another_kind_of_decoder_is_refused(decoder: NextTokenDecoder, make) -> None:
+    make(SAMPLING).check_decoder(decoder)
+    make(MaskSampling()).check_decoder(make_masked())
+    make("anything").check_decoder(ToyDecoder())  # which takes any
+    with pytest.raises(ValueError, match=r"^sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling$"):
+        make(MaskSampling()).check_decoder(decoder)
+    with pytest.raises(ValueError, match=r"^sampling is a Sampling, and a MaskTokenDecoder takes a MaskSampling$"):
+        make(SAMPLING).check_decoder(make_masked())
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def another_weight(module: Any) -> Any:
 def _(_: Path) -> Case:
     decoder = make_decoder()
     words = copy.deepcopy(decoder)
-    words.prompt_encoder.tokenizer = WordTokenizer(list(reversed(vocabulary())), 12)
+    words.text_tokenizer = WordTokenizer(list(reversed(vocabulary())), 12)
     depths, heads, eps = copy.deepcopy(decoder), copy.deepcopy(decoder), copy.deepcopy(decoder)
     depths.feature_layers = (2, 3)
     heads.transformer.config = replace(heads.transformer.config, heads=2)
