@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import torch
 from datasets import Dataset
 from lightning import LightningDataModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.loaders import make_loader
@@ -51,6 +54,29 @@ def load_rows(folder: Path) -> Dataset:
         raise ValueError(f"{folder} is broken ({first_line(error)}): remove it, and it is made again") from error
 
 
+class ArrowRows(torch.utils.data.Dataset[pa.Table]):
+    """The rows of a data set, of which a loader takes batches as tables of Arrow, without a Python object a value."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> pa.Table:
+        return self.rows[indices]
+
+
+def numbers(rows: pa.Table, column: str) -> Tensor:
+    """Return a column of numbers, or of lists of them that are as long in all rows, as [B, ...]."""
+    values, shape = rows[column].combine_chunks(), [len(rows)]
+    while pa.types.is_list(values.type):
+        inner = values.flatten()
+        shape.append(len(inner) // len(values))
+        values = inner
+    return torch.from_numpy(values.to_numpy(zero_copy_only=False).reshape(shape).copy())
+
+
 class StoredDataModule(LightningDataModule):
     """Loaders of stored rows; checkpoints keep their folders.
 
@@ -75,7 +101,7 @@ class StoredDataModule(LightningDataModule):
         self._folders = dict(state_dict["folders"])
 
     def _loader(
-        self, rows: Dataset, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], train: bool
+        self, rows: torch.utils.data.Dataset[Any], collate: Callable[[Any], dict[str, Any]], train: bool
     ) -> DataLoader[dict[str, Any]]:
         """Load batches of training in a new order every epoch, others in the order of the rows."""
         batch_size = self.batch_size if train else self.collect_batch_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 from lightning import Trainer
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.data_sets import StoredDataModule, get_rows, load_rows
+from datamodules.data_sets import ArrowRows, StoredDataModule, get_rows, load_rows, numbers
 from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.features import STATISTICS
@@ -186,18 +187,16 @@ def _part(rows: range) -> tuple[str, Key]:
     return f"part-{rows.start:06d}", {"rows": [rows.start, rows.stop]}
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Turn rollouts into a batch of `PARMModule`."""
-
-    def column(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([row[name] for row in rows]))
+def collate(rows: pa.Table) -> dict[str, Any]:
+    """Turn rollouts into a batch of `PARMModule`; tables of Arrow spare a Python object for each number."""
+    column = partial(numbers, rows)
 
     def hidden(name: str) -> Tensor:
-        states = [np.frombuffer(row[name], np.float16).reshape(len(row["tokens"]), -1) for row in rows]
-        return torch.from_numpy(np.stack(states)).float()
+        states = np.frombuffer(b"".join(rows[name].to_pylist()), np.float16)
+        return torch.from_numpy(states.reshape(*batch["tokens"].shape, -1).astype(np.float32))
 
     batch: dict[str, Any] = {
-        "prompt": [row["prompt"] for row in rows],
+        "prompt": rows["prompt"].to_pylist(),
         "tokens": column("tokens").long(),
         "correct": column("reward").float(),
         "clauses": column("clauses").float(),
@@ -205,10 +204,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "first_unverified": column("first_unverified"),
         "group": column("prompt_index"),
     }
-    if STATISTICS[0] in rows[0]:
-        batch["features"] = {name: hidden(name) for name in _HIDDEN if name in rows[0]}
+    if STATISTICS[0] in rows.column_names:
+        batch["features"] = {name: hidden(name) for name in _HIDDEN if name in rows.column_names}
         batch["features"] |= {name: column(name) for name in STATISTICS}
-    if "previews" in rows[0]:
+    if "previews" in rows.column_names:
         batch["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
     return batch
 
@@ -267,9 +266,7 @@ class RolloutsDataModule(StoredDataModule):
 
     def _rollouts(self, names: Sequence[str], train: bool = False) -> DataLoader[dict[str, Any]]:
         rows = concatenate_datasets([self._collect(name) for name in names])
-        arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
-        arrays += [name for name in (*STATISTICS, *_TRAJECTORY) if name in rows.column_names]
-        return self._loader(rows.with_format("numpy", columns=arrays, output_all_columns=True), collate, train)
+        return self._loader(ArrowRows(rows), collate, train)
 
     def predict_dataloader(self) -> list[Any]:
         """Collect every set with the models as they are and say how much is correct; no batches are left to predict."""

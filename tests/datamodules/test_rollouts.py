@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from datamodules.data_sets import ArrowRows
 from datamodules.rollouts import RolloutCollector, RolloutSpec, collate
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.next_token import NextTokenDecoder
@@ -112,7 +113,7 @@ def test_a_set_is_whole_when_all_its_batches_are_there(tmp_path: Path, collect, 
 
 def test_batches_hold_what_parm_trains_on(collect, decoder, rows) -> None:
     collected = collect(RolloutSpec(rows, 1, Sample(Sampling())), 12)
-    batch = collate([collected.with_format("numpy")[i] for i in (0, 11)])
+    batch = collate(ArrowRows(collected).__getitems__([0, 11]))
     assert batch["tokens"].shape == (2, decoder.num_tokens)
     assert batch["clauses"].shape == (2, 6)
     assert batch["grounding"].shape == (2, decoder.num_tokens, 12)
@@ -124,10 +125,7 @@ def test_batches_hold_what_parm_trains_on(collect, decoder, rows) -> None:
 
 def test_stored_features_are_those_of_a_decoder_pass(collect, decoder, rows) -> None:
     collected = collect(RolloutSpec(rows, 1, Sample(Sampling())), 12, store_features=True)
-    arrays = ["tokens", "clauses", "grounding", "reward", "first_unverified", "prompt_index"]
-    arrays += ["log_probs", "unconditional_log_probs", "entropy"]
-    numpy_rows = collected.with_format("numpy", columns=arrays, output_all_columns=True)
-    batch = collate([numpy_rows[i] for i in range(12)])
+    batch = collate(ArrowRows(collected).__getitems__(list(range(12))))
     stored = decoder.features_from_cache(batch["prompt"], batch["tokens"], **batch["features"])
     fresh = decoder.features(batch["prompt"], batch["tokens"])
     for name in FEATURES:

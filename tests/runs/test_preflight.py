@@ -101,8 +101,8 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
     tokenizer = tmp_path / "magvit" / "here"
     tokenizer.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as missing:
-        refuse_mismatches(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}",
-                                         "data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"))  # fmt: skip
+        files = [f"data.{split}.path=pairs.jsonl" for split in ("train", "validation")]
+        refuse_mismatches(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}", *files))
     named = [line.split(":")[0].strip() for line in str(missing.value).splitlines()[1:]]
     assert named == [
         "decoder.module.text_tokenizer.checkpoint",  # of which only another file is there
