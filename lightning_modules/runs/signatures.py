@@ -89,11 +89,12 @@ def lineage(found: Found) -> Iterator[Found]:
 def locate_module(name: str) -> Found | None:
     """Find a module by its dotted name, without importing it or the packages around it."""
     file = _file(name)
-    return Found(name, ast.parse(file.read_bytes())) if file else None
+    return Found(name, ast.parse(b"" if file.is_dir() else file.read_bytes())) if file else None
 
 
 @cache
 def _file(module: str) -> Path | None:
+    """Return the file of a module; the folder of a package that has no file."""
     top, *rest = module.split(".")
     spec = find_spec(top)
     if spec is None:
@@ -102,7 +103,8 @@ def _file(module: str) -> Path | None:
         return Path(spec.origin) if spec.has_location and spec.origin and not rest else None
     places = [Path(place, *rest) for place in spec.submodule_search_locations]
     files = [file for place in places for file in (place / "__init__.py", Path(f"{place}.py"))]
-    return next((file for file in files if file.is_file()), None)
+    folders = filter(Path.is_dir, places)  # packages without __init__.py
+    return next((file for file in files if file.is_file()), next(folders, None))
 
 
 def _within(found: Found | None, names: list[str]) -> Found | None:
