@@ -49,6 +49,8 @@ CHECKPOINT = {"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "
 CHECKPOINTS = ("anything", "run/checkpoints/last.ckpt", "run/checkpoints/step-700.ckpt")
 # The modules in which pages say that their Python goes.
 MODULES = {"adding.md": ["strategies", "judges", "decoders", "smoothed"], "own-data.md": ["photos"]}
+# Commands that say beside them what else they need, and how they are refused without.
+INCOMPLETE = {("experiment=full_decoder", "devices=ddp"): "data.train gives images of 64x64 pixels"}
 # Instead of the programs that commands begin with; writes down what train.py would be given.
 SHELL = r"""
 python() { [ "$1" = train.py ] || return 0; shift; [ $# = 0 ] || printf '%s\0' "$@"; printf '\n'; }
@@ -173,7 +175,7 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             vars(sys.modules[f"my_package.{module}"]).update(code(ROOT / "docs" / page))
     monkeypatch.setitem(sys.modules, "my_package", ModuleType("my_package"))
     for block in blocks(ROOT / "docs" / "adding.md", "yaml"):
-        file = re.match(r"# (conf/\S+\.yaml)", block)[1]  # type: ignore[index]
+        file = re.findall(r"^# (conf/\S+\.yaml)", block, re.M)[0]
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(block)
     return tmp_path / "conf"
@@ -185,14 +187,20 @@ def test_commands_compose_to_configs_that_a_run_accepts(
 ) -> None:
     monkeypatch.setattr(checks, "refuse_missing", lambda weights: None)  # as if they were here
     monkeypatch.setattr(checks, "refuse_missing_devices", lambda trainer: None)
+    further = [f"hydra.searchpath=[file://{beside_train_py}]"] if page.name == "adding.md" else []
+    seen = [arguments for other in PAGES[: PAGES.index(page)] for _, arguments in commands(other)]
     refused = []
     for line, arguments in commands(page):
+        if arguments in seen:
+            continue
         try:
-            config = compose_config(f"hydra.searchpath=[file://{beside_train_py}]", *first_job(arguments))
+            config = compose_config(*further, *first_job(arguments))
             if config.task == "fit":
                 config.ckpt_path = checkpoint_to_resume(Path("new"), config.ckpt_path, config.name)
             checks.preflight(config)
         except Exception as error:
+            if str(error).startswith(INCOMPLETE.get(tuple(arguments), "\0")):
+                continue
             refused.append(f"{line}\n    {type(error).__name__}: {error}")
     assert not refused, "\n".join(refused)
 
@@ -220,7 +228,7 @@ def test_what_the_page_on_adding_adds_works() -> None:
     tokens = module.decoder.image_tokenizer.encode(batch["image"])
     before = float(module.decoder.nll(batch["prompt"], tokens))
     trainer = Trainer(max_steps=20, logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.fit(module, DataLoader([batch] * 20, batch_size=None))
+    trainer.fit(module, DataLoader([batch] * 20, batch_size=None))  # type: ignore[arg-type]
     assert float(module.decoder.nll(batch["prompt"], tokens)) < before
 
 
