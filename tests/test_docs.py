@@ -50,7 +50,9 @@ CHECKPOINTS = ("anything", "run/checkpoints/last.ckpt", "run/checkpoints/step-70
 # The modules in which pages say that their Python goes.
 MODULES = {"adding.md": ["strategies", "judges", "decoders", "smoothed"], "own-data.md": ["photos"]}
 # Commands that say beside them what else they need, and how they are refused without.
-INCOMPLETE: dict[tuple[str, ...], str] = {("experiment=full_decoder", "devices=ddp"): "data.train gives images of 64x64 pixels"}
+INCOMPLETE: dict[tuple[str, ...], str] = {
+    ("experiment=full_decoder", "devices=ddp"): "data.train gives images of 64x64 pixels"
+}
 # Instead of the programs that commands begin with; writes down what train.py would be given.
 SHELL = r"""
 python() { [ "$1" = train.py ] || return 0; shift; [ $# = 0 ] || printf '%s\0' "$@"; printf '\n'; }
