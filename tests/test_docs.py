@@ -23,7 +23,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from callbacks.runs import checkpoint_to_resume
-from lightning_modules.runs import preflight as checks
+from lightning_modules.runs.mismatches import refuse_mismatches
+from lightning_modules.runs.preflight import refuse_settings
 from tests.helpers.models import make_decoder
 from tests.helpers.overrides import ROOT
 
@@ -187,8 +188,9 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_compose_to_configs_that_a_run_accepts(
     page: Path, compose_config: Callable[..., DictConfig], beside_train_py: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "refuse_missing", lambda weights: None)  # as if they were here
-    monkeypatch.setattr(checks, "refuse_missing_devices", lambda trainer: None)
+    runs = "lightning_modules.runs"
+    monkeypatch.setattr(f"{runs}.mismatches.refuse_missing", lambda weights: None)  # as if they were here
+    monkeypatch.setattr(f"{runs}.preflight.refuse_missing_devices", lambda trainer: None)
     further = [f"hydra.searchpath=[file://{beside_train_py}]"] if page.name == "adding.md" else []
     seen = [arguments for other in PAGES[: PAGES.index(page)] for _, arguments in commands(other)]
     refused = []
@@ -199,7 +201,8 @@ def test_commands_compose_to_configs_that_a_run_accepts(
             config = compose_config(*further, *first_job(arguments))
             if config.task == "fit":
                 config.ckpt_path = checkpoint_to_resume(Path("new"), config.ckpt_path, config.name)
-            checks.preflight(config)
+            refuse_settings(config)
+            refuse_mismatches(config)
         except Exception as error:
             if str(error).startswith(INCOMPLETE.get(tuple(arguments), "\0")):
                 continue
@@ -209,6 +212,7 @@ def test_commands_compose_to_configs_that_a_run_accepts(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lightning_modules").symlink_to(ROOT / "lightning_modules")  # the README's is typed beside it
     monkeypatch.chdir(tmp_path)
     code(page)
 

@@ -96,7 +96,10 @@ def locate_module(name: str) -> Found | None:
 def _file(module: str) -> Path | None:
     """Return the file of a module; the folder of a package that has no file."""
     top, *rest = module.split(".")
-    spec = find_spec(top)
+    try:
+        spec = find_spec(top)
+    except ValueError:  # a module that was made while the program runs
+        return None
     if spec is None:
         return None
     if not spec.submodule_search_locations:
