@@ -51,19 +51,19 @@ class Particles(PathStrategy):
                 gained = (values - last).masked_fill(paths.state.is_complete.view_as(last), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise)
-                self._record(paths, values, one_hot(kept, self.n).sum(1))
+                self._record(paths, values, one_hot(kept, self.n).sum(1), drawn=True)
                 paths.reassign((first[:, None] + kept).flatten())
                 last = values.gather(1, kept)
         # Of equally good ones one is drawn as in a redraw, or many perfect paths would not sample the posterior.
         gained = (self.value_weight * (values - last)).masked_fill(values < values.amax(1, keepdim=True), -torch.inf)
         winner = invert(gained.softmax(1), noise[:, None]).squeeze(1)
-        self._record(paths, values, one_hot(winner, self.n))
+        self._record(paths, values, one_hot(winner, self.n), drawn=False)
         stats = {"effective_sample_size": torch.stack(sizes).mean(0)} if sizes else {}
         return replace(paths.finish(first + winner), stats=stats)
 
-    def _record(self, paths: Paths, values: Tensor, kept: Tensor) -> None:
+    def _record(self, paths: Paths, values: Tensor, kept: Tensor, drawn: bool) -> None:
         paths.count(values.numel())
-        paths.record(paths.spread(paths.state.tokens), values, kept)
+        paths.record(paths.spread(paths.state.tokens), values, kept, drawn)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

@@ -117,12 +117,12 @@ class Paths:
         places = values.new_full((len(self.rows) * self.n, *values.shape[1:]), missing)
         return places.index_put((self.number,), values).unflatten(0, (-1, self.n))
 
-    def record(self, tokens: Tensor, scores: Tensor, kept: Tensor) -> None:
+    def record(self, tokens: Tensor, scores: Tensor, kept: Tensor, drawn: bool = False) -> None:
         """Record a choice among c candidates of each image, as `Choice` has it, after its commit."""
         decided = None
         if self._decided is not None and (tokens.shape[2] == 1 or not self.is_done):
             decided = self._decided.new_zeros(len(self.rows)).index_put((self.image,), self._decided + 1)
-        self.trace.append(Choice(self.name, tokens, decided, scores, kept))
+        self.trace.append(Choice(self.name, tokens, decided, scores, kept, drawn))
 
     def count(self, values: int) -> None:
         """Count values that were asked of the verifier."""

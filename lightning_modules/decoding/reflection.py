@@ -97,7 +97,7 @@ class Reflection(Strategy):
             if self.epsilon:
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 active = active[(now - before).norm(dim=1) >= self.epsilon]
-        return _with_rounds(replace(image, trace=trace), rounds)
+        return _with_rounds(replace(image, trace=trace), rounds, scores >= self.stop_score)
 
     def _judge(self, judges: Judges) -> Judge[Any]:
         """Look up the judge; raises ValueError if it cannot do what the settings ask."""
@@ -158,12 +158,15 @@ def _of_round(request: Request, number: int) -> Request:
     return replace(request, seeds=[image_seed(seed, 0, number) for seed in request.seeds])
 
 
-def _with_rounds(image: Decoded, rounds: list[ReflectionRound]) -> Decoded:
-    """Add the rounds to the trace, and to the stats how many there were of each image and how many it kept."""
+def _with_rounds(image: Decoded, rounds: list[ReflectionRound], satisfied: Tensor) -> Decoded:
+    """Add the rounds to the trace, and to the stats how many there were of each image and how many it kept.
+
+    `satisfied` [B], whether the judge was at the end, is added as well.
+    """
     number, accepted = torch.zeros(2, len(image.tokens), device=image.tokens.device)
     for event in rounds:
         number[event.rows] += 1
         accepted[event.rows] += event.accepted
-    stats = {**image.stats, "rounds": number, "accepted_rounds": accepted}
+    stats = {**image.stats, "rounds": number, "accepted_rounds": accepted, "satisfied": satisfied.float()}
     reflected = image.all_chosen(number.nonzero().squeeze(1))
     return replace(reflected, trace=[*image.trace, *rounds], stats=stats)

@@ -19,6 +19,7 @@ class Choice:
             where the others are previews.
         scores: of verifiers log-values, [B, c]; NaN of candidates that were not there, or not judged.
         kept: how often each continues, [B, c].
+        drawn: what continues was drawn by chance, the higher its score the likelier; otherwise the best continues.
     """
 
     judge: str
@@ -26,11 +27,12 @@ class Choice:
     decided: Tensor | None
     scores: Tensor
     kept: Tensor
+    drawn: bool = False
 
     def select(self, rows: Tensor) -> "Choice":
         """Keep some of the images."""
         decided = None if self.decided is None else self.decided[rows.cpu()]
-        return Choice(self.judge, self.tokens[rows], decided, self.scores[rows], self.kept[rows])
+        return Choice(self.judge, self.tokens[rows], decided, self.scores[rows], self.kept[rows], self.drawn)
 
 
 @dataclass(frozen=True)

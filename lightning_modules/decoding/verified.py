@@ -81,7 +81,7 @@ class Verified(PathStrategy):
         choice = self._choose(values, proposal.log_probs, paths.state.choice_noise) * verify.to(values.device)
         paths.commit(proposal, choice)
         paths.count(values.numel())
-        paths.record(proposal.tokens, values, one_hot(choice, self.k))
+        paths.record(proposal.tokens, values, one_hot(choice, self.k), self.choose == "sample")
 
     def _block(self, paths: Paths) -> Paths:
         """Make `stride` steps: k paths run side by side, one of them is taken."""
@@ -97,7 +97,7 @@ class Verified(PathStrategy):
         values = values.view(shape)
         choice = self._choose(values, log_probs.view(shape), choice_noise)
         paths.count(values.numel())
-        paths.record(paths.state.tokens.unflatten(0, shape), values, one_hot(choice, self.k))
+        paths.record(paths.state.tokens.unflatten(0, shape), values, one_hot(choice, self.k), self.choose == "sample")
         paths.select(torch.arange(shape[0], device=choice.device) * self.k + choice)
         paths.state = paths.state.with_noise(noise)
         return paths
