@@ -156,8 +156,9 @@ def evaluate(config: DictConfig) -> None:
     parts = Parts(config)
     if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
         geneval, checkpoints = parts.callbacks["geneval"], named_checkpoints(config.ckpt_path, config.task)
+        prompts, strategies = geneval.test_prompts, geneval.test_strategies
         curve = CheckpointCurve(
-            parts.module, parts.evaluator, geneval.test_prompts, geneval.test_strategies, checkpoints, config.scores_dir
+            parts.module, parts.evaluator, prompts, strategies, checkpoints, config.scores_dir, geneval.run
         )
         curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
         return

@@ -1,6 +1,7 @@
 """GenEvalCallback: says when a model is evaluated by GenEval, and logs the results."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.decoding.strategy import Judges
 from lightning_modules.evaluator import Evaluation, Evaluator
-from lightning_modules.report.media import log_images, log_page
+from lightning_modules.report.media import log_images, log_report
 from lightning_modules.report.report import write_report
+from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_table
+from lightning_modules.runs.checkpoints import shown
 
 
 class GenEvalCallback(Callback):
@@ -30,6 +33,7 @@ class GenEvalCallback(Callback):
         validation_prompts, test_prompts: GenEval metadata.
         every_n_epochs: how often validation runs it.
         folder: where results go.
+        run: for titles.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class GenEvalCallback(Callback):
         test_prompts: Sequence[Mapping[str, Any]],
         every_n_epochs: int,
         folder: str,
+        run: RunInfo,
     ) -> None:
         self.test_strategies = list(evaluator.strategies if test_strategies is None else test_strategies)
         named = {"validation_strategies": validation_strategies, "test_strategies": self.test_strategies}
@@ -58,7 +63,7 @@ class GenEvalCallback(Callback):
         self.before_training = before_training
         self.validation_prompts, self.test_prompts = validation_prompts, test_prompts
         self.every_n_epochs = every_n_epochs
-        self.folder = Path(folder)
+        self.folder, self.run = Path(folder), run
         self._untrained: Judges = {}
         self._latest: dict[str, float] = {}
 
@@ -105,8 +110,15 @@ class GenEvalCallback(Callback):
         with self.evaluator.resumed(evaluation, lambda: trainer.received_sigterm) as result:
             pl_module.log_dict(result.scores("test"), sync_dist=True)
             if trainer.is_global_zero:
-                write_report(self.folder, result)
+                write_report(self.folder, result, replace(self.run, weights=_weights(trainer)))
                 print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
                 print_table(result.strategies)
                 log_images(trainer, "test", result)
-                log_page(trainer, self.folder / "page.html")
+                log_report(trainer, self.folder)
+
+
+def _weights(trainer: Trainer) -> str:
+    """Say which weights a test evaluates."""
+    if trainer.ckpt_path is not None:
+        return shown(str(trainer.ckpt_path))
+    return f"last weights, step {trainer.global_step}" if trainer.global_step else "weights of the config"

@@ -1,7 +1,7 @@
 """The Evaluator: decodes prompts by some strategies, judges the images, and scores every strategy."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -190,7 +190,8 @@ class Evaluator:
                         total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
                     bar.update(len(batch))
             results[name] = self._gather(name, total, evaluation.device)
-        return EvaluationResult(self._settings(evaluation), self._warnings(evaluation), results)
+        settings, ceilings = self._settings(evaluation), self._ceilings(results)
+        return EvaluationResult(settings, self._warnings(evaluation, ceilings), results, ceilings)
 
     def decode(
         self, decoder: Decoder, strategy: Strategy, judges: Judges, prompts: Prompts, jobs: Jobs
@@ -258,10 +259,13 @@ class Evaluator:
             "images_per_prompt": self.images_per_prompt,
         }
 
-    def _warnings(self, evaluation: Evaluation) -> list[str]:
+    def _ceilings(self, names: Iterable[str]) -> list[str]:
+        """Return the strategies that choose by what they are measured by."""
+        strategies = {name: self.strategies[name.removesuffix(BEFORE_TRAINING)] for name in names}
+        return [name for name, strategy in strategies.items() if self.judges.oracles & {*strategy.judge_names}]
+
+    def _warnings(self, evaluation: Evaluation, ceilings: Sequence[str]) -> list[str]:
         """Return why scores are ceilings, or (with COCO's classes) not those of the official benchmark."""
-        oracles = self.judges.oracles
-        ceilings = [name for name in evaluation.strategies if oracles & {*self.strategies[name].judge_names}]
         found = [f"{name} chooses by what it is measured by: it is a ceiling" for name in ceilings]
         if tuple(self.judges.geneval.detector.class_names) != CLASS_NAMES:
             return found

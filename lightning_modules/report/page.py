@@ -2,57 +2,107 @@
 
 import json
 from base64 import b64encode
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from lightning_modules.files import write_text
+from lightning_modules.report.compute_plot import compute_svg
 from lightning_modules.report.drawing import Curve, format_score, png, shrunk
-from lightning_modules.report.results import EvaluationResult, StrategyResult
+from lightning_modules.report.labels import Box, place_labels
+from lightning_modules.report.pictures import pick_prompt_indices
+from lightning_modules.report.results import COSTS, EvaluationResult, RunInfo, StrategyResult, format_cost
+from lightning_modules.report.verdicts import plain_verdict
 from lightning_modules.rewards.geneval_rules import TASKS
 
 _LARGEST = 256  # pixels along the longer side of an image
+_MOST = 4_900_000  # bytes of the page: prompts are left out rather than that it grows larger
+_FILES = ("geneval.json", "results.jsonl", "config.yaml", "compute.png", "sheets/side_by_side.png")
 
 
-def write_page(path: Path, evaluation: EvaluationResult) -> None:
+def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: Figure) -> None:
     """Write the page of the prompts that have thumbnails. It needs no server, no network, and no script to be read.
 
     Whatever comes from prompts is escaped by the template.
+
+    Args:
+        path: of the page; it links to the files of the report that are beside it.
+        evaluation: what it shows.
+        run: for the header.
+        compute: the plot against compute.
     """
-    results = evaluation.strategies
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    environment.filters |= {"data": _data, "format_score": format_score, "curve": _curve}
-    first = next(iter(results.values()))
-    cards = []
-    for index in first.thumbnails:
-        panels = [_panel(result, index) for result in results.values()]
-        row = first.row_of(index)
-        cards.append({"index": index, "prompt": row["prompt"], "task": row["tag"], "panels": panels})
-    tasks = [task for task in TASKS if any(card["task"] == task for card in cards)]
-    judges = list(dict.fromkeys(judge for card in cards for panel in card["panels"] for judge in panel["scores"]))
+    results = list(evaluation.strategies.values())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"data": _data, "format_score": format_score, "format_cost": format_cost, "curve": _curve}
+    template = environment.get_template("card.html")
+    prompts = [_prompt(results, index) for index in results[0].thumbnails]
+    cards = [Markup(template.render(card=prompt)) for prompt in prompts]
+    shown = _fitting([len(card.encode()) for card in cards])
+    tasks = [task for task in TASKS if any(task in result.tasks for result in results)]
     page = environment.get_template("page.html").render(
-        about=evaluation.settings, results=results, cards=cards, tasks=tasks, judges=judges
+        about=evaluation.settings,
+        warnings=evaluation.warnings,
+        amount=evaluation.amount,
+        run=run,
+        date=f"{datetime.now():%Y-%m-%d %H:%M}",
+        files=[name for name in _FILES if (path.parent / name).is_file()],
+        compute=Markup(compute_svg(compute)),
+        results=results,
+        costs=COSTS,
+        cards=[cards[i] for i in shown],
+        left_out=len(cards) - len(shown),
+        tasks=tasks,
+        judges=list(dict.fromkeys(judge for each in prompts for panel in each["panels"] for judge in panel["scores"])),
     )
     write_text(path, page + "\n")
+
+
+def _fitting(sizes: Sequence[int]) -> list[int]:
+    """Pick as many cards, of these sizes in bytes, as the page has room for."""
+    room = _MOST - 300_000  # for the plot, the table and the rest
+    picks = (sorted(pick_prompt_indices(len(sizes), wanted)) for wanted in range(len(sizes), 0, -1))
+    return next((picked for picked in picks if sum(sizes[i] for i in picked) <= room), [])
+
+
+def _prompt(results: Sequence[StrategyResult], index: int) -> dict[str, Any]:
+    """What the page shows of a prompt: a panel for each strategy."""
+    row = results[0].row_of(index)
+    panels = [_panel(result, index) for result in results]
+    return {"index": index, "prompt": row["prompt"], "task": row["tag"], "panels": panels}
 
 
 def _panel(result: StrategyResult, index: int) -> dict[str, Any]:
     """What the page shows of one image."""
     row, trace, pixels = result.row_of(index), result.traces[index], result.thumbnails[index]
-    boxes = [(name, *box) for name, found in json.loads(row["details"]).items() for box in found]
+    height, width = pixels.shape[:2]
+    found = [(name, box[:4], box[4]) for name, boxes in json.loads(row["details"]).items() for box in boxes]
     return {
         "strategy": result.name,
+        "title": result.title,
         "correct": row["correct"],
-        "reason": row["reason"],
+        "verdict": plain_verdict(row),
         "picture": png(shrunk(pixels, _LARGEST)),
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
-        "boxes": boxes,
+        "height": height,
+        "width": width,
+        "found": found,
+        "numbers": _numbers([Box(*box) for _, box, _ in found], width, height),
         "scores": trace.scores,
         "sections": trace.sections,
     }
+
+
+def _numbers(boxes: Sequence[Box], width: int, height: int) -> list[Box]:
+    """Where the numbers of boxes go: beside them and on none of them, as far as the image has room."""
+    size = height / 11
+    sizes = [(0.62 * size * len(str(i)), 0.8 * size) for i in range(1, len(boxes) + 1)]
+    return place_labels(boxes, sizes, Box(0, 0, width, height), gap=height / 64)
 
 
 def _data(picture: bytes) -> Markup:

@@ -1,6 +1,7 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.report import write_report
+from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_plain, write_csv
 from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
@@ -35,6 +37,7 @@ class CheckpointCurve(LightningModule):
         strategies: names of those that decode.
         checkpoints: their paths.
         results: where evaluations are kept.
+        run: for titles.
     """
 
     def __init__(
@@ -45,11 +48,12 @@ class CheckpointCurve(LightningModule):
         strategies: Sequence[str],
         checkpoints: Sequence[str],
         results: str,
+        run: RunInfo,
     ) -> None:
         super().__init__()
         steps = {path: int(read_checkpoint(path)["global_step"]) for path in checkpoints}
         self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
-        self.module, self.evaluator = module, evaluator
+        self.module, self.evaluator, self.info = module, evaluator, run
         self.prompts, self.strategies = prompts, strategies
         self.results = ArtifactCache(results, __name__)
         self.evaluated: dict[str, Path] = {}
@@ -80,7 +84,8 @@ class CheckpointCurve(LightningModule):
             self.results.open()
             with self.evaluator.resumed(evaluation, lambda: self.trainer.received_sigterm) as result:
                 if self.trainer.is_global_zero:
-                    self.results.get("checkpoint", key, partial(write_report, evaluation=result))
+                    about = replace(self.info, weights=Path(batch).name)
+                    self.results.get("checkpoint", key, partial(write_report, evaluation=result, run=about))
                     print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
         self.evaluated[batch] = folder
 
