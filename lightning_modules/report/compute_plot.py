@@ -59,7 +59,7 @@ def compute_figure(evaluation: EvaluationResult, run: RunInfo) -> Figure:
     labels = [_label(axes, result, at[result.name], result.name in names) for result in results]
     if len(results) > 1:
         _legend(axes, results, evaluation.ceilings)
-    _place(axes, [at[result.name] for result in results], labels, steps)
+    _place(figure, axes, [at[result.name] for result in results], labels, steps)
     return figure
 
 
@@ -161,14 +161,13 @@ def _legend(axes: Axes, results: Sequence[StrategyResult], ceilings: Sequence[st
 
 
 def _place(
+    figure: Figure,
     axes: Axes,
     points: Sequence[tuple[float, float]],
     labels: Sequence[Annotation],
     steps: Sequence[tuple[float, float]],
 ) -> None:
     """Move labels to where they cover no marker, no other label, not the front and not the legend."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     figure.canvas.draw()
     scale = 72 / figure.dpi
 

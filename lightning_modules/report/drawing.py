@@ -108,7 +108,7 @@ def format_scores(scores: Sequence[float]) -> list[str]:
     """Return scores in as many digits as it takes to tell different ones apart; NaN is not judged."""
     known = {score for score in scores if score == score}
     digits = next((n for n in range(3, 9) if len({f"{score:.{n}g}" for score in known}) == len(known)), 9)
-    return [f"{score:.{digits}g}" if score == score else "not judged" for score in scores]
+    return [f"{score:#.{digits}g}".rstrip(".") if score == score else "not judged" for score in scores]
 
 
 def _sections(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]:

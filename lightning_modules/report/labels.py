@@ -7,6 +7,7 @@ import numpy as np
 
 _RINGS = 14  # distances at which a label is tried
 _TOWARDS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # tried in this order
+_NEAR = 0.1  # how bad it is to be near another anchor, of how bad it is to cover it
 _OUTSIDE = 1e3  # how much worse it is to leave the frame than to cover something
 
 
@@ -59,7 +60,8 @@ def place_labels(
     ]
     for i in sorted(range(len(anchors)), key=lambda i: (-crowded[i], i)):
         candidates = _candidates(anchors[i], sizes[i], gap)
-        costs = [_cost(box, taken, frame) for box in candidates]
+        others = [anchor for j, anchor in enumerate(anchors) if j != i]
+        costs = [_cost(box, taken, frame) + _NEAR * _nearness(box, others, gap) for box in candidates]
         placed[i] = candidates[int(np.argmin(costs))]  # of equal ones the first, which is the nearest
         taken.append(placed[i])
     return [placed[i] for i in range(len(anchors))]
@@ -95,6 +97,12 @@ def _candidates(anchor: Box, size: tuple[float, float], gap: float) -> list[Box]
             low = anchor.y1 + away if up > 0 else anchor.y0 - away - height if up < 0 else y - height / 2
             boxes.append(Box(left, low, left + width, low + height))
     return boxes
+
+
+def _nearness(box: Box, others: Sequence[Box], gap: float) -> float:
+    """Say how much of what surrounds a label belongs to other anchors, for which it might be taken."""
+    around = Box(box.x0 - 2 * gap, box.y0 - 2 * gap, box.x1 + 2 * gap, box.y1 + 2 * gap)
+    return sum(around.overlap(other) for other in others)
 
 
 def _cost(box: Box, taken: Sequence[Box], frame: Box) -> float:

@@ -1,5 +1,6 @@
 """The page of an evaluation: one HTML file, with every picture inside, that shows what was made, how, and why."""
 
+import io
 import json
 from base64 import b64encode
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lightning_modules.files import write_text
 from lightning_modules.report.compute_plot import compute_svg
-from lightning_modules.report.drawing import Curve, format_score, png, shrunk
+from lightning_modules.report.drawing import Curve, format_score, format_scores, png, shrunk
 from lightning_modules.report.labels import Box, place_labels
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.results import COSTS, EvaluationResult, RunInfo, StrategyResult, format_cost
@@ -40,7 +42,8 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"data": _data, "format_score": format_score, "format_cost": format_cost, "curve": _curve}
+    environment.filters |= {"data": _data, "few_colors": _in_few_colors, "curve": _curve}
+    environment.filters |= {"format_score": format_score, "format_cost": format_cost}
     template = environment.get_template("card.html")
     prompts = [_prompt(results, index) for index in results[0].thumbnails]
     cards = [Markup(template.render(card=prompt)) for prompt in prompts]
@@ -75,6 +78,10 @@ def _prompt(results: Sequence[StrategyResult], index: int) -> dict[str, Any]:
     """What the page shows of a prompt: a panel for each strategy."""
     row = results[0].row_of(index)
     panels = [_panel(result, index) for result in results]
+    for judge in dict.fromkeys(judge for panel in panels for judge in panel["scores"]):
+        own = [panel for panel in panels if judge in panel["scores"]]
+        for panel, text in zip(own, format_scores([panel["scores"][judge] for panel in own]), strict=True):
+            panel["texts"][judge] = text
     return {"index": index, "prompt": row["prompt"], "task": row["tag"], "panels": panels}
 
 
@@ -94,6 +101,7 @@ def _panel(result: StrategyResult, index: int) -> dict[str, Any]:
         "found": found,
         "numbers": _numbers([Box(*box) for _, box, _ in found], width, height),
         "scores": trace.scores,
+        "texts": {},
         "sections": trace.sections,
     }
 
@@ -108,6 +116,15 @@ def _numbers(boxes: Sequence[Box], width: int, height: int) -> list[Box]:
 def _data(picture: bytes) -> Markup:
     """A PNG file as a URL that contains it."""
     return Markup("data:image/png;base64," + b64encode(picture).decode())
+
+
+def _in_few_colors(picture: bytes) -> bytes:
+    """The PNG file of a small picture in 128 colours, which no one sees, and which take less than half the bytes."""
+    image = Image.open(io.BytesIO(picture))
+    method = Image.Quantize.FASTOCTREE if image.mode == "RGBA" else Image.Quantize.MEDIANCUT
+    file = io.BytesIO()
+    image.quantize(128, method, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    return file.getvalue()
 
 
 def _curve(curve: Curve) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def _sentence(reason: str, metadata: Mapping[str, Any]) -> str:
         return _wrong_number(found["name"], int(found["count"]), int(found["found"]))
     if found := _TOO_MANY.fullmatch(reason):
         wanted = [clause["count"] for clause in metadata.get("include", ()) if clause["class"] == found["name"]]
+        if found["limit"] == "1":
+            return f"should have no {found['name']}, has {found['found']}"
         if sum(wanted) + 1 == int(found["limit"]):
             return _wrong_number(found["name"], sum(wanted), int(found["found"]))
         return f"needs fewer than {_amount(int(found['limit']), found['name'])}, has {found['found']}"

@@ -19,6 +19,7 @@ BESIDE = {
         (THREE, "expected diamond<4, found 4", "needs 3 diamonds, has 4"),
         (THREE, "expected diamond>=3, found 2", "needs 3 diamonds, has 2"),
         (THREE, "expected diamond<2, found 4", "needs fewer than 2 diamonds, has 4"),
+        (ONE, "expected star<1, found 2", "should have no star, has 2"),
         (ONE, "expected cross>=1, found 0", "needs 1 cross, has none"),
         (ONE, "expected cross>=2, found 0", "needs 2 crosses, has none"),
         (ONE, "expected baseball bat>=2, found 1", "needs 2 baseball bats, has 1"),
