@@ -1,5 +1,6 @@
 """Sheets of images with their prompts and verdicts: one strategy's, or all strategies side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -105,10 +106,7 @@ def side_by_side(evaluation: EvaluationResult, run: RunInfo) -> Image.Image:
     sheet.heading(
         "The same prompts by each strategy", [_about(evaluation, run), _rule(evaluation, results[0], indices)]
     )
-    heads = [
-        (result.title, f"GenEval {result.overall:.3f}", f"{result.decoder_passes:,.0f} decoder passes")
-        for result in results
-    ]
+    heads = [(result.title, _score(result), f"{result.decoder_passes:,.0f} decoder passes") for result in results]
     names = max(_height(name, width, 12, bold=True) for name, *_ in heads)
     top = sheet.grow(names + 2 * _line(11) + 6)
     for column, (name, score, cost) in enumerate(heads):
@@ -176,9 +174,16 @@ def _about(evaluation: EvaluationResult, run: RunInfo) -> str:
     return ", ".join(part for part in (run.name, run.weights, evaluation.amount) if part)
 
 
+def _score(result: StrategyResult) -> str:
+    """The score in words: of too few prompts to say anything of others, how many images are correct."""
+    if result.interval() == (0.0, 1.0):
+        return f"{sum(row['correct'] for row in result.rows)} of {len(result.rows)} correct"
+    return f"GenEval {result.overall:.3f}"
+
+
 def _rule(evaluation: EvaluationResult, result: StrategyResult, indices: Sequence[int]) -> str:
     """Say how the prompts were chosen."""
-    each = max(1, _ROWS // len(result.tasks))
+    each = max(Counter(result.row_of(index)["tag"] for index in indices).values())
     which = "first prompt" if each == 1 else f"first {each} prompts"
     kept = "" if len(result.thumbnails) == evaluation.settings["prompts"] else " of those with pictures"
     return f"Prompts by rule, not by result: the {which} of each task{kept}, the first image of each."

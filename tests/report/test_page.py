@@ -167,7 +167,8 @@ def test_scores_and_verdicts_are_those_of_the_decode(page: Page, made: Any, parm
     assert page.texts.count("✗ should have no star, has 2") == 18
     labels = [text for text in page.texts if re.fullmatch(r"star 0\.\d\d", text)]
     assert labels == ["star 0.91", "star 0.50"] * 3
-    assert [float(box["height"]) for box in page.all("rect")] == [38, 38] * 3
+    boxes = [box for box in page.all("rect") if box["height"] == "38"]  # the plot has rectangles as well
+    assert len(boxes) == 6
 
 
 def test_the_header_says_which_run_it_is_and_links_to_what_is_there(page: Page) -> None:

@@ -65,8 +65,16 @@ def test_side_by_side_shows_the_first_prompts_of_each_task_by_every_strategy(wri
     assert numbers == [0, 1, 6, 7, 12, 13, 18, 19, 24, 25, 30, 31]
     assert "first 2 prompts of each task" in " ".join(texts)
     assert texts.count("✓ correct") == 12 and sum(line.startswith("✗ needs") for line in texts) == 12
+    assert "GenEval 1.000" in texts and "GenEval 0.000" in texts
     assert "good" in texts and "bad" in texts and texts.index("good") < texts.index("bad")
     assert all(x + width <= sheet.width for (x, _), _, width in written)
+
+
+def test_of_one_prompt_a_task_correct_images_are_counted(written: list) -> None:
+    few = make_result([True] * 4 + [False] * 2, 1, "few", tasks=TASKS)
+    side_by_side(make_evaluation({"few": few}), RUN)
+    texts = [line for _, line, _ in written]
+    assert "4 of 6 correct" in texts and "the first prompt of each task," in " ".join(texts)
 
 
 def test_every_strategy_has_a_sheet_and_all_share_one() -> None:
