@@ -52,13 +52,16 @@ def curves_figure(points: Points, title: str) -> Figure | None:
         for key in keys:
             steps, values = zip(*points[key], strict=True)
             label = re.sub("^(train|val)/(geneval/)?", "", key)
-            if len(values) < _SMOOTHED:
+            if key == "val/geneval":
+                axes.plot(steps, values, color="black", linestyle=":", zorder=3, label=f"{key}, which is monitored")
+            elif len(values) < _SMOOTHED:
                 axes.plot(steps, values, marker="o", markersize=3, linewidth=1.2, label=label)
             else:
                 (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
                 axes.plot(steps, _smooth(values), color=line.get_color(), linewidth=1.5, label=f"{label}, smoothed")
         axes.set_title(name, loc="left", fontsize=10)
         axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.spines[["top", "right"]].set_visible(False)
         if len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)

@@ -33,7 +33,7 @@ def test_each_kind_of_curve_has_a_panel() -> None:
     assert shown == {
         "training loss": ["loss", "token_loss"],
         "validation loss": ["loss"],
-        "GenEval on validation prompts": ["geneval", "sample"],
+        "GenEval on validation prompts": ["val/geneval, which is monitored", "sample"],
         "learning rate": ["learning_rate"],
     }
 
