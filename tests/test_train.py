@@ -205,6 +205,10 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
     assert list(run.glob("wandb/*run-*/files/media/html/test/page_*.html"))
+    assert "train/learning_rate" in header
+    for picture, logged in (("curves", "train/curves"), ("compute", "test/compute"), ("sheets/side_by_side", "test/*")):
+        assert (run / f"{picture}.png").is_file()
+        assert list(run.glob(f"wandb/*run-*/files/media/images/{logged}_*.png"))
     assert (run / "page.html").read_text().count("<section") == 12 * len(names)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])

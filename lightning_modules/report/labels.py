@@ -7,7 +7,6 @@ import numpy as np
 
 _RINGS = 14  # distances at which a label is tried
 _TOWARDS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # tried in this order
-_NEAR = 0.1  # how bad it is to be near another anchor, of how bad it is to cover it
 _OUTSIDE = 1e3  # how much worse it is to leave the frame than to cover something
 
 
@@ -38,6 +37,7 @@ def place_labels(
     frame: Box,
     obstacles: Sequence[Box] = (),
     gap: float = 2.0,
+    near: float = 0.0,
 ) -> list[Box]:
     """Place a label beside each anchor, one after the other, each at the nearest free place.
 
@@ -49,6 +49,7 @@ def place_labels(
         frame: where labels may be.
         obstacles: what else they may not cover.
         gap: distance from the anchor, and the step by which it grows.
+        near: how bad it is that a label is beside another anchor as well, of how bad it is to cover that.
 
     Returns:
         The boxes of the labels, in the order of the anchors.
@@ -61,7 +62,7 @@ def place_labels(
     for i in sorted(range(len(anchors)), key=lambda i: (-crowded[i], i)):
         candidates = _candidates(anchors[i], sizes[i], gap)
         others = [anchor for j, anchor in enumerate(anchors) if j != i]
-        costs = [_cost(box, taken, frame) + _NEAR * _nearness(box, others, gap) for box in candidates]
+        costs = [_cost(box, taken, frame) + near * _nearness(box, others, gap) for box in candidates]
         placed[i] = candidates[int(np.argmin(costs))]  # of equal ones the first, which is the nearest
         taken.append(placed[i])
     return [placed[i] for i in range(len(anchors))]

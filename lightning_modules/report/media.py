@@ -56,8 +56,9 @@ def log_report(trainer: Trainer, folder: Path) -> None:
 
     for logger in _wandb_loggers(trainer):
         pictures: dict[str, Any] = {"test/page": wandb.Html(str(folder / "page.html"), inject=False)}
-        for name in ("compute", "sheets/side_by_side"):
-            pictures[f"test/{Path(name).stem}"] = wandb.Image(str(folder / f"{name}.png"))
+        for picture in (folder / "compute.png", folder / "sheets" / "side_by_side.png"):
+            if picture.is_file():  # there are no sheets without prompts to show
+                pictures[f"test/{picture.stem}"] = wandb.Image(str(picture))
         logger.log_metrics(pictures, step=trainer.global_step)
 
 

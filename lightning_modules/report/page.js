@@ -45,9 +45,9 @@ main.addEventListener("click", event => { // one image opens those of all strate
   const at = event.target.closest(".image, summary");
   if (!at) return;
   event.preventDefault();
-  const panel = at.closest("section"), open = !panel.querySelector("details").open;
-  toggle(panel.closest("article"), open);
-  panel.scrollIntoView({block: "nearest", inline: "start"});
+  const panel = at.closest("section"), row = panel.parentElement;
+  toggle(row, !panel.querySelector("details").open);
+  row.scrollLeft = panel.offsetLeft - row.offsetLeft; // the one that was clicked comes first, and nothing jumps
 });
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("select, input")) return;

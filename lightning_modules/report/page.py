@@ -3,8 +3,9 @@
 import io
 import json
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
     )
     environment.filters |= {"data": _data, "few_colors": _in_few_colors, "curve": _curve}
     environment.filters |= {"format_score": format_score, "format_cost": format_cost}
-    template = environment.get_template("card.html")
-    prompts = [_prompt(results, index) for index in results[0].thumbnails]
-    cards = [Markup(template.render(card=prompt)) for prompt in prompts]
-    shown = _fitting([len(card.encode()) for card in cards])
+    indices, template = list(results[0].thumbnails), environment.get_template("card.html")
+
+    @cache
+    def card(i: int) -> Markup:
+        return Markup(template.render(card=_prompt(results, indices[i])))
+
+    shown = _fitting(len(indices), lambda i: len(card(i).encode()))
     tasks = [task for task in TASKS if any(task in result.tasks for result in results)]
     page = environment.get_template("page.html").render(
         about=evaluation.settings,
@@ -59,19 +63,25 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
         compute=Markup(compute_svg(compute)),
         results=results,
         costs=COSTS,
-        cards=[cards[i] for i in shown],
-        left_out=len(cards) - len(shown),
+        cards=[card(i) for i in shown],
+        left_out=len(indices) - len(shown),
         tasks=tasks,
-        judges=list(dict.fromkeys(judge for each in prompts for panel in each["panels"] for judge in panel["scores"])),
+        judges=list(dict.fromkeys(judge for result in results for i in indices for judge in result.traces[i].scores)),
     )
     write_text(path, page + "\n")
 
 
-def _fitting(sizes: Sequence[int]) -> list[int]:
-    """Pick as many cards, of these sizes in bytes, as the page has room for."""
+def _fitting(count: int, size: Callable[[int], int]) -> list[int]:
+    """Pick as many of `count` cards as the page has room for; few are asked for their size in bytes."""
     room = _MOST - 300_000  # for the plot, the table and the rest
-    picks = (sorted(pick_prompt_indices(len(sizes), wanted)) for wanted in range(len(sizes), 0, -1))
-    return next((picked for picked in picks if sum(sizes[i] for i in picked) <= room), [])
+    wanted = min(count, room // size(0)) if count else 0
+    while wanted:
+        picked = sorted(pick_prompt_indices(count, wanted))
+        total = sum(map(size, picked))
+        if total <= room:
+            return picked
+        wanted = min(wanted - 1, wanted * room // total)
+    return []
 
 
 def _prompt(results: Sequence[StrategyResult], index: int) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def _numbers(boxes: Sequence[Box], width: int, height: int) -> list[Box]:
     """Where the numbers of boxes go: beside them and on none of them, as far as the image has room."""
     size = height / 11
     sizes = [(0.62 * size * len(str(i)), 0.8 * size) for i in range(1, len(boxes) + 1)]
-    return place_labels(boxes, sizes, Box(0, 0, width, height), gap=height / 64)
+    return place_labels(boxes, sizes, Box(0, 0, width, height), gap=height / 64, near=0.1)
 
 
 def _data(picture: bytes) -> Markup:

@@ -193,10 +193,13 @@ def test_numbers_are_beside_their_shapes_and_cover_none(count: int) -> None:
 
 
 def test_prompts_are_left_out_before_the_page_is_too_large() -> None:
-    assert _fitting([1000] * 36) == list(range(36))
-    shown = _fitting([500_000] * 36)
+    assert _fitting(36, lambda i: 1000) == list(range(36))
+    shown = _fitting(36, lambda i: 500_000)
     assert len(shown) == 9 and shown[0] == 0 and shown[-1] > 30  # from all of them
-    assert _fitting([]) == []
+    asked = []
+    shown = _fitting(36, lambda i: asked.append(i) or (100_000 if i == 0 else 900_000))
+    assert 3 <= len(shown) <= 5 and asked
+    assert _fitting(0, lambda i: 1) == []
 
 
 def test_scores_have_as_many_digits_as_tell_them_apart() -> None:

@@ -1,6 +1,7 @@
 """What an evaluation writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def test_report_files(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
     write_report(tmp_path, make_evaluation({"parm": results["parm"]}), RUN)
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["parm.png", "side_by_side.png"]
+
+
+def test_without_prompts_to_show_there_are_numbers_and_no_sheets(tmp_path: Path) -> None:
+    result = replace(make_result([True] * 8), thumbnails={}, traces={})
+    write_report(tmp_path, make_evaluation({"parm": result}), RUN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "compute.png", "geneval.json", "page.html", "results.jsonl"
+    ]  # fmt: skip
 
 
 def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
