@@ -18,13 +18,8 @@ from matplotlib.transforms import BboxBase
 from lightning_modules.report.labels import Box, place_labels, spread_out
 from lightning_modules.report.results import EvaluationResult, RunInfo, StrategyResult
 
-INK, SOFT, LINE, MARK, PAPER = (
-    "#1c1e21",
-    "#5c6370",
-    "#d3d7de",
-    "#1f5fd0",
-    "#ffffff",
-)  # the page puts its own in their places
+# The page puts its own in the places of these.
+INK, SOFT, LINE, MARK, PAPER = "#1c1e21", "#5c6370", "#d3d7de", "#1f5fd0", "#ffffff"
 _NEIGHBOURS = 6.0  # points between markers that stand side by side
 _MARKER = 3.0  # points, the radius
 _LEADER = 9.0  # points from which on a line leads from a label to its marker
