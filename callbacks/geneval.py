@@ -1,7 +1,7 @@
 """GenEvalCallback: says when a model is evaluated by GenEval, and logs the results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.decoding.strategy import Judges
 from lightning_modules.evaluator import Evaluation, Evaluator, Prompts
-from lightning_modules.report.media import log_images, log_page
+from lightning_modules.report.media import log_images, log_report
 from lightning_modules.report.report import write_report
+from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_table
+from lightning_modules.runs.checkpoints import shown
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class GenEvalCallback(Callback):
             as it was before.
         validation_prompts, test_prompts: GenEval metadata.
         every_n_epochs: how often validation runs it.
+        run: for titles.
     """
 
     evaluator: Evaluator
@@ -40,6 +43,7 @@ class GenEvalCallback(Callback):
     test_prompts: Prompts
     every_n_epochs: int
     folder: str
+    run: RunInfo
 
     def __post_init__(self) -> None:
         self._untrained: Judges = {}
@@ -93,8 +97,16 @@ class GenEvalCallback(Callback):
         with self.evaluator.resumed(evaluation, lambda: trainer.received_sigterm) as result:
             pl_module.log_dict(result.scores("test"), sync_dist=True)
             if trainer.is_global_zero:
-                write_report(Path(self.folder), result)
+                folder = Path(self.folder)
+                write_report(folder, result, replace(self.run, weights=_weights(trainer)))
                 print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
                 print_table(result.strategies)
                 log_images(trainer, "test", result)
-                log_page(trainer, Path(self.folder) / "page.html")
+                log_report(trainer, folder)
+
+
+def _weights(trainer: Trainer) -> str:
+    """Say which weights a test evaluates."""
+    if trainer.ckpt_path is not None:
+        return shown(str(trainer.ckpt_path))
+    return f"last weights, step {trainer.global_step}" if trainer.global_step else "weights of the config"

@@ -1,7 +1,7 @@
 """The Evaluator: decodes prompts by some strategies, judges the images, and scores every strategy."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +180,8 @@ class Evaluator:
                 results[name].independent["fid"] = self.fid.compute()
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
         asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
-        return EvaluationResult({**made, **asked}, self._warnings(evaluation), results)
+        ceilings = self._ceilings(results)
+        return EvaluationResult({**made, **asked}, self._warnings(evaluation, ceilings), results, ceilings)
 
     @_as_weights_are()
     def decode(
@@ -225,10 +226,13 @@ class Evaluator:
             stats={name: float(values.sum()) for name, values in decoded.stats.items()},
         )
 
-    def _warnings(self, evaluation: Evaluation) -> list[str]:
+    def _ceilings(self, names: Iterable[str]) -> list[str]:
+        """Return the strategies that choose by what they are measured by."""
+        strategies = {name: self.strategies[name.removesuffix(BEFORE_TRAINING)] for name in names}
+        return [name for name, strategy in strategies.items() if self.judges.oracles & {*strategy.judge_names}]
+
+    def _warnings(self, evaluation: Evaluation, ceilings: Sequence[str]) -> list[str]:
         """Return why scores are ceilings, or (with COCO's classes) not those of the official benchmark."""
-        oracles = self.judges.oracles
-        ceilings = [name for name in evaluation.strategies if oracles & {*self.strategies[name].judge_names}]
         found = [f"{name} chooses by what it is measured by: it is a ceiling" for name in ceilings]
         if tuple(self.judges.geneval.detector.class_names) != CLASS_NAMES:
             return found

@@ -63,7 +63,7 @@ def gather_results(name: str, partial: PartialResult) -> StrategyResult:
         tasks=scores,
         rows=sorted(total.rows, key=lambda row: row["filename"]),
         thumbnails={i: pixels.numpy() for i, pixels in sorted(total.thumbnails.items())},
-        decoder_forwards=total.cost.decoder_passes / images,
+        decoder_passes=total.cost.decoder_passes / images,
         verifier_calls=total.cost.verifier_calls / images,
         tokens=total.cost.tokens / images,
         seconds=total.seconds / images,

@@ -62,7 +62,7 @@ def test_every_strategy_decodes_every_prompt(evaluator: Evaluator, evaluation: E
         assert list(found.thumbnails) == list(found.traces) == [0, 1, 2, 3]
         assert list(found.traces[0].scores) == ["parm", "clauses"]
     sample, best = result.strategies["sample"], result.strategies["best"]
-    assert best.decoder_forwards == 2 * sample.decoder_forwards and best.verifier_calls == 2
+    assert best.decoder_passes == 2 * sample.decoder_passes and best.verifier_calls == 2
     assert result.settings["prompts"] == 4 and result.settings["images_per_prompt"] == 2
     assert result.warnings == ["oracle chooses by what it is measured by: it is a ceiling"]
     assert "val/geneval/best" in result.scores("val") and f"val/geneval/best/{best.rows[0]['tag']}" in result.scores(

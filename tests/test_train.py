@@ -205,6 +205,10 @@ def test_the_main_job_leaves_everything_a_run_should(tmp_path: Path) -> None:
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 5
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in (run / "checkpoints").iterdir()}
     assert list(run.glob("wandb/*run-*/files/media/html/test/page_*.html"))
+    assert "train/learning_rate" in header
+    for picture, logged in (("curves", "train/curves"), ("compute", "test/compute"), ("sheets/side_by_side", "test/*")):
+        assert (run / f"{picture}.png").is_file()
+        assert list(run.glob(f"wandb/*run-*/files/media/images/{logged}_*.png"))
     assert (run / "page.html").read_text().count("<section") == 12 * len(names)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(key.startswith("decoder.") for key in checkpoint["state_dict"])
@@ -296,7 +300,7 @@ def test_two_ranks_decode_what_one_does(tmp_path: Path) -> None:
     for name, scores in first["strategies"].items():
         assert second["strategies"][name]["tasks"] == scores["tasks"]
         if name != "reflection_clip":  # in which batches wait for the image with most to decode again
-            assert second["strategies"][name]["decoder_forwards_per_image"] == scores["decoder_forwards_per_image"]
+            assert second["strategies"][name]["decoder_passes_per_image"] == scores["decoder_passes_per_image"]
 
 
 @pytest.mark.slow
@@ -337,7 +341,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     stories = (tmp_path / "page.html").read_text()
     run(compose_config(*common))  # what is complete is not kept
     assert len(judged) == 11 and went_on == {name: (tmp_path / name).read_bytes() for name in left}
-    seconds = re.compile(r'"seconds[^,}]*')
+    seconds = re.compile(r'(<td class="seconds">|<time>)[^<]*')
     assert seconds.sub("", stories) == seconds.sub("", (tmp_path / "page.html").read_text())
     assert not list((tmp_path / "scores").glob("unfinished-*"))
 
@@ -588,7 +592,7 @@ def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> No
     assert estimate < next(i for i, line in enumerate(lines) if "strategy" in line)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert list(report["strategies"]) == ["sample", "best_of_n", "stepwise", "potential"]
-    costs = {name: scores["decoder_forwards_per_image"] for name, scores in report["strategies"].items()}
+    costs = {name: scores["decoder_passes_per_image"] for name, scores in report["strategies"].items()}
     assert costs["sample"] == costs["stepwise"] == 6  # 3 steps with guidance; candidates come from one pass
     assert costs["best_of_n"] == 12 >= costs["potential"]
     refused = command(tmp_path, *tiny, "task=fit", check=False)

@@ -48,7 +48,7 @@ class Particles(VerifierStrategy):
                 gained = (values - last).masked_fill(paths.state.is_complete.view_as(last), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise)
-                paths.record_paths(values, one_hot(kept, self.n).sum(1))
+                paths.record_paths(values, one_hot(kept, self.n).sum(1), drawn=True)
                 paths.reassign((first[:, None] + kept).flatten())
                 last = values.gather(1, kept)
         # Of equally good ones one is drawn as in a redraw, or many perfect paths would not sample the posterior.

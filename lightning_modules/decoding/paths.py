@@ -108,17 +108,17 @@ class Paths:
         places = values.new_full((len(self.rows) * self.n, *values.shape[1:]), missing)
         return places.index_put((self.number,), values).unflatten(0, (-1, self.n))
 
-    def record(self, tokens: Tensor, scores: Tensor, kept: Tensor) -> None:
+    def record(self, tokens: Tensor, scores: Tensor, kept: Tensor, drawn: bool = False) -> None:
         """Record a choice among c candidates of each path, as `Choice` has it (B = P), after its commit."""
         decided = None if self._decided is None else self._decided + 1
-        self.trace.append(Choice(self.name, tokens, decided, scores, kept))
+        self.trace.append(Choice(self.name, tokens, decided, scores, kept, drawn))
 
-    def record_paths(self, scores: Tensor, kept: Tensor) -> None:
+    def record_paths(self, scores: Tensor, kept: Tensor, drawn: bool = False) -> None:
         """Record a choice among the paths of each image, scores and kept [B, n], and count their values."""
         decided = None
         if self._decided is not None and not self.is_done:
             decided = self._decided.new_zeros(len(self.rows)).index_put((self.image,), self._decided + 1)
-        self.trace.append(Choice(self.name, self.spread(self.state.tokens), decided, scores, kept))
+        self.trace.append(Choice(self.name, self.spread(self.state.tokens), decided, scores, kept, drawn))
         self.count(len(self))
 
     def count(self, values: int) -> None:

@@ -104,7 +104,7 @@ class Reflection(Strategy):
             if self.epsilon:
                 before, now = (decoder.image_tokenizer.decode(each.tokens).flatten(1) for each in (old, new))
                 active = active[(now - before).norm(dim=1) >= self.epsilon]
-        return _with_rounds(replace(image, trace=trace), rounds)
+        return _with_rounds(replace(image, trace=trace), rounds, scores >= self.stop_score)
 
     def _with_critique(self, decoder: Decoder, judge: Judge[Any], request: Request, image: Decoded) -> Request:
         """Put what the judge finds wrong with images into their prompts."""
@@ -129,13 +129,13 @@ class Reflection(Strategy):
         return image if self.critique_template is None else replace(image, features=None)
 
 
-def _with_rounds(image: Decoded, rounds: list[ReflectionRound]) -> Decoded:
-    """Add the rounds to the trace, and to the stats how many there were of each image and how many it kept."""
+def _with_rounds(image: Decoded, rounds: list[ReflectionRound], satisfied: Tensor) -> Decoded:
+    """Add the rounds to the trace; to the stats their number for each image, those kept, and if it is satisfied [B]."""
     number, accepted = torch.zeros(2, len(image.tokens), device=image.tokens.device)
     for event in rounds:
         number[event.rows] += 1
         accepted[event.rows] += event.accepted
-    stats = {**image.stats, "rounds": number, "accepted_rounds": accepted}
+    stats = {**image.stats, "rounds": number, "accepted_rounds": accepted, "satisfied": satisfied.float()}
     # A judge has chosen these: the decoder alone has drawn nothing but the finished image.
     last = image.tokens.shape[1] if image.trajectory is None else image.trajectory.previews.shape[1] - 1
     first_unverified = image.first_unverified.index_fill(0, number.nonzero().squeeze(1).cpu(), last)

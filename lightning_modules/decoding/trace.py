@@ -15,6 +15,7 @@ class Choice:
         decided: number of tokens decided with these, [B], on the CPU; None where all are, or others are previews.
         scores: of verifiers log-values, [B, c]; NaN of candidates that were not there, or not judged.
         kept: how often each continues, [B, c].
+        drawn: what continues was drawn by chance, the higher its score the likelier; otherwise the best continues.
     """
 
     judge: str
@@ -22,11 +23,12 @@ class Choice:
     decided: Tensor | None
     scores: Tensor
     kept: Tensor
+    drawn: bool = False
 
     def select(self, rows: Tensor) -> "Choice":
         """Keep some of the images."""
         decided = None if self.decided is None else self.decided[rows.cpu()]
-        return Choice(self.judge, self.tokens[rows], decided, self.scores[rows], self.kept[rows])
+        return Choice(self.judge, self.tokens[rows], decided, self.scores[rows], self.kept[rows], self.drawn)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Verified(VerifierStrategy):
             choice = choice * (stop > paths.state.step).to(choice.device)
         paths.commit(proposal, choice)
         paths.count(values.numel())
-        paths.record(proposal.tokens, values, one_hot(choice, self.k))
+        paths.record(proposal.tokens, values, one_hot(choice, self.k), self.choose == "sample")
 
     def _block(self, paths: Paths) -> None:
         """Make `stride` steps: k lanes of each path run side by side, one of them is taken."""
@@ -91,5 +91,5 @@ class Verified(VerifierStrategy):
             lanes.commit(proposal)
         values = values.view(shape)
         choice = self._choose(values, log_probs.view(shape), paths.state.choice_noise)
-        lanes.record_paths(values, one_hot(choice, self.k))
+        lanes.record_paths(values, one_hot(choice, self.k), self.choose == "sample")
         paths.reassign(paths.number * self.k + choice, lanes)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -23,10 +23,11 @@ _MARKED = (255, 96, 0)  # the colour over what reflection marked
 
 @dataclass(frozen=True)
 class Frame:
-    """A caption, and how often what is shown was kept."""
+    """A caption, how often what is shown was kept, and whether by chance, though another one scored higher."""
 
     caption: str
     kept: int = 0
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of how an image was made, with a title."""
+    """A part of how an image was made, with a title and how it ended, where that needs to be said."""
 
     title: str
     strips: list[ImageStrip]
     curve: Curve | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ def format_score(score: float) -> str:
     return f"{score:.3g}"
 
 
+def format_scores(scores: Sequence[float]) -> list[str]:
+    """Return scores in as many digits as it takes to tell different ones apart; NaN is not judged."""
+    known = {score for score in scores if score == score}
+    digits = next((n for n in range(3, 9) if len({f"{score:.{n}g}" for score in known}) == len(known)), 9)
+    return [f"{score:#.{digits}g}".rstrip(".") if score == score else "not judged" for score in scores]
+
+
 def _sections(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]:
     """The sections of one image (B = 1)."""
     rounds = [event for event in image.trace if isinstance(event, ReflectionRound) and len(event.rows)]
@@ -120,7 +129,18 @@ def _sections(decoder: Decoder, judges: Judges, image: Decoded) -> list[Section]
     for name, own in groupby(rounds, key=lambda event: event.judge):
         strips = [_round(decoder, judges[name], number, event) for number, event in enumerate(own, 1)]
         sections.append(Section(f"Reflection, scored by {name}", strips))
+    if "satisfied" in image.stats:
+        note = _end_of_reflection(len(rounds), bool(image.stats["satisfied"][0]))
+        sections.append(replace(sections.pop(), note=note) if rounds else Section("Reflection", [], note=note))
     return sections
+
+
+def _end_of_reflection(rounds: int, satisfied: bool) -> str:
+    """Say why reflection stopped."""
+    if not rounds:
+        return "Satisfied at once: nothing was decoded again." if satisfied else "Found no part to decode again."
+    times = f"{rounds} round{'s' if rounds > 1 else ''}"
+    return f"Satisfied after {times}." if satisfied else f"Stopped after {times}, not satisfied."
 
 
 def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: Sequence[Choice]) -> Section:
@@ -128,7 +148,7 @@ def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: S
 
     Of many, those among equal candidates are not drawn at all.
     """
-    scores = judge.as_probability(torch.cat([choice.scores for choice in group])).double().cpu().numpy()  # [steps, k]
+    scores = judge.as_probability(torch.cat([choice.scores for choice in group]).double()).cpu().numpy()  # [steps, k]
     kept = torch.cat([choice.kept for choice in group]).cpu().numpy()
     known = ~np.isnan(scores)
     low, high = np.where(known, scores, np.inf).min(1), np.where(known, scores, -np.inf).max(1)
@@ -139,16 +159,20 @@ def _choices(decoder: Decoder, judge: Judge, title: str, image: Tensor, group: S
     strips = []
     for i in clearest:
         when = f"step {i + 1} of {len(group)}" if len(group) > 1 else "finished"
+        captions = format_scores(scores[i].tolist())
         frames = [
-            Frame(format_score(s) if s == s else "not judged", int(n)) for s, n in zip(scores[i], kept[i], strict=True)
+            Frame(caption, int(times), bool(group[i].drawn and times and score < high[i]))
+            for caption, score, times in zip(captions, scores[i], kept[i], strict=True)
         ]
         if (decided := group[i].decided) is not None:
             when = f"{int(decided[0])} of {decoder.num_tokens} tokens"
         strips.append(_strip(when, _candidates(decoder, image, group[i]), frames))
+    if any(choice.drawn for choice in group):
+        title += ", drawn by chance in favour of high scores"
     if len(group) > 1:
         title += f", {len(group)} times"
     if 0 < len(clearest) < len(group):
-        title += "; drawn where they differ most"
+        title += "; shown where they differ most"
     best_kept = np.where(known & (kept > 0), scores, -np.inf).max(1)
     scored = np.isfinite(best_kept)
     if scored.sum() < 3:
@@ -178,14 +202,14 @@ def _candidates(decoder: Decoder, image: Tensor, choice: Choice) -> np.ndarray:
 
 def _round(decoder: Decoder, judge: Judge, number: int, event: ReflectionRound) -> ImageStrip:
     """Before, Ω over it, and after."""
-    before, after = judge.as_probability(event.scores[0]).tolist()
+    before, after = format_scores(judge.as_probability(event.scores[0].double()).tolist())
     pixels = _pixels(decoder, torch.cat([event.before, event.before, event.after]))
     side = pixels.shape[1] // decoder.image_tokenizer.grid
     region_mask = event.region_mask[0].view(decoder.image_tokenizer.grid, -1).cpu().numpy()
     marked = region_mask.repeat(side, 0).repeat(side, 1)
     pixels[1, marked, :3] = pixels[1, marked, :3] // 2 + np.array(_MARKED, np.uint8) // 2
     kept = int(event.accepted[0])
-    captions = f"before {format_score(before)}", f"Ω: {int(region_mask.sum())} tokens", f"after {format_score(after)}"
+    captions = f"before {before}", f"Ω: {int(region_mask.sum())} tokens", f"after {after}"
     frames = [Frame(caption, kept * (i == 2)) for i, caption in enumerate(captions)]
     return _strip(f"round {number}: {'kept' if kept else 'not kept'}", pixels, frames)
 

@@ -50,9 +50,22 @@ def log_images(trainer: Trainer, stage: str, evaluation: EvaluationResult) -> No
         logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
 
 
-def log_page(trainer: Trainer, page: Path) -> None:
-    """Log the page of a test to W&B."""
+def log_report(trainer: Trainer, folder: Path) -> None:
+    """Log the page and the pictures of a test, which are in `folder`, to W&B."""
     import wandb
 
     for logger in _wandb_loggers(trainer):
-        logger.log_metrics({"test/page": wandb.Html(str(page), inject=False)}, step=trainer.global_step)  # type: ignore[dict-item]
+        pictures: dict[str, Any] = {"test/page": wandb.Html(str(folder / "page.html"), inject=False)}
+        for picture in (folder / "compute.png", folder / "sheets" / "side_by_side.png"):
+            if picture.is_file():  # there are no sheets without prompts to show
+                pictures[f"test/{picture.stem}"] = wandb.Image(str(picture))
+        logger.log_metrics(pictures, step=trainer.global_step)
+
+
+def log_curves(trainer: Trainer, path: Path) -> None:
+    """Log the plot of the training curves to W&B."""
+    import wandb
+
+    for logger in _wandb_loggers(trainer):
+        curves: dict[str, Any] = {"train/curves": wandb.Image(str(path))}
+        logger.log_metrics(curves, step=trainer.global_step)

@@ -12,6 +12,27 @@ from lightning_modules.report.drawing import TraceView
 from lightning_modules.rewards.geneval_rules import Verdict
 
 BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
+COSTS = {"decoder_passes": "decoder passes", "verifier_calls": "verifier calls", "seconds": "seconds"}  # of an image
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Which run an evaluation is of, for titles.
+
+    Attributes:
+        name: of the run.
+        overrides: of its config, as they were typed.
+        weights: those that were evaluated, in words.
+    """
+
+    name: str
+    overrides: Sequence[str]
+    weights: str = ""
+
+
+def format_cost(name: str, cost: float) -> str:
+    """Write a cost of an image, by its name in `COSTS`, as tables have it."""
+    return f"{cost:.3f}" if name == "seconds" else f"{cost:.0f}"
 
 
 def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -42,7 +63,7 @@ class StrategyResult:
         tasks: fraction of correct images of each task.
         rows: one an image, with the columns of GenEval's results.jsonl.
         thumbnails: uint8 [H, W, 3] of some prompts' first images, by prompt index.
-        decoder_forwards: forward passes of the decoder an image, with and without the prompt counted apart.
+        decoder_passes: forward passes of the decoder an image, with and without the prompt counted apart.
         verifier_calls: values asked of a judge, an image.
         seconds: wall time an image, summed over ranks.
         objects: found in an image.
@@ -57,7 +78,7 @@ class StrategyResult:
     tasks: dict[str, float]
     rows: list[dict[str, Any]]
     thumbnails: dict[int, np.ndarray]
-    decoder_forwards: float
+    decoder_passes: float
     verifier_calls: float
     seconds: float
     objects: float
@@ -77,6 +98,25 @@ class StrategyResult:
             return 0.0, 1.0
         low, high = np.quantile(_resampled([self]), [0.025, 0.975])
         return float(low), float(high)
+
+    @property
+    def title(self) -> str:
+        """The name, as people read it."""
+        return self.row_title + " (before training)" * self.is_untrained
+
+    @property
+    def is_untrained(self) -> bool:
+        """Its verifier is the untrained one."""
+        return self.name.endswith(BEFORE_TRAINING)
+
+    @property
+    def row_title(self) -> str:
+        """The name, below a heading that says before or after training."""
+        return self.name.removesuffix(BEFORE_TRAINING)
+
+    def costs(self) -> dict[str, float]:
+        """What an image costs, by the names of `COSTS`."""
+        return {name: getattr(self, name) for name in COSTS}
 
     def gain_over(self, base: "StrategyResult") -> tuple[float, float, float]:
         """`overall` above that of another result on the same prompts, with its 95 % bootstrap interval."""
@@ -114,11 +154,19 @@ class EvaluationResult:
         settings: how images were made and judged, for reports.
         warnings: why scores are ceilings, or not those of the official benchmark, a sentence each.
         strategies: results by name.
+        ceilings: names of strategies that choose by what they are measured by.
     """
 
     settings: Mapping[str, Any]
     warnings: Sequence[str]
     strategies: Mapping[str, StrategyResult]
+    ceilings: Sequence[str] = ()
+
+    @property
+    def amount(self) -> str:
+        """How many images the scores are of, in words."""
+        prompts, each = self.settings["prompts"], self.settings["images_per_prompt"]
+        return f"{prompts} prompts, {each} image{'s' if each > 1 else ''} each, seed {self.settings['seed']}"
 
     def scores(self, stage: str) -> dict[str, float]:
         """Return the scores of every strategy, overall and in each task, by the names under which they are logged."""

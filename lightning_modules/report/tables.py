@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.files import whole
-from lightning_modules.report.results import BEFORE_TRAINING, StrategyResult
+from lightning_modules.report.results import COSTS, StrategyResult, format_cost
 from lightning_modules.rewards.geneval_rules import TASKS
 
 _HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
@@ -26,24 +26,30 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def print_table(results: Mapping[str, StrategyResult]) -> None:
     """Print strategies x tasks, with intervals, costs (unless all are unknown) and what other judges say."""
-    table = Table(title="GenEval", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title="GenEval, and costs of an image", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
-    costly = any(result.decoder_forwards for result in results.values())
+    costly = any(result.decoder_passes for result in results.values())
     judges = list(dict.fromkeys(judge for result in results.values() for judge in result.independent))
-    for heading in ("overall", "95 %", *_HEADINGS, *(("decoder", "verifier", "s/image") if costly else ()), *judges):
+    for heading in (
+        "overall",
+        "95 %",
+        *_HEADINGS,
+        *((name.replace(" ", "\n") for name in COSTS.values()) if costly else ()),
+        *judges,
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     untrained = False
-    for name, result in results.items():
-        if name.endswith(BEFORE_TRAINING) != untrained:
+    for result in results.values():
+        if result.is_untrained != untrained:
             untrained = not untrained
             table.add_section()
             table.add_row("before training" if untrained else "after training", style="italic")
         low, high = result.interval()
         tasks = [f"{result.tasks[task]:.2f}" if task in result.tasks else "-" for task in TASKS]
-        costs = [f"{result.decoder_forwards:.0f}", f"{result.verifier_calls:.0f}", f"{result.seconds:.3f}"]
+        costs = [format_cost(name, cost) for name, cost in result.costs().items()]
         independent = [f"{result.independent[judge]:.3f}" if judge in result.independent else "-" for judge in judges]
         scores = f"{result.overall:.3f}", f"{low:.2f}-{high:.2f}", *tasks
-        table.add_row(name.removesuffix(BEFORE_TRAINING), *scores, *(costs if costly else ()), *independent)
+        table.add_row(result.row_title, *scores, *(costs if costly else ()), *independent)
     print_plain(table)
 
 

@@ -22,7 +22,7 @@ _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 _FREE = ("folder", "num_workers", "validation", "test")
 # What runs leave in their folders.
 _LEFT = ("config.yaml", "metrics", "checkpoints", "results.jsonl", "geneval.json", "page.html", "sheets", "sheet.png",
-         "compute.png", "checkpoints.csv", "checkpoints.png")  # fmt: skip
+         "compute.png", "curves.png", "checkpoints.csv", "checkpoints.png")  # fmt: skip
 # What a checkpoint holds; all of it is needed to resume training.
 _PARTS = {"state_dict": Mapping, "global_step": int, "pytorch-lightning_version": str, "callbacks": Mapping,
           "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}  # fmt: skip

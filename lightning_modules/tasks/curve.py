@@ -1,6 +1,7 @@
 """CheckpointCurve: GenEval of all checkpoints of a folder, in one table and one plot over steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.report import write_report
+from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_plain, write_csv
 from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
@@ -33,15 +35,22 @@ class CheckpointCurve(LightningModule):
     Args:
         evaluation: tells, from a device, what is evaluated.
         paths: of the checkpoints, which are of `module`.
+        run: for titles.
     """
 
     def __init__(
-        self, module: LightningModule, evaluator: Evaluator, evaluation: OnDevice, paths: Sequence[str], results: str
+        self,
+        module: LightningModule,
+        evaluator: Evaluator,
+        evaluation: OnDevice,
+        paths: Sequence[str],
+        results: str,
+        run: RunInfo,
     ) -> None:
         super().__init__()
         steps = {path: int(read_checkpoint(path)["global_step"]) for path in paths}
         self.steps = dict(sorted(steps.items(), key=lambda item: item[1]))
-        self.module, self.evaluator, self.evaluation = module, evaluator, evaluation
+        self.module, self.evaluator, self.evaluation, self.info = module, evaluator, evaluation, run
         self.results = ArtifactCache(results, __name__)
         self.evaluated: dict[str, Path] = {}
 
@@ -67,7 +76,8 @@ class CheckpointCurve(LightningModule):
             self.results.open()
             with self.evaluator.resumed(evaluation, lambda: self.trainer.received_sigterm) as result:
                 if self.trainer.is_global_zero:
-                    self.results.get("checkpoint", key, partial(write_report, evaluation=result))
+                    about = replace(self.info, weights=Path(batch).name)
+                    self.results.get("checkpoint", key, partial(write_report, evaluation=result, run=about))
                     print(*result.warnings, sep="\n", end="\n" if result.warnings else "")
         self.evaluated[batch] = folder
 

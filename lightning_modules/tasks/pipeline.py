@@ -112,7 +112,7 @@ class Pipeline:
             found = read_jsonl(folder / "results.jsonl")
             images += [image for _, image in found if image["filename"].startswith(f"{row.strategy}/")]
         tasks = {task: float(np.mean([report["tasks"][task] for report in reports])) for task in TASKS}
-        keys = ("overall", "decoder_forwards_per_image", "verifier_calls_per_image", "seconds_per_image",
+        keys = ("overall", "decoder_passes_per_image", "verifier_calls_per_image", "seconds_per_image",
                 "objects_per_image")  # fmt: skip
         means: Any = {key.removesuffix("_per_image"): float(np.mean([each[key] for each in reports])) for key in keys}
         return StrategyResult(name=title, tasks=tasks, rows=images, thumbnails={}, independent={}, **means)
@@ -126,9 +126,9 @@ def _table_row(title: str, result: StrategyResult, base: StrategyResult) -> dict
     return {
         "row": title,
         **{name: round(value, 4) for name, value in scores.items()},
-        "decoder_forwards_per_image": round(result.decoder_forwards, 1),
+        "decoder_passes_per_image": round(result.decoder_passes, 1),
         "verifier_calls_per_image": round(result.verifier_calls, 1),
-        "images_per_second": round(1 / result.seconds, 2),
+        "seconds_per_image": round(result.seconds, 4),
         "objects_per_image": round(result.objects, 3),
     }
 

@@ -161,9 +161,10 @@ def evaluate(config: DictConfig) -> None:
     """Test a checkpoint, all of a folder, or the weights that the config names."""
     parts = Parts(config)
     if config.ckpt_path is not None and Path(config.ckpt_path).is_dir():
-        evaluation = partial(parts.callbacks["geneval"].evaluation, parts.module, testing=True)
-        checkpoints = named_checkpoints(config.ckpt_path, config.task)
-        curve = CheckpointCurve(parts.module, parts.evaluator, evaluation, checkpoints, config.scores_dir)
+        geneval, checkpoints = parts.callbacks["geneval"], named_checkpoints(config.ckpt_path, config.task)
+        evaluation = partial(geneval.evaluation, parts.module, testing=True)
+        settings = config.scores_dir, geneval.run
+        curve = CheckpointCurve(parts.module, parts.evaluator, evaluation, checkpoints, *settings)
         curve.run(trainer_of(config), Path(HydraConfig.get().runtime.output_dir))
         return
     trainer = parts.trainer  # what it refuses comes before what is said

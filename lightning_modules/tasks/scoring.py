@@ -16,8 +16,9 @@ from datamodules.image_folder import ImageFolderDataModule, Images, ScoreStore, 
 from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
-from lightning_modules.report.pictures import contact_sheet, pick_prompt_indices, save_image
+from lightning_modules.report.pictures import pick_prompt_indices, save_image
 from lightning_modules.report.results import StrategyResult, result_line, result_row
+from lightning_modules.report.sheets import contact_sheet
 from lightning_modules.report.tables import print_table
 from lightning_modules.rewards.geneval_metric import Summary, summarize
 from lightning_modules.rewards.geneval_reward import by_size
@@ -145,7 +146,7 @@ class Scoring(LightningModule):
             tasks={task: score.score for task, score in summary.tasks.items()},
             rows=rows,
             thumbnails=self._thumbnails(),
-            decoder_forwards=0,
+            decoder_passes=0,
             verifier_calls=0,
             seconds=0,
             objects=float(np.mean([sum(map(len, json.loads(row["details"]).values())) for row in rows])),
@@ -169,7 +170,7 @@ class Scoring(LightningModule):
         write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
         write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")
         if result.thumbnails:
-            save_image(contact_sheet(result), self.folder / "sheet.png")
+            save_image(contact_sheet(result, self.images), self.folder / "sheet.png")
 
     def _warnings(self, results: Sequence[Mapping[str, Any]], summary: Summary) -> list[str]:
         """Say what keeps the score from being comparable: what is missing, repeated, or not as the others are."""

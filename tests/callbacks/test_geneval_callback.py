@@ -7,7 +7,7 @@ import pytest
 
 from callbacks.geneval import GenEvalCallback
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.report.results import EvaluationResult
+from lightning_modules.report.results import EvaluationResult, RunInfo
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,9 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
         return EvaluationResult({}, [], {"sample": result})
 
     evaluator: Any = SimpleNamespace(strategies={"sample": Sample(None)}, evaluate=evaluate)
-    callback = GenEvalCallback(evaluator, ["sample"], None, "sample", False, [], [], every_n_epochs, "")
+    callback = GenEvalCallback(
+        evaluator, ["sample"], None, "sample", False, [], [], every_n_epochs, "", RunInfo("", [])
+    )
     module: Any = SimpleNamespace(decoder=None, device=None, log_dict=lambda values, **_: logged.append(dict(values)))
     for trainer.current_epoch in validated:
         callback.on_validation_epoch_end(trainer, module)

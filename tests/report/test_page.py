@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import re
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -26,13 +28,16 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded, Strategy
 from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.decoding.verified import Verified
-from lightning_modules.report.drawing import format_score, trace_views
-from lightning_modules.report.page import write_page
+from lightning_modules.report.compute_plot import compute_figure
+from lightning_modules.report.drawing import format_scores, trace_views
+from lightning_modules.report.labels import Box
+from lightning_modules.report.page import _fitting, _numbers, write_page
 from lightning_modules.report.results import EvaluationResult, StrategyResult
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Likelihood, StepJudge
 from tests.helpers.models import make_masked, make_parm
+from tests.helpers.results import RUN
 
 
 class Unsure(StepJudge):
@@ -99,6 +104,7 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
                 "prompt": HOSTILE if i == 3 else row["prompt"],
                 "correct": i % 2 == 0,
                 "reason": "" if i % 2 == 0 else "expected star<1, found 2",
+                "metadata": json.dumps(row),
                 "details": json.dumps({"star": [[1, 2, 30, 40, 0.91], [8, 2, 30, 40, 0.5]]} if i == 1 else {}),
             }
             for i, row in enumerate(rows)
@@ -115,11 +121,13 @@ def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, D
 @pytest.fixture(scope="module")
 def page(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Page:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(path, EvaluationResult(ABOUT, [], made[1]))
-    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    (path.parent / "geneval.json").write_text("{}")
+    evaluation = EvaluationResult(ABOUT, ["plain is a ceiling"], made[1])
+    write_page(path, evaluation, RUN, compute_figure(evaluation, RUN))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["geneval.json", "page.html"]
     text = path.read_text()
     assert "http:" not in text and "https:" not in text
-    assert all(target.startswith("data:image/png") for target in re.findall(r"url\(([^)]*)", text))
+    assert all(target.startswith(("data:image/png", "#")) for target in re.findall(r"url\(([^)]*)", text))
     return Page(text)
 
 
@@ -154,10 +162,74 @@ def test_scores_and_verdicts_are_those_of_the_decode(page: Page, made: Any, parm
         scores = torch.tensor([json.loads(panel["data-scores"])["parm"] for panel in own])
         torch.testing.assert_close(scores, parm.values(decoded.features, [16])[:, 0].exp())
     choice = made[0]["verified"].trace[-1]
-    assert {format_score(value) for value in choice.scores.exp().flatten().tolist()} <= set(page.texts)
-    assert page.texts.count("✗ expected star<1, found 2") == 18
+    for scores in choice.scores.double().exp().tolist():
+        assert set(format_scores(scores)) <= set(page.texts)
+    assert page.texts.count("✗ should have no star, has 2") == 18
     labels = [text for text in page.texts if re.fullmatch(r"star 0\.\d\d", text)]
-    assert labels == ["star 0.91", "star 0.50"] * 3 and len(page.all("rect")) == 6
+    assert labels == ["star 0.91", "star 0.50"] * 3
+    boxes = [box for box in page.all("rect") if box["height"] == "38"]  # the plot has rectangles as well
+    assert len(boxes) == 6
+
+
+def test_the_header_says_which_run_it_is_and_links_to_what_is_there(page: Page) -> None:
+    assert any(text.startswith("parm: GenEval") for text in page.texts)
+    assert {"last.ckpt", "python train.py seed=3", "plain is a ceiling."} <= set(page.texts)
+    assert [link["href"] for link in page.all("a")] == ["geneval.json"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", page.texts[page.texts.index("evaluated") + 1])
+    assert {"decoder passes", "verifier calls", "seconds"} <= set(page.texts)
+    assert {"plain", "verified", "reflection"} <= set(page.texts)  # of the plot, the table and the panels
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_numbers_are_beside_their_shapes_and_cover_none(count: int) -> None:
+    boxes = [Box(20 * (i % 3), 20 * (i // 3), 20 * (i % 3) + 12, 20 * (i // 3) + 12) for i in range(count)]
+    numbers = _numbers(boxes, 64, 64)
+    assert len(numbers) == count
+    for i, number in enumerate(numbers):
+        others = [*boxes, *numbers[:i]]
+        assert all(number.overlap(other) == 0 for other in others)
+        gaps = [max(box.x0 - number.x1, number.x0 - box.x1, box.y0 - number.y1, number.y0 - box.y1) for box in boxes]
+        assert min(gaps) == pytest.approx(gaps[i])  # none is nearer to another shape
+
+
+def test_prompts_are_left_out_before_the_page_is_too_large() -> None:
+    assert _fitting(36, lambda i: 1000) == list(range(36))
+    shown = _fitting(36, lambda i: 500_000)
+    assert len(shown) == 9 and shown[0] == 0 and shown[-1] > 30  # from all of them
+    asked = []
+    shown = _fitting(36, lambda i: asked.append(i) or (100_000 if i == 0 else 900_000))
+    assert 3 <= len(shown) <= 5 and asked
+    assert _fitting(0, lambda i: 1) == []
+
+
+def test_scores_have_as_many_digits_as_tell_them_apart() -> None:
+    assert format_scores([0.5, 0.25, 100]) == ["0.500", "0.250", "100"]
+    assert format_scores([0.99981, 0.99984, math.nan]) == ["0.99981", "0.99984", "not judged"]
+    assert format_scores([0.7, 0.7]) == ["0.700", "0.700"]
+
+
+def test_what_was_drawn_by_chance_is_said(decoder: NextTokenDecoder, parm: PARM, rows: list) -> None:
+    """Among drawn candidates every one that was kept and not the best says so, among others none."""
+    drawn = {}
+    for choose in ("sample", "argmax"):
+        decoded = Verified(SAMPLING, k=3, choose=choose).decode(decoder, {"parm": parm}, Request(rows, list(range(12))))
+        views = trace_views(decoder, {"parm": parm}, ["parm"], rows, decoded, with_trace=True)
+        sections = [section for view in views for section in view.sections if "candidates" in section.title]
+        assert all(("by chance" in section.title) == (choose == "sample") for section in sections)
+        frames = [frame for section in sections for strip in section.strips for frame in strip.frames]
+        drawn[choose] = [frame for frame in frames if frame.drawn]
+        assert all(frame.kept for frame in drawn[choose])
+    assert drawn["sample"] and not drawn["argmax"]
+
+
+@pytest.mark.parametrize(("stop_score", "said"), [(-100.0, "Satisfied at once"), (0.0, "Stopped after 2 rounds")])
+def test_reflection_says_how_it_ended(
+    decoder: NextTokenDecoder, parm: PARM, rows: list, stop_score: float, said: str
+) -> None:
+    strategy = replace(STRATEGIES["reflection"], stop_score=stop_score)
+    decoded = strategy.decode(decoder, {"parm": parm}, Request(rows[:2], [0, 1]))
+    for view in trace_views(decoder, {"parm": parm}, ["parm"], rows[:2], decoded, with_trace=True):
+        assert view.sections[-1].title.startswith("Reflection") and view.sections[-1].note.startswith(said)
 
 
 def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> None:

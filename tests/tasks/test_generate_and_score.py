@@ -214,7 +214,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert report["images_per_prompt"] == 2 and len(results(tmp_path / "run")) == 36
     found = report["strategies"]
-    assert [(name, result["decoder_forwards_per_image"]) for name, result in found.items()] == [
+    assert [(name, result["decoder_passes_per_image"]) for name, result in found.items()] == [
         ("sample", 4), ("best_of_4_clip", 8), ("best_of_4_oracle", 8)
     ]  # fmt: skip
     assert [list(result["independent"]) for result in found.values()] == [

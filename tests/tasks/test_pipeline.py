@@ -28,7 +28,7 @@ rows = [
 ]
 report = {
     "overall": right / 6, "tasks": {row["tag"]: float(row["correct"]) for row in rows},
-    "decoder_forwards_per_image": 128, "verifier_calls_per_image": 0, "seconds_per_image": 0.5,
+    "decoder_passes_per_image": 128, "verifier_calls_per_image": 0, "seconds_per_image": 0.5,
     "objects_per_image": 1 + int(overrides["seed"]),
 }
 (folder / "results.jsonl").write_text("\\n".join(map(json.dumps, rows)))
@@ -79,7 +79,7 @@ def test_the_table_puts_seeds_together(pipeline: Pipeline) -> None:
     base, aligned = report["rows"]
     assert (base["row"], base["overall"], base["gain"]) == ("baseline", round(2 / 6, 4), 0.0)
     assert (aligned["overall"], aligned["gain"], aligned["gain_low_95"]) == (round(5 / 6, 4), 0.5, 0.5)
-    assert (aligned["images_per_second"], aligned["objects_per_image"]) == (2.0, 1.5)
+    assert (aligned["seconds_per_image"], aligned["objects_per_image"]) == (0.5, 1.5)
     with (pipeline.folder / "pipeline.csv").open() as file:
         assert [float(row["overall"]) for row in csv.DictReader(file)] == [base["overall"], aligned["overall"]]
     assert "| DPO | " in (pipeline.folder / "pipeline.md").read_text()
