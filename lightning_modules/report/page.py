@@ -16,7 +16,7 @@ from PIL import Image
 
 from lightning_modules.files import write_text
 from lightning_modules.report.compute_plot import compute_svg
-from lightning_modules.report.drawing import Curve, format_score, format_scores, png, shrunk
+from lightning_modules.report.drawing import Curve, Section, format_score, format_scores, png, shrunk
 from lightning_modules.report.labels import Box, place_labels
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.results import COSTS, EvaluationResult, RunInfo, StrategyResult, format_cost
@@ -48,10 +48,10 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
     indices, template = list(results[0].thumbnails), environment.get_template("card.html")
 
     @cache
-    def card(i: int) -> Markup:
-        return Markup(template.render(card=_prompt(results, indices[i])))
+    def card(index: int, is_whole: bool) -> Markup:
+        return Markup(template.render(card=_prompt(results, index, is_whole)))
 
-    shown = _fitting(len(indices), lambda i: len(card(i).encode()))
+    shown = _fitting(indices, lambda index, is_whole: len(card(index, is_whole).encode()))
     tasks = [task for task in TASKS if any(task in result.tasks for result in results)]
     page = environment.get_template("page.html").render(
         about=evaluation.settings,
@@ -63,7 +63,8 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
         compute=Markup(compute_svg(compute)),
         results=results,
         costs=COSTS,
-        cards=[card(i) for i in shown],
+        cards=[card(index, is_whole) for index, is_whole in shown.items()],
+        told=sum(shown.values()),
         left_out=len(indices) - len(shown),
         tasks=tasks,
         judges=list(dict.fromkeys(judge for result in results for i in indices for judge in result.traces[i].scores)),
@@ -71,12 +72,30 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
     write_text(path, page + "\n")
 
 
-def _fitting(count: int, size: Callable[[int], int]) -> list[int]:
-    """Pick as many of `count` cards as the page has room for; few are asked for their size in bytes."""
+def _fitting(indices: Sequence[int], size: Callable[[int, bool], int]) -> dict[int, bool]:
+    """Pick the prompts that the page has room for; those that are shown whole are True.
+
+    Where not all can be whole, those that are take half of the room, and others are shown without how they were made.
+
+    Args:
+        indices: of the prompts.
+        size: of a prompt in bytes, whole or not; few are asked for.
+    """
     room = _MOST - 300_000  # for the plot, the table and the rest
-    wanted = min(count, room // size(0)) if count else 0
+    whole = _spread(indices, lambda index: size(index, True), room)
+    if len(whole) == len(indices):
+        return dict.fromkeys(whole, True)
+    whole = _spread(indices, lambda index: size(index, True), room // 2)
+    room -= sum(size(index, True) for index in whole)
+    others = _spread([index for index in indices if index not in whole], lambda index: size(index, False), room)
+    return {index: index in whole for index in sorted([*whole, *others])}
+
+
+def _spread(indices: Sequence[int], size: Callable[[int], int], room: int) -> list[int]:
+    """Pick as many prompts, from all over, as fit into some bytes."""
+    wanted = min(len(indices), room // size(indices[0])) if indices else 0
     while wanted:
-        picked = sorted(pick_prompt_indices(count, wanted))
+        picked = [indices[i] for i in sorted(pick_prompt_indices(len(indices), wanted))]
         total = sum(map(size, picked))
         if total <= room:
             return picked
@@ -84,10 +103,12 @@ def _fitting(count: int, size: Callable[[int], int]) -> list[int]:
     return []
 
 
-def _prompt(results: Sequence[StrategyResult], index: int) -> dict[str, Any]:
-    """What the page shows of a prompt: a panel for each strategy."""
+def _prompt(results: Sequence[StrategyResult], index: int, is_whole: bool) -> dict[str, Any]:
+    """What the page shows of a prompt: a panel for each strategy; how its image was made unless there is no room."""
     row = results[0].row_of(index)
     panels = [_panel(result, index) for result in results]
+    for panel in [] if is_whole else panels:
+        panel["sections"] = [Section("Left out", [], note="The page would be larger than 5 MB.")]
     for judge in dict.fromkeys(judge for panel in panels for judge in panel["scores"]):
         own = [panel for panel in panels if judge in panel["scores"]]
         for panel, text in zip(own, format_scores([panel["scores"][judge] for panel in own]), strict=True):

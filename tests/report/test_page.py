@@ -193,13 +193,16 @@ def test_numbers_are_beside_their_shapes_and_cover_none(count: int) -> None:
 
 
 def test_prompts_are_left_out_before_the_page_is_too_large() -> None:
-    assert _fitting(36, lambda i: 1000) == list(range(36))
-    shown = _fitting(36, lambda i: 500_000)
-    assert len(shown) == 9 and shown[0] == 0 and shown[-1] > 30  # from all of them
-    asked = []
-    shown = _fitting(36, lambda i: asked.append(i) or (100_000 if i == 0 else 900_000))
-    assert 3 <= len(shown) <= 5 and asked
-    assert _fitting(0, lambda i: 1) == []
+    indices = list(range(0, 72, 2))
+    assert _fitting(indices, lambda index, is_whole: 1000) == dict.fromkeys(indices, True)
+    shown = _fitting(indices, lambda index, is_whole: 500_000 if is_whole else 100_000)
+    assert sum(shown.values()) == 4 and len(shown) == 30 and list(shown) == sorted(shown)
+    whole = [index for index, is_whole in shown.items() if is_whole]
+    assert whole[0] == 0 and whole[-1] > 50  # from all of them
+    sizes = {index: 100_000 if index == 0 else 900_000 for index in indices}
+    shown = _fitting(indices, lambda index, is_whole: sizes[index])
+    assert len(shown) > 3 and sum(sizes[index] for index in shown) < 4_900_000
+    assert _fitting([], lambda index, is_whole: 1) == {}
 
 
 def test_scores_have_as_many_digits_as_tell_them_apart() -> None:
