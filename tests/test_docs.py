@@ -184,6 +184,7 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "conf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if [*typed(page)]], ids=name)
 def test_commands_compose_to_configs_that_a_run_accepts(
     page: Path, compose_config: Callable[..., DictConfig], beside_train_py: Path, monkeypatch: pytest.MonkeyPatch

@@ -73,6 +73,7 @@ COMPANIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_config_composes(compose_config, choice: str) -> None:
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))

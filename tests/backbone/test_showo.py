@@ -227,6 +227,7 @@ def test_candidates_of_one_pass_are_those_of_separate_states(decoder: MaskTokenD
     assert torch.equal(together.masked.repeat_interleave(2, 0), apart.masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_compiled_passes_give_the_same_images(
     decoder: MaskTokenDecoder, device: str, monkeypatch: pytest.MonkeyPatch

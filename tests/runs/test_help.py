@@ -29,6 +29,7 @@ def test_every_experiment_is_described() -> None:
     assert max(map(len, shown.splitlines())) <= 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

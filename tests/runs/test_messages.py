@@ -65,6 +65,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
     assert "Traceback" in asked.stderr and "Could not override 'sampling.temp'" in asked.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [

@@ -192,6 +192,7 @@ def tiny_generator(tmp_path: Path) -> list[str]:
             f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pipelines_of_diffusers_make_the_same_images_in_batches_of_any_size(
     compose_config: Compose, tmp_path: Path
 ) -> None:
