@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
 
 from lightning_modules.report.curves import curves_figure, read_metrics
 from lightning_modules.report.media import log_curves
@@ -11,7 +10,7 @@ from lightning_modules.report.pictures import save_figure
 
 
 class TrainingCurves(Callback):
-    """Logs the learning rate, and draws curves.png from what the run has logged to metrics.csv when training ends.
+    """Draws curves.png from what the run has logged to metrics.csv when training ends.
 
     Args:
         folder: of the run.
@@ -20,9 +19,6 @@ class TrainingCurves(Callback):
 
     def __init__(self, folder: str, name: str) -> None:
         self.folder, self.name = Path(folder), name
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

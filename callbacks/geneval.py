@@ -21,7 +21,7 @@ from lightning_modules.runs.checkpoints import shown
 class GenEvalCallback(Callback):
     """GenEval at validation epoch ends (on validation prompts) and in testing (on evaluation prompts).
 
-    Validation always logs `val/geneval`, for ModelCheckpoint: in an epoch without evaluation the latest score again.
+    Validation logs `val/geneval` where it evaluates: in its first epoch, and every `every_n_epochs`.
 
     Attributes:
         validation_strategies: names of the strategies that validation decodes by.
@@ -47,7 +47,7 @@ class GenEvalCallback(Callback):
 
     def __post_init__(self) -> None:
         self._untrained: Judges = {}
-        self._latest: dict[str, float] = {}
+        self._has_evaluated = False
         known, validated = self.evaluator.strategies, self.validation_strategies
         named = {"validation_strategies": validated, "test_strategies": self.test_strategies or []}
         for key, names in {**named, "monitor": [self.monitor]}.items():
@@ -58,10 +58,10 @@ class GenEvalCallback(Callback):
             raise ValueError(f"callbacks.geneval.monitor {self.monitor!r} is not among validation_strategies")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latest": dict(self._latest)}
+        return {"has_evaluated": self._has_evaluated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._latest = dict(state_dict["latest"])
+        self._has_evaluated = state_dict["has_evaluated"]
 
     def evaluation(self, pl_module: LightningModule, device: torch.device, testing: bool) -> Evaluation:
         """Return what a test, or a validation, evaluates."""
@@ -78,19 +78,15 @@ class GenEvalCallback(Callback):
             self._untrained = self.evaluator.judges.copy_trained()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        due = not self._has_evaluated or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if trainer.sanity_checking or not due:
             return
-        if not self._latest or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            evaluation = self.evaluation(pl_module, pl_module.device, testing=False)
-            result = self.evaluator.evaluate(evaluation, asked_to_stop=lambda: trainer.received_sigterm)
-            self._latest = result.scores("val")
-            for name, strategy in result.strategies.items():
-                self._latest[f"val/objects/{name}"] = strategy.objects
-                means = strategy.independent.items()
-                self._latest |= {f"val/independent/{judge}/{name}": mean for judge, mean in means}
-            self._latest["val/geneval"] = result.strategies[self.monitor].overall
-            log_images(trainer, "val", result)
-        pl_module.log_dict(self._latest, prog_bar=False, sync_dist=True)  # all ranks have the same, or Lightning warns
+        evaluation = self.evaluation(pl_module, pl_module.device, testing=False)
+        result = self.evaluator.evaluate(evaluation, asked_to_stop=lambda: trainer.received_sigterm)
+        self._has_evaluated = True
+        scores = {**result.scores("val"), "val/geneval": result.strategies[self.monitor].overall}
+        pl_module.log_dict(scores, sync_dist=True)  # all ranks have the same, or Lightning warns
+        log_images(trainer, "val", result)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluation = self.evaluation(pl_module, pl_module.device, testing=True)

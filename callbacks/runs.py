@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -44,10 +45,22 @@ class RunFolder(Callback):
             slurm.requeue.forget()
             _note_end(config.hydra.runtime.output_dir)
             if config.task in ("fit", "evaluate", "score", "pipeline"):  # which leave their results there
-                print(f"Results in {shown(config.hydra.runtime.output_dir)}")
+                print(last_line(Path(config.hydra.runtime.output_dir), config.hydra.overrides.task))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         _note_end(config.hydra.sweep.dir)
+
+
+def last_line(folder: Path, overrides: Sequence[str]) -> str:
+    """Say where the results of a run are, and what to do next."""
+    line = f"Results in {shown(folder)}"
+    if (folder / "page.html").is_file():
+        line += "; page.html shows the images"
+    if (checkpoint := folder / "checkpoints" / "last.ckpt").is_file():
+        kept = [override for override in overrides if not override.startswith(("task=", "ckpt_path="))]
+        again = shlex.join([*kept, "task=evaluate", f"ckpt_path={shown(checkpoint)}"])
+        line += f"; to evaluate again: python train.py {again}"
+    return line
 
 
 def run_folder(parent: str, task: str, ckpt_path: str | None) -> str:

@@ -3,11 +3,8 @@
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.optim import OptimizerFactory, TrainedModule, trainable
@@ -138,14 +135,6 @@ class DPOModule(TrainedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.measure(batch, "train")
         return loss + self._refit_loss(batch) if self.refit else loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        norm = torch.as_tensor(grad_norm(self.decoder, norm_type=2)["grad_2.0_norm_total"], device=self.device)
-        if isinstance(self.trainer.strategy, FSDPStrategy):  # each rank has the gradients of its shards
-            squares = norm.square()
-            torch.distributed.all_reduce(squares)
-            norm = squares.sqrt()
-        self.log("train/grad_norm", norm)
 
     def trained(self) -> list[Any]:
         groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]

@@ -160,12 +160,14 @@ class Evaluator:
         """
         own = range(rank(), len(evaluation.prompts), world_size())
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
-        results = {}
-        for name, (strategy, judges) in self.runs(evaluation).items():
-            total = PartialResult()
-            if self.fid is not None:
-                self.fid.start(evaluation.device, rank(), world_size())
-            with tqdm(total=len(jobs), desc=f"GenEval {name}", unit="image", disable=rank() > 0) as bar:
+        results, runs = {}, self.runs(evaluation)
+        settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
+        with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
+            for name, (strategy, judges) in runs.items():
+                bar.set_postfix_str(name)
+                total = PartialResult()
+                if self.fid is not None:
+                    self.fid.start(evaluation.device, rank(), world_size())
                 for start in range(0, len(jobs), self.batch_size):
                     if asked_to_stop():
                         if kept and kept.access == "all" and rank() == 0:
@@ -175,9 +177,9 @@ class Evaluator:
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
                     total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
                     bar.update(len(batch))
-            results[name] = gather_results(name, total)
-            if self.fid is not None:
-                results[name].independent["fid"] = self.fid.compute()
+                results[name] = gather_results(name, total)
+                if self.fid is not None:
+                    results[name].independent["fid"] = self.fid.compute()
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
         asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
         ceilings = self._ceilings(results)

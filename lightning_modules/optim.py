@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp.fully_sharded_data_parallel import FSDP_PREFIX
@@ -124,6 +125,14 @@ class TrainedModule(ResumableModule):
     def trained(self) -> list[Any]:
         """Return the parameters, or groups of them, for the optimizer."""
         return trainable(self)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        norm = torch.nn.utils.get_total_norm([each.grad for each in self.parameters() if each.grad is not None])
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # each rank has the gradients of its shards
+            squares = norm.square()
+            torch.distributed.all_reduce(squares)
+            norm = squares.sqrt()
+        self.log_dict({"train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
 
     def measure(self, batch: dict[str, Any], stage: str) -> Any:
         """Log the metrics of a batch as `stage/NAME`."""

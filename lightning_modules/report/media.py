@@ -23,7 +23,10 @@ def wandb_logger(
     for name, own in (("WANDB_DATA_DIR", folder), ("WANDB_CACHE_DIR", folder / "cache")):
         if os.environ.get(name) == _chosen.get(name):  # the user's own is neither unset nor that of the run before
             os.environ[name] = _chosen[name] = str(own)
-    return WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, **settings)
+    import wandb
+
+    said = wandb.Settings(silent=True) if offline else wandb.Settings(quiet=True)  # online it says where the run is
+    return WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, settings=said, **settings)
 
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

@@ -169,9 +169,14 @@ class EvaluationResult:
         return f"{prompts} prompts, {each} image{'s' if each > 1 else ''} each, seed {self.settings['seed']}"
 
     def scores(self, stage: str) -> dict[str, float]:
-        """Return the scores of every strategy, overall and in each task, by the names under which they are logged."""
+        """Return what is logged of every strategy: scores with intervals, costs, objects, what other judges say."""
         scores = {}
         for name, result in self.strategies.items():
+            low, high = result.interval()
             scores[f"{stage}/geneval/{name}"] = result.overall
             scores |= {f"{stage}/geneval/{name}/{task}": score for task, score in result.tasks.items()}
+            scores |= {f"{stage}/interval_low/{name}": low, f"{stage}/interval_high/{name}": high}
+            scores |= {f"{stage}/{cost}/{name}": value for cost, value in result.costs().items()}
+            scores[f"{stage}/objects/{name}"] = result.objects
+            scores |= {f"{stage}/independent/{judge}/{name}": mean for judge, mean in result.independent.items()}
         return scores

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -147,12 +148,14 @@ def fit(config: DictConfig) -> None:
     parts = Parts(config)
     module, data, trainer = parts.module, parts.data, parts.trainer
     best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
+    rank_zero_only(print)("Stage 1 of 2: training", flush=True)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
         return
     tested = best.best_model_path if best else None
     if tested == "":
         raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
+    rank_zero_only(print)("Stage 2 of 2: GenEval", flush=True)
     say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
     trainer.test(module, data, ckpt_path=tested, verbose=False)
 
