@@ -26,7 +26,9 @@ def wandb_logger(
     import wandb
 
     said = wandb.Settings(silent=True) if offline else wandb.Settings(quiet=True)  # online it says where the run is
-    return WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, settings=said, **settings)
+    logger = WandbLogger(save_dir=save_dir, offline=offline, log_model=log_model, settings=said, **settings)
+    logger._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever its value
+    return logger
 
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

@@ -19,12 +19,14 @@ _WARNED = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen decoder and the reference
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",  # torchmetrics' own code
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # nothing here uses it
+    r"Total length of `\w+` across ranks is zero",  # task=rollout predicts nothing
     r"The '\w+' does not have many workers",  # rows are cheap; data.num_workers raises it
 )
 
 
 def quieten() -> None:
-    """Drop these messages in this process from now on."""
+    """Drop these messages in this process from now on, and print Lightning's others once."""
+    logging.getLogger("lightning").handlers.clear()  # Hydra's handler prints what reaches the root
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(each, _Own) for each in logger.filters):
         logger.addFilter(_Own())
