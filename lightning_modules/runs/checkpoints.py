@@ -42,7 +42,13 @@ def wandb_id(folder: str | None) -> str | None:
     return runs[-1].name.rpartition("-")[2] if runs else None
 
 
+def folder_name(folder: str | None) -> str:
+    """Return the last part of a path, which tells runs of one name apart; nothing where there is no folder."""
+    return Path(folder or "").name
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)
 
 
