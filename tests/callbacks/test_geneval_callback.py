@@ -38,3 +38,20 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
         callback.on_validation_epoch_end(trainer, module)
     assert done == evaluated
     assert [values["val/geneval"] for values in logged] == evaluated
+
+
+@pytest.mark.parametrize(
+    ("validated", "tested", "monitor", "said"),
+    [
+        (["verified"], None, "sample", "validation_strategies names the strategy 'verified'; there are: sample, more"),
+        (["sample"], ["beam"], "sample", "test_strategies names the strategy 'beam'"),
+        (["sample"], None, "beam", "monitor names the strategy 'beam'"),
+        (["sample"], None, "more", "monitor 'more' is not among validation_strategies"),
+    ],
+)
+def test_strategies_that_are_not_there_are_named(
+    validated: list[str], tested: list[str] | None, monitor: str, said: str
+) -> None:
+    evaluator: Any = SimpleNamespace(strategies={"sample": Sample(None), "more": Sample(None)})
+    with pytest.raises(ValueError, match=rf"^callbacks\.geneval\.{said}"):
+        GenEvalCallback(evaluator, validated, tested, monitor, False, [], [], 1, "", RunInfo("", []))
