@@ -137,6 +137,7 @@ class Scoring(LightningModule):
         scores = {**result.tasks, "overall": result.overall, **result.independent}
         for logger in trainer.loggers:
             logger.log_metrics({f"score/{name}": value for name, value in scores.items()})
+            logger.save()  # here no training does it
 
     def _result(self, rows: list[dict[str, Any]], summary: Summary, distance: Mapping[str, float]) -> StrategyResult:
         means = {name: float(np.mean([row[name] for row in rows])) for name in self.evaluator.independent_judges}

@@ -270,6 +270,7 @@ def test_detections_made_elsewhere_are_scored(compose_config: Compose, tmp_path:
     assert [row["correct"] for row in results(tmp_path / "run")] == [i == 2 for i in range(12)]
     notes = json.loads((tmp_path / "run" / "geneval.json").read_text())["warnings"]
     assert "not the official prompt set: 1 of 80 single_object prompts" in notes
+    assert "score/overall" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text()
 
 
 @pytest.mark.slow
