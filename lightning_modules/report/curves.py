@@ -13,7 +13,7 @@ _PANELS = {  # titles, and the columns that each shows
     "training loss": re.compile(r"train/(.*loss|l1|mse)"),
     "validation loss": re.compile(r"val/(.*loss|l1|mse)"),
     "GenEval on validation prompts": re.compile(r"val/geneval(/[^/]+)?"),
-    "learning rate": re.compile(r"(lr-|train/lr|train/learning_rate).*"),
+    "learning rate": re.compile("train/learning_rate"),
 }
 _SMOOTHED = 40  # points from which on the mean of a window is drawn over them
 
@@ -54,8 +54,8 @@ def curves_figure(points: Points, title: str) -> Figure | None:
             label = re.sub("^(train|val)/(geneval/)?", "", key)
             if key == "val/geneval":
                 axes.plot(steps, values, color="black", linestyle=":", zorder=3, label=f"{key}, which is monitored")
-            elif len(values) < _SMOOTHED:
-                axes.plot(steps, values, marker="o", markersize=3, linewidth=1.2, label=label)
+            elif len(values) < _SMOOTHED or name == "learning rate":
+                axes.plot(steps, values, marker="o", markersize=3 if len(values) < _SMOOTHED else 0, label=label)
             else:
                 (line,) = axes.plot(steps, values, linewidth=0.6, alpha=0.3)
                 axes.plot(steps, _smooth(values), color=line.get_color(), linewidth=1.5, label=f"{label}, smoothed")
