@@ -30,6 +30,11 @@ class MovableCheckpoint(ModelCheckpoint):
     A run that resumes in another folder brings along the best weights of up to there, by the scores written in them.
     """
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless what is monitored was not measured yet since the run began or resumed."""
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None or trainer.state.fn != TrainerFn.FITTING:

@@ -32,6 +32,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # What commands have in the place of something of the reader's own, and what stands for it here.
 PLACEHOLDERS = {
     "outputs/parm/<time>": "run",
+    "outputs/parm/TIME": "run",
     "$RUN": "run",
     "=...": "=anything",
     "=DIR": "=folder",

@@ -63,6 +63,8 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         top = key.partition(".")[0]
+        if override.startswith("+strategy="):
+            raise ValueError(f"a strategy is chosen for a name: write +strategy@strategies.NAME={override[10:]}")
         if override[0] != "+" or re.split("[/@]", top)[0] in known or f"${{{top}" in str(config):
             continue
         guess = get_close_matches(top, known, 1, CLOSE)
@@ -120,7 +122,7 @@ def _useless(name: str, value: Any) -> str | None:
         "above 0": name == "val_check_interval" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not pair,
         wanted: known and value is not None and not in_range,
-        "a whole number of at least 0": not known and type(value) is int and not in_range,
+        "at least 0": not known and type(value) is int and not in_range,
     }
     return next((needed for needed, is_so in useless.items() if is_so), None)
 

@@ -62,8 +62,9 @@ def wrong_option(arguments: Sequence[str]) -> str | None:
         following = "".join(arguments[place + 1 : place + 2])
         if not value and not re.search("^-[a-zA-Z-]|=", following):
             value = following
-        similar = SettingsTree(arguments).similar(flag.lstrip("-").replace("-", "_"))
-        meant = " or ".join(f"{key}={value or 'VALUE'}" for key in similar)
+        tree = SettingsTree(arguments)
+        similar = tree.similar(flag.lstrip("-").replace("-", "_"))
+        meant = " or ".join(f"{'+' * tree.is_added(key)}{key}={value or 'VALUE'}" for key in similar)
         advice = f"did you mean {meant}?" if meant else "a setting is written KEY=VALUE, without dashes"
         return f"there is no option {flag}; {advice}"
     rest = get_args_parser().parse_known_args(list(arguments))[1]
@@ -116,7 +117,8 @@ def _unreadable(items: Sequence[str], place: int, tree: SettingsTree) -> str:
     text, listed = _quoted(key, value), shlex.quote(f"{key}=[a,b]")
     if equals and last - first > 1:
         whole = f"{key}={value.strip()}"
-        meant = whole if " " not in whole and _parsed(whole) else text
+        listed_well = value.strip()[:1] in ("[", "{")
+        meant = shlex.quote(whole) if (" " not in whole or listed_well) and _parsed(whole) else text
         return f"{word!r} is no setting; if it belongs to the one before, write {meant}"
     if word in tree.keys:
         return f"{word} has no value: write {word}=VALUE, without spaces"
@@ -147,7 +149,7 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
     if override.is_delete() and (key in tree.keys or key in GROUPS):
         return f"~{key} is written without a value" if value else None
     if key in GROUPS:
-        return _wrong_choice(key, name, value)
+        return _wrong_choice(key, name, value, tree)
     if override.is_add():
         return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
     if override.is_force_add() or key in tree.keys:
@@ -155,7 +157,7 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
     return _missing_key("~" * override.is_delete(), key, value, tree)
 
 
-def _wrong_choice(group: str, name: str, value: str) -> str | None:
+def _wrong_choice(group: str, name: str, value: str, tree: SettingsTree) -> str | None:
     there = options(group)
     if re.search(r"[({]", value):
         return None
@@ -166,9 +168,13 @@ def _wrong_choice(group: str, name: str, value: str) -> str | None:
             close = " or ".join(f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6))
             guess = f"did you mean {close}? There" if close else "there"
             return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
-    if name[0] == "+" and f"hydra.runtime.choices.{group}" in SettingsTree().keys:
+    if name[0] == "+" and not tree.is_added(group):
         return f"{group} is chosen already: write {group}={value}"
-    return None
+    return (
+        f"{group} is chosen beside the others: write +{group}={value}"
+        if name == group and tree.is_added(group)
+        else None
+    )
 
 
 def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:

@@ -1,8 +1,7 @@
 """All checks of a config that need no more than its text: what a task lacks, and choices that do not go together."""
 
 import ast
-from collections.abc import Mapping
-from itertools import compress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,24 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
     if data:
         _refuse_other_data(module, data)
+    if config["task"] == "fit" and "geneval" not in callbacks and (waiting := _monitors_geneval(callbacks)):
+        raise ValueError(f"without callbacks.geneval nothing measures val/geneval: add {_left_out(waiting)}")
     if not _is_sharded(strategy):
         return
     if not (_says(module, "trains_sharded", True) and _says(data, "trains_sharded", True)):
         said = "pairs from files (module=dpo data=preference_files), as task=rollout makes them of data=preferences"
         raise ValueError(f"devices=fsdp trains on images (module=decoder) or on {said}; rollouts are for devices=ddp")
-    decoding = (name == "geneval" or (node or {}).get("monitor") == "val/geneval" for name, node in callbacks.items())
-    if removed := " ".join(f"~callbacks.{name}" for name in compress(callbacks, decoding)):
-        raise ValueError(f"devices=fsdp cannot decode while it trains: add {removed}, and evaluate by devices=ddp")
+    if decoding := [name for name in callbacks if name == "geneval" or name in _monitors_geneval(callbacks)]:
+        advice = f"add {_left_out(decoding)}, and evaluate by devices=ddp"
+        raise ValueError(f"devices=fsdp cannot decode while it trains: {advice}")
+
+
+def _monitors_geneval(callbacks: Mapping[str, Any]) -> list[str]:
+    return [name for name, node in callbacks.items() if (node or {}).get("monitor") == "val/geneval"]
+
+
+def _left_out(callbacks: Sequence[str]) -> str:
+    return " ".join(f"~callbacks.{name}" for name in callbacks)
 
 
 def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> None:

@@ -33,6 +33,10 @@ class SettingsTree:
         """All dotted keys, also of nodes; those of the defaults where the choices do not go together."""
         return self._composed(self.choices) or self._composed({})
 
+    def is_added(self, group: str) -> bool:
+        """Say if a file of a group is chosen by `+`: the defaults choose none."""
+        return group in GROUPS and f"hydra.runtime.choices.{group}" not in SettingsTree().keys
+
     def similar(self, name: str) -> list[str]:
         """Find keys or groups of that name elsewhere, or one that is spelt almost so; none that only Hydra reads."""
         keys = [key for key in dict.fromkeys([*GROUPS, *self.keys]) if not key.startswith("hydra.")]

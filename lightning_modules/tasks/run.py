@@ -173,7 +173,8 @@ def evaluate(config: DictConfig) -> None:
     trainer = parts.trainer  # what it refuses comes before what is said
     named = ("decoder.checkpoint", "parm.checkpoint")
     starts = [f"{key}={value}" for key in named if (value := OmegaConf.select(config, key)) is not None]
-    say_what_is_tested(config.ckpt_path, f"the weights of the config ({', '.join(starts)}): there is no ckpt_path")
+    listed = f" ({', '.join(starts)})" if starts else ""
+    say_what_is_tested(config.ckpt_path, f"the weights of the config{listed}: there is no ckpt_path")
     trainer.test(parts.module, parts.data, ckpt_path=config.ckpt_path, verbose=False)
 
 

@@ -74,17 +74,18 @@ def test_a_run_that_is_asked_to_stop_in_its_last_validation_does_so_when_it_is_s
 
 
 class Scored(Diary):
-    """Validates to a given score in each epoch."""
+    """Validates to a given score in each epoch; None is not measured."""
 
-    def __init__(self, scores: Sequence[float]) -> None:
+    def __init__(self, scores: Sequence[float | None]) -> None:
         super().__init__()
         self.scores = scores
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/score", self.scores[self.current_epoch])
+        if (score := self.scores[self.current_epoch]) is not None:
+            self.log("val/score", score)
 
 
-def score(folder: Path, scores: Sequence[float], ckpt_path: Path | None = None) -> tuple[float, int]:
+def score(folder: Path, scores: Sequence[float | None], ckpt_path: Path | None = None) -> tuple[float, int]:
     """Train an epoch a score, in `folder`; returns the score of its best weights and the step they are of."""
     best = MovableCheckpoint(
         dirpath=folder, filename="best", monitor="val/score", mode="max", enable_version_counter=False
@@ -107,6 +108,13 @@ def test_the_best_weights_stay_the_best_wherever_a_run_resumes(tmp_path: Path) -
     shutil.copy(old / "last.ckpt", tmp_path / "alone.ckpt")  # the best ones are where they were
     assert score(tmp_path / "newer", [0, 0, 0], tmp_path / "alone.ckpt") == (pytest.approx(0.8), 4)
     assert read_checkpoint(str(old / "best.ckpt"))["global_step"] == 4
+
+
+def test_the_best_weights_are_of_an_epoch_that_was_measured(tmp_path: Path) -> None:
+    """A run resumes before an epoch in which nothing is measured."""
+    assert score(tmp_path, [None, 0.5]) == (pytest.approx(0.5), 4)
+    resumed = score(tmp_path, [0, 0, None, 0.9, None], tmp_path / "last.ckpt")
+    assert resumed == (pytest.approx(0.9), 8)
 
 
 def test_best_weights_that_are_gone_or_of_later_steps_do_not_count(
