@@ -87,9 +87,8 @@ class Scored(Diary):
 
 def score(folder: Path, scores: Sequence[float | None], ckpt_path: Path | None = None) -> tuple[float, int]:
     """Train an epoch a score, in `folder`; returns the score of its best weights and the step they are of."""
-    best = MovableCheckpoint(
-        dirpath=folder, filename="best", monitor="val/score", mode="max", enable_version_counter=False
-    )
+    settings: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}  # as in conf/
+    best = MovableCheckpoint(dirpath=folder, filename="best", monitor="val/score", mode="max", **settings)
     train(folder, 2, best, model=Scored(scores), max_epochs=len(scores), ckpt_path=ckpt_path)
     saved = read_checkpoint(str(folder / "best.ckpt"))
     assert best.best_model_path == str(folder / "best.ckpt")
