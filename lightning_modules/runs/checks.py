@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 
@@ -129,6 +129,7 @@ def _useless(name: str, value: Any) -> str | None:
 
 def _unfit(value: Any, hint: Any) -> list[str] | None:
     """Say what an annotation asks for (beside null); None if a value, or a node that makes an object, is that."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     origin, inner = get_origin(hint), get_args(hint)
     kind = origin or hint
     if origin in (Union, types.UnionType):

@@ -11,6 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_PLAIN = {"dataclass", "final", "staticmethod", "classmethod"}  # decorators that leave a signature as it is
+_ABSTRACT = ("ABC", "Protocol", "Generic", "object")
+_visited: list[str] = []  # names and aliases that are being followed
+_unfolded: list[str] = []
+
 
 @dataclass(frozen=True)
 class Found:
@@ -27,22 +32,32 @@ class Found:
     def inner(self, name: str) -> "Found | None":
         """Find a name in a module, or in a class and those from which it inherits."""
         if isinstance(self.node, ast.ClassDef):
-            defined = (Found(owner.module, each) for owner in lineage(self) for each in _body(owner))
-            return next((each for each in defined if _defines(each.node, name)), None)
+            owners = (owner for owner in lineage(self) if any(_defines(each, name) for each in _body(owner)))
+            owner = next(owners, None)
+            defined = [each for each in _body(owner) if _defines(each, name)] if owner else []
+            return Found(owner.module, defined[0]) if owner and len(defined) == 1 else None
         if not isinstance(self.node, ast.Module):
             return None
-        for statement in _body(self):
-            if _defines(statement, name):
-                return Found(self.module, statement)
-            origin = _imported(self.module, statement, name)
-            if origin and origin != f"{self.module}.{name}" and (found := locate(origin)):
-                return found
-        return locate_module(f"{self.module}.{name}")
+        defined = [each for each in _body(self) if _defines(each, name) or _imported(self.module, each, name)]
+        if not defined:
+            return locate_module(f"{self.module}.{name}")
+        if len(defined) > 1:  # which of them counts is known when the module runs
+            return None
+        origin = _imported(self.module, defined[0], name)
+        if origin is None:
+            return Found(self.module, defined[0])
+        return locate_module(origin) if origin == f"{self.module}.{name}" else locate(origin)
 
 
 def locate(target: str) -> Found | None:
-    """Find what a dotted name leads to, through imports from other modules; None if there is no source."""
-    return _within(locate_module(target.partition(".")[0]), target.split(".")[1:])
+    """Find what a dotted name leads to, through imports from other modules; None if its source does not tell."""
+    if target in _visited:  # modules that import from one another
+        return None
+    _visited.append(target)
+    try:
+        return _within(locate_module(target.partition(".")[0]), target.split(".")[1:])
+    finally:
+        _visited.pop()
 
 
 @cache
@@ -52,13 +67,17 @@ def signature(target: str) -> dict[str, Any]:
     A class in an annotation is a stand-in of its name, unless it belongs to Python itself.
     """
     found = locate(target)
-    if found and isinstance(found.node, ast.FunctionDef):
+    if found is None or not _decorators(found) <= _PLAIN:  # others may change what is taken
+        return {}
+    if isinstance(found.node, ast.FunctionDef):
         owner = locate(target.rpartition(".")[0])
-        return _taken(found, bound=owner is not None and isinstance(owner.node, ast.ClassDef))
-    for owner in lineage(found) if found and isinstance(found.node, ast.ClassDef) else ():
-        constructor = next((each for each in _body(owner) if _defines(each, "__init__")), None)
-        if constructor:
-            return _taken(Found(owner.module, constructor), bound=True)
+        within = owner is not None and isinstance(owner.node, ast.ClassDef)
+        return _taken(found, bound=within and "staticmethod" not in _decorators(found))
+    for owner in lineage(found) if isinstance(found.node, ast.ClassDef) else ():
+        constructors = [each for each in _body(owner) if _defines(each, "__init__")]
+        if constructors:
+            is_one = len(constructors) == 1 and isinstance(constructors[0], ast.FunctionDef)
+            return _taken(Found(owner.module, constructors[0]), bound=True) if is_one else {}
         if _is_dataclass(owner):
             owners = [each for each in reversed([*lineage(owner)]) if _is_dataclass(each)]
             return {name: kind for each in owners for name, kind in _fields(each)}
@@ -89,7 +108,10 @@ def lineage(found: Found) -> Iterator[Found]:
 def locate_module(name: str) -> Found | None:
     """Find a module by its dotted name, without importing it or the packages around it."""
     file = _file(name)
-    return Found(name, ast.parse(b"" if file.is_dir() else file.read_bytes())) if file else None
+    try:
+        return Found(name, ast.parse(b"" if file.is_dir() else file.read_bytes())) if file else None
+    except (SyntaxError, ValueError):  # said when it is imported
+        return None
 
 
 @cache
@@ -103,7 +125,7 @@ def _file(module: str) -> Path | None:
     if spec is None:
         return None
     if not spec.submodule_search_locations:
-        return Path(spec.origin) if spec.has_location and spec.origin and not rest else None
+        return Path(spec.origin) if str(spec.origin).endswith(".py") and spec.origin and not rest else None
     places = [Path(place, *rest) for place in spec.submodule_search_locations]
     files = [file for place in places for file in (place / "__init__.py", Path(f"{place}.py"))]
     folders = filter(Path.is_dir, places)  # packages without __init__.py
@@ -122,7 +144,9 @@ def _body(found: Found) -> Iterator[ast.stmt]:
     while waiting:
         statement = waiting.pop(0)
         if isinstance(statement, ast.If | ast.Try):
-            waiting = [*statement.body, *statement.orelse, *waiting]
+            handlers = statement.handlers if isinstance(statement, ast.Try) else []
+            handled = [each for handler in handlers for each in handler.body]
+            waiting = [*statement.body, *handled, *statement.orelse, *waiting]
         else:
             yield statement
 
@@ -160,8 +184,14 @@ def _taken(found: Found, bound: bool) -> dict[str, Any]:
     return taken | ({"**": Any} if arguments.kwarg else {})
 
 
+def _decorators(found: Found) -> set[str]:
+    """Return the names of decorators, without the modules that they are in and what they are given."""
+    decorators: list[ast.expr] = getattr(found.node, "decorator_list", [])
+    return {ast.unparse(each).partition("(")[0].rpartition(".")[2] for each in decorators}
+
+
 def _is_dataclass(found: Found) -> bool:
-    return any("dataclass" in ast.unparse(each) for each in found.node.decorator_list)  # type: ignore[attr-defined]
+    return "dataclass" in _decorators(found)
 
 
 def _fields(found: Found) -> Iterator[tuple[str, Any]]:
@@ -175,9 +205,9 @@ def _fields(found: Found) -> Iterator[tuple[str, Any]]:
 
 def _annotation(module: str, node: ast.expr | None) -> Any:
     """Evaluate an annotation as it stands in a module; Any where that needs more than its source."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        node = ast.parse(node.value, mode="eval").body
     try:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node = ast.parse(node.value, mode="eval").body
         return eval(compile(ast.Expression(node), module, "eval"), {}, _Names(module)) if node else Any
     except Exception:  # of any kind: it is the code of another package
         return Any
@@ -206,9 +236,26 @@ def _value(target: str) -> Any:
     found = locate(target)
     if found and isinstance(found.node, ast.Module):
         return _Module(found.module)
-    if found and isinstance(found.node, ast.Assign | ast.AnnAssign):
-        return _annotation(found.module, found.node.value)
-    return type(target.rpartition(".")[2], (_StandIn,), {})
+    if found and isinstance(found.node, ast.Assign | ast.AnnAssign) and target not in _unfolded:
+        _unfolded.append(target)  # an alias may refer to itself
+        try:
+            return _annotation(found.module, found.node.value)
+        finally:
+            _unfolded.pop()
+    if found and isinstance(found.node, ast.ClassDef) and all(map(_is_plain, lineage(found))):
+        return type(target.rpartition(".")[2], (_StandIn,), {})
+    return Any
+
+
+def _is_plain(found: Found) -> bool:
+    """Say if a class is none of Python's containers or numbers, which plain values may stand for."""
+    inside = locate_module(found.module)
+    for base in found.node.bases:  # type: ignore[attr-defined]
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        known = _within(inside, name.split("."))
+        if name.rpartition(".")[2] not in _ABSTRACT and (known is None or known.module in sys.stdlib_module_names):
+            return False
+    return True
 
 
 class _StandIn:
