@@ -237,7 +237,7 @@ def shrunk(pixels: np.ndarray, largest: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     if (longer := max(height, width)) <= largest:
         return pixels
-    size = width * largest // longer, height * largest // longer
+    size = max(1, width * largest // longer), max(1, height * largest // longer)
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 

@@ -1,5 +1,6 @@
 """Sheets of images with their prompts and verdicts: one strategy's, or all strategies side by side."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -140,12 +141,13 @@ def wrapped(text: str, width: int, size: int, bold: bool = False) -> list[str]:
         line = ""
         for word in paragraph.split():
             longer = f"{line} {word}".strip()
-            if font.getlength(longer) <= width:
+            if len(longer) <= width and font.getlength(longer) <= width:  # a letter takes a pixel at least
                 line = longer
                 continue
             lines += [line] if line else []
-            while font.getlength(word) > width:
-                cut = max(k for k in range(1, len(word) + 1) if k == 1 or font.getlength(word[:k]) <= width)
+            while len(word) > width or font.getlength(word) > width:
+                reach = range(1, min(len(word), width) + 1)
+                cut = max(1, bisect_right(reach, width, key=lambda k, word=word: font.getlength(word[:k])))
                 cut = word.rfind("_", 1, cut) + 1 or cut
                 lines.append(word[:cut])
                 word = word[cut:]
