@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -146,8 +147,9 @@ def wrapped(text: str, width: int, size: int, bold: bool = False) -> list[str]:
                 continue
             lines += [line] if line else []
             while len(word) > width or font.getlength(word) > width:
-                reach = range(1, min(len(word), width) + 1)
-                cut = max(1, bisect_right(reach, width, key=lambda k, word=word: font.getlength(word[:k])))
+                reach = word[:width]
+                lengths = [*accumulate(map(font.getlength, reach))]
+                cut = max(1, bisect_right(lengths, width))
                 cut = word.rfind("_", 1, cut) + 1 or cut
                 lines.append(word[:cut])
                 word = word[cut:]
