@@ -74,19 +74,13 @@ COMPANIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_config_composes(compose_config, choice: str) -> None:
-    config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
-    written: Any = OmegaConf.to_container(config)
-    refuse_wrong_values(OmegaConf.to_container(config, resolve=True), written)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_config_builds(compose_config, choice: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path: Path, monkeypatch: Any) -> None:
     pair_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     config = compose_config(*([choice] if choice else []), *COMPANIONS.get(choice, TINY))
+    written: Any = OmegaConf.to_container(config)
     OmegaConf.resolve(config)
+    refuse_wrong_values(OmegaConf.to_container(config), written)  # type: ignore[arg-type]
     parts = Parts(config)
     assert parts.module is not None and parts.callbacks and instantiate(config.logger) is not None
     assert parts.data is not None or not config.get("data")  # what is only measured needs no data
