@@ -16,12 +16,13 @@ from datamodules.geneval_prompts import OFFICIAL_IMAGES, sample_path, unofficial
 from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.remembered import remembering
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judged
 from lightning_modules.partial_results import KeptBatches, PartialResult, gather_results
 from lightning_modules.ranks import rank, world_size
 from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
-from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, result_row
+from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, StrategyResult, result_row
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES
@@ -160,26 +161,30 @@ class Evaluator:
         """
         own = range(rank(), len(evaluation.prompts), world_size())
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
-        results, runs = {}, self.runs(evaluation)
+        runs = self.runs(evaluation)
+        totals = {name: PartialResult() for name in runs}
+        results: dict[str, StrategyResult] = {}
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
         with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
-            for name, (strategy, judges) in runs.items():
-                bar.set_postfix_str(name)
-                total = PartialResult()
+            # Strategies go side by side, since they share images; FID's sums are of one strategy at a time.
+            for names in [[*runs]] if self.fid is None else [[name] for name in runs]:
                 if self.fid is not None:
                     self.fid.start(evaluation.device, rank(), world_size())
                 for start in range(0, len(jobs), self.batch_size):
-                    if asked_to_stop():
-                        if kept and kept.access == "all" and rank() == 0:
-                            bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
-                        raise SIGTERMException
                     batch = jobs[start : start + self.batch_size]
-                    make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                    total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                    bar.update(len(batch))
-                results[name] = gather_results(name, total)
-                if self.fid is not None:
-                    results[name].independent["fid"] = self.fid.compute()
+                    for name, (strategy, judges) in remembering({name: runs[name] for name in names}).items():
+                        if asked_to_stop():
+                            if kept and kept.access == "all" and rank() == 0:
+                                bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
+                            raise SIGTERMException
+                        bar.set_postfix_str(name)
+                        make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
+                        totals[name].add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
+                        bar.update(len(batch))
+                for name in names:
+                    results[name] = gather_results(name, totals[name])
+                    if self.fid is not None:
+                        results[name].independent["fid"] = self.fid.compute()
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
         asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
         ceilings = self._ceilings(results)
@@ -198,7 +203,7 @@ class Evaluator:
     def _evaluate_batch(self, evaluation: Evaluation, strategy: Strategy, judges: Judges, jobs: Jobs) -> PartialResult:
         start, decoder, prompts = time.perf_counter(), evaluation.decoder, evaluation.prompts
         decoded, images = self.decode(decoder, strategy, judges, prompts, jobs)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + decoded.cost.seconds
         rows = [prompts[i] for i, _ in jobs]
         verdicts = self.judges.geneval.verdicts(rows, images)
         if self.fid is not None:

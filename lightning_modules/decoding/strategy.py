@@ -116,6 +116,11 @@ class Strategy(Part):
         return 0
 
     @property
+    def start(self) -> "tuple[Strategy, int] | None":
+        """Its field `strategy` if it starts from images of that, and how many of them an image; None: from nothing."""
+        return None
+
+    @property
     @abstractmethod
     def images_at_once(self) -> int:
         """Images, or candidates for one, that are decoded side by side for each image that is asked for."""

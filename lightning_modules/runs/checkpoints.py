@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from lightning_modules.broken_files import read_torch
 from lightning_modules.files import remove
 from lightning_modules.runs.messages import flat
+from lightning_modules.runs.precision import native_precision
 from lightning_modules.runs.processes import is_first
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def folder_name(folder: str | None) -> str:
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)
+OmegaConf.register_new_resolver("native_precision", native_precision, replace=True)
 
 
 def newest_checkpoint(folder: Path, thorough: bool = False) -> Path | None:
