@@ -16,7 +16,7 @@ from datamodules.geneval_prompts import OFFICIAL_IMAGES, sample_path, unofficial
 from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.remembered import remembering
+from lightning_modules.decoding.remembered import Runs, remembering
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judged
 from lightning_modules.partial_results import KeptBatches, PartialResult, gather_results
 from lightning_modules.ranks import rank, world_size
@@ -109,7 +109,7 @@ class Evaluator:
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
         self.judges.prepare(evaluation.device)
 
-    def runs(self, evaluation: Evaluation) -> dict[str, tuple[Strategy, Judges]]:
+    def runs(self, evaluation: Evaluation) -> Runs:
         """Return strategies with their judges; those with untrained verifiers come before the first that asks one."""
         judges = {**self.judges, **{name: judge.to(evaluation.device) for name, judge in evaluation.untrained.items()}}
         chosen = {name: self.strategies[name] for name in evaluation.strategies}
@@ -161,34 +161,47 @@ class Evaluator:
         """
         own = range(rank(), len(evaluation.prompts), world_size())
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
-        runs = self.runs(evaluation)
-        totals = {name: PartialResult() for name in runs}
-        results: dict[str, StrategyResult] = {}
+        runs, results = self.runs(evaluation), dict[str, StrategyResult]()
+        # FID's sums are of one strategy at a time; others go side by side, so that they share images.
+        groups = [runs] if self.fid is None else [{name: run} for name, run in runs.items()]
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
         with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
-            # Strategies go side by side, since they share images; FID's sums are of one strategy at a time.
-            for names in [[*runs]] if self.fid is None else [[name] for name in runs]:
-                if self.fid is not None:
-                    self.fid.start(evaluation.device, rank(), world_size())
-                for start in range(0, len(jobs), self.batch_size):
-                    batch = jobs[start : start + self.batch_size]
-                    for name, (strategy, judges) in remembering({name: runs[name] for name in names}).items():
-                        if asked_to_stop():
-                            if kept and kept.access == "all" and rank() == 0:
-                                bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
-                            raise SIGTERMException
-                        bar.set_postfix_str(name)
-                        make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                        totals[name].add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                        bar.update(len(batch))
-                for name in names:
-                    results[name] = gather_results(name, totals[name])
-                    if self.fid is not None:
-                        results[name].independent["fid"] = self.fid.compute()
+            for group in groups:
+                results |= self._measure(evaluation, group, jobs, kept, asked_to_stop, bar)
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
         asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
         ceilings = self._ceilings(results)
         return EvaluationResult({**made, **asked}, self._warnings(evaluation, ceilings), results, ceilings)
+
+    def _measure(
+        self,
+        evaluation: Evaluation,
+        runs: Runs,
+        jobs: Jobs,
+        kept: KeptBatches | None,
+        asked_to_stop: Callable[[], bool],
+        bar: "tqdm[None]",
+    ) -> dict[str, StrategyResult]:
+        """Decode and judge images by strategies side by side, batch by batch, then gather the results."""
+        totals = {name: PartialResult() for name in runs}
+        if self.fid is not None:
+            self.fid.start(evaluation.device, rank(), world_size())
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            for name, (strategy, judges) in remembering(runs).items():
+                if asked_to_stop():
+                    if kept and kept.access == "all" and rank() == 0:
+                        bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
+                    raise SIGTERMException
+                bar.set_postfix_str(name)
+                make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
+                totals[name].add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
+                bar.update(len(batch))
+        results = {name: gather_results(name, total) for name, total in totals.items()}
+        if self.fid is not None:
+            for result in results.values():
+                result.independent["fid"] = self.fid.compute()
+        return results
 
     @_as_weights_are()
     def decode(
