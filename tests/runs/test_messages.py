@@ -93,6 +93,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
         ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
         ("sampling.xyz=1", "there is no key sampling.xyz; sampling has temperature, top_k, top_p, guidance"),
+        ("trainer.max_time=00:01:00:00", "trainer.max_time is set nowhere yet: write +trainer.max_time=00:01:00:00"),
         ("hydra.run.dri=x", "hydra.run has dir"),
         ("--trainer.max_steps=5", "did you mean trainer.max_steps=5?"),
         ("--seed 3 max_steps=5", "did you mean seed=3?"),
