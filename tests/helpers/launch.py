@@ -3,9 +3,11 @@
 As a script it is the process that forks.
 """
 
+import atexit
 import gc
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
-from tests.helpers.overrides import ROOT, here
+from tests.helpers.overrides import ROOT, SMALL_PARM, here
 
 TRAIN = ROOT / "train.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -93,12 +95,26 @@ def scontrol(folder: Path) -> dict[str, str]:
 def _serve() -> None:
     import lightning_modules.tasks.run  # noqa: F401
 
-    gc.freeze()  # or each process would go through all that is imported, to end
+    _warm()
+    gc.freeze()  # or each process would go through all that is imported
     for line in sys.stdin:
         starts, folder, said, timeout = json.loads(line)
         children = [_fork(Start(*start), folder, said, number, timeout) for number, start in enumerate(starts)]
         print(children[0], flush=True)
         print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+
+
+def _warm() -> None:
+    """Read what runs read: settings, and the signatures of what is built of them."""
+    from hydra import compose, initialize_config_dir
+
+    from lightning_modules.runs.signatures import signature
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("train", [*SMALL_PARM, "~fid"])
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        for target in re.findall(r"_target_: ([\w.]+)", path.read_text()):
+            signature(target)
 
 
 def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> int:
@@ -126,8 +142,26 @@ def _train(line: Sequence[str], said: str, timeout: int) -> NoReturn:
     rank_zero_only.rank = int(next(filter(None, ranks), 0))  # type: ignore[attr-defined]  # set at its import
     signal.alarm(timeout)
     sys.argv = list(line)
-    runpy.run_path(line[0], run_name="__main__")
-    sys.exit()
+    code = _run(line[0])
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # or it would take apart all that is imported, which takes longer than small runs
+
+
+def _run(script: str) -> int:
+    """Run a script; returns the code with which Python would end, and says on stderr what it would."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, int | None):
+            return ended.code or 0
+        print(ended.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
 
 
 class _Spare:
