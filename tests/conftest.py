@@ -1,5 +1,6 @@
 """What all tests share: a tiny decoder and PARM, the project's config, the order of tests."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -9,9 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("WANDB_DATA_DIR", None)  # each run chooses its own
 
+gc.disable()  # until all is imported, which stays
+
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
@@ -19,8 +21,8 @@ import lightning_modules.runs.checkpoints  # noqa: F401  (registers resolvers of
 from datamodules.shapes.prompts import shapes_prompts
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.rewards.parm import PARM
+from tests.helpers.configs import composed
 from tests.helpers.models import make_decoder, make_parm
-from tests.helpers.overrides import ROOT
 
 torch.set_num_threads(1)
 
@@ -33,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return slow.kwargs.get("seconds", 5) if slow else 0
 
     items.sort(key=seconds, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to the end, or each collection of garbage would go through all of it."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +72,7 @@ def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
     """Compose the project's config with overrides; what runs leave goes to a temporary folder."""
 
     def compose_(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("train", [f"scores_dir={tmp_path}/scores", *overrides], return_hydra_config=True)
+        config = composed(f"scores_dir={tmp_path}/scores", *overrides)
         config.hydra.runtime.output_dir = str(tmp_path)
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
         with open_dict(config):

@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.helpers.launch import ENV, TRAIN, Start, command, free_port, launch, launch_together, scontrol
 from tests.helpers.models import make_decoder, make_masked
-from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, pair_files
+from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, TINY_SHOWO, pair_files
 
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
@@ -202,7 +202,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) 
 
 @pytest.mark.slow(seconds=37)
 def test_sharded_show_o_is_aligned_as_by_one_process_and_resumes(tmp_path: Path) -> None:
-    small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path, 256), *DECODE_NOTHING,
+    small = ["experiment=showo_dpo", *TINY_SHOWO, *pair_files(tmp_path, 256), *DECODE_NOTHING,
              "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
              "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
              "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip

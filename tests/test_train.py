@@ -30,7 +30,7 @@ from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
 from lightning_modules.tasks.run import Parts, run
 from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
-from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, here, pair_files
+from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, TINY_SHOWO, here, pair_files
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
 
@@ -63,10 +63,10 @@ COMPANIONS = {
     "experiment=full_decoder": [],
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
-    "decoder=showo": ["+debug=tiny_showo"],
-    "experiment=showo_evaluate": ["+debug=tiny_showo"],
-    "experiment=showo_parm": ["+debug=tiny_showo"],
-    "experiment=showo_dpo": ["+debug=tiny_showo", *PAIR_FILES],
+    "decoder=showo": TINY_SHOWO,
+    "experiment=showo_evaluate": TINY_SHOWO,
+    "experiment=showo_parm": TINY_SHOWO,
+    "experiment=showo_dpo": [*TINY_SHOWO, *PAIR_FILES],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
@@ -409,8 +409,8 @@ def test_parm_of_a_mask_token_decoder_trains_on_how_grids_were_filled(tmp_path: 
 @pytest.mark.slow(seconds=28)
 def test_dpo_aligns_the_decoder_and_its_checkpoints_are_what_training_saw(tmp_path: Path, compose_config) -> None:
     small = [*SMALL_DPO, "data.batch_size=4", "trainer.max_steps=3", "trainer.val_check_interval=1",
-             "module.optimizer.lr=2e-4", "module.warmup_steps=1",
-             "callbacks.checkpoint_last.save_top_k=-1"]  # fmt: skip
+             "module.optimizer.lr=2e-4", "module.warmup_steps=1", "callbacks.checkpoint_last.save_top_k=-1",
+             "callbacks.geneval.test_strategies=[sample,best_of_8_parm]"]  # fmt: skip
     done = command(tmp_path, "experiment=dpo", *small)
     assert "train: " in done.stdout + done.stderr and " pairs; dropped: " in done.stdout + done.stderr
     with (tmp_path / "run" / "metrics" / "metrics.csv").open() as file:
@@ -522,7 +522,8 @@ def test_what_is_trained_is_not_held_out(compose_config) -> None:
 def test_dpo_aligns_to_preferences_from_a_file(tmp_path: Path) -> None:
     given = ["data=preference_files", *pair_files(tmp_path)]
     path = tmp_path / "pairs.jsonl"
-    small = [*(item for item in SMALL_DPO if not item.startswith("data.")), "data.batch_size=2", "trainer.max_steps=2"]
+    small = [*(item for item in SMALL_DPO if not item.startswith("data.")), "data.batch_size=2", "trainer.max_steps=2",
+             "callbacks.geneval.test_strategies=[sample]"]  # fmt: skip
     command(tmp_path, "experiment=dpo", *given, *small, "trainer.val_check_interval=1", "module.max_fall=1e9")
     made = sorted(path.name.split("-")[0] for path in (tmp_path / "rollouts").glob("*-pairs-*"))
     assert made == ["train", "validation"]
@@ -578,9 +579,7 @@ def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: P
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [f"data.train.path={path}", f"data.validation.path={path}", "~callbacks.geneval"]
-    command(
-        tmp_path, "experiment=showo_dpo", "+debug=tiny_showo", *given, "task=evaluate", f"trainer.precision={precision}"
-    )
+    command(tmp_path, "experiment=showo_dpo", *TINY_SHOWO, *given, "task=evaluate", f"trainer.precision={precision}")
     header, values = (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()
     measured = dict(zip(header.split(","), values.split(","), strict=True))
     assert float(measured["test/kl"]) == float(measured["test/rewards/margins"]) == 0
@@ -588,7 +587,7 @@ def test_the_reference_is_the_policy_before_training_to_the_last_bit(tmp_path: P
 
 @pytest.mark.slow
 def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> None:
-    tiny = ["experiment=showo_evaluate", "+debug=tiny_showo"]
+    tiny = ["experiment=showo_evaluate", *TINY_SHOWO]
     two = ["strategies.best_of_n.n=2", "strategies.stepwise.k=2", "strategies.potential.n=2"]
     done = command(tmp_path, *tiny, *two, "trainer.precision=bf16-true")
     lines = done.stdout.splitlines()
@@ -612,7 +611,7 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = [f"data.train.path={path}", f"data.validation.path={path}", "data.batch_size=2"]
-    done = command(tmp_path, "experiment=showo_dpo", "+debug=tiny_showo", *files, "trainer.log_every_n_steps=1")
+    done = command(tmp_path, "experiment=showo_dpo", *TINY_SHOWO, *files, "trainer.log_every_n_steps=1")
     estimate = next(line for line in done.stdout.splitlines() if line.startswith("Memory of each GPU: about "))
     for part in ("parameters", "gradients", "optimizer", "training", "decoding"):
         assert part in estimate
@@ -623,16 +622,16 @@ def test_show_o_is_aligned_to_images_from_files(tmp_path: Path) -> None:
 @pytest.mark.slow(seconds=29)
 def test_parm_learns_from_show_o(tmp_path: Path) -> None:
     few = ["callbacks.geneval.test_strategies=[sample,verified]", "callbacks.geneval.monitor=sample",
-           "callbacks.geneval.validation_strategies=[sample]", "data.train.plain.samples=2",
-           "data.validation.samples=2", "data.test.samples=2", "strategies.verified.k=2"]  # fmt: skip
-    command(tmp_path, "experiment=showo_parm", "+debug=tiny_showo", *few)
+           "callbacks.geneval.validation_strategies=[sample]", "data.train.plain.samples=1",
+           "data.validation.samples=1", "data.test.samples=1", "strategies.verified.k=2"]  # fmt: skip
+    command(tmp_path, "experiment=showo_parm", *TINY_SHOWO, *few)
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert list(report["strategies"]) == ["sample", "verified"] and report["prompts"] == 6
 
 
 @pytest.mark.slow
 def test_show_o_is_aligned_to_its_own_rollouts(tmp_path: Path) -> None:
-    command(tmp_path, "experiment=showo_dpo", "data=preferences", "+debug=tiny_showo", "data.train.plain.samples=3")
+    command(tmp_path, "experiment=showo_dpo", "data=preferences", *TINY_SHOWO, "data.train.plain.samples=3")
     (pairs,) = (tmp_path / "rollouts").glob("train-pairs-*")
     rows = datasets.load_from_disk(str(pairs))
     assert len(rows["chosen"][0]) == 256 and all(margin > 0 for margin in rows["margin"])

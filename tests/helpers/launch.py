@@ -18,14 +18,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
+from tests.helpers.configs import CONF, composed
 from tests.helpers.overrides import ROOT, SMALL_PARM, here
 
 TRAIN = ROOT / "train.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Memory that is given back is asked for again at once.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+ROOMS = ("callbacks.", "datamodules.", "lightning_modules.")
+# What these import when they are first used.
+LATE = {"wandb.sdk.launch", "transformers.models.mask2former.modeling_mask2former", "torch.distributed.fsdp"}
 
 
 class Start(NamedTuple):
@@ -38,7 +45,7 @@ class Start(NamedTuple):
 @cache
 def _forking() -> "subprocess.Popen[str]":
     line = [sys.executable, __file__]
-    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV | KEEP_MEMORY)
 
 
 def launch(
@@ -93,10 +100,10 @@ def scontrol(folder: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
-    import lightning_modules.tasks.run  # noqa: F401
-
+    gc.disable()  # what is imported stays
     _warm()
     gc.freeze()  # or each process would go through all that is imported
+    gc.enable()
     for line in sys.stdin:
         starts, folder, said, timeout = json.loads(line)
         children = [_fork(Start(*start), folder, said, number, timeout) for number, start in enumerate(starts)]
@@ -105,16 +112,21 @@ def _serve() -> None:
 
 
 def _warm() -> None:
-    """Read what runs read: settings, and the signatures of what is built of them."""
-    from hydra import compose, initialize_config_dir
+    """Import what runs import, late ones too, and read what all of them read."""
+    from hydra._internal.hydra import Hydra
+    from PIL import Image
 
+    import lightning_modules.tasks.run  # noqa: F401
     from lightning_modules.runs.signatures import signature
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose("train", [*SMALL_PARM, "~fid"])
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        for target in re.findall(r"_target_: ([\w.]+)", path.read_text()):
-            signature(target)
+    targets = {name for path in CONF.rglob("*.yaml") for name in re.findall(r"_target_: ([\w.]+)", path.read_text())}
+    for target in targets:
+        signature(target)
+    for module in {target.rpartition(".")[0] for target in targets if target.startswith(ROOMS)} | LATE:
+        import_module(module)
+    Image.init()
+    composed(*SMALL_PARM)
+    Hydra.get_mode = lambda *args, **names: None  # it composes everything for hydra.mode alone, which is set nowhere
 
 
 def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> int:
