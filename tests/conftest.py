@@ -10,8 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("WANDB_DATA_DIR", None)  # each run chooses its own
 
-gc.disable()  # until all is imported, which stays
-
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -37,9 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=seconds, reverse=True)
 
 
+def pytest_collection() -> None:
+    gc.disable()  # what is imported stays
+
+
 def pytest_collection_finish() -> None:
-    """Leave what was imported to the end, or each collection of garbage would go through all of it."""
-    gc.freeze()
+    gc.freeze()  # or each collection of garbage would go through all that is imported
     gc.enable()
 
 
