@@ -36,10 +36,11 @@ LATE = {"wandb.sdk.launch", "transformers.models.mask2former.modeling_mask2forme
 
 
 class Start(NamedTuple):
-    """A run: `python train.py OVERRIDES`, with more in its environment."""
+    """A run: `python train.py OVERRIDES`, with more in its environment, or another script with its arguments."""
 
     overrides: Sequence[str]
     env: Mapping[str, str] = {}
+    script: str = str(TRAIN)
 
 
 @cache
@@ -138,7 +139,7 @@ def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> in
         os.dup2(os.open(f"{said}/{name}-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(folder)
     os.environ.update(start.env)
-    _train([str(TRAIN), *start.overrides], said, timeout)
+    _train([start.script, *start.overrides], said, timeout)
 
 
 def _train(line: Sequence[str], said: str, timeout: int) -> NoReturn:
