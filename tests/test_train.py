@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,6 +30,7 @@ from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
 from lightning_modules.tasks.run import Parts, run
+from tests.helpers.configs import composed
 from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
 from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, TINY_SHOWO, here, pair_files
 from tests.helpers.places import read_only
@@ -88,6 +90,23 @@ def test_every_config_composes_and_builds(compose_config, choice: str, tmp_path:
         assert instantiate(config.trainer.strategy) is not None
     else:
         assert instantiate(config.trainer) is not None
+
+
+def test_configs_of_tests_are_those_of_runs() -> None:
+    few = [
+        "+strategy@strategies.mine=beam",
+        "strategies.mine.n=3",
+        "~callbacks.geneval",
+        "hydra.run.dir=x",
+        "+a={b: c}",
+    ]
+    for overrides in ([*SMALL_PARM, *few], ["experiment=dpo", "~fid", *SMALL_DPO]):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            whole: Any = OmegaConf.to_container(compose("train", overrides, return_hydra_config=True))
+        ours: Any = OmegaConf.to_container(composed(*overrides))
+        for config in (ours, whole):
+            del config["hydra"]["job"]["override_dirname"]  # which nothing reads
+        assert ours == whole and [*ours] == [*whole]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
