@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
+import lightning_modules.runs.checkpoints  # noqa: F401  (registers resolvers of the config)
 from tests.helpers.overrides import ROOT
 
 CONF = ROOT / "conf"
