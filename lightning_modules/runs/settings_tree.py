@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class SettingsTree:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """All dotted keys, also of nodes, and their values; the defaults where the choices do not go together."""
-        return self._composed(self.choices) or self._composed({})
+        return _composed(*_overrides(self.choices)) or _composed()
 
     def is_added(self, group: str) -> bool:
         """Say if a file of a group is chosen by `+`: the defaults choose none."""
@@ -59,7 +59,8 @@ class SettingsTree:
         group = key.partition(".")[0]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group = "task"
-        return [f"{group}={other}" for other in options(group) if key in self._composed({**self.choices, group: other})]
+        others = {other: _overrides({**self.choices, group: other}) for other in options(group)}
+        return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
 
     def takes(self, key: str) -> bool:
         """Say if what is built of the node around the key takes a setting of that name."""
@@ -74,10 +75,17 @@ class SettingsTree:
         names = [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
         return (parent, names) if names or not parent else self.around(parent)
 
-    def _composed(self, choices: Mapping[str, str]) -> dict[str, Any]:
-        try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                config = compose("train", [f"{group}={option}" for group, option in choices.items()], True)
-        except HydraException:
-            return {}
-        return dict(flat(OmegaConf.to_container(config)))
+
+@cache
+def _composed(*choices: str) -> dict[str, Any]:
+    """Return all keys of the config with these choices, and their values; none where they do not go together."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", list(choices), True)
+    except HydraException:
+        return {}
+    return dict(flat(OmegaConf.to_container(config)))
+
+
+def _overrides(choices: Mapping[str, str]) -> list[str]:
+    return [f"{group}={option}" for group, option in choices.items()]

@@ -18,7 +18,8 @@ from tests.helpers.overrides import SMALL_DPO, SMALL_PARM, TINY
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
 RUNS = {
     # Epochs of 3, then of 5 batches: verified rollouts join, made with the PARM of that moment.
-    "parm": [*SMALL_PARM, "logger=default", "trainer.max_steps=8", "callbacks.geneval.every_n_epochs=2", *EVERY_STEP],
+    "parm": [*SMALL_PARM, "logger=default", "trainer.max_steps=8", "callbacks.geneval.every_n_epochs=2",
+             "callbacks.geneval.test_strategies=[sample,verified_best_of_4]", *EVERY_STEP],
     # Epochs of different lengths: each has a new round of pairs.
     "dpo_iterative": [
         "experiment=dpo_iterative", *(item for item in SMALL_DPO if not item.startswith("strategies.")),
