@@ -127,7 +127,13 @@ class KVCache:
         room[:, :, : filled.shape[2]] = filled
         # No attention goes to what is not filled, but 0 times what memory held may not be 0.
         room[:, :, filled.shape[2] :] = 0
-        return room
+        return self._marked(room)
+
+    def _marked(self, memory: Tensor) -> Tensor:
+        """Memory of a layer; CUDA graphs read it where it is, where they would copy it before every pass."""
+        if self.static:
+            torch._dynamo.mark_static_address(memory, guard=False)
+        return memory
 
     def prefill(self, key: Tensor, value: Tensor) -> None:
         """Add a layer that begins with these keys and values, [B, heads, S, head_dim], or [U, ...] if shared."""
@@ -155,7 +161,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
-        keys, values = ([layer[rows] for layer in store] for store in (self.keys, self.values))
+        keys, values = ([self._marked(layer[rows]) for layer in store] for store in (self.keys, self.values))
         candidates = [(key[rows], value[rows]) for key, value in self.candidates]
         shared = self.shared and self.shared.select(rows.cpu())
         return KVCache(self.capacity, shared, self.static, self.lengths[rows.cpu()], keys, values, candidates)

@@ -16,6 +16,8 @@ from lightning_modules.backbone.next_token_state import NextTokenState, decision
 from lightning_modules.backbone.sampling import Noise, Sampling, draw, guide, uniform_noise
 from lightning_modules.backbone.trajectory import Trajectory
 
+_STATIC_PREFIX = 16  # prefixes that compiled passes read have a multiple of these positions: few shapes
+
 
 class NextTokenDecoder(NextTokenNetwork):
     """Prompts in, image tokens out, one token a step; see `NextTokenNetwork` for what a subclass gives."""
@@ -39,6 +41,8 @@ class NextTokenDecoder(NextTokenNetwork):
         branches = 2 if sampling.guidance or self.feature_layers else 1
         conditional = [True] * len(prompts) + [False] * len(prompts) * (branches - 1)
         prefix, rows = self.distinct_prefixes(prompts * branches, conditional)
+        if self.compiled and self.shares_prefixes:
+            prefix = prefix.padded(_STATIC_PREFIX)
         tokens, fixed = request.initial(self.num_tokens, prefix.embeddings.device)
         order, table = decision_order(fixed.cpu()), self.code_table()
         known, first = tokens[:, : int(order[:, 0].max())], order[:, 0]
@@ -140,7 +144,8 @@ class NextTokenDecoder(NextTokenNetwork):
         """k candidates for the next token; a fixed token is its own only candidate, k times. See `Decoder`."""
         logits = state.logits
         if state.features is not None:
-            logits = guide(*state.logits.chunk(2), state.sampling.guidance)
+            conditional, unconditional = state.logits.chunk(2)
+            logits = guide(conditional, unconditional, state.sampling.guidance)
         tokens, log_probs = draw(logits, state.sampling, state.noise.candidates[:, :k, state.step], distinct)
         position = state.position.to(tokens.device)[:, None]
         fixed = state.fixed.gather(1, position)
@@ -172,13 +177,14 @@ class NextTokenDecoder(NextTokenNetwork):
             attention = StepAttention.of(state.cache, rotary, choice.device)
             run = NextTokenDecoder.compiled_pass if self.compiled else NextTokenDecoder.token_pass
             found = run(self, state.table, tokens, places, attention, state.branches, state.sampling.guidance)
-            state.hidden, state.logits = (part[:, 0] for part in found)
+            # CUDA graphs write what the next pass finds to the same memory.
+            state.hidden, state.logits = (part[:, 0].clone() if self.compiled else part[:, 0] for part in found)
             state.cache.candidates = attention.candidates
             state.cache.commit(torch.zeros(len(state.hidden), dtype=torch.int64, device=choice.device))
             return
         x = self.embed(state.table, tokens, places).repeat(state.branches, 1, 1)
-        attention = ExtendAttention(state.cache, counts.repeat(state.branches), x.shape[1], rotary, x.device)
-        self._advance(state, self.pass_over(x, attention), last)
+        extending = ExtendAttention(state.cache, counts.repeat(state.branches), x.shape[1], rotary, x.device)
+        self._advance(state, self.pass_over(x, extending), last)
 
     def token_pass(
         self, table: Tensor, tokens: Tensor, places: Tensor, attention: StepAttention, branches: int, guidance: float
@@ -223,4 +229,4 @@ class NextTokenDecoder(NextTokenNetwork):
         return after.diff(dim=1, prepend=after[:, :1])
 
 
-NextTokenDecoder.compiled_pass = torch.compile(NextTokenDecoder.token_pass, mode="reduce-overhead")
+NextTokenDecoder.compiled_pass = torch.compile(NextTokenDecoder.token_pass, mode="reduce-overhead", fullgraph=True)

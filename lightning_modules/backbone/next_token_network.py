@@ -30,6 +30,12 @@ class Prefix:
     padding: Tensor  # positions of padding of each row, [U], on the CPU
     words: Sequence[range]  # positions (from 0) of the prompt's words in each row; empty ranges for unconditional ones
 
+    def padded(self, multiple: int) -> "Prefix":
+        """The same with more padding, up to a multiple of some positions."""
+        more = -self.embeddings.shape[1] % multiple
+        words = [range(each.start + more, each.stop + more) for each in self.words]
+        return Prefix(F.pad(self.embeddings, (0, 0, more, 0)), self.padding + more, words)
+
 
 class NextTokenNetwork(TokenDecoder):
     """Reads prompts and the first tokens of images, and predicts the next one.
