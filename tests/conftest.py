@@ -15,7 +15,7 @@ import pytest
 from omegaconf import DictConfig, open_dict
 
 if TYPE_CHECKING:  # to import these takes seconds, and the process that hands out tests needs none of them
-    from lightning_modules.backbone.next_token import NextTokenDecoder
+    from lightning_modules.backbone.compact import CompactDecoder
     from lightning_modules.rewards.parm import PARM
 
 
@@ -42,14 +42,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def decoder() -> "NextTokenDecoder":
+def decoder() -> "CompactDecoder":
     from tests.helpers.models import make_decoder
 
     return make_decoder()
 
 
 @pytest.fixture(scope="session")
-def parm(decoder: "NextTokenDecoder") -> "PARM":
+def parm(decoder: "CompactDecoder") -> "PARM":
     from tests.helpers.models import make_parm
 
     return make_parm(decoder)

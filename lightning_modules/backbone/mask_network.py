@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import CheckpointReader, copy_from
-from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_state import Vocabulary
+from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.cache_key import key_of
@@ -212,14 +213,10 @@ class MaskNetwork(TokenDecoder):
         """Estimate the keys and values of prompts, and the largest of what else there is, guidance included.
 
         That is a layer's hidden states, the probabilities of all codes and their cumulative sum, in single precision,
-        or four maps of the finest level of the image tokenizer's decoder.
+        or what the image tokenizer takes.
         """
-        config, tokenizer = self.transformer.config, self.image_tokenizer
+        config = self.transformer.config
         prompts = 2 * config.depth * config.dim * (self.vocabulary.max_text + 1) * size
         layer = 2 * (self.num_tokens + 2) * config.dim * (5 + 2 * config.mlp_ratio) * size
         codes = 2 * self.num_tokens * self.vocabulary.codes * 4
-        maps = 0.0
-        for module in tokenizer.modules():
-            if isinstance(module, nn.Conv2d):  # the last one makes the pixels
-                maps = 4 * (3 * tokenizer.image_size**2 / module.out_channels) * module.in_channels * size
-        return images * (prompts + max(layer, codes, maps))
+        return images * (prompts + max(layer, codes, self.image_tokenizer.decoding_bytes(size)))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Decoder, Request
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.reflection import Reflection
@@ -46,7 +46,7 @@ def judges(parm: PARM) -> Judges:
 
 
 def test_shared_images_are_made_once_and_nothing_else_changes(
-    decoder: NextTokenDecoder, rows: list, judges: Judges
+    decoder: CompactDecoder, rows: list, judges: Judges
 ) -> None:
     request = Request(rows, SEEDS[: len(rows)])
     alone = {name: strategy.decode(decoder, judges, request) for name, strategy in STRATEGIES.items()}
@@ -63,7 +63,7 @@ def test_shared_images_are_made_once_and_nothing_else_changes(
     assert len(decoded) == apart - 2
 
 
-def test_other_judges_make_other_images(decoder: NextTokenDecoder, rows: list, judges: Judges) -> None:
+def test_other_judges_make_other_images(decoder: CompactDecoder, rows: list, judges: Judges) -> None:
     untrained = {**judges, "parm": make_parm(decoder)}
     runs = remembering({"before": (BEST, untrained), "after": (BEST, judges)})
     request = Request(rows, SEEDS[: len(rows)])
