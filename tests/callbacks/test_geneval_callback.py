@@ -21,7 +21,7 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
     """The first validation always has a score; from then on scores are logged where they are measured."""
     done: list[int] = []
     logged: list[dict[str, float]] = []
-    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0, loggers=[])
+    trainer: Any = SimpleNamespace(sanity_checking=False, current_epoch=0, global_step=0, loggers=[])
 
     def evaluate(*_: Any, **__: Any) -> EvaluationResult:
         done.append(trainer.current_epoch)
