@@ -56,9 +56,9 @@ def log_images(trainer: Trainer, stage: str, evaluation: EvaluationResult) -> No
                 row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
                 row |= {f"{name} {judge}": score for judge, score in result.traces[index].scores.items()}
             rows.append(row)
-        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        table: Any = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         table.bind_to_run(logger.experiment, key, step)
-        logger.log_metrics({key: table}, step=step)  # type: ignore[dict-item]
+        logger.log_metrics({key: table}, step=step)
 
 
 def log_report(trainer: Trainer, folder: Path) -> None:

@@ -539,6 +539,7 @@ def test_what_the_system_refuses_is_told_with_key_and_path(tmp_path: Path) -> No
     assert sentence(OSError(errno.EMFILE, "Too many open files", "/x"), {}).startswith(
         "/x: too many files are open; raise"
     )
+    assert sentence(BrokenPipeError(errno.EPIPE, "Broken pipe"), {}).startswith("nobody reads the output any more")
     full = sentence(OSError(errno.ENOSPC, "No space left on device"), {"rollouts_dir": str(tmp_path)})
     assert full == f"there is no space left on the disk, where rollouts_dir={tmp_path} is"
     assert sentence(ConnectionError(f"Couldn't reach '{tmp_path}'\nmore"), unresolved) == (
