@@ -21,13 +21,14 @@ from lightning_modules.partial_results import KeptBatches, PartialResult, gather
 from lightning_modules.ranks import rank, world_size
 from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
-from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, result_row
+from lightning_modules.report.results import BEFORE_TRAINING, SIDE_BY_SIDE, EvaluationResult, result_row
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]
+_LONGEST = 255  # bytes of a file name
 Jobs = Sequence[tuple[int, int]]  # the number of a prompt, and that of its sample
 
 
@@ -79,6 +80,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
+        for name in self.strategies:  # a sheet of images is called after each
+            if name == SIDE_BY_SIDE:
+                raise ValueError(f"strategies.{name}: this is what the sheet of all is called; give it another name")
+            if "/" in name or len(f"{name}{BEFORE_TRAINING}.png".encode()) > _LONGEST:
+                raise ValueError(f"strategies: {name!r} cannot be the name of a file: give it a shorter one, without /")
 
     def refuse_unfit_strategies(self, decoder: Decoder, training: bool = False) -> None:
         """Raise ValueError, naming the key, for unknown judges and for strategies that these or the decoder cannot do.
@@ -162,7 +168,9 @@ class Evaluator:
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
         results, runs = {}, self.runs(evaluation)
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
-        with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
+        images = len(runs) * len(evaluation.prompts) * self.images_per_prompt
+        made, per_image = 0, images / max(1, len(runs) * len(jobs))  # of all ranks, for one of this rank's
+        with tqdm(total=images, desc="GenEval", unit="image", **settings) as bar:
             for name, (strategy, judges) in runs.items():
                 bar.set_postfix_str(name)
                 total = PartialResult()
@@ -176,7 +184,8 @@ class Evaluator:
                     batch = jobs[start : start + self.batch_size]
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
                     total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                    bar.update(len(batch))
+                    made += len(batch)
+                    bar.update(round(made * per_image) - bar.n)
                 results[name] = gather_results(name, total)
                 if self.fid is not None:
                     results[name].independent["fid"] = self.fid.compute()
