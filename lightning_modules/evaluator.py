@@ -169,7 +169,7 @@ class Evaluator:
         results, runs = {}, self.runs(evaluation)
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
         images = len(runs) * len(evaluation.prompts) * self.images_per_prompt
-        made, per_image = 0, images / max(1, len(runs) * len(jobs))  # of all ranks, for one of this rank's
+        done, per_image = 0, images / max(1, len(runs) * len(jobs))  # of all ranks, for one of this rank's
         with tqdm(total=images, desc="GenEval", unit="image", **settings) as bar:
             for name, (strategy, judges) in runs.items():
                 bar.set_postfix_str(name)
@@ -184,8 +184,8 @@ class Evaluator:
                     batch = jobs[start : start + self.batch_size]
                     make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
                     total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                    made += len(batch)
-                    bar.update(round(made * per_image) - bar.n)
+                    done += len(batch)
+                    bar.update(round(done * per_image) - bar.n)
                 results[name] = gather_results(name, total)
                 if self.fid is not None:
                     results[name].independent["fid"] = self.fid.compute()

@@ -55,7 +55,9 @@ class _Base:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name) if name.startswith("__") else _Untold
+        if name.startswith("__"):  # Python itself asks
+            raise AttributeError(name)
+        raise _Untold
 
 
 def refuse_by_own_checks(parts: Mapping[str, Any], unresolved: Mapping[str, Any], untold: str = "") -> None:
@@ -135,7 +137,8 @@ def _function(module: str, node: ast.FunctionDef) -> Any:
 @cache
 def _class(module: str, node: ast.ClassDef) -> type:
     """Make a class of its fields, methods and constants, without those that other libraries decorate or compute."""
-    names, found, kept = _names(module), Found(module, node), []
+    names, found = _names(module), Found(module, node)
+    kept: list[ast.stmt] = []
     for statement in body(found):
         try:
             if isinstance(statement, ast.FunctionDef):

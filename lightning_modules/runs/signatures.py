@@ -193,7 +193,9 @@ def _taken(found: Found, bound: bool) -> dict[str, tuple[Any, bool]]:
     only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     named += [(each, default is None) for each, default in only]
     taken = {each.arg: (_annotation(found.module, each.annotation), is_required) for each, is_required in named}
-    return taken | ({"**": (Any, False)} if arguments.kwarg else {})
+    if arguments.kwarg:
+        taken["**"] = (Any, False)
+    return taken
 
 
 def decorators(found: Found) -> set[str]:
