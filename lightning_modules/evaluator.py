@@ -22,13 +22,20 @@ from lightning_modules.partial_results import KeptBatches, PartialResult, gather
 from lightning_modules.ranks import rank, world_size
 from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
-from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, StrategyResult, result_row
+from lightning_modules.report.results import (
+    BEFORE_TRAINING,
+    SIDE_BY_SIDE,
+    EvaluationResult,
+    StrategyResult,
+    result_row,
+)
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]
+_LONGEST = 255  # bytes of a file name
 Jobs = Sequence[tuple[int, int]]  # the number of a prompt, and that of its sample
 
 
@@ -80,6 +87,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
+        for name in self.strategies:  # a sheet of images is called after each
+            if name == SIDE_BY_SIDE:
+                raise ValueError(f"strategies.{name}: this is what the sheet of all is called; give it another name")
+            if "/" in name or len(f"{name}{BEFORE_TRAINING}.png".encode()) > _LONGEST:
+                raise ValueError(f"strategies: {name!r} cannot be the name of a file: give it a shorter one, without /")
 
     def refuse_unfit_strategies(self, decoder: Decoder, training: bool = False) -> None:
         """Raise ValueError, naming the key, for unknown judges and for strategies that these or the decoder cannot do.
@@ -165,7 +177,8 @@ class Evaluator:
         # FID's sums are of one strategy at a time; others go side by side, so that they share images.
         groups = [runs] if self.fid is None else [{name: run} for name, run in runs.items()]
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
-        with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
+        images = len(runs) * len(evaluation.prompts) * self.images_per_prompt
+        with tqdm(total=images, desc="GenEval", unit="image", **settings) as bar:
             for group in groups:
                 results |= self._measure(evaluation, group, jobs, kept, asked_to_stop, bar)
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
@@ -196,7 +209,7 @@ class Evaluator:
                 bar.set_postfix_str(name)
                 make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
                 totals[name].add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                bar.update(len(batch))
+                bar.update(min(len(batch) * world_size(), bar.total - bar.n))  # the other ranks keep step
         results = {name: gather_results(name, total) for name, total in totals.items()}
         if self.fid is not None:
             for result in results.values():

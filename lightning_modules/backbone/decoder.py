@@ -210,6 +210,10 @@ class Decoder(nn.Module, Keyed):
     def num_tokens(self) -> int:
         return self.image_tokenizer.num_tokens
 
+    def steps(self, sampling: Any) -> int:
+        """Return how many steps make an image; by default each decides a token."""
+        return self.num_tokens
+
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read; by default any can."""
 

@@ -138,6 +138,9 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     if (folder / "config.json").is_file():
         check(read_settings(folder / "config.json"))
     names = {key: stored_as(key) for key in expected}
+    other = _exported_kind(folder)
+    if other not in (None, kind) and not {name for group in names.values() for name in group} <= stored.keys:
+        raise ValueError(f"checkpoint {checkpoint!r} holds the weights of a {other}, not of a {kind}")
     for key, value in expected.items():
         if missing := [name for name in names[key] if name not in stored.keys]:
             raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {kind} needs")
@@ -151,6 +154,13 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
         for key, value in expected.items():
             value.copy_(stored.read(names[key]))
     return module
+
+
+def _exported_kind(folder: Path) -> str | None:
+    """Name the class of the network that `export` wrote to a folder, if it did."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    module = config.get("module") if isinstance(config, dict) else None
+    return str(module.get("_target_")).rpartition(".")[2] if isinstance(module, dict) else None
 
 
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:

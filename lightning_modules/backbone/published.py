@@ -118,5 +118,8 @@ def refuse_missing(weights: list[Published]) -> None:
         missing.append(each)
     if missing:
         listed = "\n".join(f"  {each}" for each in missing)
-        message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
+        message = (
+            "weights are missing: there are no folders of these names, and the Hugging Face hub does not give them "
+            f"({reason}); where there is network"
+        )
         raise FileNotFoundError(f"{message}:\n{listed}")

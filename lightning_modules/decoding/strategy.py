@@ -160,6 +160,17 @@ class VerifierStrategy(PathStrategy):
         return self.n
 
 
+class StridedStrategy(VerifierStrategy):
+    """One whose verifier is asked every `stride` steps."""
+
+    stride: int
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        if self.stride > (steps := decoder.steps(self.sampling)):
+            raise ValueError(f"stride={self.stride} is more than the {steps} steps of an image")
+
+
 def require_positive(what: str, **settings: int) -> None:
     """Raise ValueError naming the first setting that is below 1."""
     for name, value in settings.items():

@@ -20,6 +20,7 @@ from lightning_modules.backbone.loading import (
     resolve,
 )
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 from tests.helpers.models import make_decoder
@@ -146,3 +147,10 @@ def test_a_mask_token_decoder_begins_with_what_a_next_token_decoder_knows() -> N
 def test_a_start_of_other_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"decoder.start=.* has no tensor 'rows' of shape \[8, 1, 64\]"):
         started(resolve("bundled:shapes_decoder"), dim=64)
+
+
+def test_weights_of_another_kind_of_network_are_called_so(decoder: NextTokenDecoder) -> None:
+    with pytest.raises(
+        ValueError, match=r"^checkpoint 'bundled:shapes_parm_start' holds the weights of a PARM, not of a"
+    ):
+        pretrained(decoder, "bundled:shapes_parm_start")

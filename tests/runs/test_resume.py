@@ -59,6 +59,7 @@ def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, nam
         checkpoint = newest_checkpoint(only_run(tmp_path / "stopped", name))
         assert checkpoint is not None
         saved = read_checkpoint(str(checkpoint))["global_step"]
+        assert number == signal.SIGKILL or (only_run(tmp_path / "stopped", name) / "curves.png").is_file()
         assert saved == step if number != signal.SIGKILL else 0 < saved < step  # asked to stop, it saves first
     (tmp_path / "rollouts").rename(tmp_path / "moved")  # what cannot be made again is found there by its name
     done = started(tmp_path / "stopped", *overrides, "ckpt_path=auto", f"rollouts_dir={tmp_path}/moved")
