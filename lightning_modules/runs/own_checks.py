@@ -45,7 +45,7 @@ class _Unknown:
 
     __getattr__ = __call__ = __getitem__ = __contains__ = __iter__ = __len__ = __bool__ = __hash__ = _ask
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _ask
-    __class__ = property(lambda self: self._kind or self._ask())  # type: ignore[assignment]  # which isinstance asks
+    __class__ = property(lambda self: self._kind or self._ask())  # which isinstance asks
 
 
 class _Base:

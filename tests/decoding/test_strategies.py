@@ -271,7 +271,7 @@ def test_a_sampling_of_another_kind_of_decoder_is_refused(decoder: CompactDecode
 
 @pytest.mark.parametrize("kind", [lambda *a: Verified(a[0], 2, a[1]), lambda *a: Particles(a[0], 2, a[1]),
                                   lambda *a: Pruning(a[0], 2, 0.5, a[1])])  # fmt: skip
-def test_a_stride_beyond_the_image_is_refused(decoder: NextTokenDecoder, kind) -> None:
+def test_a_stride_beyond_the_image_is_refused(decoder: CompactDecoder, kind) -> None:
     masked, steps = MaskSampling(), decoder.num_tokens
     kind(SAMPLING, steps).check_decoder(decoder)
     kind(masked, masked.steps).check_decoder(make_masked())
