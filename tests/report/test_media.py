@@ -1,7 +1,6 @@
 """Where W&B writes, and what `wandb sync` finds again."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,7 @@ def test_a_copy_of_a_run_has_all_that_wandb_sync_sends(tmp_path: Path, monkeypat
     trainer = Trainer(accelerator="cpu", logger=logger, default_root_dir=tmp_path, enable_progress_bar=False)
     media.log_images(trainer, "val", make_evaluation({"sample": make_result([True, False, True, True])}))
     wandb.finish()
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "copy")  # W&B's own process may still write to its log
     (path,) = tmp_path.glob("copy/wandb/offline-run-*/run-*.wandb")
     assert not artifacts(path)  # whose files have absolute paths
     rows = table(path, "val/images")
