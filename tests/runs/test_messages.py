@@ -178,7 +178,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
             ": Sampling, which sampling is, takes no temp; it takes temperature, top_k, top_p, guidance",
         ),
         ("+strategies.verified_best_of_4.judg=parm", "did you mean judge? It takes strategy, n, judge"),
-        ("+callbacks.more.a=1", " must be a node with _target_, the class that it makes, not {'a': 1}"),
+        ("+callbacks.more={a: 1}", " must be a node with _target_, the class that it makes, not {'a': 1}"),
         ("callbacks.geneval=5", "must be a node with _target_, the class that it makes, not 5"),
     ],
 )
