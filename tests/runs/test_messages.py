@@ -388,7 +388,10 @@ INDEX = "model.safetensors.index.json"
         (_weights("model.safetensors", WEIGHTS[:-5]), f"is cut off: it has {len(WEIGHTS) - 5} of {len(WEIGHTS)} bytes"),
         (_weights("model.safetensors", WEIGHTS[:99]), "model.safetensors is cut off: it has 99 of "),
         (_weights("model.safetensors", b"\x93" * 99), "model.safetensors is not a safetensors file"),
-        (_weights("model.safetensors", b"\x02" + bytes(7) + b"{}"), "has no tensor"),
+        (
+            _weights("model.safetensors", b"\x02" + bytes(7) + b"{}"),
+            "holds the weights of a CompactDecoder, not of a Linear",
+        ),
         (
             _weights(
                 "model.safetensors",

@@ -20,7 +20,8 @@ NAMED = {
 TARGETS = sorted(NAMED - {"datetime.timedelta"})  # which has no source in Python
 
 
-TOP: dict[str, Any] = {"trainer": {}, "callbacks": {}, "logger": {}, "sampling": {}}
+NODE = {"_target_": "untold.Fallback"}
+TOP: dict[str, Any] = {"trainer": NODE, "module": NODE, "sampling": NODE, "callbacks": {}, "logger": {}}
 
 
 def names_by_import(target: str) -> list[str]:
