@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict
 
 import lightning_modules.runs.checkpoints  # noqa: F401  (registers resolvers of the config)
 from datamodules.shapes.prompts import shapes_prompts
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.rewards.parm import PARM
 from tests.helpers.models import make_decoder, make_parm
 from tests.helpers.overrides import ROOT
@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def decoder() -> NextTokenDecoder:
+def decoder() -> CompactDecoder:
     return make_decoder()
 
 
 @pytest.fixture(scope="session")
-def parm(decoder: NextTokenDecoder) -> PARM:
+def parm(decoder: CompactDecoder) -> PARM:
     return make_parm(decoder)
 
 

@@ -19,8 +19,8 @@ import lightning_modules
 from datamodules.rollouts import RolloutSpec, provenance
 from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.prompts import vocabulary
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.loading import fingerprint
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.cache_key import Keyed, key_of
@@ -99,7 +99,7 @@ class Widest(Strategy):
         raise NotImplementedError
 
 
-def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decoder: NextTokenDecoder) -> None:
+def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decoder: CompactDecoder) -> None:
     parm, score = make_parm(decoder), CLIPScore(make_clip(), WordTokenizer(vocabulary(), 12))
     other = CLIPScore(another_weight(make_clip()), WordTokenizer(vocabulary(), 12))
     wide, wider = (BestOfN(Widest("clip", width), 2, "parm") for width in (3, 4))
@@ -115,7 +115,7 @@ def test_a_strategy_with_fields_of_its_own_names_takes_part_in_everything(decode
         evaluator(BestOfN(Widest("nobody", 3), 2, "parm"), score).prepare(evaluation)
 
 
-def test_rollouts_are_keyed_by_all_that_makes_them(decoder: NextTokenDecoder, rows: list[dict]) -> None:
+def test_rollouts_are_keyed_by_all_that_makes_them(decoder: CompactDecoder, rows: list[dict]) -> None:
     parm, truth = make_parm(decoder), GenEvalReward(ShapesDetector())
     wide = BestOfN(Widest("clip", 3), 2, "parm")
     clips = [CLIPScore(clip, WordTokenizer(vocabulary(), 12)) for clip in (make_clip(), another_weight(make_clip()))]

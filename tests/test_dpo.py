@@ -91,7 +91,7 @@ def test_reference_log_probs_are_those_of_a_plain_pass() -> None:
     module = make_module()
     batch = make_batch(module)
     for side in ("chosen", "rejected"):
-        plain = module.decoder.token_log_probs(module.decoder.word_ids(PROMPTS), batch[side]).sum(1)
+        plain = module.decoder.token_log_probs(PROMPTS, batch[side]).sum(1)
         torch.testing.assert_close(torch.tensor(batch[f"ref_{side}"]), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -166,11 +166,10 @@ def test_adapters_alone_are_trained_and_saved_and_merge_into_the_decoder(monkeyp
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"].keys() == set(trained)
-    ids = module.decoder.word_ids(PROMPTS)
-    adapted = module.decoder.token_log_probs(ids, batch["chosen"])
+    adapted = module.decoder.token_log_probs(PROMPTS, batch["chosen"])
     merged = module.exported["decoder"]
     assert merged.state_dict().keys() == plain.keys()
-    torch.testing.assert_close(merged.token_log_probs(ids, batch["chosen"]), adapted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged.token_log_probs(PROMPTS, batch["chosen"]), adapted, atol=1e-4, rtol=1e-4)
     assert not torch.equal(
         merged.state_dict()["transformer.blocks.0.attention.qkv.weight"],
         plain["transformer.blocks.0.attention.qkv.weight"],

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.diffusion import DiffusionSampling
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
@@ -34,7 +34,7 @@ PLAIN = Sample(Sampling())
 
 
 @pytest.fixture
-def evaluator(decoder: NextTokenDecoder, tmp_path: Path) -> Evaluator:
+def evaluator(decoder: CompactDecoder, tmp_path: Path) -> Evaluator:
     strategies = {"sample": PLAIN, "best": BestOfN(PLAIN, 2, "parm"), "oracle": BestOfN(PLAIN, 2, "clauses")}
     return make_evaluator(
         GenEvalReward(ShapesDetector()), {}, decoder, make_parm(decoder), strategies=strategies,
@@ -44,7 +44,7 @@ def evaluator(decoder: NextTokenDecoder, tmp_path: Path) -> Evaluator:
 
 
 @pytest.fixture
-def evaluation(decoder: NextTokenDecoder, rows: list) -> Evaluation:
+def evaluation(decoder: CompactDecoder, rows: list) -> Evaluation:
     return Evaluation(decoder, torch.device("cpu"), rows[:4], ["sample", "best", "oracle"], {})
 
 
@@ -73,7 +73,7 @@ def test_every_strategy_decodes_every_prompt(evaluator: Evaluator, evaluation: E
 
 
 def test_what_training_has_added_is_shown_by_the_verifier_as_it_was(
-    evaluator: Evaluator, evaluation: Evaluation, decoder: NextTokenDecoder
+    evaluator: Evaluator, evaluation: Evaluation, decoder: CompactDecoder
 ) -> None:
     untrained = evaluator.judges.copy_trained()
     assert list(untrained) == ["parm"] and untrained["parm"] is not evaluator.judges["parm"]
@@ -82,7 +82,7 @@ def test_what_training_has_added_is_shown_by_the_verifier_as_it_was(
     assert result.strategies["best" + BEFORE_TRAINING].rows == result.strategies["best"].rows  # the copy says the same
 
 
-def test_a_judge_that_is_trained_is_not_independent(evaluator: Evaluator, decoder: NextTokenDecoder) -> None:
+def test_a_judge_that_is_trained_is_not_independent(evaluator: Evaluator, decoder: CompactDecoder) -> None:
     refuse = partial(evaluator.refuse_unfit_strategies, decoder)
     refuse()
     with pytest.raises(ValueError, match=r"^evaluator\.independent_judges: 'parm' is trained$"):
@@ -173,7 +173,7 @@ def test_images_are_decoded_in_the_precision_of_the_weights_whatever_calls(
         ),
         (
             Reflection(PLAIN, Sample(MaskSampling(8)), Region(RandomScores(), 0.5), 1),
-            r"redecoder\.sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling",
+            r"redecoder\.sampling is a MaskSampling, and a CompactDecoder takes a Sampling",
         ),
     ],
 )

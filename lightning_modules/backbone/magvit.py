@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.backbone.attention import attend
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.transformer import attend
 
 Norm = Callable[[int], nn.Module]
 

@@ -8,29 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.backbone.transformer import attend
-
-
-@dataclass(frozen=True, eq=False)  # torch.compile, which asks for a hash too early otherwise (torch 2.11)
-class Rotary:
-    """Rotary position embeddings of a part of each head, in halves: dimension i rotates with i + half."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @staticmethod
-    def at(positions: Tensor, rotated: int, base: float = 10_000.0) -> "Rotary":
-        """For positions [..., S], rotating the first `rotated` dimensions of a head."""
-        frequencies = base ** -(torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated)
-        angles = positions[..., None].float() * frequencies
-        return Rotary(angles.cos(), angles.sin())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys [B, heads, S, head_dim]."""
-        half = self.cos.shape[-1]
-        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+from lightning_modules.backbone.attention import attend
+from lightning_modules.backbone.rotary import Rotary
 
 
 @dataclass

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import CheckpointReader, copy_from
-from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_state import Vocabulary
+from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.text import TextTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.cache_key import key_of

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import DecodingState
-from lightning_modules.backbone.features import DecoderFeatures
+from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.sampling import Noise, Sampling
-from lightning_modules.backbone.transformer import KVCache
 
 
 def decision_order(fixed: Tensor) -> Tensor:
@@ -28,18 +28,19 @@ def decision_order(fixed: Tensor) -> Tensor:
 class NextTokenState(DecodingState):
     """Each step decides one token of each image, not necessarily at the same position; see `DecodingState`.
 
-    Of 2B rows the first B are conditional, the others unconditional.
+    An image has a conditional row and, with guidance or features, an unconditional one: of R rows the first B are
+    conditional, the others unconditional.
     """
 
     noise: Noise  # candidates [B, K, T]
-    features: DecoderFeatures  # of the tokens before `position`, with room for all T
     fixed: Tensor  # tokens that stay as they are, bool [B, T]; decided ones are among them
     order: Tensor  # positions to decide, ascending, [B, steps], on the CPU; see `decision_order`
     sampling: Sampling
-    codes: Tensor  # embeddings of all codes, [V, dim]
-    cache: KVCache  # of 2B rows
-    hidden: Tensor  # hidden states that predict the next token, [2B, F]
-    logits: Tensor  # of the next token, [2B, V]
+    table: Tensor  # what tokens are embedded from, [V, ...]
+    rotary: Rotary | None  # of the image's positions
+    cache: KVCache  # of R rows
+    hidden: Tensor  # hidden states that predict the next token, [R, F]; F is 0 without feature layers
+    logits: Tensor  # of the next token: of each row, [R, V], or without feature layers guided already, [B, V]
 
     @property
     def steps(self) -> int:
@@ -57,13 +58,29 @@ class NextTokenState(DecodingState):
     def is_complete(self) -> Tensor:
         return self.fixed.all(1)
 
+    @property
+    def branches(self) -> int:
+        """Rows of each image, 1 or 2."""
+        return len(self.hidden) // len(self.tokens)
+
+    def rotary_at(self, positions: Tensor) -> Rotary | None:
+        """Rotary embeddings of all rows at positions [B, S] of their images, on the CPU."""
+        if self.rotary is None:
+            return None
+        if (positions == positions[:1]).all():
+            return self.rotary[positions[0].to(self.tokens.device)]
+        return self.rotary[positions[:, None].repeat(self.branches, 1, 1).to(self.tokens.device)]
+
     def select(self, rows: Tensor) -> "NextTokenState":
-        both = torch.cat([rows, rows + len(self.tokens)])
+        def branch_rows(count: int) -> Tensor:
+            return torch.cat([rows + start for start in range(0, count, len(self.tokens))])
+
+        every = branch_rows(len(self.hidden))
         return replace(
             super().select(rows),
             fixed=self.fixed[rows],
             order=self.order[rows.cpu()],
-            cache=self.cache.select(both),
-            hidden=self.hidden[both],
-            logits=self.logits[both],
+            cache=self.cache.select(every),
+            hidden=self.hidden[every],
+            logits=self.logits[branch_rows(len(self.logits))],
         )

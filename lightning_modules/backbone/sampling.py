@@ -64,11 +64,16 @@ class Noise:
         return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 
 
-def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities [B, V] of the distribution that tokens are drawn from, -inf for those cut off."""
-    logits = conditional
-    if sampling.guidance:
-        logits = torch.lerp(unconditional, conditional, 1 + sampling.guidance)
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance, (1 + s) conditional - s unconditional, of logits or of what they are linear in."""
+    return torch.lerp(unconditional, conditional, 1 + guidance) if guidance else conditional
+
+
+def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities [B, V] of the distribution that tokens are drawn from, -inf for those cut off.
+
+    The logits [B, V] are guided already; the temperature, top-k and top-p follow in this order.
+    """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -80,15 +85,13 @@ def sampling_log_probs(conditional: Tensor, unconditional: Tensor, sampling: Sam
     return logits.log_softmax(-1)
 
 
-def draw(
-    conditional: Tensor, unconditional: Tensor, sampling: Sampling, noise: Tensor, distinct: bool
-) -> tuple[Tensor, Tensor]:
-    """Draw k tokens from logits [B, V] at uniform noise [B, k]; return them and their log-probabilities, [B, k] each.
+def draw(logits: Tensor, sampling: Sampling, noise: Tensor, distinct: bool) -> tuple[Tensor, Tensor]:
+    """Draw k tokens from guided logits [B, V] at uniform noise [B, k]; return them and their log-probabilities, [B, k].
 
     The probabilities are those of the sampling distribution. `distinct` tokens are drawn without replacement; where
     fewer than k have any probability, the last one repeats.
     """
-    log_p = sampling_log_probs(conditional, unconditional, sampling)
+    log_p = sampling_log_probs(logits, sampling)
     probs = log_p.exp()
     tokens = invert(probs, noise[:, :1] if distinct else noise)
     for j in range(1, noise.shape[1] if distinct else 0):

@@ -1,107 +1,28 @@
-"""The Transformer of the project, and the keys and values that its passes leave behind."""
+"""The Transformer of the project."""
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-_BLOCK = 4  # positions by which caches grow
+from lightning_modules.backbone.attention import AttentionFn, ExtendAttention, FullAttention, StepAttention
+from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.rotary import Rotary
 
-# How positions attend to one another, and to others whose keys and values the function holds: a layer's index, its
-# queries, keys and values, [B, heads, S, head_dim] -> the attended values, of the same shape.
-AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class KVCache:
-    """Keys and values of decoded prefixes, of different lengths, and of the candidates for their next positions.
-
-    A prefix is stored once; candidates attend to it without copying it. `commit` takes one of them.
-    """
-
-    capacity: int  # positions that a prefix will have at most, so that memory is asked for once
-    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of each row, [B], on the CPU
-    keys: list[Tensor] = field(default_factory=list)  # per layer, [B, heads, room + 1, head_dim]; padding is put last
-    values: list[Tensor] = field(default_factory=list)
-    candidates: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values of k, per layer
-    _spare: Tensor | None = None  # memory for the next layer that needs more room
-
-    @property
-    def length(self) -> int:
-        """That of the longest row."""
-        return int(self.lengths.max())
-
-    @property
-    def room(self) -> int:
-        """Positions that there is memory for in each row."""
-        return self.keys[0].shape[2] - 1
-
-    def reserve(self, length: int) -> None:
-        """Make room for prefixes of some length, but never much more.
-
-        On CPUs gaps between prefixes make reading up to four times as slow; to move them now and then takes less. A
-        layer moves to memory that another one has left: to touch new memory takes longer than to copy.
-        """
-        if length <= self.room:
-            return
-        for layers in (self.keys, self.values):
-            for layer, filled in enumerate(layers):
-                layers[layer] = self._place(filled, length)
-                self._spare = filled.new_empty(0).set_(filled.untyped_storage())
-
-    def _place(self, filled: Tensor, length: int) -> Tensor:
-        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one for padding."""
-
-        def shape(positions: int) -> tuple[int, ...]:
-            return *filled.shape[:2], -(-positions // _BLOCK) * _BLOCK + 1, filled.shape[3]
-
-        size = math.prod(shape(length))
-        if self._spare is None or len(self._spare) < size:
-            self._spare = filled.new_empty(math.prod(shape(max(length, self.capacity))))
-        room, self._spare = self._spare[:size].view(shape(length)), None
-        room[:, :, : filled.shape[2]] = filled
-        # No attention goes to what is not filled, but 0 times what memory held may not be 0.
-        room[:, :, filled.shape[2] :] = 0
-        return room
-
-    def prefill(self, key: Tensor, value: Tensor) -> None:
-        """Add a layer that begins with these keys and values, [B, heads, S, head_dim]."""
-        self.lengths = torch.full((len(key),), key.shape[2])
-        self.keys.append(self._place(key, key.shape[2]))
-        self.values.append(self._place(value, key.shape[2]))
-
-    def commit(self, choice: Tensor) -> None:
-        """Append candidate `choice` [B] of each row to the prefix and forget the others."""
-        self.reserve(self.length + 1)
-        rows, everything = torch.arange(len(choice), device=choice.device), slice(None)
-        end: tuple[Any, ...] = rows, everything, self.lengths.to(choice.device)
-        if (self.lengths == self.length).all():
-            end = everything, everything, self.length  # a slice is written in half the time
-        for layer, (key, value) in enumerate(self.candidates):
-            self.keys[layer][end] = key[rows, :, choice]
-            self.values[layer][end] = value[rows, :, choice]
-        self.candidates = []
-        self.lengths = self.lengths + 1
-
-    def select(self, rows: Tensor) -> "KVCache":
-        """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
-        keys, values = ([layer[rows] for layer in store] for store in (self.keys, self.values))
-        candidates = [(key[rows], value[rows]) for key, value in self.candidates]
-        return KVCache(self.capacity, self.lengths[rows.cpu()], keys, values, candidates)
+_FEW_ROWS, _LARGE = 4, 2**18  # rows and weights for which a product the other way round is quicker on CPUs
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of a pre-norm Transformer, and where models differ.
 
-    With `checkpointing`, training keeps only each layer's input and computes the rest again in the backward pass: a
-    third more time, a twentieth of the memory (arXiv 1604.06174).
+    Llama's has `rms_norm`, `swiglu` and no `bias`. With `checkpointing`, training keeps only each layer's input and
+    computes the rest again in the backward pass: a third more time, a twentieth of the memory (arXiv 1604.06174).
     """
 
     dim: int  # width
@@ -111,6 +32,10 @@ class TransformerConfig:
     parallel: bool = False  # attention and feed-forward layer read the same norm, and both are added to the input
     qk_norm: bool = False  # layer norms over the head's width on queries and keys, shared by all heads of a layer
     gelu: Literal["none", "tanh"] = "none"  # exact or by tanh
+    rms_norm: bool = False  # norms divide by the root mean square (arXiv 1910.07467) instead of standardising
+    swiglu: bool = False  # feed-forward layers gate, silu(gate) * up, both of the hidden width (arXiv 2002.05202)
+    bias: bool = True  # of linear layers
+    norm_eps: float = 1e-5  # added to what norms divide by, before its root is taken
     checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +49,7 @@ class TransformerConfig:
         keys and values beside the prompt's (2), what is attended to in two layouts (2), and the feed-forward layer's
         hidden states before and after its activation. With checkpointing only one layer has all that.
         """
-        layer = (13 + 2 * self.mlp_ratio) * self.dim
+        layer = (13 + (5 if self.swiglu else 2) * self.mlp_ratio) * self.dim
         widths = layer + self.depth * self.dim if self.checkpointing else self.depth * layer
         return positions * widths * size
 
@@ -132,21 +57,26 @@ class TransformerConfig:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    def norm(self) -> nn.Module:
+        """A norm over the width; a decoder's last one comes after the Transformer."""
+        return (nn.RMSNorm if self.rms_norm else nn.LayerNorm)(self.dim, eps=self.norm_eps)
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, allowed: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, q [B, heads, S, head_dim], k and v [B, heads, K, head_dim].
 
-    `allowed` are the keys that a query may attend to, bool [B, 1, S or 1, K]; with `causal`, those of its own position
-    and before. In training on CPUs plain matrix products are up to three times as fast as the fused kernel.
+class Linear(nn.Linear):
+    """A linear layer that does not lose time on few rows where weights are large.
+
+    On CPUs such a product is bound by the reading of weights; as weights times inputs it takes a half to a third of the
+    time of inputs times weights, and a single row is quicker as two.
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        if rows > _FEW_ROWS or self.weight.numel() < _LARGE or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        flat = x.reshape(rows, -1)
+        product = (self.weight @ (flat if rows > 1 else flat.expand(2, -1)).T)[:, :rows].T.contiguous()
+        product = product if self.bias is None else product + self.bias
+        return product.view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -155,8 +85,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim, bias=config.bias)
+        self.proj = Linear(config.dim, config.dim, bias=config.bias)
         self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
@@ -165,17 +95,28 @@ class Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
+class SwiGLU(nn.Module):
+    """Gates one half of its input by the other, [..., 2 H] -> [..., H] (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
 class Block(nn.Module):
-    """Attention and feed-forward layer with layer norms before and residual connections around them."""
+    """Attention and feed-forward layer with norms before and residual connections around them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        hidden = int(config.dim * config.mlp_ratio)
-        self.attention_norm = nn.LayerNorm(config.dim)
+        hidden = round(config.dim * config.mlp_ratio)
+        activation = SwiGLU() if config.swiglu else nn.GELU(approximate=config.gelu)
+        self.attention_norm = config.norm()
         self.attention = Attention(config)
-        self.mlp_norm = None if config.parallel else nn.LayerNorm(config.dim)
+        self.mlp_norm = None if config.parallel else config.norm()
         self.mlp = nn.Sequential(
-            nn.Linear(config.dim, hidden), nn.GELU(approximate=config.gelu), nn.Linear(hidden, config.dim)
+            Linear(config.dim, 2 * hidden if config.swiglu else hidden, bias=config.bias),
+            activation,
+            Linear(hidden, config.dim, bias=config.bias),
         )
 
     def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
@@ -219,50 +160,30 @@ class Transformer(nn.Module):
         """The hidden states [B, S, dim] after the last layer; the others are not kept."""
         return deque(self.layers(x, attending), maxlen=1).pop()
 
-    def forward(self, x: Tensor, causal: bool, cache: KVCache | None = None) -> list[Tensor]:
-        """Full pass over x [B, S, dim], whose positions attend to one another; it fills the cache, if any."""
+    def forward(
+        self,
+        x: Tensor,
+        causal: bool,
+        cache: KVCache | None = None,
+        rotary: Rotary | None = None,
+        padding: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Full pass over x [B, S, dim], whose positions attend to one another; it fills the cache, if any.
 
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is not None:
-                cache.prefill(k, v)
-            return attend(q, k, v, causal)
+        Rows of a causal pass may have some `padding` on the left, numbers of positions [B] on the CPU.
+        """
+        return self.run(x, FullAttention(causal, rotary, padding, cache))
 
-        return self.run(x, attention)
-
-    def step(self, x: Tensor, cache: KVCache) -> list[Tensor]:
+    def step(self, x: Tensor, cache: KVCache, rotary: Rotary | None = None) -> list[Tensor]:
         """One position: each of k alternatives x [B, k, dim] attends to the cached prefix and to itself."""
-        cache.candidates = []  # others may have been proposed for the same position
-        length = cache.length
-        unfilled = torch.arange(length) >= cache.lengths[:, None, None, None]  # [B, 1, 1, length]
-        masked = unfilled.to(x.device) if unfilled.any() else None
-
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.candidates.append((k, v))
-            q = q * q.shape[-1] ** -0.5
-            prefix = q @ cache.keys[layer][:, :, :length].transpose(2, 3)  # [B, heads, k, length]
-            if masked is not None:
-                prefix = prefix.masked_fill(masked, -torch.inf)
-            weights = torch.cat([prefix, (q * k).sum(-1, keepdim=True)], dim=-1).softmax(-1)
-            return weights[..., :-1] @ cache.values[layer][:, :, :length] + weights[..., -1:] * v
-
+        attention = StepAttention.of(cache, rotary, x.device)
+        cache.candidates = attention.candidates  # others may have been proposed for the same position
         return self.run(x, attention)
 
-    def extend(self, x: Tensor, counts: Tensor, cache: KVCache) -> list[Tensor]:
+    def extend(self, x: Tensor, counts: Tensor, cache: KVCache, rotary: Rotary | None = None) -> list[Tensor]:
         """The next positions of each row attend to the cached prefix and to those before them, and join the cache.
 
         Of row b of x [B, S, dim] the first counts[b] are read, the others are padding; counts [B] are on the CPU.
         """
         cache.candidates = []
-        cache.reserve(int((cache.lengths + counts).max()))
-        offset, rows = torch.arange(x.shape[1]), torch.arange(len(x), device=x.device)[:, None]
-        positions = torch.where(offset < counts[:, None], cache.lengths[:, None] + offset, cache.room).to(x.device)
-        cache.lengths = cache.lengths + counts
-        length = cache.length
-        allowed = torch.arange(length, device=x.device) <= positions[:, None, :, None]
-
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
-            return attend(q, keys[:, :, :length], values[:, :, :length], allowed=allowed)
-
-        return self.run(x, attention)
+        return self.run(x, ExtendAttention(cache, counts, x.shape[1], rotary, x.device))

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from lightning_modules.backbone.decoder import DecodingState, Proposal
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.hub import HubMixin
+from lightning_modules.backbone.kv_cache import KVCache
 from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
-from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.cache_key import class_name, key_of
 from lightning_modules.rewards.geneval_rules import CLAUSES
 from lightning_modules.rewards.verifier import Pixels, Rows, TokenVerifier

@@ -11,19 +11,19 @@ from huggingface_hub import HfApi
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, pretrained
 from lightning_modules.backbone.magvit import MagvitV2
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.rewards.parm import PARM
 from tests.helpers.overrides import TINY
 
 
 @pytest.mark.parametrize(
     ("node", "kind"),
-    [("parm", PARM), ("decoder", NextTokenDecoder), ("decoder", TokenDecoder), ("tokenizer", ImageTokenizer)],
+    [("parm", PARM), ("decoder", CompactDecoder), ("decoder", TokenDecoder), ("tokenizer", ImageTokenizer)],
 )
 def test_a_folder_is_read_and_written_again(
     tmp_path: Path, compose_config: Any, node: str, kind: type[HubMixin]

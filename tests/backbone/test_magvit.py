@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from datamodules.shapes.prompts import vocabulary
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.loading import pretrained
 from lightning_modules.backbone.magvit import LookupFreeQuantizer, MagvitConfig, MagvitV2
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.transformer import TransformerConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "showo"
@@ -98,10 +98,10 @@ def test_codes_do_not_depend_on_mixed_precision(tokenizer: MagvitV2, golden: dic
 
 
 def test_stands_in_for_another_tokenizer(tokenizer: MagvitV2, golden: dict[str, Tensor]) -> None:
-    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, TransformerConfig(32, 1, 4), 1, [1])
+    decoder = CompactDecoder(tokenizer, vocabulary(), 12, TransformerConfig(32, 1, 4), 1, [1])
     assert (decoder.num_tokens, tokenizer.grid, tokenizer.image_size, tokenizer.codebook_size) == (16, 4, 32, 32)
     assert tokenizer.code_vectors.shape == (32, 5)
-    log_probs = decoder.token_log_probs(decoder.word_ids(["a red circle"] * 2), tokenizer.encode(golden["pixels"]))
+    log_probs = decoder.token_log_probs(["a red circle"] * 2, tokenizer.encode(golden["pixels"]))
     assert log_probs.shape == (2, 16)
 
 

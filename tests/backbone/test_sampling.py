@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.sampling import Sampling, draw, image_seed, sampling_log_probs, uniform_noise
+from lightning_modules.backbone.sampling import Sampling, draw, guide, image_seed, sampling_log_probs, uniform_noise
 
 
 def logits(*probs: float) -> torch.Tensor:
@@ -11,29 +11,29 @@ def logits(*probs: float) -> torch.Tensor:
 
 
 def test_top_k_keeps_the_most_likely() -> None:
-    p = sampling_log_probs(logits(0.5, 0.3, 0.2), logits(1, 1, 1), Sampling(top_k=2)).exp()
+    p = sampling_log_probs(logits(0.5, 0.3, 0.2), Sampling(top_k=2)).exp()
     torch.testing.assert_close(p, torch.tensor([[0.625, 0.375, 0.0]]))
 
 
 def test_top_p_keeps_the_nucleus() -> None:
-    p = sampling_log_probs(logits(0.2, 0.5, 0.3), logits(1, 1, 1), Sampling(top_p=0.7)).exp()
+    p = sampling_log_probs(logits(0.2, 0.5, 0.3), Sampling(top_p=0.7)).exp()
     torch.testing.assert_close(p, torch.tensor([[0.0, 0.625, 0.375]]))
 
 
 def test_guidance_extrapolates_from_unconditional_to_conditional() -> None:
-    p = sampling_log_probs(logits(0.6, 0.4), logits(0.4, 0.6), Sampling(guidance=1.0)).exp()
+    p = guide(logits(0.6, 0.4), logits(0.4, 0.6), 1.0).softmax(-1)
     expected = torch.tensor([[0.6**2 / 0.4, 0.4**2 / 0.6]])
     torch.testing.assert_close(p, expected / expected.sum())
 
 
 def test_temperature_sharpens() -> None:
-    p = sampling_log_probs(logits(0.8, 0.2), logits(1, 1), Sampling(temperature=0.5)).exp()
+    p = sampling_log_probs(logits(0.8, 0.2), Sampling(temperature=0.5)).exp()
     torch.testing.assert_close(p, torch.tensor([[0.64, 0.04]]) / 0.68)
 
 
 def test_draws_follow_the_distribution() -> None:
     noise = torch.linspace(0, 1, 10001)[:-1][None]
-    tokens, log_p = draw(logits(0.5, 0.0, 0.3, 0.2), logits(1, 1, 1, 1), Sampling(), noise, distinct=False)
+    tokens, log_p = draw(logits(0.5, 0.0, 0.3, 0.2), Sampling(), noise, distinct=False)
     share = tokens[0].bincount(minlength=4) / 10000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=2e-4, rtol=0)
     torch.testing.assert_close(log_p.exp()[0, 0], torch.tensor(0.5))
@@ -42,7 +42,7 @@ def test_draws_follow_the_distribution() -> None:
 def test_distinct_draws_do_not_repeat_until_nothing_is_left() -> None:
     noise = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
     wide = logits(0.5, 0.0, 0.3, 0.2).expand(200, -1)
-    tokens, _ = draw(wide, wide, Sampling(), noise, distinct=True)
+    tokens, _ = draw(wide, Sampling(), noise, distinct=True)
     for row in tokens.tolist():
         assert len(set(row[:3])) == 3
         assert 1 not in row

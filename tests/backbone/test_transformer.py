@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.transformer import KVCache, Transformer, TransformerConfig, attend
+from lightning_modules.backbone.attention import attend
+from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_a_dpo_step_with_a_stored_reference_costs_less_than_with_a_live_one(benc
     decoder = copy.deepcopy(parts[0])
     reference = copy.deepcopy(decoder).requires_grad_(False)
     weights = sum(weight.nbytes for weight in (*reference.parameters(), *reference.buffers())) / 2**20
-    words = decoder.word_ids([row["prompt"] for row in shapes_prompts("train", 6)[:32]] * 2)
+    words = [row["prompt"] for row in shapes_prompts("train", 6)[:32]] * 2
     tokens = torch.randint(0, decoder.image_tokenizer.codebook_size, (64, decoder.num_tokens))
     with torch.no_grad():
         stored = decoder.token_log_probs(words, tokens).sum(1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
-from lightning_modules.backbone.mask_attention import Grid, Prefix, Rotary
+from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.decoding.best_of_n import BestOfN

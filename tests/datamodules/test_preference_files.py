@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from datamodules.preference_files import PreferenceFile
 from datamodules.shapes.scenes import ShapesStream
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.compact import CompactDecoder
 
 COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 PROMPT = "a photo of a star"
@@ -39,7 +39,7 @@ def images(tmp_path: Path) -> list[np.ndarray]:
     return pixels
 
 
-def test_tokens_come_back_as_they_are(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+def test_tokens_come_back_as_they_are(decoder: CompactDecoder, tmp_path: Path) -> None:
     row = {"prompt": PROMPT, "chosen": ONES, "rejected": TWOS}
     rows = write(tmp_path, row, row | {"weight": 0.5}).encode(decoder, 4)
     assert rows[:] == {"prompt": [PROMPT] * 2, "chosen": [ONES] * 2, "rejected": [TWOS] * 2, "weight": [1.0, 0.5]}
@@ -47,7 +47,7 @@ def test_tokens_come_back_as_they_are(decoder: NextTokenDecoder, tmp_path: Path)
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_images_are_encoded_in_order_at_any_batch_size(
-    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray], batch_size: int
+    decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray], batch_size: int
 ) -> None:
     source = write(
         tmp_path,
@@ -60,9 +60,7 @@ def test_images_are_encoded_in_order_at_any_batch_size(
     assert rows["chosen"][0] == rows["rejected"][1] == rows["rejected"][2] != rows["chosen"][2]
 
 
-def test_images_are_encoded_as_they_are_seen(
-    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray]
-) -> None:
+def test_images_are_encoded_as_they_are_seen(decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray]) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     lying = Image.fromarray(images[0]).transpose(Image.Transpose.ROTATE_90)
@@ -91,7 +89,7 @@ def hub(folder: Path, labels: list[float | None]) -> str:
 
 
 def test_a_label_says_which_image_of_a_data_set_is_chosen(
-    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray], capsys: pytest.CaptureFixture[str], caplog: Any
+    decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray], capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
     by_path = {"prompt": PROMPT, "chosen": "0.png", "rejected": "1.png"}
     (zero,), (one,) = (write(tmp_path, by_path).encode(decoder, 8)[side] for side in ("chosen", "rejected"))
@@ -160,7 +158,7 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
     ],
 )
 def test_a_bad_row_is_refused_with_file_line_and_reason(
-    decoder: NextTokenDecoder, tmp_path: Path, row: Any, sentence: str
+    decoder: CompactDecoder, tmp_path: Path, row: Any, sentence: str
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
@@ -171,7 +169,7 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(
 
 
 def test_what_is_no_preference_file_is_refused(
-    decoder: NextTokenDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decoder: CompactDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"pairs\.jsonl has no rows$"):
@@ -245,7 +243,7 @@ def test_the_key_of_a_data_set_is_that_of_its_rows(tmp_path: Path, images: list[
     assert key("train", [1.0]) != keys[2]
 
 
-def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: CompactDecoder, tmp_path: Path) -> None:
     features = datasets.Features(
         {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
     )
@@ -258,7 +256,7 @@ def test_a_broken_image_in_a_data_set_is_named_by_row(decoder: NextTokenDecoder,
 
 
 def test_images_by_path_lie_beside_their_file(
-    decoder: NextTokenDecoder, tmp_path: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the command is run, and whether a path comes as a text or as `datasets` writes it."""
     elsewhere = tmp_path / "elsewhere"
@@ -270,6 +268,6 @@ def test_images_by_path_lie_beside_their_file(
     assert rows["chosen"][0] == rows["chosen"][1] != rows["rejected"][0]
 
 
-def test_weights_that_are_all_zero_are_refused(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+def test_weights_that_are_all_zero_are_refused(decoder: CompactDecoder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pairs\.jsonl: all weights are 0, so nothing would be learned"):
         write(tmp_path, PAIR | {"weight": 0}).encode(decoder, 4)

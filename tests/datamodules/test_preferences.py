@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datamodules.preferences import ensemble
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.rewards.verifier import Reward
 
@@ -24,7 +24,7 @@ class Brightness(Reward):
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_judges_are_weighed_and_summed_at_any_batch_size(
-    decoder: NextTokenDecoder, parm: PARM, rows: list[dict], batch_size: int
+    decoder: CompactDecoder, parm: PARM, rows: list[dict], batch_size: int
 ) -> None:
     tokens = torch.randint(0, 32, (12, decoder.num_tokens), generator=torch.Generator().manual_seed(0))
     prompts, correct = [row["prompt"] for row in rows], [float(i % 2) for i in range(12)]

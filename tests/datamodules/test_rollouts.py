@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.data_sets import ArrowRows
 from datamodules.rollouts import RolloutCollector, RolloutSpec, collate
 from datamodules.shapes.detector import ShapesDetector
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.geneval_reward import GenEvalReward
@@ -43,7 +43,7 @@ class Alone:
 
 
 @pytest.fixture
-def collect(tmp_path: Path, decoder: NextTokenDecoder, reward: GenEvalReward) -> Callable[..., Dataset]:
+def collect(tmp_path: Path, decoder: CompactDecoder, reward: GenEvalReward) -> Callable[..., Dataset]:
     """Collect a set of rollouts below `tmp_path`."""
 
     def run(spec: RolloutSpec, batch_size: int, trainer: Any = None, **settings: Any) -> Dataset:
@@ -98,7 +98,7 @@ def test_rollouts_of_another_decoder_strategy_or_seed_are_others(tmp_path: Path,
     assert len({str(columns(each)) for each in found}) == 4  # what the decoder knew changes no image
     assert len(list(tmp_path.glob("plain-*"))) == 5
     provenance = json.loads(next(tmp_path.glob("plain-*/provenance.json")).read_text())
-    assert provenance["samples"] == 1 and provenance["decoder"]["class"].endswith("NextTokenDecoder")
+    assert provenance["samples"] == 1 and provenance["decoder"]["class"].endswith("CompactDecoder")
 
 
 def test_a_set_is_whole_when_all_its_batches_are_there(tmp_path: Path, collect, decoder, reward, rows) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
@@ -123,7 +123,7 @@ def test_outcome_reward_alone(previewing: ShowO) -> None:
     assert winners(script, decoded.tokens) == TRACE["orm"]["winner_per_eval"]
 
 
-def test_judges_and_decoders_that_do_not_fit_are_refused(previewing: ShowO, decoder: NextTokenDecoder) -> None:
+def test_judges_and_decoders_that_do_not_fit_are_refused(previewing: ShowO, decoder: CompactDecoder) -> None:
     strategy = Potential(SAMPLING, N, "judge")
     with pytest.raises(ValueError, match="judge 'judge' cannot judge unfinished images; there are: none"):
         strategy.decode(previewing, {}, Request(ROWS, SEEDS))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.image_tokenizer import upsample_patches
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
@@ -65,7 +65,7 @@ def judges(parm: PARM) -> dict:
 
 
 @pytest.fixture
-def image(decoder: NextTokenDecoder, rows: list) -> Decoded:
+def image(decoder: CompactDecoder, rows: list) -> Decoded:
     return PLAIN.decode(decoder, {}, Request(rows, SEEDS))
 
 
@@ -103,7 +103,7 @@ def replay(decoded: Decoded) -> Tensor:
     ids=lambda region: type(region.scorer).__name__,
 )
 def test_only_omega_changes_and_the_score_never_falls(
-    decoder: NextTokenDecoder, rows: list, judges: dict, image: Decoded, again, where: Region
+    decoder: CompactDecoder, rows: list, judges: dict, image: Decoded, again, where: Region
 ) -> None:
     decoded = Reflection(PLAIN, again, where, rounds=3).decode(decoder, judges, Request(rows, SEEDS))
     assert decoded.trace
@@ -119,7 +119,7 @@ def test_only_omega_changes_and_the_score_never_falls(
     [BestOfN(Verified(SAMPLING, k=3, choose="sample"), 2, "parm"), Verified(SAMPLING, 2, 4), Particles(SAMPLING, 3, 4)],
     ids=lambda strategy: type(strategy).__name__,
 )
-def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, again) -> None:
+def test_images_do_not_depend_on_the_batch(decoder: CompactDecoder, rows: list, judges: dict, again) -> None:
     strategy = Reflection(PLAIN, again, Region(ValueGain(), threshold=-0.02, rewind=True), rounds=3)
     together = strategy.decode(decoder, judges, Request(rows, SEEDS))
     apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
@@ -127,14 +127,14 @@ def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list
     assert len({int(step.region_mask.sum()) for step in together.trace}) > 1
 
 
-def test_accepting_always_is_the_letter(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_accepting_always_is_the_letter(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     decoded = Reflection(PLAIN, PLAIN, QUARTER, rounds=2, accept="always").decode(decoder, judges, Request(rows, SEEDS))
     assert all(step.accepted.all() for step in decoded.trace)
     assert torch.equal(decoded.tokens, decoded.trace[-1].after)
     assert (decoded.trace[0].scores.diff(dim=1) < 0).any()
 
 
-def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_each_image_stops_on_its_own(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     """Satisfactory images are left alone; those that hardly change are done."""
     two = [rows[0], rows[6]]
     scores = {rows[0]["prompt"]: torch.ones(16), rows[6]["prompt"]: torch.ones(16)}
@@ -151,7 +151,7 @@ def test_each_image_stops_on_its_own(decoder: NextTokenDecoder, rows: list, judg
     assert not pleased.trace
 
 
-def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_a_round_costs_its_share(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS)).cost
     for share in (0.25, 0.5):
         where = Region(RandomScores(), quantile=share)
@@ -161,7 +161,7 @@ def test_a_round_costs_its_share(decoder: NextTokenDecoder, rows: list, judges: 
         assert cost.verifier_calls == 3 * len(rows)
 
 
-def test_regions(decoder: NextTokenDecoder, rows: list, image: Decoded) -> None:
+def test_regions(decoder: CompactDecoder, rows: list, image: Decoded) -> None:
     scores = torch.arange(16.0).roll(5)
     one, only = [rows[0]], image.select(torch.tensor([0]))
     look = Given({rows[0]["prompt"]: scores})
@@ -254,7 +254,7 @@ def test_parm_can_learn_from_grids_as_reflection_judged_them(rows: list, steps: 
 
 
 def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
-    decoder: NextTokenDecoder, rows: list, judges: dict
+    decoder: CompactDecoder, rows: list, judges: dict
 ) -> None:
     plain = PLAIN.decode(decoder, judges, Request(rows, SEEDS))
     satisfied = judges["parm"].values(plain.features, [decoder.num_tokens]).median().item()
@@ -265,7 +265,7 @@ def test_what_reflection_has_chosen_is_not_what_the_decoder_draws(
     assert image.first_unverified.tolist() == [decoder.num_tokens * int(r) for r in image.stats["rounds"]]
 
 
-def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     judges["critic"] = Complaint()
     told = Reflection(PLAIN, PLAIN, QUARTER, 1, "critic", accept="always", critique_template="{prompt} {critique}")
     decoded = told.decode(decoder, judges, Request(rows[:2], SEEDS[:2]))
@@ -281,7 +281,7 @@ def test_the_prompt_of_a_round_carries_what_was_wrong(decoder: NextTokenDecoder,
         )
 
 
-def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_impossible_settings_are_refused(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     with pytest.raises(ValueError, match="at least 1 round, not 0"):
         Reflection(PLAIN, PLAIN, QUARTER, 0)
     with pytest.raises(ValueError, match="accept must be 'better' or 'always', not 'never'"):
@@ -300,14 +300,14 @@ def test_impossible_settings_are_refused(decoder: NextTokenDecoder, rows: list, 
         Reflection(PLAIN, PLAIN, QUARTER, 1, "geneval").decode(decoder, judges, Request(rows, SEEDS))
 
 
-def test_decoders_that_settings_do_not_fit_are_refused_by_the_key(decoder: NextTokenDecoder) -> None:
+def test_decoders_that_settings_do_not_fit_are_refused_by_the_key(decoder: CompactDecoder) -> None:
     halves = Region(TokenConfidence(), quantile=0.25, patches=2)
     Reflection(PLAIN, PLAIN, halves, 1).check_decoder(decoder)
     thirds = Region(TokenConfidence(), quantile=0.25, patches=3)
     with pytest.raises(ValueError, match=r"^region_selector\.patches=3 does not divide the 4x4 tokens of an image$"):
         Reflection(PLAIN, PLAIN, thirds, 1).check_decoder(decoder)
     filled = Reflection(PLAIN, Sample(MaskSampling(8)), halves, 1)
-    said = "sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling$"
+    said = "sampling is a MaskSampling, and a CompactDecoder takes a Sampling$"
     with pytest.raises(ValueError, match=rf"^redecoder\.{said}"):
         filled.check_decoder(decoder)
     with pytest.raises(ValueError, match=rf"^strategy\.redecoder\.{said}"):
@@ -315,7 +315,7 @@ def test_decoders_that_settings_do_not_fit_are_refused_by_the_key(decoder: NextT
 
 
 def test_a_reflection_on_a_reflection_goes_on_where_that_ended(
-    decoder: NextTokenDecoder, judges: dict, rows: list
+    decoder: CompactDecoder, judges: dict, rows: list
 ) -> None:
     def reflect(strategy, rounds: int) -> Decoded:
         again = Reflection(strategy, PLAIN, Region(RandomScores(), threshold=1.0), rounds)

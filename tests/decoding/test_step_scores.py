@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
@@ -66,7 +66,7 @@ def test_one_candidate_is_plain_sampling(previewing: ShowO) -> None:
     assert torch.equal(alone.tokens, Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS)).tokens)
 
 
-def test_what_does_not_fit_is_refused(previewing: ShowO, decoder: NextTokenDecoder) -> None:
+def test_what_does_not_fit_is_refused(previewing: ShowO, decoder: CompactDecoder) -> None:
     with pytest.raises(ValueError, match="verified decoding needs k of at least 1, not 0"):
         Verified(SAMPLING, 0, verifier="judge")
     strategy = Verified(SAMPLING, 2, verifier="judge")

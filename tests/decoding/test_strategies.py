@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -39,14 +39,14 @@ def judges(parm: PARM) -> dict:
 
 
 @pytest.mark.parametrize("stride", [1, 3, 16])
-def test_one_candidate_is_plain_sampling(decoder: NextTokenDecoder, rows: list, judges: dict, stride: int) -> None:
+def test_one_candidate_is_plain_sampling(decoder: CompactDecoder, rows: list, judges: dict, stride: int) -> None:
     plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS))
     verified = Verified(SAMPLING, k=1, stride=stride).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(verified.tokens, plain.tokens)
     torch.testing.assert_close(verified.features.log_probs, plain.features.log_probs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_a_stride_of_the_whole_image_is_best_of_k(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     verified = Verified(SAMPLING, k=4, stride=16, verifier="likelihood").decode(decoder, judges, Request(rows, SEEDS))
     lanes = [Verified(SAMPLING, k=4, stride=16, verifier="likelihood", value_weight=w) for w in (1.0, -1.0)]
     best, worst = (lane.decode(decoder, judges, Request(rows, SEEDS)).features.log_probs.sum(1) for lane in lanes)
@@ -55,17 +55,15 @@ def test_a_stride_of_the_whole_image_is_best_of_k(decoder: NextTokenDecoder, row
 
 
 def test_greedy_likelihood_takes_the_likeliest_of_the_candidates(
-    decoder: NextTokenDecoder, rows: list, judges: dict
+    decoder: CompactDecoder, rows: list, judges: dict
 ) -> None:
     wide = Verified(SAMPLING, k=32, distinct=True, verifier="likelihood").decode(decoder, judges, Request(rows, SEEDS))
-    ids = decoder.word_ids([row["prompt"] for row in rows])
-    codes = decoder._code_embeddings()
-    top = decoder._logits(codes, decoder._run(codes, ids, wide.tokens)[1][-1]).argmax(-1)
+    top = decoder.token_logits([row["prompt"] for row in rows], wide.tokens).argmax(-1)
     assert torch.equal(wide.tokens, top)  # all 32 codes are candidates, so the greedy image comes out
 
 
 def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
-    decoder: NextTokenDecoder, rows: list, judges: dict
+    decoder: CompactDecoder, rows: list, judges: dict
 ) -> None:
     plain = Sample(SAMPLING)
     one = BestOfN(plain, 1, "darkness").decode(decoder, judges, Request(rows, SEEDS))
@@ -83,7 +81,7 @@ def test_best_of_n_contains_the_plain_sample_and_takes_the_best(
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_particles_that_are_never_redrawn_are_best_of_n(
-    decoder: NextTokenDecoder, rows: list, judges: dict, n: int
+    decoder: CompactDecoder, rows: list, judges: dict, n: int
 ) -> None:
     best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, Request(rows, SEEDS))
     particles = Particles(SAMPLING, n, stride=16).decode(decoder, judges, Request(rows, SEEDS))
@@ -91,14 +89,14 @@ def test_particles_that_are_never_redrawn_are_best_of_n(
     torch.testing.assert_close(particles.features.log_probs, best.features.log_probs, atol=1e-4, rtol=1e-4)
 
 
-def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_redrawn_particles_stay_prefixes_the_decoder_drew(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     """The features that travels with the paths is that of the tokens they ended with."""
     decoded = Particles(SAMPLING, 4, stride=2, value_weight=5.0).decode(decoder, judges, Request(rows, SEEDS))
     full = decoder.features([row["prompt"] for row in rows], decoded.tokens)
     torch.testing.assert_close(decoded.features.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
-def test_the_effective_sample_size_is_noted(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_the_effective_sample_size_is_noted(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     torch.testing.assert_close(effective_sample_size(weights.log()), torch.tensor([4.0, 1.0, 2.0]))
     noted = [
@@ -118,13 +116,13 @@ def test_redrawing_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_pruning_nothing_is_best_of_n(decoder: NextTokenDecoder, rows: list, judges: dict, n: int) -> None:
+def test_pruning_nothing_is_best_of_n(decoder: CompactDecoder, rows: list, judges: dict, n: int) -> None:
     best = BestOfN(Sample(SAMPLING), n, "parm").decode(decoder, judges, Request(rows, SEEDS))
     kept = Pruning(SAMPLING, n, share=0.0, stride=5).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(kept.tokens, best.tokens)
 
 
-def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_pruned_paths_cost_nothing_more(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     """With share 1 one path is left after the first look, the best until then."""
     pruned = Pruning(SAMPLING, 4, share=1.0, stride=4).decode(decoder, judges, Request(rows, SEEDS))
     assert pruned.cost.decoder_passes == 2 * len(rows) * (1 + 4 * 4 + 11)
@@ -138,7 +136,7 @@ def test_pruned_paths_cost_nothing_more(decoder: NextTokenDecoder, rows: list, j
     assert torch.equal(pruned.tokens, expected)
 
 
-def test_one_beam_is_verified_decoding(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_one_beam_is_verified_decoding(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     beam = Beam(SAMPLING, n=1, k=4).decode(decoder, judges, Request(rows, SEEDS))
     verified = Verified(SAMPLING, k=4).decode(decoder, judges, Request(rows, SEEDS))
     assert torch.equal(beam.tokens, verified.tokens)
@@ -153,17 +151,14 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
     keep = torch.tensor([True, True, False, False]).expand(3, -1)
     wide = Beam(Sampling(top_k=2), n=4, k=16, verifier="likelihood")
     found = wide.decode(small, judges, Request(prompts, [0, 1, 2], tokens, keep))
-    ids = small.word_ids([row["prompt"] for row in prompts])
-    top = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, tokens)[1][-1])[:, 2].topk(
-        2
-    )
+    texts = [row["prompt"] for row in prompts]
+    top = small.token_logits(texts, tokens)[:, 2].topk(2)
     best = torch.full((3,), -torch.inf)
     for second in top.indices.unbind(1):
         grid = tokens.clone()
         grid[:, 2] = second
-        logits = small._logits(small._code_embeddings(), small._run(small._code_embeddings(), ids, grid)[1][-1])
-        grid[:, 3] = logits[:, 3].argmax(-1)
-        best = torch.maximum(best, small.token_log_probs(ids, grid).sum(1))
+        grid[:, 3] = small.token_logits(texts, grid)[:, 3].argmax(-1)
+        best = torch.maximum(best, small.token_log_probs(texts, grid).sum(1))
     torch.testing.assert_close(found.features.log_probs.sum(1), best)
 
 
@@ -181,7 +176,7 @@ def test_the_widest_beam_finds_the_best_of_all_images(judges: dict) -> None:
     ],
     ids=lambda strategy: type(strategy).__name__,
 )
-def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
+def test_images_do_not_depend_on_the_batch(decoder: CompactDecoder, rows: list, judges: dict, strategy) -> None:
     together = strategy.decode(decoder, judges, Request(rows, SEEDS)).tokens
     apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
     flipped = (together != torch.cat(apart)).any(1).sum().item()
@@ -200,7 +195,7 @@ def test_images_do_not_depend_on_the_batch(decoder: NextTokenDecoder, rows: list
     ],
     ids=lambda strategy: type(strategy).__name__,
 )
-def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, judges: dict, strategy) -> None:
+def test_kept_tokens_are_never_changed(decoder: CompactDecoder, rows: list, judges: dict, strategy) -> None:
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < torch.rand(len(rows), 1)
     decoded = strategy.decode(decoder, judges, Request(rows, SEEDS, tokens, keep))
     assert torch.equal(decoded.tokens[keep], tokens[keep])
@@ -209,7 +204,7 @@ def test_kept_tokens_are_never_changed(decoder: NextTokenDecoder, rows: list, ju
     torch.testing.assert_close(decoded.features.log_probs, full.log_probs, atol=2e-4, rtol=1e-3)
 
 
-def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenDecoder, judges: dict) -> None:
+def test_value_weighted_sampling_prefers_valuable_candidates(decoder: CompactDecoder, judges: dict) -> None:
     """The choice follows softmax(value_weight * value + prior_weight * log p)."""
     values = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(2000, -1)
     log_probs = torch.tensor([[0.2, 0.2, 0.6]]).log().expand(2000, -1)
@@ -223,7 +218,7 @@ def test_value_weighted_sampling_prefers_valuable_candidates(decoder: NextTokenD
     assert (best == 0).all()
 
 
-def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_random_stop_verifies_a_prefix_only(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     literal = Verified(SAMPLING, k=8).decode(decoder, judges, Request(rows, SEEDS))
     stopped = Verified(SAMPLING, k=8, random_stop=True).decode(decoder, judges, Request(rows, SEEDS))
     for i, stop in enumerate(stopped.first_unverified.tolist()):
@@ -232,7 +227,7 @@ def test_random_stop_verifies_a_prefix_only(decoder: NextTokenDecoder, rows: lis
     assert (stopped.tokens != literal.tokens).any()
 
 
-def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_cost_counts_passes_and_values(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     steps, batch = decoder.num_tokens, len(rows)
     plain = Sample(SAMPLING).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert plain.tokens == 2 * (steps - 1) * batch  # the last token is not read
@@ -248,7 +243,7 @@ def test_cost_counts_passes_and_values(decoder: NextTokenDecoder, rows: list, ju
     assert (paths.decoder_passes, paths.verifier_calls) == (2 * batch * (3 * steps - 2), 3 * batch * steps // 4)
 
 
-def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges: dict) -> None:
+def test_unknown_judges_are_named(decoder: CompactDecoder, rows: list, judges: dict) -> None:
     with pytest.raises(ValueError, match="judge 'light' does not exist here; there are: parm, likelihood, darkness"):
         Verified(SAMPLING, k=2, verifier="light").decode(decoder, judges, Request(rows, SEEDS))
     with pytest.raises(ValueError, match="judge 'clip' does not exist here; there are: parm, likelihood, darkness"):
@@ -264,11 +259,11 @@ def test_unknown_judges_are_named(decoder: NextTokenDecoder, rows: list, judges:
         lambda sampling: Beam(sampling, 2, 2),
     ],
 )
-def test_a_sampling_of_another_kind_of_decoder_is_refused(decoder: NextTokenDecoder, make) -> None:
+def test_a_sampling_of_another_kind_of_decoder_is_refused(decoder: CompactDecoder, make) -> None:
     make(SAMPLING).check_decoder(decoder)
     make(MaskSampling()).check_decoder(make_masked())
     make("anything").check_decoder(ToyDecoder())  # which takes any
-    with pytest.raises(ValueError, match=r"^sampling is a MaskSampling, and a NextTokenDecoder takes a Sampling$"):
+    with pytest.raises(ValueError, match=r"^sampling is a MaskSampling, and a CompactDecoder takes a Sampling$"):
         make(MaskSampling()).check_decoder(decoder)
     with pytest.raises(ValueError, match=r"^sampling is a Sampling, and a MaskTokenDecoder takes a MaskSampling$"):
         make(SAMPLING).check_decoder(make_masked())

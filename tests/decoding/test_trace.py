@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling, image_seed
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -65,7 +65,7 @@ def went_on(choice: Choice) -> Counter[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
-def test_what_was_kept_leads_to_the_image(decoder: NextTokenDecoder, parm: PARM, rows: list, strategy) -> None:
+def test_what_was_kept_leads_to_the_image(decoder: CompactDecoder, parm: PARM, rows: list, strategy) -> None:
     image = strategy.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     for choice in image.trace:
         check(choice, image)
@@ -75,7 +75,7 @@ def test_what_was_kept_leads_to_the_image(decoder: NextTokenDecoder, parm: PARM,
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, REFLECTION], ids=lambda strategy: type(strategy).__name__)
-def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm: PARM, rows: list, strategy) -> None:
+def test_the_trace_does_not_depend_on_the_batch(decoder: CompactDecoder, parm: PARM, rows: list, strategy) -> None:
     """An image that is decoded again by itself tells the same as its rows of the batch's trace."""
     together = strategy.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     for i in (7, 2):
@@ -93,7 +93,7 @@ def test_the_trace_does_not_depend_on_the_batch(decoder: NextTokenDecoder, parm:
             torch.testing.assert_close(event.scores, other.scores, equal_nan=True, atol=1e-4, rtol=1e-4)
 
 
-def test_reflection_follows_on_what_it_wraps(decoder: NextTokenDecoder, parm: PARM, rows: list) -> None:
+def test_reflection_follows_on_what_it_wraps(decoder: CompactDecoder, parm: PARM, rows: list) -> None:
     image = REFLECTION.decode(decoder, {"parm": parm}, Request(rows, SEEDS))
     best, *rounds = image.trace
     assert isinstance(best, Choice) and rounds and all(isinstance(event, ReflectionRound) for event in rounds)

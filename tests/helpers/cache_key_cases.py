@@ -19,11 +19,11 @@ from datamodules.photographs import Photographs
 from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.text import PublishedTokenizer, WordTokenizer
@@ -123,7 +123,7 @@ def another_weight(module: Any) -> Any:
     return other
 
 
-@case(NextTokenDecoder)
+@case(CompactDecoder)
 def _(_: Path) -> Case:
     decoder = make_decoder()
     words = copy.deepcopy(decoder)

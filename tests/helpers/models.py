@@ -13,11 +13,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from datamodules.shapes.prompts import vocabulary
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.text import WordTokenizer, word_spans
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -65,13 +65,13 @@ def make_showo(checkpointing: bool = False, **changes: Any) -> ShowO:
     return ShowO(tokenizer, Numbers(), transformer=transformer, **sizes).eval()
 
 
-def make_decoder(grid: int = 4, depth: int = 3) -> NextTokenDecoder:
+def make_decoder(grid: int = 4, depth: int = 3) -> CompactDecoder:
     """A decoder of 16 tokens an image with sharpened random weights, so that distributions are far from uniform."""
     torch.manual_seed(0)
     tokenizer = PatchVQ(codebook_size=32, grid=grid, image_size=64, width=16, blocks=1)
     torch.nn.init.uniform_(tokenizer.codebook)
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
-    decoder = NextTokenDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
+    decoder = CompactDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
             if weight.ndim > 1 and name != "code_proj.weight":
@@ -94,7 +94,7 @@ def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
     return decoder.eval()
 
 
-def make_parm(decoder: NextTokenDecoder | MaskTokenDecoder, input_features: InputFeatures = "hidden") -> PARM:
+def make_parm(decoder: CompactDecoder | MaskTokenDecoder, input_features: InputFeatures = "hidden") -> PARM:
     """A PARM for one of these decoders, random weights."""
     torch.manual_seed(1)
     parm = PARM(

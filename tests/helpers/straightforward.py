@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.backbone.mask_attention import Rotary
+from lightning_modules.backbone.attention import attend
 from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.showo import ShowO
-from lightning_modules.backbone.transformer import attend
 from tests.helpers.asked import asked
 from tests.helpers.models import phi
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.mask_sampling import MaskSampling
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.potential import Potential
@@ -59,7 +59,7 @@ STRATEGIES: dict[str, Strategy] = {
     "verified": BestOfN(Verified(SAMPLING, k=3), 2, "parm"),
     "reflection": Reflection(Sample(SAMPLING), Sample(SAMPLING), Region(TokenConfidence(), quantile=0.25), rounds=2),
 }
-ABOUT = {"decoder": "NextTokenDecoder", "seed": 0, "prompts": 12, "images_per_prompt": 1}
+ABOUT = {"decoder": "CompactDecoder", "seed": 0, "prompts": 12, "images_per_prompt": 1}
 HOSTILE = "a photo of <script>alert('x')</script> & \"quotes\""
 
 
@@ -91,7 +91,7 @@ def picture(url: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def made(decoder: NextTokenDecoder, parm: PARM, rows: list) -> tuple[dict[str, Decoded], dict[str, StrategyResult]]:
+def made(decoder: CompactDecoder, parm: PARM, rows: list) -> tuple[dict[str, Decoded], dict[str, StrategyResult]]:
     judges = {"parm": parm, "likelihood": Likelihood()}
     images, results = {}, {}
     for name, strategy in STRATEGIES.items():
@@ -211,7 +211,7 @@ def test_scores_have_as_many_digits_as_tell_them_apart() -> None:
     assert format_scores([0.7, 0.7]) == ["0.700", "0.700"]
 
 
-def test_what_was_drawn_by_chance_is_said(decoder: NextTokenDecoder, parm: PARM, rows: list) -> None:
+def test_what_was_drawn_by_chance_is_said(decoder: CompactDecoder, parm: PARM, rows: list) -> None:
     """Among drawn candidates every one that was kept and not the best says so, among others none."""
     drawn = {}
     for choose in ("sample", "argmax"):
@@ -227,7 +227,7 @@ def test_what_was_drawn_by_chance_is_said(decoder: NextTokenDecoder, parm: PARM,
 
 @pytest.mark.parametrize(("stop_score", "said"), [(-100.0, "Satisfied at once"), (0.0, "Stopped after 2 rounds")])
 def test_reflection_says_how_it_ended(
-    decoder: NextTokenDecoder, parm: PARM, rows: list, stop_score: float, said: str
+    decoder: CompactDecoder, parm: PARM, rows: list, stop_score: float, said: str
 ) -> None:
     strategy = replace(STRATEGIES["reflection"], stop_score=stop_score)
     decoded = strategy.decode(decoder, {"parm": parm}, Request(rows[:2], [0, 1]))
@@ -235,7 +235,7 @@ def test_reflection_says_how_it_ended(
         assert view.sections[-1].title.startswith("Reflection") and view.sections[-1].note.startswith(said)
 
 
-def test_the_story_ends_with_the_image(made: Any, decoder: NextTokenDecoder) -> None:
+def test_the_story_ends_with_the_image(made: Any, decoder: CompactDecoder) -> None:
     """The last frame on the way is the image as it was before reflection; its rounds go on from there."""
     for name, decoded in made[0].items():
         result = made[1][name]

@@ -14,9 +14,9 @@ from datamodules.captions import CaptionsDataModule
 from datamodules.shapes.caption_pairs import CaptionPairs
 from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.image_tokenizer import upsample_patches
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.contrastive import ContrastiveModule
@@ -89,7 +89,7 @@ def test_a_model_in_a_folder_is_read_as_open_clip_reads_it(tmp_path: Path) -> No
 
 
 def test_reflection_looks_at_the_patches_that_score_lowest(
-    decoder: NextTokenDecoder, rows: list, score: CLIPScore
+    decoder: CompactDecoder, rows: list, score: CLIPScore
 ) -> None:
     image = Sample(Sampling()).decode(decoder, {}, Request(rows, range(len(rows))))
     found = Region(PatchCLIPScore(2), quantile=0.25)(decoder, {"clip": score}, Request(rows, range(len(rows))), image)

@@ -6,27 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.loading import export, pretrained
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.rewards.parm import PARM, InputFeatures
 from lightning_modules.rewards.verifier import Likelihood
 from tests.helpers.models import make_decoder, make_masked, make_parm
 
 
-def features_of(decoder: NextTokenDecoder, tokens: torch.Tensor):
+def features_of(decoder: CompactDecoder, tokens: torch.Tensor):
     return decoder.features(["a photo of a red star"] * len(tokens), tokens)
 
 
 @pytest.fixture
-def tokens(decoder: NextTokenDecoder) -> torch.Tensor:
+def tokens(decoder: CompactDecoder) -> torch.Tensor:
     return torch.randint(0, 32, (4, decoder.num_tokens), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("input_features", ["hidden", "embeddings"])
 def test_the_value_of_a_prefix_does_not_change_when_later_tokens_do(
-    decoder: NextTokenDecoder, tokens: torch.Tensor, input_features: InputFeatures
+    decoder: CompactDecoder, tokens: torch.Tensor, input_features: InputFeatures
 ) -> None:
     parm = make_parm(decoder, input_features)
     changed = tokens.clone()
@@ -39,7 +39,7 @@ def test_the_value_of_a_prefix_does_not_change_when_later_tokens_do(
 
 
 def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
-    decoder: NextTokenDecoder, rows: list[dict], parm: PARM
+    decoder: CompactDecoder, rows: list[dict], parm: PARM
 ) -> None:
     state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 5)
     memory = parm.begin(state.prompt, decoder.num_tokens)
@@ -56,7 +56,7 @@ def test_walking_beside_the_decoder_gives_the_values_of_the_full_pass(
     torch.testing.assert_close(torch.stack(walked, 1), full, atol=2e-3, rtol=1e-3)
 
 
-def test_verifiers_see_the_tokens_that_are_kept(decoder: NextTokenDecoder, parm: PARM, rows: list[dict]) -> None:
+def test_verifiers_see_the_tokens_that_are_kept(decoder: CompactDecoder, parm: PARM, rows: list[dict]) -> None:
     tokens, keep = torch.randint(0, 32, (len(rows), 16)), torch.rand(len(rows), 16) < 0.7
     for verifier in (parm, Likelihood()):
         state = decoder.begin(Request(rows, range(len(rows)), tokens, keep), Sampling(), 5)
@@ -75,7 +75,7 @@ def test_verifiers_see_the_tokens_that_are_kept(decoder: NextTokenDecoder, parm:
 
 @pytest.mark.parametrize("input_features", ["hidden", "embeddings"])
 def test_candidates_scored_together_equal_candidates_scored_apart(
-    decoder: NextTokenDecoder, rows: list[dict], input_features: InputFeatures
+    decoder: CompactDecoder, rows: list[dict], input_features: InputFeatures
 ) -> None:
     parm = make_parm(decoder, input_features)
     state = decoder.begin(Request(rows, range(len(rows))), Sampling(), 8)
@@ -93,7 +93,7 @@ def test_candidates_scored_together_equal_candidates_scored_apart(
     assert together.std() > 1e-3
 
 
-def test_values_are_log_probabilities(decoder: NextTokenDecoder, parm: PARM, tokens: torch.Tensor) -> None:
+def test_values_are_log_probabilities(decoder: CompactDecoder, parm: PARM, tokens: torch.Tensor) -> None:
     values = parm.values(features_of(decoder, tokens), [1, 16])
     assert (values < 0).all()
     logits, clauses, matches = parm(features_of(decoder, tokens))
@@ -115,7 +115,7 @@ def test_what_the_decoder_thinks_given_the_prompt_counts_only_in_trusted_rows(ma
     assert (mixed[trusted] != changed[trusted]).all()
 
 
-def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
+def test_the_compact_head_is_the_method_s(decoder: CompactDecoder) -> None:
     from lightning_modules.backbone.transformer import TransformerConfig
 
     compact = PARM(TransformerConfig(512, 6, 8), 4, decoder.dim, decoder.feature_layers, "hidden", True)
@@ -126,7 +126,7 @@ def test_the_compact_head_is_the_method_s(decoder: NextTokenDecoder) -> None:
     assert len(compact.transformer.blocks) == 6
 
 
-def test_parm_of_grids_begins_with_parm_of_prefixes(decoder: NextTokenDecoder, tmp_path: Path) -> None:
+def test_parm_of_grids_begins_with_parm_of_prefixes(decoder: CompactDecoder, tmp_path: Path) -> None:
     causal, grids = make_parm(decoder), make_parm(make_masked())
     for weight in causal.parameters():
         torch.nn.init.normal_(weight)
@@ -138,6 +138,6 @@ def test_parm_of_grids_begins_with_parm_of_prefixes(decoder: NextTokenDecoder, t
         pretrained(make_parm(make_decoder(grid=2)), start=str(tmp_path))
 
 
-def test_unknown_features_are_refused(decoder: NextTokenDecoder) -> None:
+def test_unknown_features_are_refused(decoder: CompactDecoder) -> None:
     with pytest.raises(ValueError, match=r"parm.input_features must be 'hidden' or 'embeddings', not 'pixels'"):
         make_parm(decoder, "pixels")  # type: ignore[arg-type]
