@@ -36,6 +36,24 @@ def word_spans(prompt: str) -> list[tuple[int, int]]:
     return [word.span() for word in re.finditer(r"\S+", prompt)]
 
 
+def read_tokenizer(checkpoint: str) -> Tokenizer:
+    """Read the `tokenizer.json` of a folder, or of OWNER/NAME on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is broken.
+    """
+    file = Path(checkpoint) / "tokenizer.json"
+    if not file.is_file():
+        if file.parent.exists():
+            raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
+        file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
+    refuse_broken(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
+
+
 class PublishedTokenizer(Keyed):
     """A tokenizer as published with a language model.
 
@@ -48,16 +66,7 @@ class PublishedTokenizer(Keyed):
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
-        file = Path(checkpoint) / "tokenizer.json"
-        if not file.is_file():
-            if file.parent.exists():
-                raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
-            file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
-        refuse_broken(file)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
+        self._tokenizer = read_tokenizer(checkpoint)
         found = self._tokenizer.token_to_id(end_of_text)
         if found is None:
             raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")
