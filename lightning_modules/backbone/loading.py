@@ -149,8 +149,9 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     """Load a module's weights from a checkpoint (see `resolve`); without one it is as it was initialised.
 
     A module whose weights are published under other names has `layouts`; the one that knows most of the stored tensors
-    is read. `check_stored(config)` raises ValueError if the stored config is that of another model. A module with
-    `warm_start` can begin training at the `start`, weights of another kind.
+    is read. `check_stored(config)` and `check_tensors(stored, file)` raise ValueError if the stored config, or the tensors
+    of a file, are those of another model. A module with `warm_start` can begin training at the `start`, weights of
+    another kind.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -164,8 +165,12 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     stored, expected = CheckpointReader(folder), own_state(module)
     layouts: list[Layout] = [*getattr(module, "layouts", ()), Layout(lambda key: [key])]
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
+    check_tensors: Callable[[CheckpointReader, Path], None] = getattr(
+        module, "check_tensors", lambda stored, file: None
+    )
     if (folder / "config.json").is_file():
         check(read_settings(folder / "config.json"))
+    check_tensors(stored, folder)
     keys, names_of = stored.keys, [{key: layout.stored_as(key) for key in expected} for layout in layouts]
     known = [sum(name in keys for group in names.values() for name in group) for names in names_of]
     chosen = known.index(max(known))

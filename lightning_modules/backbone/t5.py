@@ -74,6 +74,11 @@ class T5Text(Keyed):
         text = {"tokenizer": self._tokenizer.cache_key(), "max_tokens": self.max_tokens}
         return {"class": class_name(self), **self._network_key, **text}
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the network."""
+        return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each cleaned prompt without the closing one; what is too long loses its end, with a warning."""
         most, found = self.max_tokens - 1, self._tokenizer.encode([clean_caption(prompt) for prompt in prompts])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lightning_modules.backbone.caption import clean_caption
-from tests.helpers.models import LLAMAGEN
+from tests.helpers.llamagen import LLAMAGEN
 
 PAIRS = json.loads((LLAMAGEN / "captions.json").read_text())
 

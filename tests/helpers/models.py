@@ -25,7 +25,6 @@ from lightning_modules.rewards.parm import PARM, InputFeatures
 from tests.helpers.overrides import ROOT
 
 SHOWO = ROOT / "tests" / "golden" / "showo"
-LLAMAGEN = ROOT / "tests" / "golden" / "llamagen"
 SHOWO_CONFIG = json.loads((SHOWO / "config.json").read_text())
 FEATURES = [name for name in DecoderFeatures.__dataclass_fields__ if name != "undecided"]
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
