@@ -25,6 +25,14 @@ class ImageTokenizer(HubMixin, nn.Module):
         """A vector for each code, [codebook_size, D], about unit scale; codes that look alike have similar ones."""
         raise ValueError(f"{type(self).__name__} has no code vectors")
 
+    def decoding_bytes(self, size: int) -> float:
+        """Estimate what decoding an image takes: four maps before its last convolution, `size` bytes a number."""
+        maps = 0.0
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # the last one makes the pixels
+                maps = 4 * (3 * self.image_size**2 / module.out_channels) * module.in_channels * size
+        return maps
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> tokens, int64 [B, T]."""

@@ -98,7 +98,7 @@ class JanusTokenizer(Keyed):
 def _known_template(checkpoint: str) -> Template | None:
     """The template of a checkpoint, as far as its name or its chat template tells."""
     for part, template in _NAMES.items():
-        if part in checkpoint.lower():
+        if part in Path(checkpoint).name.lower():
             return template
     for path in (Path(checkpoint) / name for name in _CHAT_TEMPLATES):
         if path.is_file():

@@ -213,14 +213,10 @@ class MaskNetwork(TokenDecoder):
         """Estimate the keys and values of prompts, and the largest of what else there is, guidance included.
 
         That is a layer's hidden states, the probabilities of all codes and their cumulative sum, in single precision,
-        or four maps of the finest level of the image tokenizer's decoder.
+        or what the image tokenizer takes.
         """
-        config, tokenizer = self.transformer.config, self.image_tokenizer
+        config = self.transformer.config
         prompts = 2 * config.depth * config.dim * (self.vocabulary.max_text + 1) * size
         layer = 2 * (self.num_tokens + 2) * config.dim * (5 + 2 * config.mlp_ratio) * size
         codes = 2 * self.num_tokens * self.vocabulary.codes * 4
-        maps = 0.0
-        for module in tokenizer.modules():
-            if isinstance(module, nn.Conv2d):  # the last one makes the pixels
-                maps = 4 * (3 * tokenizer.image_size**2 / module.out_channels) * module.in_channels * size
-        return images * (prompts + max(layer, codes, maps))
+        return images * (prompts + max(layer, codes, self.image_tokenizer.decoding_bytes(size)))

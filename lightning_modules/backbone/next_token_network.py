@@ -89,6 +89,27 @@ class NextTokenNetwork(TokenDecoder):
         """Rotary embeddings of positions [S], counted from the first image token: the prompt's are below 0."""
         return None
 
+    @property
+    def prefix_length(self) -> int:
+        """Positions that usually come before an image; memory is estimated by it."""
+        return self.max_words
+
+    def training_bytes(self, images: int, size: int) -> float:
+        """Estimate the activations that wait for the backward pass, and the logits, their softmax and its gradient."""
+        tokens = self.num_tokens
+        kept = self.transformer.config.saved_bytes(self.prefix_length + tokens, size)
+        return images * (kept + 3 * tokens * self.image_tokenizer.codebook_size * 4)
+
+    def decoding_bytes(self, images: int, size: int) -> float:
+        """Estimate keys and values with logits and what is drawn from them, or what the image tokenizer takes.
+
+        Guidance is included.
+        """
+        config, codes = self.transformer.config, 8 * self.image_tokenizer.codebook_size * 4
+        positions = self.prefix_length + self.num_tokens
+        cached = 2 * 2 * config.depth * config.dim * positions * size
+        return images * max(cached + codes, self.image_tokenizer.decoding_bytes(size))
+
     def prompt_features(self, prompts: Sequence[str], prefix: Prefix, layers: Sequence[Tensor]) -> Tensor:
         """Features of prompts, the first rows of the prefix, for verifiers: [U', L, 2 dim], empty without any.
 

@@ -14,7 +14,7 @@ from lightning_modules.backbone.attention import AttentionFn, ExtendAttention, F
 from lightning_modules.backbone.kv_cache import KVCache
 from lightning_modules.backbone.rotary import Rotary
 
-_FEW_ROWS, _LARGE = 4, 2**18  # rows and weights for which a product the other way round is quicker on CPUs
+_LARGE = 2**18  # weights of a layer that do not stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class TransformerConfig:
 
         A layer keeps, in widths: its input and norm (2), queries, keys, values before and after norm and rotation (7),
         keys and values beside the prompt's (2), what is attended to in two layouts (2), and the feed-forward layer's
-        hidden states before and after its activation. With checkpointing only one layer has all that.
+        hidden states before and after its activation. One that gates has four of these; a fifth stands for what RMS
+        norms keep in single precision. With checkpointing only one layer has all that.
         """
         layer = (13 + (5 if self.swiglu else 2) * self.mlp_ratio) * self.dim
         widths = layer + self.depth * self.dim if self.checkpointing else self.depth * layer
@@ -65,18 +66,24 @@ class TransformerConfig:
 class Linear(nn.Linear):
     """A linear layer that does not lose time on few rows where weights are large.
 
-    On CPUs such a product is bound by the reading of weights; as weights times inputs it takes a half to a third of the
-    time of inputs times weights, and a single row is quicker as two.
+    On CPUs such a product is bound by the reading of weights. In single precision, as weights times inputs, it takes a
+    half to a third of the time of inputs times weights.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _is_slow(self, x: Tensor) -> bool:
+        """The product of inputs and weights is slow for so many rows, as measured; a narrow one even for one row."""
         rows = x.numel() // self.in_features
-        if rows > _FEW_ROWS or self.weight.numel() < _LARGE or x.device.type != "cpu" or torch.is_grad_enabled():
+        few = 1 <= rows <= 4 if self.in_features <= 1024 else 2 <= rows <= 3
+        decoding = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        return few and decoding and self.weight.numel() >= _LARGE
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._is_slow(x):
             return super().forward(x)
-        flat = x.reshape(rows, -1)
-        product = (self.weight @ (flat if rows > 1 else flat.expand(2, -1)).T)[:, :rows].T.contiguous()
-        product = product if self.bias is None else product + self.bias
-        return product.view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, self.in_features)
+        product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # two rows are quicker than one
+        product = product[:, : len(rows)].T.contiguous()
+        return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):

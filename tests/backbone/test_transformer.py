@@ -1,11 +1,13 @@
-"""The cached step against the full pass."""
+"""The cached step against the full pass; blocks of Llama's make against transformers' own."""
 
 import pytest
 import torch
 
 from lightning_modules.backbone.attention import attend
 from lightning_modules.backbone.kv_cache import KVCache
-from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.backbone.lora import LoRA
+from lightning_modules.backbone.rotary import Rotary
+from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,70 @@ def test_attention_by_matrix_products_is_scaled_dot_product_attention(causal: bo
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dim=10 is not a multiple of heads=4"):
         TransformerConfig(dim=10, depth=1, heads=4)
+
+
+def test_blocks_of_llama_s_make_are_those_of_transformers() -> None:
+    """Rows of several lengths, padded on the left; weights of q, k, v and of gate and up are joined."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=8, rms_norm_eps=1e-6, **sizes)).eval()
+    config = TransformerConfig(32, 2, 4, 2.5, rms_norm=True, swiglu=True, bias=False, norm_eps=1e-6)
+    ours, norm = Transformer(config), config.norm()
+    for block, layer in zip(ours.blocks, theirs.layers, strict=True):
+        for weight in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight):
+            torch.nn.init.uniform_(weight)
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = {
+            "attention_norm": [layer.input_layernorm],
+            "attention.qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "attention.proj": [attention.o_proj],
+            "mlp_norm": [layer.post_attention_layernorm],
+            "mlp.0": [mlp.gate_proj, mlp.up_proj],
+            "mlp.2": [mlp.down_proj],
+        }
+        block.load_state_dict({f"{key}.weight": torch.cat([p.weight for p in parts]) for key, parts in joined.items()})
+    x, padding = torch.randn(3, 9, 32), torch.tensor([0, 4, 7])
+    real = torch.arange(9) >= padding[:, None]
+    expected = theirs(inputs_embeds=x, attention_mask=real.long()).last_hidden_state
+    found = norm(ours(x, causal=True, rotary=Rotary.at(torch.arange(-9, 0), 8), padding=padding)[-1])
+    torch.testing.assert_close(found[real], expected[real], atol=2e-5, rtol=1e-4)
+
+
+def test_interleaved_pairs_turn_as_complex_numbers_do() -> None:
+    x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(5, 4), angles)
+    found = Rotary(angles.cos(), angles.sin(), interleaved=True)(x)
+    torch.testing.assert_close(found, torch.view_as_real(turned).flatten(-2))
+    nothing = torch.zeros(5, 4)
+    assert not Rotary(nothing, nothing, interleaved=True)(x).any()
+
+
+@pytest.mark.parametrize("width", [256, 2048])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_layers_give_the_same_for_few_rows(width: int, bias: bool) -> None:
+    layer = Linear(width, 1024, bias=bias)
+    for rows in range(1, 6):
+        x = torch.randn(rows, 1, width)
+        expected = layer(x)  # with gradients: as any linear layer
+        with torch.no_grad():
+            found = layer(x)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_stand_beside_gated_layers_too() -> None:
+    model = Transformer(TransformerConfig(32, 2, 4, 2.5, rms_norm=True, swiglu=True, bias=False))
+    x = torch.randn(2, 5, 32)
+    before = model(x, causal=True)[-1]
+    adapters = LoRA(rank=2)
+    adapters.inject(model)
+    trained = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 4 * 2 and all(map(adapters.is_adapter, trained))
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.normal_(std=0.1)
+    adapted = model(x, causal=True)[-1]
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    adapters.merge(model)
+    torch.testing.assert_close(model(x, causal=True)[-1], adapted, atol=1e-5, rtol=1e-4)

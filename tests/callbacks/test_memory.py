@@ -11,6 +11,7 @@ from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.rotary import Rotary
+from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -20,6 +21,7 @@ from lightning_modules.decoding.regions import RandomScores, Region
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.asked import asked
+from tests.helpers.llama import make_llama
 from tests.helpers.measuring import peak_mebibytes
 from tests.helpers.models import phi
 
@@ -52,6 +54,24 @@ def test_training_keeps_what_is_estimated(checkpointing: bool) -> None:
     if checkpointing:  # the one layer that is computed anew is not among what the forward pass keeps
         estimate -= TransformerConfig(2048, 1, 32, 4.0, parallel=True).saved_bytes(BATCH * GRID, 4)
     assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_and_decoding_of_next_token_decoders_take_what_is_estimated(checkpointing: bool) -> None:
+    llama = make_llama(dim=128, grid=12, checkpointing=checkpointing)
+    prompts, tokens, images = [" ".join(["a"] * 11)] * 8, torch.randint(0, 32, (8, 144)), range(8)
+
+    def train() -> None:
+        llama.log_probs(prompts, tokens, images).sum().backward()
+
+    def decode() -> None:
+        state = llama.begin(asked(prompts), Sampling(guidance=1.0))
+        while not state.is_done:
+            llama.commit(state, llama.propose(state, 1), torch.zeros(8, dtype=torch.int64))
+
+    train()  # gradients are there
+    assert llama.training_bytes(8, 4) == pytest.approx(peak_mebibytes(train) * 2**20, rel=0.15)
+    assert llama.decoding_bytes(8, 4) == pytest.approx(peak_mebibytes(decode) * 2**20, rel=0.15)
 
 
 @pytest.mark.parametrize(("width", "bits"), [(128, 8), (8, 8), (8, 12)], ids=["pixels", "layers", "logits"])

@@ -1,6 +1,7 @@
 """The golden Janus, in both layouts of its weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_modules.backbone.janus import Janus
+from lightning_modules.backbone.janus_text import EncodedPrompt, JanusTokenizer
 from lightning_modules.backbone.loading import pretrained
+from lightning_modules.backbone.text import word_spans
+from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.backbone.vq16 import VQ16, VQ16Config
 from tests.helpers.overrides import ROOT
 
 JANUS = ROOT / "tests" / "golden" / "janus"
 JANUS_CONFIG: dict[str, Any] = json.loads((JANUS / "config.json").read_text())
+GENERATION = json.loads((JANUS / "generation_config.json").read_text())["generation_kwargs"]
 BOS, PAD, BOI = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>", "<begin_of_image>"
 SPECIAL = [BOS, PAD, BOI, "<end_of_image>", "<image_placeholder>"]
 WEIGHTS = str(JANUS / "weights_hf.safetensors")
@@ -43,11 +49,11 @@ def as_deepseek(folder: Path) -> str:
     return str(folder)
 
 
-def janus_image_tokenizer(checkpoint: str | None = WEIGHTS) -> VQ16:
-    """The golden image tokenizer."""
-    vq = JANUS_CONFIG["vq_config"]
+def janus_image_tokenizer(checkpoint: str | None = WEIGHTS, config: dict[str, Any] = JANUS_CONFIG) -> VQ16:
+    """The golden image tokenizer, or one of the sizes in another config of transformers."""
+    vq = config["vq_config"]
     sizes = VQ16Config(
-        image_size=JANUS_CONFIG["vision_config"]["image_size"],
+        image_size=config["vision_config"]["image_size"],
         codebook_size=vq["num_embeddings"],
         code_dim=vq["embed_dim"],
         base_channels=vq["base_channels"],
@@ -56,3 +62,47 @@ def janus_image_tokenizer(checkpoint: str | None = WEIGHTS) -> VQ16:
         latent_channels=vq["latent_channels"],
     )
     return pretrained(VQ16(sizes), checkpoint).eval().requires_grad_(False)
+
+
+class Numbers:
+    """Prompts of Janus that are written as their ids, without those of the beginning and of the image."""
+
+    size, max_text = JANUS_CONFIG["text_config"]["vocab_size"], 16
+
+    def __init__(self, special: dict[str, int]) -> None:
+        self.special, self.pad = special, special["pad"]
+
+    def parse(self, prompt: str) -> EncodedPrompt:
+        spans = word_spans(prompt)
+        ids = [self.special["bos"], *map(int, prompt.split()), self.special["boi"]]
+        return EncodedPrompt(ids, range(1, 1 + len(spans)), spans)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self.parse(prompt).ids for prompt in prompts]
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        return self.parse(prompt).spans
+
+    unconditional = JanusTokenizer.unconditional
+
+
+def make_janus(config: dict[str, Any] = JANUS_CONFIG, checkpointing: bool = False, **options: Any) -> Janus:
+    """An untrained Janus of the sizes in a config of transformers, whose prompts are numbers."""
+    text = config["text_config"]
+    sizes = TransformerConfig(
+        dim=text["hidden_size"],
+        depth=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        mlp_ratio=text["intermediate_size"] / text["hidden_size"],
+        rms_norm=True,
+        swiglu=True,
+        bias=False,
+        norm_eps=text["rms_norm_eps"],
+        checkpointing=checkpointing,
+    )
+    numbers: Any = Numbers(
+        {"bos": text["bos_token_id"], "pad": text["pad_token_id"], "boi": GENERATION["boi_token_id"]}
+    )
+    tokenizer = janus_image_tokenizer(None, config)
+    base = text["rope_parameters"]["rope_theta"]
+    return Janus(tokenizer, numbers, text["vocab_size"], sizes, rotary_base=base, **options).eval()

@@ -59,14 +59,16 @@ class TinyLlama(NextTokenDecoder):
         return Rotary(turned.cos, turned.sin, self.interleaved)
 
 
-def make_llama(depth: int = 3, interleaved: bool = False, checkpointing: bool = False, **options: Any) -> TinyLlama:
+def make_llama(
+    dim: int = 32, depth: int = 3, grid: int = 4, interleaved: bool = False, checkpointing: bool = False, **options: Any
+) -> TinyLlama:
     """Sharpened random weights, so that distributions are far from uniform."""
     torch.manual_seed(0)
     config = TransformerConfig(
-        dim=32, depth=depth, heads=4, mlp_ratio=2.5, rms_norm=True, swiglu=True, bias=False, norm_eps=1e-6,
+        dim, depth, heads=4, mlp_ratio=2.5, rms_norm=True, swiglu=True, bias=False, norm_eps=1e-6,
         checkpointing=checkpointing,
     )  # fmt: skip
-    decoder = TinyLlama(config, 4, 32, interleaved, **options)
+    decoder = TinyLlama(config, grid, 32, interleaved, **options)
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
             if weight.ndim > 1 and not name.startswith("image_tokenizer"):
