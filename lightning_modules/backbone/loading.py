@@ -149,9 +149,9 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
     """Load a module's weights from a checkpoint (see `resolve`); without one it is as it was initialised.
 
     A module whose weights are published under other names has `layouts`; the one that knows most of the stored tensors
-    is read. `check_stored(config)` and `check_tensors(stored, file)` raise ValueError if the stored config, or the tensors
-    of a file, are those of another model. A module with `warm_start` can begin training at the `start`, weights of
-    another kind.
+    is read. `check_stored(config)` and `check_tensors(stored, file)` raise ValueError if the stored config, or what a
+    file holds, is of another model. A module with `warm_start` can begin training at the `start`, weights of another
+    kind.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
