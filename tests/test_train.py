@@ -67,6 +67,9 @@ COMPANIONS = {
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "experiment=showo_parm": ["+debug=tiny_showo"],
     "experiment=showo_dpo": ["+debug=tiny_showo", *PAIR_FILES],
+    "decoder=llamagen_256": ["+debug=tiny_llamagen"],
+    "decoder=llamagen_512": ["+debug=tiny_llamagen"],
+    "experiment=llamagen_evaluate": ["+debug=tiny_llamagen"],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }

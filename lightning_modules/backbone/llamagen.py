@@ -97,6 +97,10 @@ class LlamaGen(NextTokenDecoder):
     def max_words(self) -> int:
         return self.text_tokenizer.max_tokens - 1
 
+    @property
+    def prefix_length(self) -> int:
+        return 20  # a caption of GenEval's, or one a little longer
+
     def prefix(self, prompts: Sequence[str], conditional: Sequence[bool]) -> Prefix:
         """Features of captions; a twin has as many of the last rows of the unconditional embedding."""
         device = self.head.weight.device

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Proposal, Request
 from lightning_modules.backbone.llamagen import LlamaGen
-from lightning_modules.backbone.loading import pretrained
+from lightning_modules.backbone.loading import export, own_state, pretrained
 from lightning_modules.backbone.next_token_state import NextTokenState
 from lightning_modules.backbone.sampling import Noise, Sampling, guide, sampling_log_probs
+from lightning_modules.backbone.t5 import T5Text
+from lightning_modules.backbone.tiny_t5 import save_tiny_t5
 from lightning_modules.backbone.vq16 import VQ16, VQ16Config
 from lightning_modules.decoding.paths import Paths
 from lightning_modules.decoding.sample import Sample
@@ -207,6 +209,17 @@ def test_weights_for_images_of_another_size_are_refused(blank: Callable[[], Llam
     torch.save({"model": load_file(WEIGHTS)}, tmp_path / "t2i_XL_stage2_512.pt")
     with pytest.raises(ValueError, match=r"t2i_XL_stage2_512\.pt is for images of 512 pixels, but"):
         pretrained(decoder, str(tmp_path / "t2i_XL_stage2_512.pt"))
+
+
+def test_an_export_has_the_decoders_own_weights(blank: Callable[[], LlamaGen], tmp_path: Path) -> None:
+    stored = StoredText()
+    text = T5Text(save_tiny_t5(str(tmp_path / "t5"), stored.width), stored.width, stored.max_tokens)
+    decoder = golden_llamagen(text=text, image_tokenizer=blank().image_tokenizer)
+    export(decoder, tmp_path / "exported", {}, torch.float32)
+    assert load_file(tmp_path / "exported" / "model.safetensors").keys() == own_state(decoder).keys()
+    assert not any("encoder" in key or "shared" in key for key in decoder.state_dict() if "image_tokenizer" not in key)
+    loaded, expected = pretrained(blank(), str(tmp_path / "exported")).state_dict(), decoder.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.items())
 
 
 @pytest.mark.parametrize(
