@@ -58,15 +58,15 @@ class LlamaGen(NextTokenDecoder):
         super().__init__(image_tokenizer, transformer, feature_layers, compiled)
         dim, width, codes = transformer.dim, text_tokenizer.width, image_tokenizer.codebook_size
         self.text_tokenizer = text_tokenizer
-        layers = nn.Linear(width, dim, bias=False), nn.GELU(approximate="tanh"), nn.Linear(dim, dim, bias=False)
-        self.caption = nn.Sequential(*layers)
+        first, last = nn.Linear(width, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.caption = nn.Sequential(first, nn.GELU(approximate="tanh"), last)
         # It stays as it was initialised, so it has to come with the weights.
         self.register_buffer("unconditional", torch.randn(text_tokenizer.max_tokens, width) * width**-0.5)
         self.codes = nn.Embedding(codes, dim)
         self.transformer, self.norm = Transformer(transformer), transformer.norm()
         self.head = Linear(dim, codes, bias=False)
-        for weight in (self.caption[0].weight, self.caption[2].weight, self.codes.weight, self.head.weight):
-            nn.init.normal_(weight, std=0.02)
+        for layer in (first, last, self.codes, self.head):
+            nn.init.normal_(layer.weight, std=0.02)
 
     @staticmethod
     def stored_as(key: str) -> list[str]:
