@@ -67,6 +67,11 @@ COMPANIONS = {
     "experiment=showo_evaluate": ["+debug=tiny_showo"],
     "experiment=showo_parm": ["+debug=tiny_showo"],
     "experiment=showo_dpo": ["+debug=tiny_showo", *PAIR_FILES],
+    "decoder=janus_pro_1b": ["+debug=tiny_janus"],
+    "decoder=janus_pro_7b": ["+debug=tiny_janus"],
+    "experiment=janus_evaluate": ["+debug=tiny_janus"],
+    "experiment=janus_parm": ["+debug=tiny_janus"],
+    "experiment=janus_dpo": ["+debug=tiny_janus", *PAIR_FILES],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }

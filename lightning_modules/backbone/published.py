@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 _LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
+    "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
     "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
@@ -28,6 +29,8 @@ _SIZES = {
     "showlab/show-o": "5.8 GB",
     "showlab/magvitv2": "0.4 GB",
     "microsoft/phi-1_5": "2 MB",
+    "deepseek-community/Janus-Pro-1B": "4.2 GB",
+    "deepseek-community/Janus-Pro-7B": "14.8 GB",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "16 GB",
     "facebook/mask2former-swin-small-coco-instance": "0.3 GB",
     "timm/vit_large_patch14_clip_224.openai": "1.7 GB",
@@ -105,7 +108,10 @@ def published_clip(key: str, model: str, tag: str) -> Published | None:
 
 
 def refuse_missing(weights: list[Published]) -> None:
-    """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once."""
+    """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once.
+
+    Weights that several keys name are named by the shortest, from which the others take them.
+    """
     missing: list[Published] = []
     reason, reachable = "", True
     for each in (each for each in weights if not each.is_here):
@@ -116,7 +122,8 @@ def refuse_missing(weights: list[Published]) -> None:
         except Exception as error:  # without network, of a class that differs by the version of the hub's client
             reason, reachable = type(error).__name__, isinstance(error, HfHubHTTPError)
         missing.append(each)
+    shortest = {each.name: each for each in sorted(missing, key=lambda each: -len(each.key))}
     if missing:
-        listed = "\n".join(f"  {each}" for each in missing)
+        listed = "\n".join(f"  {each}" for each in missing if shortest[each.name] is each)
         message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
         raise FileNotFoundError(f"{message}:\n{listed}")
