@@ -111,6 +111,10 @@ class Janus(NextTokenDecoder):
     def max_words(self) -> int:
         return self.text_tokenizer.max_text
 
+    @property
+    def prefix_length(self) -> int:
+        return 32  # a caption of some 20 tokens in its template
+
     def check_stored(self, config: Mapping[str, Any]) -> None:
         """Raise ValueError if Janus's config, by transformers or DeepSeek, is of other sizes or another tokenizer.
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 _LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
+    "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.t5.T5Text": ("*.safetensors",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
@@ -35,6 +36,8 @@ _SIZES = {
     "showlab/show-o": "5.8 GB",
     "showlab/magvitv2": "0.4 GB",
     "microsoft/phi-1_5": "2 MB",
+    "deepseek-community/Janus-Pro-1B": "4.2 GB",
+    "deepseek-community/Janus-Pro-7B": "14.8 GB",
     "peizesun/llamagen_t2i/t2i_XL_stage1_256.pt": "3.1 GB",
     "peizesun/llamagen_t2i/t2i_XL_stage2_512.pt": "3.1 GB",
     "peizesun/llamagen_t2i/vq_ds16_t2i.pt": "0.3 GB",
@@ -120,7 +123,10 @@ def published_clip(key: str, model: str, tag: str) -> Published | None:
 
 
 def refuse_missing(weights: list[Published]) -> None:
-    """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once."""
+    """Raise FileNotFoundError for weights that are neither on this machine nor to be had, all of them at once.
+
+    Weights that several keys name are named by the shortest, from which the others take them.
+    """
     missing: list[Published] = []
     reason, reachable = "", True
     for each in (each for each in weights if not each.is_here):
@@ -131,7 +137,8 @@ def refuse_missing(weights: list[Published]) -> None:
         except Exception as error:  # without network, of a class that differs by the version of the hub's client
             reason, reachable = type(error).__name__, isinstance(error, HfHubHTTPError)
         missing.append(each)
+    shortest = {(each.name, each.file): each for each in sorted(missing, key=lambda each: -len(each.key))}
     if missing:
-        listed = "\n".join(f"  {each}" for each in missing)
+        listed = "\n".join(f"  {each}" for each in missing if shortest[each.name, each.file] is each)
         message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
         raise FileNotFoundError(f"{message}:\n{listed}")

@@ -83,6 +83,9 @@ class Numbers:
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         return self.parse(prompt).spans
 
+    def cache_key(self) -> str:
+        return "numbers"
+
     unconditional = JanusTokenizer.unconditional
 
 
