@@ -65,7 +65,10 @@ def read_torch(path: Path, key: str | None = None, thorough: bool = False) -> An
     except OSError:
         raise
     except UnpicklingError as error:
-        raise ValueError(f"{_named(path, key)} holds more than tensors and is not loaded") from error
+        raise ValueError(
+            f"{_named(path, key)} holds more than tensors and is not loaded, because that could run code: if you trust "
+            f"it, load it once with `torch.load(FILE, weights_only=False)` and save its tensors alone with `torch.save`"
+        ) from error
     except Exception as error:  # of any kind, where bytes are not what the archive says
         raise ValueError(f"{_named(path, key)} is broken ({first_line(error)}): {_COPY}") from error
 

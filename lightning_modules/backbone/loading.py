@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,20 +18,32 @@ from lightning_modules.broken_files import first_line, read_json, read_settings,
 from lightning_modules.files import whole, write_text
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (  # in the order in which they are looked for
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_PICKLED = (".bin", ".pt", ".pth")
+_INSIDE = ("model", "module", "state_dict")  # what pickled checkpoints call their weights
+_NAME = r"[\w.-]+"  # pattern of an owner, a repository or a file on the hub
 M = TypeVar("M", bound=nn.Module)
 
 
 def resolve(checkpoint: str, advice: str | None = None) -> Path:
     """Find the folder of a checkpoint: a path, `bundled:NAME` for the package's own, or OWNER/NAME on the hub.
 
-    Raises FileNotFoundError if there are no weights; for the `advice` in it see `from_hub`.
+    A path to a file of weights stands for itself, as does OWNER/NAME/FILE on the hub. Raises FileNotFoundError if there
+    are no weights; for the `advice` in it see `from_hub`.
     """
     name = checkpoint.removeprefix("bundled:")
     folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
-    if any((folder / file).is_file() for file in _WEIGHTS):
+    if any((folder / file).is_file() for file in _WEIGHTS) or _is_weights(folder):
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+    if not folder.exists() and (file := re.fullmatch(rf"({_NAME}/{_NAME})/({_NAME})", checkpoint)):
+        return from_hub(file[1], [file[2]], advice) / file[2]
+    if folder.exists() or not re.fullmatch(f"{_NAME}/{_NAME}", checkpoint):
         known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
         raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
     return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"], advice)
@@ -52,25 +65,29 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
         ) from error
 
 
+def _is_weights(path: Path) -> bool:
+    return path.suffix in (*_PICKLED, ".safetensors") and path.is_file()
+
+
 class CheckpointReader:
-    """Reads the tensors of a folder with weights, in one file or several, one at a time.
+    """Reads the tensors of a folder with weights, in one file or several, or of one file, one at a time.
 
     Pickled weights are read only where there are no safetensors, and only as tensors. A missing file is a
     FileNotFoundError; one that is broken, or holds more than tensors, a ValueError. Both name it.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        files = [name for name in _WEIGHTS if (folder / name).is_file()][:1]
-        if index.is_file():
-            names = read_settings(index).get("weight_map")
+        found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder)
+        files = [found]
+        if found.suffix == ".json":
+            names = read_settings(found).get("weight_map")
             if not isinstance(names, dict):
-                raise ValueError(f"{index} has no 'weight_map', which says which file holds which tensor")
-            files = sorted(set(names.values()))
+                raise ValueError(f"{found} has no 'weight_map', which says which file holds which tensor")
+            files = [folder / name for name in sorted(set(names.values()))]
         self._tensors: dict[str, Tensor] = {}  # files mapped to memory, which is filled when a tensor is read
-        for path in (folder / file for file in files):
+        for path in files:
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, which {index.name} names")
+                raise FileNotFoundError(f"{path} is missing, which {found.name} names")
             self._tensors |= _tensors_of(path)
 
     @property
@@ -88,10 +105,13 @@ class CheckpointReader:
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".bin":
+    if path.suffix in _PICKLED:
         pickled = read_torch(path)
-        if not isinstance(pickled, dict):
-            raise ValueError(f"{path} holds no tensors with names")
+        for name in _INSIDE:
+            if isinstance(pickled, dict) and isinstance(pickled.get(name), dict):
+                pickled = pickled[name]
+        if not isinstance(pickled, dict) or not all(isinstance(value, Tensor) for value in pickled.values()):
+            raise ValueError(f"{path} does not hold tensors with names alone")
         return pickled
     refuse_broken(path)
     try:
@@ -116,12 +136,22 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in module.state_dict().items() if not key.startswith(frozen)}
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The names that published weights have for the tensors of a module."""
+
+    # The names of the tensors that, joined along their first dimension, are the module's tensor `key`.
+    stored_as: Callable[[str], list[str]]
+    unused: str = "$."  # pattern of the names of tensors that the module has no use for; by default there are none
+
+
 def pretrained(module: M, checkpoint: str | None = None, start: str | None = None) -> M:
     """Load a module's weights from a checkpoint (see `resolve`); without one it is as it was initialised.
 
-    A module whose weights are published under other names has `stored_as(key)`: the names of the tensors that, joined
-    along their first dimension, are its tensor `key`. `check_stored(config)` raises ValueError if the stored config is
-    that of another model. A module with `warm_start` can begin training at the `start`, weights of another kind.
+    A module whose weights are published under other names has `layouts`; the one that knows most of the stored tensors
+    is read. `check_stored(config)` and `check_tensors(stored, file)` raise ValueError if the stored config, or what a
+    file holds, is of another model. A module with `warm_start` can begin training at the `start`, weights of another
+    kind.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -133,14 +163,18 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
         return module
     folder, kind = resolve(checkpoint), type(module).__name__
     stored, expected = CheckpointReader(folder), own_state(module)
-    stored_as: Callable[[str], list[str]] = getattr(module, "stored_as", lambda key: [key])
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
+    check_tensors: Callable[[CheckpointReader, Path], None] = getattr(
+        module, "check_tensors", lambda stored, file: None
+    )
     if (folder / "config.json").is_file():
         check(read_settings(folder / "config.json"))
-    names = {key: stored_as(key) for key in expected}
+    names, unused = _names_in(stored.keys, [*getattr(module, "layouts", ()), Layout(lambda key: [key])], [*expected])
+    used = {name for group in names.values() for name in group}
     other = _exported_kind(folder)
-    if other not in (None, kind) and not {name for group in names.values() for name in group} <= stored.keys:
+    if other not in (None, kind) and not used <= stored.keys:
         raise ValueError(f"checkpoint {checkpoint!r} holds the weights of a {other}, not of a {kind}")
+    check_tensors(stored, folder)
     for key, value in expected.items():
         if missing := [name for name in names[key] if name not in stored.keys]:
             raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {kind} needs")
@@ -148,12 +182,18 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
             shapes = f"{shape} instead of {list(value.shape)}"
             tensors = " and ".join(map(repr, names[key]))
             raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {tensors} has shape {shapes}")
-    if surplus := sorted(stored.keys - {name for group in names.values() for name in group}):
-        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {surplus[0]!r} unknown to {kind}")
+    if unknown := sorted(name for name in stored.keys - used if not re.match(unused, name)):
+        raise ValueError(f"checkpoint {checkpoint!r} has a tensor {unknown[0]!r} unknown to {kind}")
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(stored.read(names[key]))
     return module
+
+
+def _names_in(keys: set[str], layouts: Sequence[Layout], own: Sequence[str]) -> tuple[dict[str, list[str]], str]:
+    """Return the stored names of a module's `own` tensors, and the pattern of unused ones, in the layout that fits best."""
+    found = [({key: layout.stored_as(key) for key in own}, layout.unused) for layout in layouts]
+    return max(found, key=lambda pair: sum(name in keys for group in pair[0].values() for name in group))
 
 
 def _exported_kind(folder: Path) -> str | None:

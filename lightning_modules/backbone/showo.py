@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_modules.backbone.loading import Layout
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 
 _STEMS = {  # ours -> Show-o's
@@ -34,6 +35,8 @@ class ShowO(MaskTokenDecoder):
             _, _, index, key = key.split(".", 3)
             layer = f"model.layers.{index}."
         return [f"showo.{layer}{original}.{kind}" for original in _STEMS[key]]
+
+    layouts = (Layout(stored_as),)
 
     def check_stored(self, config: Mapping[str, Any]) -> None:
         """Raise ValueError if Show-o's own config says that weights are for other tokenizers."""

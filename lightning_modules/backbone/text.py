@@ -16,13 +16,12 @@ from lightning_modules.cache_key import Keyed, class_name, digest
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer as mask-token decoders need it."""
+    """A tokenizer of prompts."""
 
     size: int  # number of ids
-    end_of_text: int  # the id that opens and closes a prompt
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt, without special ones."""
+        """Ids of each prompt; ValueError for one that cannot be read."""
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """The characters of a prompt that each of its ids stands for, start and end."""
@@ -31,9 +30,33 @@ class TextTokenizer(Protocol):
         """See `Keyed`."""
 
 
+class DelimitedTokenizer(TextTokenizer, Protocol):
+    """A tokenizer as mask-token decoders need it: its ids of prompts are without special ones."""
+
+    end_of_text: int  # the id that opens and closes a prompt
+
+
 def word_spans(prompt: str) -> list[tuple[int, int]]:
     """The characters of each word of a prompt, start and end."""
     return [word.span() for word in re.finditer(r"\S+", prompt)]
+
+
+def read_tokenizer(checkpoint: str) -> Tokenizer:
+    """Read the `tokenizer.json` of a folder, or of OWNER/NAME on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is broken.
+    """
+    file = Path(checkpoint) / "tokenizer.json"
+    if not file.is_file():
+        if file.parent.exists():
+            raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
+        file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
+    refuse_broken(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
 
 
 class PublishedTokenizer(Keyed):
@@ -48,16 +71,7 @@ class PublishedTokenizer(Keyed):
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
-        file = Path(checkpoint) / "tokenizer.json"
-        if not file.is_file():
-            if file.parent.exists():
-                raise FileNotFoundError(f"text tokenizer {checkpoint!r}: the folder has no tokenizer.json")
-            file = from_hub(checkpoint, ["tokenizer.json"]) / "tokenizer.json"
-        refuse_broken(file)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"text tokenizer: {file} is not a tokenizer: {first_line(error)}") from error
+        self._tokenizer = read_tokenizer(checkpoint)
         found = self._tokenizer.token_to_id(end_of_text)
         if found is None:
             raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")

@@ -72,6 +72,11 @@ class Paths:
         previews = partial(self.decoder.preview, self.state, proposal)
         return self.verifier.value(self.verifier_state, rows, self.state, proposal, previews)
 
+    def skip(self, proposal: Proposal) -> None:
+        """Let the verifier see a step whose value nobody asks for, if it has to."""
+        if self.verifier is not None and self.verifier.remembers:
+            self.value(proposal)
+
     def commit(self, proposal: Proposal, choice: Tensor | None = None) -> None:
         """Make candidate `choice` [P] part of each path; default: the first."""
         choice = torch.zeros_like(self.number) if choice is None else choice

@@ -16,7 +16,7 @@ from lightning_modules.rewards.verifier import Ability, Judge
 
 @dataclass(frozen=True)
 class Potential(VerifierStrategy):
-    """n paths an image. After every step the judge sees the preview of each path until one is clear enough.
+    """n paths an image. Every `stride` steps the judge sees the preview of each path until one is clear enough.
 
     The one verdict on a clear path says whether it has potential. Of those that have, the one that the judge likes best
     when finished is the image; if none has, the one whose verdict was the least certain no.
@@ -27,16 +27,18 @@ class Potential(VerifierStrategy):
             stopped. False completes all, as the released scripts do.
         reset_temperature: each path starts with the temperature of `sampling`; false leaves 0 of it to all but an
             image's first path, as the released scripts do.
+        stride: steps between assessments; a step of a next-token decoder decides one token.
     """
 
     n: int
     judge: str
     prune: bool = True
     reset_temperature: bool = True
+    stride: int = 1
     ability = Ability.UNFINISHED
 
     def __post_init__(self) -> None:
-        require_positive("potential", n=self.n)
+        require_positive("potential", n=self.n, stride=self.stride)
 
     @property
     def judge_names(self) -> list[str]:
@@ -56,7 +58,8 @@ class Potential(VerifierStrategy):
         while len(paths) and not paths.is_done:
             paths.commit(paths.propose())
             tokens[paths.number] = paths.state.tokens
-            is_assessed = self._assess(judge, paths, potential)
+            is_due = paths.state.step % self.stride == 0 or paths.is_done
+            is_assessed = is_due and self._assess(judge, paths, potential)
             hopeless = potential[paths.number] < 0.5
             if self.prune and not paths.is_done and hopeless.any():
                 stopped |= {int(paths.number[row]): paths.select(row) for row in hopeless.nonzero()}

@@ -84,12 +84,13 @@ class Verified(StridedStrategy):
         shape = len(paths), self.k
         lanes, proposal = paths.fork(self.k), paths.propose(self.k, self.distinct).unfold()
         log_probs = torch.zeros_like(proposal.log_probs[:, 0])
-        for step in range(min(self.stride, lanes.state.steps - lanes.state.step)):
-            proposal = lanes.propose() if step else proposal
+        for _ in range(min(self.stride, lanes.state.steps - lanes.state.step) - 1):
             log_probs = log_probs + proposal.log_probs[:, 0]
-            values = lanes.value(proposal)
+            lanes.skip(proposal)
             lanes.commit(proposal)
-        values = values.view(shape)
+            proposal = lanes.propose()
+        log_probs, values = log_probs + proposal.log_probs[:, 0], lanes.value(proposal).view(shape)
+        lanes.commit(proposal)
         choice = self._choose(values, log_probs.view(shape), paths.state.choice_noise)
         lanes.record_paths(values, one_hot(choice, self.k), self.choose == "sample")
         paths.reassign(paths.number * self.k + choice, lanes)

@@ -77,6 +77,8 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
             mask-token decoders: reads whole grids with undecided tokens marked, one pass a grid.
     """
 
+    remembers = True
+
     def __init__(
         self,
         transformer: TransformerConfig,

@@ -47,6 +47,7 @@ class Judge(Keyed, Generic[S]):
 
     abilities: ClassVar[frozenset[Ability]] = frozenset()  # methods of other abilities raise ValueError
     best_score: ClassVar[float] = math.inf  # no score is higher
+    remembers: ClassVar[bool] = False  # its memory is of the steps that it has valued, so it has to value them all
 
     @abstractmethod
     def of_finished(self, rows: Rows, features: DecoderFeatures | None, pixels: Pixels) -> Tensor:

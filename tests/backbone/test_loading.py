@@ -1,6 +1,9 @@
 """Weights on disk: strict, named errors, bundled weights."""
 
+import json
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,12 @@ from torch import nn
 
 from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone import loading
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.loading import (
     BUNDLED,
     CheckpointReader,
+    Layout,
     export,
     fingerprint,
     own_state,
@@ -20,7 +25,6 @@ from lightning_modules.backbone.loading import (
     resolve,
 )
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
-from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 from tests.helpers.models import make_decoder
@@ -149,8 +153,55 @@ def test_a_start_of_other_sizes_is_refused() -> None:
         started(resolve("bundled:shapes_decoder"), dim=64)
 
 
-def test_weights_of_another_kind_of_network_are_called_so(decoder: NextTokenDecoder) -> None:
+def test_weights_of_another_kind_of_network_are_called_so(decoder: CompactDecoder) -> None:
     with pytest.raises(
         ValueError, match=r"^checkpoint 'bundled:shapes_parm_start' holds the weights of a PARM, not of a"
     ):
         pretrained(decoder, "bundled:shapes_parm_start")
+
+
+def test_checkpoints_of_training_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    tensors = nn.Linear(3, 4).state_dict()
+    torch.save({"model": tensors, "steps": 7, "args": Namespace(lr=1e-4)}, tmp_path / "0000007.pt")
+    with pytest.raises(ValueError, match=r"0000007\.pt holds more than tensors .* save its tensors alone with `torch"):
+        pretrained(nn.Linear(3, 4), str(tmp_path / "0000007.pt"))
+    torch.save({"model": tensors, "steps": 7}, tmp_path / "weights.pt")
+    loaded = pretrained(nn.Linear(3, 4), str(tmp_path / "weights.pt"))
+    assert torch.equal(loaded.weight, tensors["weight"])
+    torch.save({"steps": 7}, tmp_path / "nothing.pt")
+    with pytest.raises(ValueError, match=r"nothing\.pt does not hold tensors with names alone"):
+        pretrained(nn.Linear(3, 4), str(tmp_path / "nothing.pt"))
+
+
+def test_a_file_of_a_repository_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is neither a folder nor to be had from the Hugging"):
+        resolve("nobody/nothing/weights.pt")
+
+
+def test_missing_shards_of_pickled_weights_are_named(tmp_path: Path) -> None:
+    index = {"weight_map": {"weight": "pytorch_model-00001-of-00002.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"00001-of-00002\.bin is missing, which pytorch_model\.bin\.index"):
+        pretrained(nn.Linear(3, 4), str(tmp_path))
+
+
+class Renamed(nn.Linear):
+    """A layer whose weights are published in two ways."""
+
+    layouts = (Layout(lambda key: [f"a.{key}"], r"a\.spare"), Layout(lambda key: [f"b.{key}"]))
+
+
+def test_the_layout_that_fits_is_read(tmp_path: Path) -> None:
+    tensors = nn.Linear(3, 4).state_dict()
+    for prefix in ("a.", "b.", ""):
+        torch.save({prefix + key: value for key, value in tensors.items()}, tmp_path / "weights.pt")
+        assert torch.equal(pretrained(Renamed(3, 4), str(tmp_path / "weights.pt")).weight, tensors["weight"])
+    for prefix, refused in (("a.", False), ("b.", True)):
+        stored = {prefix + key: value for key, value in tensors.items()} | {f"{prefix}spare": torch.zeros(2)}
+        torch.save(stored, tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=r"a tensor 'b\.spare' unknown") if refused else nullcontext():
+            pretrained(Renamed(3, 4), str(tmp_path / "weights.pt"))
+    torch.save({"b.weight": tensors["weight"]}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"has no tensor 'b\.bias', which Renamed needs"):
+        pretrained(Renamed(3, 4), str(tmp_path / "weights.pt"))

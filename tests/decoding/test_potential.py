@@ -116,6 +116,18 @@ def test_a_single_path_is_finished_whatever_is_said_of_it(previewing: ShowO, no_
     assert torch.equal(decoded.tokens, Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS)).tokens)
 
 
+def test_assessments_can_be_some_steps_apart(previewing: ShowO) -> None:
+    plan = [{"clear_at": 0, "no_prob": 0.2, "yes": 0.5}] * N * IMAGES
+    script = Script(previewing, plan, True)
+    strategy = Potential(SAMPLING, N, "judge", stride=3)
+    strategy.decode(previewing, {"judge": script}, Request(ROWS, SEEDS))
+    assert sorted(script.asked) == [(path, 2) for path in range(N * IMAGES)]
+    late = Script(previewing, [each | {"clear_at": SAMPLING.steps - 1} for each in plan], True)
+    strategy.decode(previewing, {"judge": late}, Request(ROWS, SEEDS))
+    last = SAMPLING.steps - 1
+    assert sorted({step for _, step in late.asked}) == sorted({*range(2, SAMPLING.steps, 3), last})
+
+
 def test_outcome_reward_alone(previewing: ShowO) -> None:
     script = Script(previewing, PLAN, True)
     decoded = BestOfN(Sample(SAMPLING), N, "judge").decode(previewing, {"judge": script}, Request(ROWS, SEEDS))
@@ -129,3 +141,5 @@ def test_judges_and_decoders_that_do_not_fit_are_refused(previewing: ShowO, deco
         strategy.decode(previewing, {}, Request(ROWS, SEEDS))
     with pytest.raises(ValueError, match="n of at least 1, not 0"):
         Potential(SAMPLING, 0, "judge")
+    with pytest.raises(ValueError, match="stride of at least 1, not 0"):
+        Potential(SAMPLING, 2, "judge", stride=0)

@@ -21,13 +21,19 @@ from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
+from lightning_modules.backbone.janus import Janus
+from lightning_modules.backbone.janus_text import JanusTokenizer
+from lightning_modules.backbone.llamagen import LlamaGen
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.t5 import T5Text
 from lightning_modules.backbone.text import PublishedTokenizer, WordTokenizer
 from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
+from lightning_modules.backbone.tiny_t5 import save_tiny_t5
+from lightning_modules.backbone.tiny_text_tokenizer import save_tiny_text_tokenizer
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.particles import Particles
@@ -49,6 +55,8 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mas
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
+from tests.helpers.janus import SPECIAL, make_janus
+from tests.helpers.llamagen import make_llamagen
 from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
 from tests.helpers.overrides import WITHOUT
 
@@ -96,7 +104,7 @@ by_fields(Verified(SAMPLING, 4), sampling=hotter, k=2, stride=2, verifier="likel
 by_fields(Beam(SAMPLING, 2, 3), sampling=hotter, n=3, k=2, verifier="likelihood", prior_weight=1.0)
 by_fields(Particles(SAMPLING, 4), sampling=hotter, n=2, stride=4, verifier="likelihood", value_weight=2.0)
 by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4, verifier="likelihood")
-by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False,
+by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False, stride=2,
           reset_temperature=False)  # fmt: skip
 by_fields(BestOfN(PLAIN, 2, "parm"), strategy=Sample(hotter), n=3, judge="clip")
 by_fields(Reflection(PLAIN, PLAIN, Region(ValueGain(), 0.5), 2),
@@ -174,6 +182,62 @@ def _(tmp_path: Path) -> Case:
         {"weights": another_weight(decoder), "rotary": showo(rotary_dims=2), "longer": showo(max_text=5)},
         {"made twice": showo(), "memory": showo(checkpointing=True), "compiled": showo(compiled=True)},
     )
+
+
+@case(Janus)
+def _(_: Path) -> Case:
+    def janus(**options: Any) -> Janus:
+        torch.manual_seed(0)
+        decoder = make_janus(**options)
+        decoder.image_tokenizer = nn.Module()  # type: ignore[assignment]
+        return decoder
+
+    decoder, base = janus(), janus()
+    base.rotary_base = 500.0
+    others = {"weights": another_weight(decoder), "rotary": base, "depths": janus(feature_layers=[1])}
+    same = {"made twice": janus(), "memory": janus(checkpointing=True), "compiled": janus(compiled=True)}
+    return Case(decoder, others, same)
+
+
+@case(JanusTokenizer)
+def _(tmp_path: Path) -> Case:
+    folder, other = (save_tiny_text_tokenizer(f"{tmp_path}/{i}", SPECIAL[: 3 + i]) for i in (1, 2))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    others = {
+        "tokenizer": JanusTokenizer(other),
+        "template": JanusTokenizer(folder, "janus"),
+        "longest": JanusTokenizer(folder, max_text=9),
+    }
+    return Case(JanusTokenizer(folder), others, {"moved": JanusTokenizer(str(moved))})
+
+
+@case(T5Text)
+def _(tmp_path: Path) -> Case:
+    folder, moved, wider = save_tiny_t5(f"{tmp_path}/a"), tmp_path / "b", save_tiny_t5(f"{tmp_path}/c", width=32)
+    shutil.copytree(folder, moved)
+
+    def text(checkpoint: str = folder, width: int = 24, dtype: Any = "float32", **settings: Any) -> T5Text:
+        return T5Text(checkpoint, width, dtype=dtype, **settings)
+
+    first, others = text(), {"network": text(wider, 32), "cut": text(max_tokens=9), "precision": text(dtype="bfloat16")}
+    device = torch.device("cpu")
+    return Case(first, others, {"moved": text(str(moved))}, lambda: first.features(["a dog"], device))
+
+
+@case(LlamaGen)
+def _(tmp_path: Path) -> Case:
+    text, cut = (T5Text(save_tiny_t5(f"{tmp_path}/t5"), 24, most, "float32") for most in (12, 9))
+
+    def llamagen(text: T5Text = text, **more: Any) -> LlamaGen:
+        torch.manual_seed(0)
+        decoder = make_llamagen(text, **more)
+        decoder.image_tokenizer = nn.Module()  # type: ignore[assignment]
+        return decoder
+
+    decoder = llamagen()
+    others = {"weights": another_weight(decoder), "text": llamagen(cut), "depths": llamagen(feature_layers=[1])}
+    same = {"made twice": llamagen(), "memory": llamagen(checkpointing=True), "compiled": llamagen(compiled=True)}
+    return Case(decoder, others, same)
 
 
 @case(DiffusionDecoder)

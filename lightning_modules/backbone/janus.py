@@ -1,0 +1,175 @@
+"""Janus and Janus-Pro (arXiv 2410.13848, 2501.17811) as a next-token decoder: a Llama with an image head."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.janus_text import JanusTokenizer
+from lightning_modules.backbone.loading import Layout
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.next_token_network import Prefix
+from lightning_modules.backbone.rotary import Rotary
+from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
+
+_HF = {  # ours -> transformers'
+    "words": "model.language_model.embed_tokens",
+    "transformer.blocks": "model.language_model.layers",
+    "norm": "model.language_model.norm",
+    "codes": "model.generation_embeddings",
+    "aligner.0": "model.generation_aligner.fc1",
+    "aligner.2": "model.generation_aligner.hidden_layers.0",
+    "head.0": "model.generation_head.proj_out",
+    "head.2": "model.generation_head.vision_head",
+}
+_DEEPSEEK = {  # ours -> DeepSeek's own
+    "words": "language_model.model.embed_tokens",
+    "transformer.blocks": "language_model.model.layers",
+    "norm": "language_model.model.norm",
+    "codes": "gen_embed",
+    "aligner.0": "gen_aligner.layers.0",
+    "aligner.2": "gen_aligner.layers.2",
+    "head.0": "gen_head.output_mlp_projector",
+    "head.2": "gen_head.vision_head",
+}
+_BLOCK = {  # ours -> Llama's, which are joined
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.proj": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "mlp.0": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.2": ["mlp.down_proj"],
+}
+
+
+def _stored_as(names: Mapping[str, str]) -> Callable[[str], list[str]]:
+    def stored_as(key: str) -> list[str]:
+        key, kind = key.rsplit(".", 1)
+        if not key.startswith("transformer.blocks."):
+            return [f"{names[key]}.{kind}"]
+        _, _, layer, part = key.split(".", 3)
+        return [f"{names['transformer.blocks']}.{layer}.{name}.{kind}" for name in _BLOCK[part]]
+
+    return stored_as
+
+
+class Janus(NextTokenDecoder):
+    """A Llama that reads a prompt and the codes of an image, with its own embedding and head for these.
+
+    Its guidance s is that of `Sampling`; the published scale is w = 1 + s. What Janus has for understanding images,
+    and its head for words, are not loaded.
+
+    Args:
+        image_tokenizer, transformer, feature_layers, compiled: see `NextTokenNetwork`.
+        text_tokenizer: turns prompts into ids.
+        text_vocabulary: rows of the embedding of text; the tokenizer does not use all.
+        rotary_base: see `Rotary.at`.
+    """
+
+    # Image understanding and the head for words are left out on purpose; rotary frequencies are computed.
+    layouts = (
+        Layout(_stored_as(_HF), r"lm_head\.|model\.(aligner|vision_model|vqmodel)\."),
+        Layout(
+            _stored_as(_DEEPSEEK),
+            r"language_model\.lm_head\.|(aligner|vision_model|gen_vision_model)\.|.*\.rotary_emb\.inv_freq$",
+        ),
+    )
+    text_tokenizer: JanusTokenizer
+
+    def __init__(
+        self,
+        image_tokenizer: ImageTokenizer,
+        text_tokenizer: JanusTokenizer,
+        text_vocabulary: int,
+        transformer: TransformerConfig,
+        feature_layers: Sequence[int] = (),
+        rotary_base: float = 10_000.0,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(image_tokenizer, transformer, feature_layers, compiled)
+        if text_tokenizer.size > text_vocabulary:
+            raise ValueError(
+                f"decoder.module.text_tokenizer has {text_tokenizer.size} ids, but decoder.module.text_vocabulary is "
+                f"{text_vocabulary}"
+            )
+        self.text_tokenizer, self.rotary_base = text_tokenizer, rotary_base
+        dim, code_dim = transformer.dim, image_tokenizer.code_vectors.shape[1]
+        self.words = nn.Embedding(text_vocabulary, dim)
+        self.codes = nn.Embedding(image_tokenizer.codebook_size, code_dim)
+        self.aligner = nn.Sequential(Linear(code_dim, dim), nn.GELU(), Linear(dim, dim))
+        self.transformer = Transformer(transformer)
+        self.norm = transformer.norm()
+        self.head = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, image_tokenizer.codebook_size))
+        nn.init.normal_(self.words.weight, std=0.02)
+
+    def cache_key(self) -> dict[str, Any]:
+        return super().cache_key() | {"rotary_base": self.rotary_base}
+
+    @property
+    def max_words(self) -> int:
+        return self.text_tokenizer.max_text
+
+    @property
+    def prefix_length(self) -> int:
+        return 32  # a caption of some 20 tokens in its template
+
+    def check_stored(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError if Janus's config, by transformers or DeepSeek, is of other sizes or another tokenizer.
+
+        DeepSeek's leaves out what is as in `LlamaConfig`.
+        """
+        llama = config.get("text_config", config.get("language_config"))
+        if llama is None:  # an export, say, which needs no translation
+            return
+        from transformers import LlamaConfig  # which the image tokenizer has needed already
+
+        stored, sizes = LlamaConfig(**llama), self.transformer.config
+        own = {
+            "hidden_size": ("transformer.dim", sizes.dim),
+            "num_hidden_layers": ("transformer.depth", sizes.depth),
+            "num_attention_heads": ("transformer.heads", sizes.heads),
+            "num_key_value_heads": ("transformer.heads", sizes.heads),
+            "intermediate_size": ("transformer.dim times mlp_ratio", round(sizes.dim * sizes.mlp_ratio)),
+            "rms_norm_eps": ("transformer.norm_eps", sizes.norm_eps),
+            "rope_theta": ("rotary_base", self.rotary_base),
+            "vocab_size": ("text_vocabulary", self.words.num_embeddings),
+        }
+        found = stored.to_dict() | dict(stored.rope_parameters or {})
+        for name, (key, value) in own.items():
+            if found[name] != value:
+                raise ValueError(
+                    f"Janus's config.json says {name} {found[name]}, but decoder.module.{key} is {value}: the sizes of "
+                    f"Pro-1B and 1.3B are in decoder=janus_pro_1b, those of Pro-7B in decoder=janus_pro_7b"
+                )
+        if "text_config" in config and llama.get("pad_token_id") not in (None, self.text_tokenizer.pad):
+            raise ValueError(
+                f"Janus's config.json says pad_token_id {llama['pad_token_id']}, but in its text tokenizer that is "
+                f"{self.text_tokenizer.pad}: decoder.module.text_tokenizer.checkpoint is of another Janus"
+            )
+
+    def prefix(self, prompts: Sequence[str], conditional: Sequence[bool]) -> Prefix:
+        text, rows, words = self.text_tokenizer, [], []
+        for prompt, kind in zip(map(text.parse, prompts), conditional, strict=True):
+            rows.append(prompt.ids if kind else text.unconditional(prompt.ids))
+            words.append(prompt.words if kind else range(0))
+        padding = [max(map(len, rows)) - len(row) for row in rows]
+        ids = [[text.pad] * pad + row for pad, row in zip(padding, rows, strict=True)]
+        places = [range(each.start + pad, each.stop + pad) for pad, each in zip(padding, words, strict=True)]
+        return Prefix(self.words(torch.tensor(ids, device=self.words.weight.device)), torch.tensor(padding), places)
+
+    def code_table(self) -> Tensor:
+        return self.codes.weight
+
+    def embed(self, table: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.aligner(table[tokens])
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        return self.head[1](self.head[0](self.norm(hidden)))
+
+    def logits(self, table: Tensor, head_input: Tensor) -> Tensor:
+        return self.head[2](head_input).float()
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        return Rotary.at(positions, self.transformer.config.head_dim, self.rotary_base)
