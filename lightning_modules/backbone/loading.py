@@ -191,7 +191,7 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
 
 
 def _names_in(keys: set[str], layouts: Sequence[Layout], own: Sequence[str]) -> tuple[dict[str, list[str]], str]:
-    """Return the stored names of a module's `own` tensors, and the pattern of unused ones, in the layout that fits best."""
+    """Return the stored names of a module's `own` tensors, and the pattern of unused ones, in the fitting layout."""
     found = [({key: layout.stored_as(key) for key in own}, layout.unused) for layout in layouts]
     return max(found, key=lambda pair: sum(name in keys for group in pair[0].values() for name in group))
 

@@ -20,6 +20,10 @@ class Remembered(Strategy):
     strategy: Strategy
     _made: dict[str, Decoded] = field(default_factory=dict, compare=False)
 
+    def cache_key(self) -> Any:
+        """That of the strategy: to remember changes nothing."""
+        return self.strategy.cache_key()
+
     @property
     def parts(self) -> Mapping[str, Strategy]:
         return {"strategy": self.strategy}

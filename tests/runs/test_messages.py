@@ -405,7 +405,7 @@ INDEX = "model.safetensors.index.json"
         (_weights(INDEX, "{}"), f"{INDEX} has no 'weight_map'"),
         (_weights(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), f"b.safetensors is missing, which {INDEX} names"),
         (_pickled({"a": ROOT}), "pytorch_model.bin holds more than tensors and is not loaded"),
-        (_pickled([1]), "pytorch_model.bin holds no tensors with names"),
+        (_pickled([1]), "pytorch_model.bin does not hold tensors with names alone"),
     ],
 )
 def test_broken_weights_are_named_with_what_is_wrong(
