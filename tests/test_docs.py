@@ -44,6 +44,7 @@ PLACEHOLDERS = {
 STAR = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}
 PAIR = {"prompt": "a photo of a star", "chosen": "a.png", "rejected": "b.png"}
 PHOTO = {"image": "dog.png", "prompt": "a photo of a dog"}
+FOLDERS = ("folder", "my_images", "my_photographs", "photos")
 FILES = {"prompts.jsonl": STAR, "pairs.jsonl": PAIR, "more.jsonl": PAIR, "file.jsonl": STAR,
          "photos/train.jsonl": PHOTO, "photos/validation.jsonl": PHOTO}  # fmt: skip
 CHECKPOINT = {"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2", "callbacks": {}, "loops": {},
@@ -162,8 +163,9 @@ def first_job(arguments: list[str]) -> list[str]:
 def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation tells to put beside train.py; returns that of further configs."""
     monkeypatch.chdir(tmp_path)
+    for folder in FOLDERS:
+        Path(folder).mkdir()
     for file, row in FILES.items():
-        Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(json.dumps(row) + "\n")
     Image.new("RGB", (300, 200)).save("photos/dog.png")
     for file in CHECKPOINTS:

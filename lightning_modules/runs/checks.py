@@ -20,11 +20,11 @@ _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_dir": "a path",
           "export_dir": "a path", "ckpt_path": "a path, auto or null", "test_ckpt_path": "best or null",
           "images": "a path or null"}  # fmt: skip
-_PARTS = ("trainer", "module", "decoder", "tokenizer", "parm", "sampling", "judges", "evaluator")  # made by nodes
+_PARTS = ("trainer", "module", "decoder", "tokenizer", "judges", "evaluator")  # made by nodes
 _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
-          "samples", "dim", "depth", "heads", "validation_images", "train_images",
+          "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches")  # fmt: skip
 _RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
 # Kind, least and largest value of numbers by their names, and the same in words.

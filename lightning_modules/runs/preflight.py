@@ -12,7 +12,6 @@ from lightning_modules.broken_files import refuse_broken
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints
 from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
-from lightning_modules.runs.own_checks import refuse_by_own_checks
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
 
@@ -38,8 +37,6 @@ def refuse_settings(config: DictConfig) -> None:
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
         _refuse_what_does_not_go_together(plain)
-        # The judges of a run with a module are made of its networks as well.
-        refuse_by_own_checks(built_parts(plain), unresolved, "" if config.task == "score" else "judges")
     except ValueError as error:
         hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
         others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
@@ -50,6 +47,8 @@ def refuse_settings(config: DictConfig) -> None:
             refuse_unmarked(Path(config.images))
         except ValueError as error:
             raise ValueError(f"{error}; task=score judges what is there") from None
+    if config.task == "score" and not Path(config.images).is_dir():
+        raise FileNotFoundError(f"images: there is no folder {config.images}")
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_broken(Path(path), "ckpt_path")

@@ -70,7 +70,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
     ("arguments", "answer"),
     [
         ("experimemt=dpo", "did you mean experiment=dpo?"),
-        ("+debug=minute", "did you mean +debug=minutes?"),
+        ("+debug=minute", "did you mean +debug=minutes or "),
         ("+experiment=dpo", "experiment is chosen already: write experiment=dpo"),
         ("experiment=", "there is no experiment=; there are: compute_curve, dpo, "),
         ("callbacks=null", "callbacks=null chooses nothing; there are: decoder, "),
