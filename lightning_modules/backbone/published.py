@@ -1,6 +1,7 @@
 """Published weights that a config names by OWNER/NAME: those missing on this machine, their sizes and their places."""
 
 import os.path
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ _LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
+    "lightning_modules.backbone.t5.T5Text": ("*.safetensors",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
     "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
@@ -24,6 +26,11 @@ _CLIP_LOADERS = {  # the argument that names the architecture
     "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
     "open_clip.create_model": "model_name",
 }
+# Pattern of the files to download, where a repository has many others.
+_ONLY = {
+    "lightning_modules.backbone.text.PublishedTokenizer": "tokenizer.json",
+    "lightning_modules.backbone.t5.T5Text": "*.[js]*",  # .json and .safetensors
+}
 # Sizes of the downloads, for those who cannot ask the hub.
 _SIZES = {
     "showlab/show-o": "5.8 GB",
@@ -31,6 +38,10 @@ _SIZES = {
     "microsoft/phi-1_5": "2 MB",
     "deepseek-community/Janus-Pro-1B": "4.2 GB",
     "deepseek-community/Janus-Pro-7B": "14.8 GB",
+    "peizesun/llamagen_t2i/t2i_XL_stage1_256.pt": "3.1 GB",
+    "peizesun/llamagen_t2i/t2i_XL_stage2_512.pt": "3.1 GB",
+    "peizesun/llamagen_t2i/vq_ds16_t2i.pt": "0.3 GB",
+    "google/flan-t5-xl": "11.4 GB",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "16 GB",
     "facebook/mask2former-swin-small-coco-instance": "0.3 GB",
     "timm/vit_large_patch14_clip_224.openai": "1.7 GB",
@@ -59,7 +70,8 @@ class Published:
         return any(any(folder.glob(pattern)) for pattern in self.files)
 
     def __str__(self) -> str:
-        size = f", {_SIZES[self.name]}" if self.name in _SIZES else ""
+        known = _SIZES.get(self.name + self.file, _SIZES.get(self.name))
+        size = f", {known}" if known else ""
         only = f" --include '{self.only}'" if self.only else ""
         return (
             f"{self.key}: {self.name} ({self.only or ' or '.join(self.files)}{size}): "
@@ -82,9 +94,12 @@ def named(config: Mapping[str, Any]) -> Iterator[Published]:
         target = node["_target_"]
         if files := _LOADERS.get(target):
             checkpoint = node.get("checkpoint")
-            if isinstance(checkpoint, str) and checkpoint.count("/") == 1 and not Path(checkpoint).exists():
-                only = "tokenizer.json" if "tokenizer.json" in files else ""
-                yield Published(f"{key}.checkpoint", checkpoint, files, only)
+            if not isinstance(checkpoint, str) or Path(checkpoint).exists():
+                continue
+            if checkpoint.count("/") == 1:
+                yield Published(f"{key}.checkpoint", checkpoint, files, _ONLY.get(target, ""))
+            elif file := re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w.-]+\.(?:pt|pth|bin|safetensors))", checkpoint):
+                yield Published(f"{key}.checkpoint", file[1], (file[2],), file[2], f"/{file[2]}")
         elif clip := clip_named(node):
             model, tag = clip
             if tag and (weights := published_clip(f"{key}.pretrained", model, tag)):
@@ -122,8 +137,11 @@ def refuse_missing(weights: list[Published]) -> None:
         except Exception as error:  # without network, of a class that differs by the version of the hub's client
             reason, reachable = type(error).__name__, isinstance(error, HfHubHTTPError)
         missing.append(each)
-    shortest = {each.name: each for each in sorted(missing, key=lambda each: -len(each.key))}
+    shortest = {(each.name, each.file): each for each in sorted(missing, key=lambda each: -len(each.key))}
     if missing:
-        listed = "\n".join(f"  {each}" for each in missing if shortest[each.name] is each)
-        message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
+        listed = "\n".join(f"  {each}" for each in missing if shortest[each.name, each.file] is each)
+        message = (
+            "weights are missing: there are no folders of these names, and the Hugging Face hub does not give them "
+            f"({reason}); where there is network"
+        )
         raise FileNotFoundError(f"{message}:\n{listed}")

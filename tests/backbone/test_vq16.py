@@ -1,7 +1,6 @@
 """VQ-16 against tensors of Janus's and LlamaGen's original classes; nothing depends on the sizes of those models."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,9 @@ from lightning_modules.backbone.loading import pretrained
 from lightning_modules.backbone.vq16 import VQ16, VQ16Config
 from lightning_modules.rewards.geneval_reward import to_uint8
 from tests.helpers.janus import JANUS, as_deepseek, janus_image_tokenizer
-from tests.helpers.overrides import ROOT
+from tests.helpers.llamagen import LLAMAGEN, llamagen_image_tokenizer
 
-LLAMAGEN = ROOT / "tests" / "golden" / "llamagen"
 GOLDEN = {"janus": JANUS, "llamagen": LLAMAGEN}
-
-
-def llamagen_image_tokenizer() -> VQ16:
-    config = json.loads((LLAMAGEN / "config.json").read_text())
-    vq = config["vq"]
-    grid = round(config["gpt"]["block_size"] ** 0.5)
-    sizes = VQ16Config(
-        image_size=grid * 2 ** (len(vq["mult"]) - 1),
-        codebook_size=vq["codebook"],
-        code_dim=vq["zdim"],
-        base_channels=vq["ch"],
-        channel_multiplier=vq["mult"],
-        num_res_blocks=vq["nres"],
-        latent_channels=vq["zch"],
-        round_pixels=True,
-    )
-    return pretrained(VQ16(sizes), str(LLAMAGEN / "weights_vq.safetensors")).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=["janus", "llamagen"])

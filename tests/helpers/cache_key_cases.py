@@ -23,13 +23,16 @@ from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
 from lightning_modules.backbone.janus import Janus
 from lightning_modules.backbone.janus_text import JanusTokenizer
+from lightning_modules.backbone.llamagen import LlamaGen
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
+from lightning_modules.backbone.t5 import T5Text
 from lightning_modules.backbone.text import PublishedTokenizer, WordTokenizer
 from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
+from lightning_modules.backbone.tiny_t5 import save_tiny_t5
 from lightning_modules.backbone.tiny_text_tokenizer import save_tiny_text_tokenizer
 from lightning_modules.decoding.beam import Beam
 from lightning_modules.decoding.best_of_n import BestOfN
@@ -38,6 +41,7 @@ from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region, TokenConfidence, ValueGain
+from lightning_modules.decoding.remembered import Remembered
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.clip_score import CLIPScore
@@ -53,6 +57,7 @@ from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
 from tests.helpers.janus import SPECIAL, make_janus
+from tests.helpers.llamagen import make_llamagen
 from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
 from tests.helpers.overrides import WITHOUT
 
@@ -103,6 +108,7 @@ by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4,
 by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False, stride=2,
           reset_temperature=False)  # fmt: skip
 by_fields(BestOfN(PLAIN, 2, "parm"), strategy=Sample(hotter), n=3, judge="clip")
+by_fields(Remembered(PLAIN), strategy=Sample(hotter), free={"_made": {"one": Remembered}})
 by_fields(Reflection(PLAIN, PLAIN, Region(ValueGain(), 0.5), 2),
           strategy=Sample(hotter), redecoder=Verified(SAMPLING, 2),
           region_selector=Region(RandomScores(), 0.5), rounds=3, judge="clip", stop_score=-0.05, accept="always",
@@ -205,6 +211,35 @@ def _(tmp_path: Path) -> Case:
         "longest": JanusTokenizer(folder, max_text=9),
     }
     return Case(JanusTokenizer(folder), others, {"moved": JanusTokenizer(str(moved))})
+
+
+@case(T5Text)
+def _(tmp_path: Path) -> Case:
+    folder, moved, wider = save_tiny_t5(f"{tmp_path}/a"), tmp_path / "b", save_tiny_t5(f"{tmp_path}/c", width=32)
+    shutil.copytree(folder, moved)
+
+    def text(checkpoint: str = folder, width: int = 24, dtype: Any = "float32", **settings: Any) -> T5Text:
+        return T5Text(checkpoint, width, dtype=dtype, **settings)
+
+    first, others = text(), {"network": text(wider, 32), "cut": text(max_tokens=9), "precision": text(dtype="bfloat16")}
+    device = torch.device("cpu")
+    return Case(first, others, {"moved": text(str(moved))}, lambda: first.features(["a dog"], device))
+
+
+@case(LlamaGen)
+def _(tmp_path: Path) -> Case:
+    text, cut = (T5Text(save_tiny_t5(f"{tmp_path}/t5"), 24, most, "float32") for most in (12, 9))
+
+    def llamagen(text: T5Text = text, **more: Any) -> LlamaGen:
+        torch.manual_seed(0)
+        decoder = make_llamagen(text, **more)
+        decoder.image_tokenizer = nn.Module()  # type: ignore[assignment]
+        return decoder
+
+    decoder = llamagen()
+    others = {"weights": another_weight(decoder), "text": llamagen(cut), "depths": llamagen(feature_layers=[1])}
+    same = {"made twice": llamagen(), "memory": llamagen(checkpointing=True), "compiled": llamagen(compiled=True)}
+    return Case(decoder, others, same)
 
 
 @case(DiffusionDecoder)
