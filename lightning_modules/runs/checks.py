@@ -50,6 +50,8 @@ def refuse_wrong_values(config: Mapping[str, Any], unresolved: Mapping[str, Any]
             said = f"~logger.{name} leaves it out, logger=csv has metrics.csv alone"
             raise ValueError(f"logger.{name}={_shown(node)} is no logger: {said}")
     made = {name: config[name] for name in _PARTS if name in config}
+    if config["module"].get("parm") is None:
+        made.pop("parm", None)  # settings of a debug file, for those of its jobs that have one
     made |= {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in config[group].items()}
     for key, node in made.items():
         if node is not None and not (isinstance(node, Mapping) and isinstance(node.get("_target_"), str)):

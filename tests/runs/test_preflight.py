@@ -92,6 +92,18 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
     assert "then geneval.reward.colors.pretrained=FOLDER/open_clip_model.safetensors" in lines[4]
 
 
+def test_weights_that_several_keys_share_are_named_once(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as missing:
+        refuse_mismatches(compose_config("experiment=janus_evaluate", "decoder=janus_pro_7b"))
+    lines = str(missing.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines if "Janus" in line] == ["decoder.checkpoint"]
+    assert any("deepseek-community/Janus-Pro-7B (*.safetensors or *.bin, 14.8 GB)" in line for line in lines)
+
+
 def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
