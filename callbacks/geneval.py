@@ -77,6 +77,10 @@ class GenEvalCallback(Callback):
         if stage == "fit" and self.before_training:  # a checkpoint is restored after this
             self._untrained = self.evaluator.judges.copy_trained()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the score of an earlier validation: early stopping would count it once more."""
+        trainer.callback_metrics.pop("val/geneval", None)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = not self._has_evaluated or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.sanity_checking or not due:

@@ -22,6 +22,7 @@ class TrainingProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[Any] | None = None
+        self._newest: dict[str, str] = {}  # not every validation measures
         self._enabled = True
 
     def disable(self) -> None:
@@ -70,5 +71,5 @@ class TrainingProgress(ProgressBar):
     def _show(self, trainer: Trainer) -> None:
         assert self._bar is not None
         values = {name: trainer.callback_metrics.get(metric) for metric, name in _SHOWN.items()}
-        shown = {name: f"{value:.3f}" for name, value in values.items() if value is not None and not value.isnan()}
-        self._bar.set_postfix(shown, refresh=False)
+        self._newest |= {n: f"{value:.3f}" for n, value in values.items() if value is not None and not value.isnan()}
+        self._bar.set_postfix(self._newest, refresh=False)

@@ -18,7 +18,16 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from lightning_modules.runs import slurm
-from lightning_modules.runs.checkpoints import LOCK, newest_checkpoint, quoted, read_checkpoint, remember_found, shown
+from lightning_modules.runs.checkpoints import (
+    LOCK,
+    forget_refused,
+    newest_checkpoint,
+    quoted,
+    read_checkpoint,
+    refuse_foreign,
+    remember_found,
+    shown,
+)
 from lightning_modules.runs.checks import refuse_wrong_texts
 from lightning_modules.runs.messages import sentence
 from lightning_modules.runs.processes import is_first
@@ -57,7 +66,8 @@ def last_line(folder: Path, overrides: Sequence[str]) -> str:
     if (folder / "page.html").is_file():
         line += "; page.html shows the images"
     if (checkpoint := folder / "checkpoints" / "last.ckpt").is_file():
-        kept = [override for override in overrides if not override.startswith(("task=", "ckpt_path="))]
+        last = {override.partition("=")[0]: override for override in overrides}  # which counts, of several
+        kept = [override for key, override in last.items() if key not in ("task", "ckpt_path")]
         again = shlex.join([*kept, "task=evaluate", f"ckpt_path={shown(checkpoint)}"])
         line += f"; to evaluate again: python train.py {again}"
     return line
@@ -120,6 +130,7 @@ def try_to_hold(folder: Path) -> bool:
 def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
     """Settle on the folder of a run or of a sweep, which is one run's at a time."""
     HydraConfig.instance().set_config(config)  # names may refer to it
+    held = False
     try:
         refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
         if config.hydra[kind].dir:
@@ -129,10 +140,16 @@ def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[]
                 config.hydra[kind].dir = _agreed(choose)
         folder = config.hydra[kind].dir
         # Several processes may work on a pipeline, each of whose jobs is a run.
-        if config.task != "pipeline" and is_first() and not try_to_hold(Path(folder)):
-            raise ValueError(f"another run is at work in {folder}; give this one its own by hydra.{kind}.dir=FOLDER")
+        if config.task != "pipeline" and is_first():
+            if not (held := try_to_hold(Path(folder))):
+                said = f"give this one its own by hydra.{kind}.dir=FOLDER"
+                raise ValueError(f"another run is at work in {folder}; {said}")
+            if kind == "run":
+                refuse_foreign(Path(folder), OmegaConf.to_container(config))  # type: ignore[arg-type]
     except Exception as error:  # Hydra would only warn of it
         unresolved: Any = OmegaConf.to_container(config)
+        if held:
+            forget_refused(Path(folder))
         sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {kind: {'dir': config.hydra[kind].dir}}})}")
 
 

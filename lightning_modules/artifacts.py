@@ -12,14 +12,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.broken_files import read_json
-from lightning_modules.files import make_once, refuse_unwritable
+from lightning_modules.files import PROVENANCE, make_once, refuse_unmarked, refuse_unwritable
 
 PROJECT = Path(__file__).parents[1]
-PROVENANCE = "provenance.json"
 _ROOMS = ("callbacks", "datamodules", "lightning_modules")  # folders of the project's own modules
 _CLASS = re.compile(rf'"((?:{"|".join(_ROOMS)})\.[\w.]+)\.\w+"')  # a class as keys name it, with its module
 _OLD = re.compile("(.+-)?[0-9a-f]{16}")  # names that earlier versions gave; a digest has more digits now
-_NAMED = 3  # things in a folder that an error names
 
 # The code as this process runs it, whatever is edited meanwhile.
 _SOURCES = {path: path.read_bytes() for room in _ROOMS for path in (PROJECT / room).rglob("*.py")}
@@ -125,18 +123,6 @@ def _mention_old(root: Path) -> None:
 def _write_provenance(folder: Path, made_with: Key) -> None:
     text = json.dumps(made_with, indent=2) + "\n"
     make_once(folder / PROVENANCE, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def refuse_unmarked(folder: Path) -> None:
-    """Raise ValueError if a folder holds more than hidden files, and no provenance.json that says what made them."""
-    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    # In this order: another process may be opening it at this moment.
-    if found and not (folder / PROVENANCE).is_file():
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise ValueError(
-            f"{folder} holds {', '.join(found[:_NAMED])}{more}, and no provenance.json that says it was made here: "
-            "name another folder"
-        )
 
 
 def open_folder(folder: Path, made_with: Key) -> None:

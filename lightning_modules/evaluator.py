@@ -16,18 +16,26 @@ from datamodules.geneval_prompts import OFFICIAL_IMAGES, sample_path, unofficial
 from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.remembered import Runs, remembering
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy, judged
 from lightning_modules.partial_results import KeptBatches, PartialResult, gather_results
 from lightning_modules.ranks import rank, world_size
 from lightning_modules.report.drawing import trace_views
 from lightning_modules.report.pictures import pick_prompt_indices
-from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult, result_row
+from lightning_modules.report.results import (
+    BEFORE_TRAINING,
+    SIDE_BY_SIDE,
+    EvaluationResult,
+    StrategyResult,
+    result_row,
+)
 from lightning_modules.rewards.fid import FID
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]
+_LONGEST = 255  # bytes of a file name
 Jobs = Sequence[tuple[int, int]]  # the number of a prompt, and that of its sample
 
 
@@ -79,6 +87,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
+        for name in self.strategies:  # a sheet of images is called after each
+            if name == SIDE_BY_SIDE:
+                raise ValueError(f"strategies.{name}: this is what the sheet of all is called; give it another name")
+            if "/" in name or len(f"{name}{BEFORE_TRAINING}.png".encode()) > _LONGEST:
+                raise ValueError(f"strategies: {name!r} cannot be the name of a file: give it a shorter one, without /")
 
     def refuse_unfit_strategies(self, decoder: Decoder, training: bool = False) -> None:
         """Raise ValueError, naming the key, for unknown judges and for strategies that these or the decoder cannot do.
@@ -108,7 +121,7 @@ class Evaluator:
         evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
         self.judges.prepare(evaluation.device)
 
-    def runs(self, evaluation: Evaluation) -> dict[str, tuple[Strategy, Judges]]:
+    def runs(self, evaluation: Evaluation) -> Runs:
         """Return strategies with their judges; those with untrained verifiers come before the first that asks one."""
         judges = {**self.judges, **{name: judge.to(evaluation.device) for name, judge in evaluation.untrained.items()}}
         chosen = {name: self.strategies[name] for name in evaluation.strategies}
@@ -160,30 +173,48 @@ class Evaluator:
         """
         own = range(rank(), len(evaluation.prompts), world_size())
         jobs = [(i, j) for i in own for j in range(self.images_per_prompt)]
-        results, runs = {}, self.runs(evaluation)
+        runs, results = self.runs(evaluation), dict[str, StrategyResult]()
+        # FID's sums are of one strategy at a time; others go side by side, so that they share images.
+        groups = [runs] if self.fid is None else [{name: run} for name, run in runs.items()]
         settings: dict[str, Any] = {"leave": evaluation.with_trace, "disable": rank() > 0, "dynamic_ncols": True}
-        with tqdm(total=len(runs) * len(jobs), desc="GenEval", unit="image", **settings) as bar:
-            for name, (strategy, judges) in runs.items():
-                bar.set_postfix_str(name)
-                total = PartialResult()
-                if self.fid is not None:
-                    self.fid.start(evaluation.device, rank(), world_size())
-                for start in range(0, len(jobs), self.batch_size):
-                    if asked_to_stop():
-                        if kept and kept.access == "all" and rank() == 0:
-                            bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
-                        raise SIGTERMException
-                    batch = jobs[start : start + self.batch_size]
-                    make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
-                    total.add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
-                    bar.update(len(batch))
-                results[name] = gather_results(name, total)
-                if self.fid is not None:
-                    results[name].independent["fid"] = self.fid.compute()
+        images = len(runs) * len(evaluation.prompts) * self.images_per_prompt
+        with tqdm(total=images, desc="GenEval", unit="image", **settings) as bar:
+            for group in groups:
+                results |= self._measure(evaluation, group, jobs, kept, asked_to_stop, bar)
         made = {"decoder": type(evaluation.decoder).__name__, "judged_by": self.judges.geneval.judged_by}
         asked = {"seed": self.seed, "prompts": len(evaluation.prompts), "images_per_prompt": self.images_per_prompt}
         ceilings = self._ceilings(results)
         return EvaluationResult({**made, **asked}, self._warnings(evaluation, ceilings), results, ceilings)
+
+    def _measure(
+        self,
+        evaluation: Evaluation,
+        runs: Runs,
+        jobs: Jobs,
+        kept: KeptBatches | None,
+        asked_to_stop: Callable[[], bool],
+        bar: "tqdm[None]",
+    ) -> dict[str, StrategyResult]:
+        """Decode and judge images by strategies side by side, batch by batch, then gather the results."""
+        totals = {name: PartialResult() for name in runs}
+        if self.fid is not None:
+            self.fid.start(evaluation.device, rank(), world_size())
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            for name, (strategy, judges) in remembering(runs).items():
+                if asked_to_stop():
+                    if kept and kept.access == "all" and rank() == 0:
+                        bar.write(f"The evaluation stops; the same command resumes it ({kept.folder})")
+                    raise SIGTERMException
+                bar.set_postfix_str(name)
+                make = partial(self._evaluate_batch, evaluation, strategy, judges, batch)
+                totals[name].add(kept.get({"strategy": name, "images": batch}, make) if kept else make())
+                bar.update(min(len(batch) * world_size(), bar.total - bar.n))  # the other ranks keep step
+        results = {name: gather_results(name, total) for name, total in totals.items()}
+        if self.fid is not None:
+            for result in results.values():
+                result.independent["fid"] = self.fid.compute()
+        return results
 
     @_as_weights_are()
     def decode(
@@ -198,7 +229,7 @@ class Evaluator:
     def _evaluate_batch(self, evaluation: Evaluation, strategy: Strategy, judges: Judges, jobs: Jobs) -> PartialResult:
         start, decoder, prompts = time.perf_counter(), evaluation.decoder, evaluation.prompts
         decoded, images = self.decode(decoder, strategy, judges, prompts, jobs)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + decoded.cost.seconds
         rows = [prompts[i] for i, _ in jobs]
         verdicts = self.judges.geneval.verdicts(rows, images)
         if self.fid is not None:

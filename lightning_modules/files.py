@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ _PARTIAL = re.compile(r"\.(?P<machine>.+)\.(?P<process>\d+)\.[0-9a-f]{8}\.partia
 _ELSEWHERE = 24 * 3600.0  # seconds after which what a process of another machine writes is taken for abandoned
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAMED = 3  # things in a folder that an error names
+PROVENANCE = "provenance.json"  # says what has made a folder
 
 
 def is_read_only(error: OSError) -> bool:
@@ -78,6 +80,21 @@ def refuse_unwritable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def refuse_unmarked(folder: Path) -> None:
+    """Raise ValueError if a folder holds more than hidden files, and no provenance.json that says what made them."""
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    # In this order: another process may be opening it at this moment.
+    if found and not (folder / PROVENANCE).is_file():
+        said = "no provenance.json that says it was made here"
+        raise ValueError(f"{folder} holds {some_of(found)}, and {said}: name another folder")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """List the first of some names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 @contextmanager

@@ -31,9 +31,14 @@ def _parsed(line: bytes, place: str) -> Any:
         text = line.decode("utf-8")
         if "\0" in text:
             raise ValueError("it has NUL bytes, so it is not in UTF-8 or was not written to the end")
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # which refuses halves of characters
+        return value
     except UnicodeDecodeError as error:
         cause = f"byte {error.start + 1} is not UTF-8 ({error.reason})"
+    except UnicodeEncodeError as error:
+        cause = f"{error.object[error.start]!a} is half a character, whose other half is missing"
     except json.JSONDecodeError as error:
         cause = f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # or numbers of thousands of digits, brackets in brackets without end

@@ -1,28 +1,22 @@
 """What all tests share: a tiny decoder and PARM, the project's config, the order of tests."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.pop("WANDB_DATA_DIR", None)  # each run chooses its own
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-import lightning_modules.runs.checkpoints  # noqa: F401  (registers resolvers of the config)
-from datamodules.shapes.prompts import shapes_prompts
-from lightning_modules.backbone.compact import CompactDecoder
-from lightning_modules.rewards.parm import PARM
-from tests.helpers.models import make_decoder, make_parm
-from tests.helpers.overrides import ROOT
-
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # to import these takes seconds, and the process that hands out tests needs none of them
+    from lightning_modules.backbone.compact import CompactDecoder
+    from lightning_modules.rewards.parm import PARM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,19 +29,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=seconds, reverse=True)
 
 
+def pytest_collection() -> None:
+    gc.disable()  # what is imported stays
+
+
+def pytest_collection_finish() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()  # or each collection of garbage would go through all that is imported
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
-def decoder() -> CompactDecoder:
+def decoder() -> "CompactDecoder":
+    from tests.helpers.models import make_decoder
+
     return make_decoder()
 
 
 @pytest.fixture(scope="session")
-def parm(decoder: CompactDecoder) -> PARM:
+def parm(decoder: "CompactDecoder") -> "PARM":
+    from tests.helpers.models import make_parm
+
     return make_parm(decoder)
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
     """Twelve prompts, two of each task."""
+    from datamodules.shapes.prompts import shapes_prompts
+
     return shapes_prompts("train", 2)
 
 
@@ -63,9 +75,12 @@ def small_files() -> Iterator[Callable[[int], None]]:
 def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
     """Compose the project's config with overrides; what runs leave goes to a temporary folder."""
 
+    from hydra.core.hydra_config import HydraConfig
+
+    from tests.helpers.configs import composed
+
     def compose_(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("train", [f"scores_dir={tmp_path}/scores", *overrides], return_hydra_config=True)
+        config = composed(f"scores_dir={tmp_path}/scores", *overrides)
         config.hydra.runtime.output_dir = str(tmp_path)
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
         with open_dict(config):

@@ -208,7 +208,6 @@ def test_commands_compose_to_configs_that_a_run_accepts(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lightning_modules").symlink_to(ROOT / "lightning_modules")  # the README's is typed beside it
     monkeypatch.chdir(tmp_path)
     code(page)
 

@@ -32,6 +32,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
         (ROW + b"\n" + b"[" * 100_000, r":2: not valid JSON: maximum recursion depth exceeded"),
         (ROW + b"\n" + b"1" * 5000, r":2: not valid JSON: Exceeds the limit \(4300 digits\)"),
         (ROW + b"\r" + ROW, r":1: not valid JSON: Extra data"),
+        (b'"a \\ud83d star"', r":1: not valid JSON: '\\ud83d' is half a character, whose other half is missing"),
         (ROW.decode().encode("utf-16"), r":1: not valid JSON: byte 1 is not UTF-8"),
         (ROW.decode().encode("utf-16-le"), r":1: not valid JSON: .*"),
         (b'{"a": 1}\n'.decode().encode("utf-16-be"), r":1: not valid JSON: it has NUL bytes"),

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +13,15 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.distributed.run
 from hydra.utils import instantiate
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from tests.helpers.launch import ENV, TRAIN, Start, command, free_port, launch, launch_together, scontrol
+from tests.helpers.launch import TRAIN, Start, command, free_port, launch, launch_together, scontrol
 from tests.helpers.models import make_decoder, make_masked
-from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, pair_files
+from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, TINY_SHOWO, pair_files
 
+TORCHRUN = str(torch.distributed.run.__file__)
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
 # zero get rounding errors alone, which Adam would blow up to steps of full size: epsilon holds them down.
 STEPS = ["trainer.max_steps=20", "+module.optimizer.eps=1e-3", "callbacks.checkpoint_last.every_n_train_steps=1",
@@ -139,18 +139,12 @@ def test_all_processes_share_one_folder_and_one_wandb_run(tmp_path: Path, launch
         "torchrun": [["--nproc-per-node=2", f"--master-port={port}"]],
         "torchrun_nodes": [[*nodes, f"--node-rank={node}"] for node in (0, 1)],
     }
-    if launcher in options:
-        started = [
-            subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *each, str(TRAIN), *line],
-                             stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV)
-            for each in options[launcher]
-        ]  # fmt: skip
-        ended = [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+    if launcher in options:  # whose processes are real ones
+        starts = [Start([*each, str(TRAIN), *line], script=TORCHRUN) for each in options[launcher]]
     else:
         starts = [Start(line)] if launcher == "own" else [Start(line, slurm(node, port)) for node in (0, 1)]
-        ended = [(done.stderr, done.returncode) for done in launch_together(starts, tmp_path)]
-    for errors, code in ended:
-        assert code == 0, errors[-3000:]
+    for done in launch_together(starts, tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "outputs" / "parm").iterdir()
     assert launcher != "slurm_nodes" or re.fullmatch(r"slurm-7-[0-9a-f]{8}", run.name)
     assert (run / "geneval.json").is_file() and (run / "config.yaml").is_file()
@@ -202,7 +196,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) 
 
 @pytest.mark.slow(seconds=37)
 def test_sharded_show_o_is_aligned_as_by_one_process_and_resumes(tmp_path: Path) -> None:
-    small = ["experiment=showo_dpo", "+debug=tiny_showo", *pair_files(tmp_path, 256), *DECODE_NOTHING,
+    small = ["experiment=showo_dpo", *TINY_SHOWO, *pair_files(tmp_path, 256), *DECODE_NOTHING,
              "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
              "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
              "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip

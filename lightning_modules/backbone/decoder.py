@@ -73,6 +73,7 @@ class Cost:
     decoder_passes: int = 0  # forward passes of one row; conditional and unconditional rows count alike
     verifier_calls: int = 0  # values asked of a judge
     tokens: int = 0  # image tokens that went through these passes
+    seconds: float = 0.0  # of that work, what was done before, for another strategy
 
     def count_pass(self, rows: int, tokens: int) -> None:
         """Count a forward pass of some rows with this many image tokens each."""
@@ -83,6 +84,7 @@ class Cost:
         self.decoder_passes += other.decoder_passes
         self.verifier_calls += other.verifier_calls
         self.tokens += other.tokens
+        self.seconds += other.seconds
 
 
 @dataclass
@@ -207,6 +209,10 @@ class Decoder(nn.Module, Keyed):
     @property
     def num_tokens(self) -> int:
         return self.image_tokenizer.num_tokens
+
+    def steps(self, sampling: Any) -> int:
+        """Return how many steps make an image; by default each decides a token."""
+        return self.num_tokens
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read; by default any can."""

@@ -118,6 +118,9 @@ class DiffusionDecoder(Decoder):
             "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
         }
 
+    def steps(self, sampling: DiffusionSampling) -> int:
+        return sampling.steps
+
     def noise(self, seeds: Sequence[int], k: int, sampling: Any) -> Sequence[int]:
         """The seeds: the pipeline draws each image's noise from a generator of its own, on the CPU. See `_guidance`."""
         if k != 1:

@@ -70,11 +70,12 @@ class DecoderFeatures:
 
     @staticmethod
     def empty(prompt: Tensor, length: int, dim: int, hidden_dim: int) -> "DecoderFeatures":
-        """Room for features of `length` tokens of each row."""
-        token = prompt.new_zeros(len(prompt), length)
-        hidden = token[..., None].expand(-1, -1, hidden_dim)
-        widths = token[..., None].expand(-1, -1, dim), hidden, hidden, token, token, token
-        return DecoderFeatures(prompt, *(value.clone() for value in widths))
+        """Room for features of `length` tokens of each row; numbers about tokens are in single precision."""
+        embeddings, hidden, unconditional = (
+            prompt.new_zeros(len(prompt), length, width) for width in (dim, hidden_dim, hidden_dim)
+        )
+        statistics = prompt.new_zeros(len(STATISTICS), len(prompt), length, dtype=torch.float32)
+        return DecoderFeatures(prompt, embeddings, hidden, unconditional, *(each.clone() for each in statistics))
 
     def write(self, rows: Tensor, positions: Tensor, other: "DecoderFeatures", columns: Tensor) -> None:
         """Copy the features of token (rows[i], columns[i]) of `other` to (rows[i], positions[i]), in place."""

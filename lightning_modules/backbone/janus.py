@@ -136,7 +136,7 @@ class Janus(NextTokenDecoder):
             "rope_theta": ("rotary_base", self.rotary_base),
             "vocab_size": ("text_vocabulary", self.words.num_embeddings),
         }
-        found = stored.to_dict() | dict(stored.rope_parameters)
+        found = stored.to_dict() | dict(stored.rope_parameters or {})
         for name, (key, value) in own.items():
             if found[name] != value:
                 raise ValueError(

@@ -163,32 +163,44 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
         return module
     folder, kind = resolve(checkpoint), type(module).__name__
     stored, expected = CheckpointReader(folder), own_state(module)
-    layouts: list[Layout] = [*getattr(module, "layouts", ()), Layout(lambda key: [key])]
     check: Callable[[Mapping[str, Any]], None] = getattr(module, "check_stored", lambda config: None)
     check_tensors: Callable[[CheckpointReader, Path], None] = getattr(
         module, "check_tensors", lambda stored, file: None
     )
     if (folder / "config.json").is_file():
         check(read_settings(folder / "config.json"))
+    names, unused = _names_in(stored.keys, [*getattr(module, "layouts", ()), Layout(lambda key: [key])], [*expected])
+    used = {name for group in names.values() for name in group}
+    other = _exported_kind(folder)
+    if other not in (None, kind) and not used <= stored.keys:
+        raise ValueError(f"checkpoint {checkpoint!r} holds the weights of a {other}, not of a {kind}")
     check_tensors(stored, folder)
-    keys, names_of = stored.keys, [{key: layout.stored_as(key) for key in expected} for layout in layouts]
-    known = [sum(name in keys for group in names.values() for name in group) for names in names_of]
-    chosen = known.index(max(known))
-    names, unused = names_of[chosen], layouts[chosen].unused
     for key, value in expected.items():
-        if missing := [name for name in names[key] if name not in keys]:
+        if missing := [name for name in names[key] if name not in stored.keys]:
             raise ValueError(f"checkpoint {checkpoint!r} has no tensor {missing[0]!r}, which {kind} needs")
         if (shape := stored.shape(names[key])) != list(value.shape):
             shapes = f"{shape} instead of {list(value.shape)}"
             tensors = " and ".join(map(repr, names[key]))
             raise ValueError(f"checkpoint {checkpoint!r} was made for another model: {tensors} has shape {shapes}")
-    surplus = keys - {name for group in names.values() for name in group}
-    if unknown := sorted(name for name in surplus if not re.match(unused, name)):
+    if unknown := sorted(name for name in stored.keys - used if not re.match(unused, name)):
         raise ValueError(f"checkpoint {checkpoint!r} has a tensor {unknown[0]!r} unknown to {kind}")
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(stored.read(names[key]))
     return module
+
+
+def _names_in(keys: set[str], layouts: Sequence[Layout], own: Sequence[str]) -> tuple[dict[str, list[str]], str]:
+    """Return the stored names of a module's `own` tensors, and the pattern of unused ones, in the fitting layout."""
+    found = [({key: layout.stored_as(key) for key in own}, layout.unused) for layout in layouts]
+    return max(found, key=lambda pair: sum(name in keys for group in pair[0].values() for name in group))
+
+
+def _exported_kind(folder: Path) -> str | None:
+    """Name the class of the network that `export` wrote to a folder, if it did."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    module = config.get("module") if isinstance(config, dict) else None
+    return str(module.get("_target_")).rpartition(".")[2] if isinstance(module, dict) else None
 
 
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:

@@ -18,7 +18,7 @@ from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_state import Vocabulary
 from lightning_modules.backbone.rotary import Rotary
-from lightning_modules.backbone.text import TextTokenizer
+from lightning_modules.backbone.text import DelimitedTokenizer
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.cache_key import key_of
 
@@ -43,7 +43,7 @@ class MaskNetwork(TokenDecoder):
     def __init__(
         self,
         image_tokenizer: ImageTokenizer,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: DelimitedTokenizer,
         max_text: int,
         transformer: TransformerConfig,
         rotary_dims: int,

@@ -30,6 +30,9 @@ class MaskTokenDecoder(MaskNetwork):
     # `grid_pass`, compiled. It belongs to the class: copies of an object would run with its weights.
     compiled_pass: ClassVar[Callable[..., list[Tensor]]]
 
+    def steps(self, sampling: MaskSampling) -> int:
+        return sampling.steps
+
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of masked tokens of images [B, n], nats each; see `TokenDecoder`.
 

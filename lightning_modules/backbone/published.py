@@ -140,5 +140,8 @@ def refuse_missing(weights: list[Published]) -> None:
     shortest = {(each.name, each.file): each for each in sorted(missing, key=lambda each: -len(each.key))}
     if missing:
         listed = "\n".join(f"  {each}" for each in missing if shortest[each.name, each.file] is each)
-        message = f"weights are missing, and the Hugging Face hub does not give them ({reason}); where there is network"
+        message = (
+            "weights are missing: there are no folders of these names, and the Hugging Face hub does not give them "
+            f"({reason}); where there is network"
+        )
         raise FileNotFoundError(f"{message}:\n{listed}")

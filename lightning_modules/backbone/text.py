@@ -16,19 +16,24 @@ from lightning_modules.cache_key import Keyed, class_name, digest
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer as mask-token decoders need it."""
+    """A tokenizer of prompts."""
 
     size: int  # number of ids
-    end_of_text: int  # the id that opens and closes a prompt
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt, without special ones."""
+        """Ids of each prompt; ValueError for one that cannot be read."""
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """The characters of a prompt that each of its ids stands for, start and end."""
 
     def cache_key(self) -> Any:
         """See `Keyed`."""
+
+
+class DelimitedTokenizer(TextTokenizer, Protocol):
+    """A tokenizer as mask-token decoders need it: its ids of prompts are without special ones."""
+
+    end_of_text: int  # the id that opens and closes a prompt
 
 
 def word_spans(prompt: str) -> list[tuple[int, int]]:

@@ -32,6 +32,10 @@ class BestOfN(Strategy):
         return {"strategy": self.strategy}
 
     @property
+    def start(self) -> tuple[Strategy, int]:
+        return self.strategy, self.n
+
+    @property
     def judge_names(self) -> list[str]:
         return [self.judge, *self.strategy.judge_names]
 

@@ -9,11 +9,11 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, StridedStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Particles(VerifierStrategy):
+class Particles(StridedStrategy):
     """n paths an image; every `stride` steps they are redrawn by how much each has gained in value.
 
     This is twisted sequential Monte Carlo (arXiv 2404.17546, section 3) with the verifier as the twist function: with

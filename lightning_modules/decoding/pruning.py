@@ -7,11 +7,11 @@ from torch.nn.functional import one_hot
 
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, StridedStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Pruning(VerifierStrategy):
+class Pruning(StridedStrategy):
     """n paths an image; every `stride` steps those stop whose value falls behind the best path's of their image.
 
     A path that stops leaves the batch, as one without potential does in the paper (arXiv 2501.13926, section 3.3). With

@@ -60,6 +60,10 @@ class Reflection(Strategy):
         return {"strategy": self.strategy, "redecoder": self.redecoder, "region_selector": self.region_selector}
 
     @property
+    def start(self) -> tuple[Strategy, int]:
+        return self.strategy, 1
+
+    @property
     def judge_names(self) -> list[str]:
         return [self.judge, *(name for part in self.parts.values() for name in part.judge_names)]
 

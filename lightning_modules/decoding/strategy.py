@@ -116,6 +116,11 @@ class Strategy(Part):
         return 0
 
     @property
+    def start(self) -> "tuple[Strategy, int] | None":
+        """Its field `strategy` if it starts from images of that, and how many of them an image; None: from nothing."""
+        return None
+
+    @property
     @abstractmethod
     def images_at_once(self) -> int:
         """Images, or candidates for one, that are decoded side by side for each image that is asked for."""
@@ -153,6 +158,17 @@ class VerifierStrategy(PathStrategy):
     @property
     def images_at_once(self) -> int:
         return self.n
+
+
+class StridedStrategy(VerifierStrategy):
+    """One whose verifier is asked every `stride` steps."""
+
+    stride: int
+
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        if self.stride > (steps := decoder.steps(self.sampling)):
+            raise ValueError(f"stride={self.stride} is more than the {steps} steps of an image")
 
 
 def require_positive(what: str, **settings: int) -> None:

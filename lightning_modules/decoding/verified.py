@@ -10,11 +10,11 @@ from torch.nn.functional import one_hot
 from lightning_modules.backbone.decoder import Decoder, Request
 from lightning_modules.backbone.sampling import image_seed, invert
 from lightning_modules.decoding.paths import Paths
-from lightning_modules.decoding.strategy import Decoded, Judges, VerifierStrategy, require_positive
+from lightning_modules.decoding.strategy import Decoded, Judges, StridedStrategy, require_positive
 
 
 @dataclass(frozen=True)
-class Verified(VerifierStrategy):
+class Verified(StridedStrategy):
     """Candidates of `stride` steps each, valued after the last one; a next-token decoder decides one token a step.
 
     With `stride` 1 and `choose: argmax` this is step-wise verification by PARM (arXiv 2501.13926, section 3) to the

@@ -15,7 +15,7 @@ _chosen: dict[str, str] = {}  # where this process has W&B write, by the variabl
 def wandb_logger(
     save_dir: str, offline: bool = False, log_model: Literal["all"] | bool = False, **settings: Any
 ) -> WandbLogger:
-    """Lightning's logger of a run in `save_dir`, whose pictures and tables wait there to be sent, and not in HOME.
+    """Lightning's logger of a run in `save_dir`, where all that W&B writes lies, and not in HOME.
 
     What the user has set in the environment stays.
     """
@@ -37,22 +37,28 @@ def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
 
 
 def log_images(trainer: Trainer, stage: str, evaluation: EvaluationResult) -> None:
-    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say."""
+    """Log a table to W&B, a row a prompt: of every strategy the image, its verdict with the reason, what judges say.
+
+    W&B would keep the table as an artifact, whose files an offline run names by absolute paths: `wandb sync` of a copy
+    would lose them. So the table and its images are files of the run, which lie beside its log and go where it goes.
+    """
     import wandb
 
-    results = evaluation.strategies
+    key, step, results = f"{stage}/images", trainer.global_step, evaluation.strategies
     for logger in _wandb_loggers(trainer):
         rows = []
         for index in next(iter(results.values())).thumbnails:
             row: dict[str, Any] = {}
             for name, result in results.items():
-                verdict = result.row_of(index)
-                row |= {"prompt": verdict["prompt"], name: wandb.Image(result.thumbnails[index])}
+                verdict, image = result.row_of(index), wandb.Image(result.thumbnails[index])
+                image.bind_to_run(logger.experiment, key, step)
+                row |= {"prompt": verdict["prompt"], name: image.to_json(logger.experiment)}
                 row |= {f"{name} correct": verdict["correct"], f"{name} reason": verdict["reason"]}
                 row |= {f"{name} {judge}": score for judge, score in result.traces[index].scores.items()}
             rows.append(row)
-        data = [list(row.values()) for row in rows]
-        logger.log_table(f"{stage}/images", columns=list(rows[0]), data=data, step=trainer.global_step)
+        table: Any = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        table.bind_to_run(logger.experiment, key, step)
+        logger.log_metrics({key: table}, step=step)
 
 
 def log_report(trainer: Trainer, folder: Path) -> None:

@@ -1,13 +1,12 @@
 """The report of an evaluation: all that it leaves in a folder."""
 
-import json
 from pathlib import Path
 
 from lightning_modules.files import write_text
 from lightning_modules.report.compute_plot import compute_figure
 from lightning_modules.report.page import write_page
 from lightning_modules.report.pictures import save_figure, save_image
-from lightning_modules.report.results import EvaluationResult, RunInfo, result_line
+from lightning_modules.report.results import EvaluationResult, RunInfo, result_line, write_report_json
 from lightning_modules.report.sheets import sheets
 
 
@@ -30,7 +29,7 @@ def write_report(folder: Path, evaluation: EvaluationResult, run: RunInfo) -> No
         lines += [result_line(row | {"filename": f"{name}/{row['filename']}"}) for row in result.rows]
     about = {**evaluation.settings, "warnings": evaluation.warnings}
     report = {"benchmark": "GenEval", **about, "strategies": strategies}
-    write_text(folder / "geneval.json", json.dumps(report, indent=2) + "\n")
+    write_report_json(folder / "geneval.json", report)
     write_text(folder / "results.jsonl", "\n".join(lines) + "\n")
     pictures = sheets(evaluation, run)
     for name, picture in pictures.items():

@@ -4,13 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_modules.files import write_text
 from lightning_modules.report.drawing import TraceView
 from lightning_modules.rewards.geneval_rules import Verdict
 
+SIDE_BY_SIDE = "side_by_side"  # name of the sheet that has all strategies
 BEFORE_TRAINING = "_before_training"  # ends the names of rows whose verifier is the untrained one
 COSTS = {"decoder_passes": "decoder passes", "verifier_calls": "verifier calls", "seconds": "seconds"}  # of an image
 
@@ -51,6 +54,19 @@ def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict) -> 
 def result_line(row: Mapping[str, Any]) -> str:
     """A row as the official evaluation writes it, byte for byte: compact, with its slashes escaped."""
     return json.dumps(row, separators=(",", ":")).replace("/", r"\/")
+
+
+def write_report_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write geneval.json; its numbers have six decimals, which is more than any of them is sure of."""
+    write_text(path, json.dumps(_rounded(report), indent=2) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_modules.report.results import EvaluationResult, RunInfo, StrategyResult
+from lightning_modules.report.results import SIDE_BY_SIDE, EvaluationResult, RunInfo, StrategyResult
 from lightning_modules.report.verdicts import plain_verdict
 
 _INK, _SOFT, _RIGHT, _WRONG = "#1c1e21", "#5c6370", "#17703a", "#b3261e"
@@ -132,7 +132,7 @@ def sheets(evaluation: EvaluationResult, run: RunInfo) -> dict[str, Image.Image]
     """Draw each strategy's own sheet, by its name, and `side_by_side`."""
     about = _about(evaluation, run)
     own = {name: contact_sheet(result, about) for name, result in evaluation.strategies.items() if result.thumbnails}
-    return {**own, "side_by_side": side_by_side(evaluation, run)} if own else {}
+    return {**own, SIDE_BY_SIDE: side_by_side(evaluation, run)} if own else {}
 
 
 def wrapped(text: str, width: int, size: int, bold: bool = False) -> list[str]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from lightning_modules.broken_files import read_torch
-from lightning_modules.files import remove
+from lightning_modules.files import remove, some_of
 from lightning_modules.runs.messages import flat
+from lightning_modules.runs.precision import native_precision
 from lightning_modules.runs.processes import is_first
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 _NETWORKS = ("_target_", "tokenizer", "decoder", "parm", "lora")
 # What a resumed run may change: where rollouts are kept, and what is only measured.
 _FREE = ("folder", "num_workers", "validation", "test")
-# What runs leave in their folders.
-_LEFT = ("config.yaml", "metrics", "checkpoints", "results.jsonl", "geneval.json", "page.html", "sheets", "sheet.png",
-         "compute.png", "curves.png", "checkpoints.csv", "checkpoints.png")  # fmt: skip
+_LOGS = (".err", ".log", ".out", ".txt")  # what a shell or SLURM writes of a run into its folder
 # What a checkpoint holds; all of it is needed to resume training.
 _PARTS = {"state_dict": Mapping, "global_step": int, "pytorch-lightning_version": str, "callbacks": Mapping,
           "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}  # fmt: skip
@@ -50,6 +49,7 @@ def folder_name(folder: str | None) -> str:
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("wandb_id", wandb_id, replace=True)
+OmegaConf.register_new_resolver("native_precision", native_precision, replace=True)
 
 
 def newest_checkpoint(folder: Path, thorough: bool = False) -> Path | None:
@@ -95,11 +95,15 @@ def keep_metrics(folder: Path) -> None:
         remove(metrics)  # of a run that was killed before it wrote any
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise ValueError if a run in this folder would write over files of something else."""
-    found = [name for name in _LEFT if (folder / name).exists()]
-    if found and not _has_config(folder):
-        raise ValueError(f"hydra.run.dir: {folder} holds {', '.join(found)} of something else: name another folder")
+def refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder for a run holds things of something else: neither logs nor named in the config."""
+    if not folder.is_dir() or _has_config(folder):
+        return
+    named = [Path(value).absolute() for _, value in flat(config) if isinstance(value, str)]
+    shown = [path for path in folder.iterdir() if path.name[0] != "." and path.suffix not in _LOGS]
+    if found := [path for path in shown if not any(each.is_relative_to(path.absolute()) for each in named)]:
+        names = some_of(sorted(path.name for path in found))
+        raise ValueError(f"hydra.run.dir: {folder} holds {names} of something else: name another folder")
 
 
 def _has_config(folder: Path) -> bool:
@@ -116,16 +120,17 @@ def remember_found(folder: Path) -> None:
 
 
 def forget_refused(folder: Path) -> None:
-    """Remove the folder of a run that left nothing but its config, or only what is in it if it was there and empty."""
+    """Remove the folder of a run that left nothing but its config; of one that was there, only what the run put in."""
     was_empty = _found.get(folder.resolve())
     with suppress(OSError):
         names = {path.name for path in folder.iterdir()}
         foreign = names - {".hydra", LOCK, "config.yaml"} or ("config.yaml" in names and not _has_config(folder))
-        if was_empty is not False and not foreign:
-            for name in names:
+        is_own = was_empty is not False and not foreign
+        for name in names if is_own else names & {".hydra", LOCK}:
+            if (folder / name).resolve() not in _found:
                 remove(folder / name)
-            if was_empty is None:
-                folder.rmdir()
+        if is_own and was_empty is None:
+            folder.rmdir()
 
 
 def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) -> dict[str, Any]:

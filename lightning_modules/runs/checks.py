@@ -7,19 +7,20 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
-from lightning_modules.runs.signatures import signature
+from lightning_modules.runs.signatures import required, signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
 _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_dir": "a path",
           "export_dir": "a path", "ckpt_path": "a path, auto or null", "test_ckpt_path": "best or null",
           "images": "a path or null"}  # fmt: skip
+_PARTS = ("trainer", "module", "decoder", "tokenizer", "parm", "sampling", "judges", "evaluator")  # made by nodes
 _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
@@ -33,19 +34,28 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
     **dict.fromkeys(_RATES, (int | float, 0, math.inf, "a number of at least 0")),
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
+# Packages whose classes are made by a node; those of others may be given as settings.
+_MADE = ("callbacks", "datamodules", "lightning_modules", "lightning", "torch")
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
 
 
 def refuse_wrong_values(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise ValueError for a name or a value that does not fit what is built of it, naming the key that sets it."""
     refuse_wrong_texts(config)
-    for name in ("trainer", "callbacks", "logger", "sampling", *({"tokenizer"} & {*config})):
+    for name in ("trainer", "callbacks", "logger", "module", "sampling", *({"tokenizer"} & {*config})):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} must be a group of settings, not {_shown(config.get(name))}")
     for name, node in config["logger"].items():
         if not isinstance(node, Mapping):
             said = f"~logger.{name} leaves it out, logger=csv has metrics.csv alone"
             raise ValueError(f"logger.{name}={_shown(node)} is no logger: {said}")
+    made = {name: config[name] for name in _PARTS if name in config}
+    if config["module"].get("parm") is None:
+        made.pop("parm", None)  # settings of a debug file, for those of its jobs that have one
+    made |= {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in config[group].items()}
+    for key, node in made.items():
+        if node is not None and not (isinstance(node, Mapping) and isinstance(node.get("_target_"), str)):
+            raise ValueError(f"{key} must be a node with _target_, the class that it makes, not {_shown(node)}")
     _refuse_below("", config, unresolved)
 
 
@@ -74,7 +84,7 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
 
 def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError for a Trainer on GPUs that are not there, or with more processes than 2 and the CPU's cores."""
-    wanted, devices, cores = trainer["accelerator"], str(trainer.get("devices")), os.cpu_count() or 1
+    wanted, devices, cores = trainer.get("accelerator", "auto"), str(trainer.get("devices")), os.cpu_count() or 1
     several = devices.isdecimal() and int(devices) > 2
     if wanted in ("cpu", "auto") and not several:  # fits any machine
         return
@@ -89,8 +99,13 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
 
-def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
-    takes = signature(node["_target_"]) if isinstance(node.get("_target_"), str) else {}
+def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any) -> None:
+    """Refuse names and values in a node, or in named values that are to be `inner`."""
+    target = node["_target_"] if isinstance(node.get("_target_"), str) else ""
+    takes = signature(target)
+    if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):
+        whose, kind = defining_key(unresolved, above[:-1]), target.rpartition(".")[2]
+        raise ValueError(f"there is no key {whose}.{lacking[0]}, which {kind} needs")
     for name, value in node.items():
         if name in _HYDRAS_OWN or value == "???":
             continue
@@ -98,13 +113,15 @@ def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, 
         if takes and name not in takes and "**" not in takes:
             guess = get_close_matches(str(name), takes, 1, CLOSE)
             advice = f"did you mean {guess[0]}? It" if guess else "it"
-            kind, whose = str(node["_target_"]).rpartition(".")[2], defining_key(unresolved, above[:-1])
+            kind, whose = target.rpartition(".")[2], defining_key(unresolved, above[:-1])
             raise ValueError(f"{place}: {kind}, which {whose} is, takes no {name}; {advice} takes {', '.join(takes)}")
-        if complaint := _useless(str(name), value) or " or ".join(_unfit(value, takes.get(name, Any)) or ()):
+        if complaint := _useless(str(name), value) or " or ".join(_unfit(value, takes.get(name, inner)) or ()):
             raise ValueError(f"{place} must be {complaint}, not {_shown(value)}")
+        origin = get_origin(takes.get(name))
+        is_named = isinstance(origin, type) and issubclass(origin, Mapping) and "_target_" not in value
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
-                _refuse_below(f"{above}{name}.", item, unresolved)
+                _refuse_below(f"{above}{name}.", item, unresolved, get_args(takes[name])[1] if is_named else Any)
 
 
 def _useless(name: str, value: Any) -> str | None:
@@ -129,7 +146,7 @@ def _useless(name: str, value: Any) -> str | None:
 
 def _unfit(value: Any, hint: Any) -> list[str] | None:
     """Say what an annotation asks for (beside null); None if a value, or a node that makes an object, is that."""
-    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    hint = hint.__bound__ if isinstance(hint, TypeVar) else get_args(hint)[0] if get_origin(hint) is Annotated else hint
     origin, inner = get_origin(hint), get_args(hint)
     kind = origin or hint
     if origin in (Union, types.UnionType):
@@ -145,20 +162,26 @@ def _unfit(value: Any, hint: Any) -> list[str] | None:
     if kind in _WORDS:
         fits, words = kind is type(value) or (kind is float and type(value) is int), _WORDS[kind]
     elif issubclass(kind, Mapping):
-        fits = isinstance(value, Mapping) and all(_unfit(item, inner[1]) is None for item in value.values() if inner)
+        plain = [item for item in value.values() if not isinstance(item, Mapping)] if isinstance(value, Mapping) else []
+        fits = isinstance(value, Mapping) and all(_unfit(item, inner[1]) is None for item in plain if inner)
         words = ["named values, {a: 1}"]
     elif issubclass(kind, Iterable):
         several = origin is tuple and Ellipsis not in inner
-        fits = isinstance(value, Mapping) or (isinstance(value, list) and (not several or len(value) == len(inner)))
+        fits = isinstance(value, list) and (not several or len(value) == len(inner))
+        fits = fits or (isinstance(value, Mapping) and not issubclass(kind, Sequence))
         if isinstance(value, list):
             hints = inner if several else inner[:1] * len(value)
             fits = fits and all(_unfit(item, each) is None for item, each in zip(value, hints, strict=False))
         example = "" if isinstance(value, list | None) else f", [{value}]"
         words = [f"a list{f' of {len(inner)}' if several else ''}{example}"]
-    else:  # some classes take settings as they are
-        fits, words = isinstance(value, Mapping | str), [f"a node with _target_ that makes a {kind.__name__}"]
+    else:
+        made = kind.__module__.partition(".")[0] in _MADE
+        fits = isinstance(value, str) or (isinstance(value, Mapping) and not made)
+        words = [f"a node with _target_, {kind.__name__}"]
     return None if fits else words
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and any(isinstance(each, Mapping) for each in value.values()):
+        return "settings alone"
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

@@ -57,13 +57,13 @@ def wrong_option(arguments: Sequence[str]) -> str | None:
     for place, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         shortened = flag.startswith("--") and any(option.startswith(flag) for option in known)
-        if not re.match("--?[a-zA-Z]", flag) or flag in known or shortened:
+        if not re.match("--?[+~]{0,2}[a-zA-Z]", flag) or flag in known or shortened:
             continue
         following = "".join(arguments[place + 1 : place + 2])
         if not value and not re.search("^-[a-zA-Z-]|=", following):
             value = following
         tree = SettingsTree(arguments)
-        similar = tree.similar(flag.lstrip("-").replace("-", "_"))
+        similar = tree.similar(flag.lstrip("-+~").replace("-", "_"))
         meant = " or ".join(f"{'+' * tree.is_added(key)}{key}={value or 'VALUE'}" for key in similar)
         advice = f"did you mean {meant}?" if meant else "a setting is written KEY=VALUE, without dashes"
         return f"there is no option {flag}; {advice}"
@@ -179,6 +179,8 @@ def _wrong_choice(group: str, name: str, value: str, tree: SettingsTree) -> str 
 
 def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     """Say what was probably meant by a key that is not there."""
+    if value and not sign and tree.takes(key):
+        return f"{key} is set nowhere yet: write +{key}={value}"
     if others := tree.having(key):
         return f"there is no key {key}; there is with {' or '.join(others)}"
     if guesses := tree.similar(key):

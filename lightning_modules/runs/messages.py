@@ -32,6 +32,7 @@ _SYSTEM = {
     errno.EEXIST: "it is there already, and not a folder",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EMFILE: "too many files are open; raise the limit by `ulimit -n 65536`, or lower num_workers of data",
+    errno.EPIPE: "nobody reads the output any more, so the run ends",
     errno.ENFILE: "too many files are open on this machine",
 }
 

@@ -2,21 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_modules.artifacts import refuse_unmarked
 from lightning_modules.backbone.published import clip_named, named, nodes, refuse_missing
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_config
 from lightning_modules.runs.messages import defining_key
-
-# What is built by tasks that need no module, callbacks and data.
-_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
+from lightning_modules.runs.preflight import built_parts
 
 
 def refuse_mismatches(config: DictConfig) -> None:
@@ -35,13 +31,7 @@ def refuse_mismatches(config: DictConfig) -> None:
 
 def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise for networks, images, detectors and prompts that differ in size or words, and for missing weights."""
-    if config["task"] == "generate":
-        try:
-            refuse_unmarked(Path(config["images"]))
-        except ValueError as error:
-            raise ValueError(f"{error}; task=score judges what is there") from None
-    parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
-    built = {name: config[name] for name in parts if config.get(name)}
+    built = built_parts(config)
     detectors = {key: get_class(node["_target_"]) for key, node in nodes(built) if key.endswith("detector")}
     if config["task"] != "score":
         size = _refuse_mismatched_networks(config, built)

@@ -1,4 +1,4 @@
-"""All checks of a config that need no more than its text: what a task lacks, and choices that do not go together."""
+"""All checks before anything heavy is imported: what a task lacks, choices that do not go together, missing files."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,16 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_modules.runs.checkpoints import named_checkpoints, refuse_foreign
+from lightning_modules.broken_files import refuse_broken
+from lightning_modules.files import refuse_unmarked
+from lightning_modules.runs.checkpoints import named_checkpoints
 from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
-from lightning_modules.runs.processes import is_first
+from lightning_modules.runs.own_checks import refuse_by_own_checks
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
+
+# What is built by tasks that need no module, callbacks and data.
+_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -33,13 +38,27 @@ def refuse_settings(config: DictConfig) -> None:
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
         _refuse_what_does_not_go_together(plain)
+        # The judges of a run with a module are made of its networks as well.
+        refuse_by_own_checks(built_parts(plain), unresolved, "" if config.task == "score" else "judges")
     except ValueError as error:
         hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
+        others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
+        hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
         raise ValueError(f"{error}{hint}") from None
+    if config.task == "generate":
+        try:
+            refuse_unmarked(Path(config.images))
+        except ValueError as error:
+            raise ValueError(f"{error}; task=score judges what is there") from None
     if config.ckpt_path not in (None, "auto"):
-        named_checkpoints(config.ckpt_path, config.task)
-    if is_first():
-        refuse_foreign(Path(hydra.runtime.output_dir))
+        for path in named_checkpoints(config.ckpt_path, config.task):
+            refuse_broken(Path(path), "ckpt_path")
+
+
+def built_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a resolved config that its task builds."""
+    names = _BUILT.get(config["task"], ("module", "callbacks", "data"))
+    return {name: config[name] for name in names if config.get(name)}
 
 
 def _refuse_incomplete(config: DictConfig) -> None:
@@ -115,6 +134,6 @@ def _is_sharded(strategy: Any) -> bool:
     """Say if a strategy of the Trainer is FSDP, by its name or as a node."""
     if not isinstance(strategy, Mapping):
         return str(strategy).startswith("fsdp")
-    found = locate(strategy["_target_"])
+    found = locate(str(strategy.get("_target_")))
     classes = lineage(found) if found and isinstance(found.node, ast.ClassDef) else ()
     return any(getattr(each.node, "name", "") == "FSDPStrategy" for each in classes)

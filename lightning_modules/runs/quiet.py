@@ -11,6 +11,9 @@ _LOGGED = (
     "💡 Tip",
     "`Trainer(val_check_interval",
     "`Trainer.fit` stopped",
+    "Restoring states from",
+    "Restored all states from",
+    "Loaded model weights from",
 )
 # Warnings that say nothing of a run, and why.
 _WARNED = (

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from lightning_modules.runs.messages import flat
+from lightning_modules.runs.signatures import signature
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -29,9 +31,9 @@ class SettingsTree:
         self.choices = {name: option for name, option in pairs if option in options(name.lstrip("+"))}
 
     @cached_property
-    def keys(self) -> list[str]:
-        """All dotted keys, also of nodes; those of the defaults where the choices do not go together."""
-        return self._composed(self.choices) or self._composed({})
+    def keys(self) -> dict[str, Any]:
+        """All dotted keys, also of nodes, and their values; the defaults where the choices do not go together."""
+        return _composed(*_overrides(self.choices)) or _composed()
 
     def is_added(self, group: str) -> bool:
         """Say if a file of a group is chosen by `+`: the defaults choose none."""
@@ -57,7 +59,14 @@ class SettingsTree:
         group = key.partition(".")[0]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group = "task"
-        return [f"{group}={other}" for other in options(group) if key in self._composed({**self.choices, group: other})]
+        others = {other: _overrides({**self.choices, group: other}) for other in options(group)}
+        return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
+
+    def takes(self, key: str) -> bool:
+        """Say if what is built of the node around the key takes a setting of that name."""
+        node, _, name = key.rpartition(".")
+        target = self.keys.get(f"{node}._target_")
+        return target is not None and name in signature(target)
 
     def around(self, key: str) -> tuple[str, list[str]]:
         """Find the node that the key would be in, or the nearest one above; returns it and the names in it."""
@@ -66,10 +75,17 @@ class SettingsTree:
         names = [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
         return (parent, names) if names or not parent else self.around(parent)
 
-    def _composed(self, choices: Mapping[str, str]) -> list[str]:
-        try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                config = compose("train", [f"{group}={option}" for group, option in choices.items()], True)
-        except HydraException:
-            return []
-        return [key for key, _ in flat(OmegaConf.to_container(config))]
+
+@cache
+def _composed(*choices: str) -> dict[str, Any]:
+    """Return all keys of the config with these choices, and their values; none where they do not go together."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", list(choices), True)
+    except HydraException:
+        return {}
+    return dict(flat(OmegaConf.to_container(config)))
+
+
+def _overrides(choices: Mapping[str, str]) -> list[str]:
+    return [f"{group}={option}" for group, option in choices.items()]

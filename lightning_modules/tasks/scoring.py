@@ -17,9 +17,8 @@ from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text
 from lightning_modules.report.pictures import pick_prompt_indices, save_image
-from lightning_modules.report.results import StrategyResult, result_line, result_row
+from lightning_modules.report.results import StrategyResult, result_line, result_row, write_report_json
 from lightning_modules.report.sheets import contact_sheet
-from lightning_modules.report.tables import print_table
 from lightning_modules.rewards.geneval_metric import Summary, summarize
 from lightning_modules.rewards.geneval_reward import by_size
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS
@@ -132,8 +131,10 @@ class Scoring(LightningModule):
         result = self._result(rows, summary, distance)
         warnings = self._warnings(results, summary)
         self._write(result, summary, {"left_out": left_out, "warnings": warnings})
-        print(*(f"Left out: {sentence}" for sentence in left_out), *warnings, summary, sep="\n")
-        print_table({result.name: result})
+        low, high = result.interval()
+        further = [f"{name}: {value:.3f}" for name, value in result.independent.items()]
+        print(*(f"Left out: {sentence}" for sentence in left_out), *warnings, summary, sep="\n", end="")
+        print(f"95 % interval: {low:.3f}-{high:.3f}", *further, sep="\n")
         scores = {**result.tasks, "overall": result.overall, **result.independent}
         for logger in trainer.loggers:
             logger.log_metrics({f"score/{name}": value for name, value in scores.items()})
@@ -169,7 +170,7 @@ class Scoring(LightningModule):
         }
         lines = [result_line(row | {"filename": f"{self.images}/{row['filename']}"}) for row in result.rows]
         write_text(self.folder / "results.jsonl", "\n".join(lines) + "\n")
-        write_text(self.folder / "geneval.json", json.dumps(report, indent=2) + "\n")
+        write_report_json(self.folder / "geneval.json", report)
         if result.thumbnails:
             save_image(contact_sheet(result, self.images), self.folder / "sheet.png")
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone import loading
+from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.loading import (
     BUNDLED,
@@ -150,6 +151,13 @@ def test_a_mask_token_decoder_begins_with_what_a_next_token_decoder_knows() -> N
 def test_a_start_of_other_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"decoder.start=.* has no tensor 'rows' of shape \[8, 1, 64\]"):
         started(resolve("bundled:shapes_decoder"), dim=64)
+
+
+def test_weights_of_another_kind_of_network_are_called_so(decoder: CompactDecoder) -> None:
+    with pytest.raises(
+        ValueError, match=r"^checkpoint 'bundled:shapes_parm_start' holds the weights of a PARM, not of a"
+    ):
+        pretrained(decoder, "bundled:shapes_parm_start")
 
 
 def test_checkpoints_of_training_are_refused_with_what_to_do(tmp_path: Path) -> None:

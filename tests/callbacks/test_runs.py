@@ -11,8 +11,8 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from callbacks.runs import checkpoint_to_resume, run_folder, try_to_hold
-from lightning_modules.runs.checkpoints import newest_checkpoint
+from callbacks.runs import checkpoint_to_resume, last_line, run_folder, try_to_hold
+from lightning_modules.runs.checkpoints import newest_checkpoint, refuse_foreign
 from lightning_modules.runs.slurm import run_id
 from tests.helpers.launch import launch
 from tests.helpers.overrides import SMALL_PARM
@@ -157,3 +157,26 @@ def test_a_slurm_job_resumes_from_its_own_checkpoint_alone(tmp_path: Path, slurm
     slurm("8", "seed=1")
     save(tmp_path, "hpc_ckpt_1.ckpt", 4)
     assert checkpoint_to_resume(tmp_path, None, "parm") == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+def test_the_last_line_repeats_what_counted(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    line = last_line(tmp_path, ["seed=1", "task=fit", "name='a b'", "seed=2"])
+    assert "python train.py seed=2 'name='" in line and "seed=1" not in line and "task=fit" not in line
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    (folder / "rollouts").mkdir(parents=True)
+    for name in (".hidden", "slurm-1.out", "log.txt"):
+        (folder / name).touch()
+    config = {"rollouts_dir": str(folder / "rollouts")}
+    refuse_foreign(folder, config)
+    refuse_foreign(tmp_path / "nothing", config)
+    for name in ("b.md", "a.md", "d.md", "c.md"):
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"^hydra\.run\.dir: .*docs holds a\.md, b\.md, c\.md and 1 more of something"):
+        refuse_foreign(folder, config)
+    (folder / "config.yaml").write_text("rollouts_dir: x\n")  # of a run
+    refuse_foreign(folder, config)

@@ -121,8 +121,9 @@ def test_only_omega_changes_and_the_score_never_falls(
 )
 def test_images_do_not_depend_on_the_batch(decoder: CompactDecoder, rows: list, judges: dict, again) -> None:
     strategy = Reflection(PLAIN, again, Region(ValueGain(), threshold=-0.02, rewind=True), rounds=3)
-    together = strategy.decode(decoder, judges, Request(rows, SEEDS))
-    apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, SEEDS, strict=True)]
+    rows, seeds = rows[::2], SEEDS[::2]  # one of each task
+    together = strategy.decode(decoder, judges, Request(rows, seeds))
+    apart = [strategy.decode(decoder, judges, Request([r], [s])).tokens for r, s in zip(rows, seeds, strict=True)]
     assert torch.equal(together.tokens, torch.cat(apart))
     assert len({int(step.region_mask.sum()) for step in together.trace}) > 1
 

@@ -66,6 +66,16 @@ def test_one_candidate_is_plain_sampling(previewing: ShowO) -> None:
     assert torch.equal(alone.tokens, Sample(SAMPLING).decode(previewing, {}, Request(ROWS, SEEDS)).tokens)
 
 
+def test_judges_without_memory_see_the_end_of_each_block_alone(previewing: ShowO) -> None:
+    judge, k = Total(), 4
+    strategy = Verified(SAMPLING, k, stride=2, verifier="judge")
+    decoded = strategy.decode(previewing, {"judge": judge}, Request(ROWS, SEEDS))
+    assert [len(shown) for shown in judge.shown] == [len(ROWS) * k] * 3  # after steps 2, 4 and 5
+    final = judge.shown[-1].view(len(ROWS), k, -1)
+    best = final.sum(-1).argmax(1)
+    assert torch.equal(decoded.tokens, final[torch.arange(len(ROWS)), best].long())
+
+
 def test_what_does_not_fit_is_refused(previewing: ShowO, decoder: CompactDecoder) -> None:
     with pytest.raises(ValueError, match="verified decoding needs k of at least 1, not 0"):
         Verified(SAMPLING, 0, verifier="judge")

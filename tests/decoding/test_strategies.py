@@ -269,6 +269,18 @@ def test_a_sampling_of_another_kind_of_decoder_is_refused(decoder: CompactDecode
         make(SAMPLING).check_decoder(make_masked())
 
 
+@pytest.mark.parametrize("kind", [lambda *a: Verified(a[0], 2, a[1]), lambda *a: Particles(a[0], 2, a[1]),
+                                  lambda *a: Pruning(a[0], 2, 0.5, a[1])])  # fmt: skip
+def test_a_stride_beyond_the_image_is_refused(decoder: CompactDecoder, kind) -> None:
+    masked, steps = MaskSampling(), decoder.num_tokens
+    kind(SAMPLING, steps).check_decoder(decoder)
+    kind(masked, masked.steps).check_decoder(make_masked())
+    with pytest.raises(ValueError, match=f"^stride={steps + 1} is more than the {steps} steps of an image$"):
+        kind(SAMPLING, steps + 1).check_decoder(decoder)
+    with pytest.raises(ValueError, match=f"is more than the {masked.steps} steps of an image$"):
+        kind(masked, masked.steps + 1).check_decoder(make_masked())
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

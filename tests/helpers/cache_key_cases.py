@@ -41,6 +41,7 @@ from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region, TokenConfidence, ValueGain
+from lightning_modules.decoding.remembered import Remembered
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.clip_score import CLIPScore
@@ -107,6 +108,7 @@ by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4,
 by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False, stride=2,
           reset_temperature=False)  # fmt: skip
 by_fields(BestOfN(PLAIN, 2, "parm"), strategy=Sample(hotter), n=3, judge="clip")
+by_fields(Remembered(PLAIN), strategy=Sample(hotter), free={"_made": {"one": Remembered}})
 by_fields(Reflection(PLAIN, PLAIN, Region(ValueGain(), 0.5), 2),
           strategy=Sample(hotter), redecoder=Verified(SAMPLING, 2),
           region_selector=Region(RandomScores(), 0.5), rounds=3, judge="clip", stop_score=-0.05, accept="always",

@@ -3,9 +3,11 @@
 As a script it is the process that forks.
 """
 
+import atexit
 import gc
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -16,27 +18,35 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
-from tests.helpers.overrides import ROOT, here
+from tests.helpers.configs import CONF, composed
+from tests.helpers.overrides import ROOT, SMALL_PARM, here
 
 TRAIN = ROOT / "train.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Memory that is given back is asked for again at once.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+ROOMS = ("callbacks.", "datamodules.", "lightning_modules.")
+# What these import when they are first used.
+LATE = {"wandb.sdk.launch", "transformers.models.mask2former.modeling_mask2former", "torch.distributed.fsdp"}
 
 
 class Start(NamedTuple):
-    """A run: `python train.py OVERRIDES`, with more in its environment."""
+    """A run: `python train.py OVERRIDES`, with more in its environment, or another script with its arguments."""
 
     overrides: Sequence[str]
     env: Mapping[str, str] = {}
+    script: str = str(TRAIN)
 
 
 @cache
 def _forking() -> "subprocess.Popen[str]":
     line = [sys.executable, __file__]
-    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV | KEEP_MEMORY)
 
 
 def launch(
@@ -91,14 +101,33 @@ def scontrol(folder: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
-    import lightning_modules.tasks.run  # noqa: F401
-
-    gc.freeze()  # or each process would go through all that is imported, to end
+    gc.disable()  # what is imported stays
+    _warm()
+    gc.freeze()  # or each process would go through all that is imported
+    gc.enable()
     for line in sys.stdin:
         starts, folder, said, timeout = json.loads(line)
         children = [_fork(Start(*start), folder, said, number, timeout) for number, start in enumerate(starts)]
         print(children[0], flush=True)
         print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+
+
+def _warm() -> None:
+    """Import what runs import, late ones too, and read what all of them read."""
+    from hydra._internal.hydra import Hydra
+    from PIL import Image
+
+    import lightning_modules.tasks.run  # noqa: F401
+    from lightning_modules.runs.signatures import signature
+
+    targets = {name for path in CONF.rglob("*.yaml") for name in re.findall(r"_target_: ([\w.]+)", path.read_text())}
+    for target in targets:
+        signature(target)
+    for module in {target.rpartition(".")[0] for target in targets if target.startswith(ROOMS)} | LATE:
+        import_module(module)
+    Image.init()
+    composed(*SMALL_PARM)
+    Hydra.get_mode = lambda *args, **names: None  # it composes everything for hydra.mode alone, which is set nowhere
 
 
 def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> int:
@@ -110,7 +139,7 @@ def _fork(start: Start, folder: str, said: str, number: int, timeout: int) -> in
         os.dup2(os.open(f"{said}/{name}-{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(folder)
     os.environ.update(start.env)
-    _train([str(TRAIN), *start.overrides], said, timeout)
+    _train([start.script, *start.overrides], said, timeout)
 
 
 def _train(line: Sequence[str], said: str, timeout: int) -> NoReturn:
@@ -126,8 +155,26 @@ def _train(line: Sequence[str], said: str, timeout: int) -> NoReturn:
     rank_zero_only.rank = int(next(filter(None, ranks), 0))  # type: ignore[attr-defined]  # set at its import
     signal.alarm(timeout)
     sys.argv = list(line)
-    runpy.run_path(line[0], run_name="__main__")
-    sys.exit()
+    code = _run(line[0])
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # or it would take apart all that is imported, which takes longer than small runs
+
+
+def _run(script: str) -> int:
+    """Run a script; returns the code with which Python would end, and says on stderr what it would."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, int | None):
+            return ended.code or 0
+        print(ended.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
 
 
 class _Spare:

@@ -29,12 +29,15 @@ SMALL = [
     "strategies.best_of_8_likelihood.n=2",
     "evaluator.batch_size=8",
 ]
-SMALL_PARM = [
-    *SMALL,
+SMALL_STRATEGIES = [
     "strategies.best_of_8_parm.n=2",
     "strategies.verified_best_of_4.n=2",
     "strategies.verified_reflection.rounds=1",
     "strategies.verified_reflection.strategy.n=2",
+]
+SMALL_PARM = [
+    *SMALL,
+    *SMALL_STRATEGIES,
     "callbacks.geneval.before_training=false",
     "data.train.plain.samples=2",
     "data.train.verified.samples=1",
@@ -48,11 +51,12 @@ SMALL_PARM = [
 ]
 # The bundled weights, which draw what the detector finds.
 BUNDLED = [item for item in SMALL_PARM if not item.startswith(("tokenizer", "decoder", "parm"))]
+# Show-o with few layers, too.
+TINY_SHOWO = ["+debug=tiny_showo", "decoder.module.transformer.depth=4", "decoder.module.feature_layers=[1,2,4]"]
 # Preferences need a decoder that is sometimes right: the bundled one, on few prompts.
 SMALL_DPO = [
     *(item for item in SMALL if not item.startswith(("tokenizer", "decoder", "parm"))),
-    "strategies.best_of_8_parm.n=2",
-    "strategies.verified_best_of_4.n=2",
+    *SMALL_STRATEGIES,
     "data.train.plain.samples=4",
     "data.validation.samples=4",
     "trainer.log_every_n_steps=1",

@@ -17,7 +17,7 @@ import torch
 from tests.helpers.launch import launch
 
 STORED = Path(__file__).parents[1] / "golden" / "pinned.json"
-BOTH = ["logger=csv", "trainer.accelerator=cpu"]
+BOTH = ["logger=csv", "trainer.accelerator=cpu", "trainer.precision=32-true"]
 FEW = [*BOTH, "geneval.test_prompts.per_task=1", "geneval.validation_prompts.per_task=1"]
 MEASURED = [*FEW, "task=evaluate", "module=evaluation", "~data", "callbacks.geneval.test_strategies=null"]
 PARM = [*FEW, "geneval.train_prompts.per_task=2", "data.train.plain.samples=2", "data.train.verified.from_epoch=1",

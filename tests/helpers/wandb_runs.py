@@ -44,17 +44,23 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def artifacts(path: Path) -> list[Any]:
-    """What was kept beside the numbers: tables with their pictures, checkpoints."""
+    """The checkpoints that were logged; their files are named by absolute paths."""
     return [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+
+
+def sent_files(path: Path) -> list[Path]:
+    """The files of the run that `wandb sync` sends; it looks for them beside the log."""
+    logged = [record.files.files for record in records(path) if record.WhichOneof("record_type") == "files"]
+    return [path.parent / "files" / entry.path for entries in logged for entry in entries]
 
 
 def table(path: Path, key: str) -> list[dict[str, Any]]:
     """The rows of the last table of that name; pictures as the paths of their files."""
-    files = {entry.path: entry.local_path for artifact in artifacts(path) for entry in artifact.manifest.contents}
-    stored = json.loads(Path(files[f"{key}.table.json"]).read_text())
+    logged = [row for row in history(path) if row.get(f"{key}/_type") == "table-file"][-1]
+    stored = json.loads((path.parent / "files" / logged[f"{key}/path"]).read_text())
     return [
         {
-            name: Path(files[cell["path"]]) if isinstance(cell, dict) else cell
+            name: path.parent / "files" / cell["path"] if isinstance(cell, dict) else cell
             for name, cell in zip(stored["columns"], row, strict=True)
         }
         for row in stored["data"]

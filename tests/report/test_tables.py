@@ -9,6 +9,7 @@ from PIL import Image
 
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.report import write_report
+from lightning_modules.report.results import write_report_json
 from lightning_modules.report.tables import print_table
 from tests.helpers.results import RUN, make_evaluation, make_result
 
@@ -88,3 +89,20 @@ def test_sheets_show_different_prompts_where_prompts_repeat_in_turn() -> None:
     assert len(shown) == 36 and max(shown) < 300
     assert len({index % 8 for index in shown if index < 50}) > 2  # 50 rows of the 8 single-object prompts
     assert pick_prompt_indices(5, 36) == set(range(5)) and pick_prompt_indices(5, 0) == set()
+
+
+@pytest.mark.parametrize("name", ["cfg 7.5 [best]", "[red]a :star:" + 20 * " long"])
+def test_names_reach_the_console_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_table({name: make_result([True] * 4, name=name)})
+    rows = [line for line in capsys.readouterr().out.splitlines() if " 1.000 " in line]
+    assert len(rows) == 1 and rows[0].startswith(f" {name} ") and "…" not in rows[0]
+
+
+def test_numbers_of_the_report_have_six_decimals(tmp_path: Path) -> None:
+    write_report_json(tmp_path / "geneval.json", {"a": 0.8539999723434448, "b": [{"c": 1 / 3}], "n": 3, "d": (2.0,)})
+    assert json.loads((tmp_path / "geneval.json").read_text()) == {
+        "a": 0.854,
+        "b": [{"c": 0.333333}],
+        "n": 3,
+        "d": [2.0],
+    }

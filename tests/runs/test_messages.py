@@ -84,6 +84,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("generating.strategy=beam", "there is no key generating.strategy; there is with task=generate"),
         ("debug=minutes", "write +debug=minutes"),
         ("-debug minutes", "did you mean +debug=minutes?"),
+        ("--+debug=minutes", "there is no option --+debug; did you mean +debug=minutes?"),
         (
             "callbacks.geneval.test_strategies=[sample, verified]",
             "write 'callbacks.geneval.test_strategies=[sample, verified]'",
@@ -93,6 +94,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
         ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
         ("sampling.xyz=1", "there is no key sampling.xyz; sampling has temperature, top_k, top_p, guidance"),
+        ("trainer.max_time=00:01:00:00", "trainer.max_time is set nowhere yet: write +trainer.max_time=00:01:00:00"),
         ("hydra.run.dri=x", "hydra.run has dir"),
         ("--trainer.max_steps=5", "did you mean trainer.max_steps=5?"),
         ("--seed 3 max_steps=5", "did you mean seed=3?"),
@@ -176,6 +178,8 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
             ": Sampling, which sampling is, takes no temp; it takes temperature, top_k, top_p, guidance",
         ),
         ("+strategies.verified_best_of_4.judg=parm", "did you mean judge? It takes strategy, n, judge"),
+        ("+callbacks.more={a: 1}", " must be a node with _target_, the class that it makes, not {'a': 1}"),
+        ("callbacks.geneval=5", "must be a node with _target_, the class that it makes, not 5"),
     ],
 )
 def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, override: str, said: str) -> None:
@@ -185,6 +189,29 @@ def test_a_value_that_does_not_fit_blames_its_own_key(compose_config: Any, overr
     with pytest.raises(ValueError, match=r"\w") as refused:
         refuse_wrong_values(plain, unresolved)
     assert str(refused.value).startswith(f"{override.lstrip('+').partition('=')[0]}") and said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("module", "module must be a group of settings, not null"),
+        ("decoder._target_", "decoder must be a node with _target_, the class that it makes, not settings alone"),
+        ("module.objective._target_", "module.objective must be a node with _target_, PARMObjective, not {"),
+        ("strategies.verified._target_", "strategies.verified must be a node with _target_, Strategy, not settings"),
+        ("parm.module.grid", "there is no key parm.module.grid, which PARM needs"),
+        ("data.train", "there is no key data.train, which RolloutsDataModule needs"),
+    ],
+)
+def test_what_is_left_out_is_named(compose_config: Any, key: str, said: str) -> None:
+    config = compose_config(f"~{key}")
+    unresolved: Any = OmegaConf.to_container(config)
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        refuse_wrong_values(OmegaConf.to_container(config, resolve=True), unresolved)  # type: ignore[arg-type]
+    assert str(refused.value).startswith(said)
+
+
+def test_an_accelerator_may_be_left_out() -> None:
+    refuse_missing_devices({"devices": 1})
 
 
 def test_a_distance_needs_references(compose_config: Any) -> None:
@@ -361,7 +388,10 @@ INDEX = "model.safetensors.index.json"
         (_weights("model.safetensors", WEIGHTS[:-5]), f"is cut off: it has {len(WEIGHTS) - 5} of {len(WEIGHTS)} bytes"),
         (_weights("model.safetensors", WEIGHTS[:99]), "model.safetensors is cut off: it has 99 of "),
         (_weights("model.safetensors", b"\x93" * 99), "model.safetensors is not a safetensors file"),
-        (_weights("model.safetensors", b"\x02" + bytes(7) + b"{}"), "has no tensor"),
+        (
+            _weights("model.safetensors", b"\x02" + bytes(7) + b"{}"),
+            "holds the weights of a CompactDecoder, not of a Linear",
+        ),
         (
             _weights(
                 "model.safetensors",
@@ -375,7 +405,7 @@ INDEX = "model.safetensors.index.json"
         (_weights(INDEX, "{}"), f"{INDEX} has no 'weight_map'"),
         (_weights(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), f"b.safetensors is missing, which {INDEX} names"),
         (_pickled({"a": ROOT}), "pytorch_model.bin holds more than tensors and is not loaded"),
-        (_pickled([1]), "pytorch_model.bin holds no tensors with names"),
+        (_pickled([1]), "pytorch_model.bin does not hold tensors with names alone"),
     ],
 )
 def test_broken_weights_are_named_with_what_is_wrong(
@@ -400,7 +430,6 @@ def test_a_text_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
             PublishedTokenizer(str(tmp_path))
 
 
-PROMPT = '{"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}'
 PLACES = {
     "rewards/stored_detections.py": (
         ["task=score", "images={folder}", "geneval=detections", "geneval.reward.detector.path={folder}/x.jsonl"],
@@ -456,21 +485,6 @@ def test_everything_that_is_raised_from_another_error_is_told_in_its_own_words()
                 assert isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name), path
                 raised.append(getattr(builtins, node.exc.func.id, None) or UnreadableImage)
     assert len(raised) > 10 and all(issubclass(kind, MENDABLE) for kind in raised)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cfg 7.5 [best]", "[red]a :star: " + 20 * "long "])
-def test_names_reach_the_console_as_they_are(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / name.strip()
-    for place in ("00000/samples", "00000"):
-        (folder / place).mkdir(parents=True, exist_ok=True)
-    (folder / "00000" / "metadata.jsonl").write_text(PROMPT)
-    Image.new("RGB", (64, 64), "white").save(folder / "00000" / "samples" / "0000.png")
-    given = ["task=score", "images=.", "logger=csv", f"hydra.run.dir={tmp_path}/run", f"scores_dir={tmp_path}/scores"]
-    done = launch(given, folder)
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if " 0.000 " in line]
-    assert len(rows) == 1 and rows[0].startswith(f" {folder.name} ") and "…" not in done.stdout
 
 
 def raised(make: Callable[[], Any]) -> BaseException:
@@ -538,6 +552,7 @@ def test_what_the_system_refuses_is_told_with_key_and_path(tmp_path: Path) -> No
     assert sentence(OSError(errno.EMFILE, "Too many open files", "/x"), {}).startswith(
         "/x: too many files are open; raise"
     )
+    assert sentence(BrokenPipeError(errno.EPIPE, "Broken pipe"), {}).startswith("nobody reads the output any more")
     full = sentence(OSError(errno.ENOSPC, "No space left on device"), {"rollouts_dir": str(tmp_path)})
     assert full == f"there is no space left on the disk, where rollouts_dir={tmp_path} is"
     assert sentence(ConnectionError(f"Couldn't reach '{tmp_path}'\nmore"), unresolved) == (

@@ -74,7 +74,9 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
     done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     first, *lines = done.stderr[done.stderr.index("Error: ") :].splitlines()
-    assert first.startswith("Error: weights are missing, and the Hugging Face hub does not give them (")
+    assert first.startswith(
+        "Error: weights are missing: there are no folders of these names, and the Hugging Face hub does"
+    )
     assert [line.split(":")[0].strip() for line in lines] == [
         "tokenizer.checkpoint",
         "decoder.module.text_tokenizer.checkpoint",
@@ -88,6 +90,18 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
         "decoder.checkpoint=FOLDER"
     )
     assert "then geneval.reward.colors.pretrained=FOLDER/open_clip_model.safetensors" in lines[4]
+
+
+def test_weights_that_several_keys_share_are_named_once(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as missing:
+        refuse_mismatches(compose_config("experiment=janus_evaluate", "decoder=janus_pro_7b"))
+    lines = str(missing.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines if "Janus" in line] == ["decoder.checkpoint"]
+    assert any("deepseek-community/Janus-Pro-7B (*.safetensors or *.bin, 14.8 GB)" in line for line in lines)
 
 
 def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +141,34 @@ def test_what_needs_whole_weights_is_not_sharded(
     with pytest.raises(ValueError) as refused:
         refuse_settings(compose_config(*overrides, *given, *SHARDED))
     assert str(refused.value).startswith(sentence)
+
+
+SHORT = {
+    "minutes": ("compute_curve", "shapes_masked_parm"),
+    "minutes_pairs": ("dpo", "dpo_iterative", "dpo_guided", "shapes_masked_dpo"),
+    "minutes_images": (
+        "shapes_clip",
+        "shapes_decoder",
+        "shapes_masked",
+        "shapes_masked_parm_start",
+        "shapes_parm_start",
+        "shapes_tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "experiment"), [(preset, each) for preset, experiments in SHORT.items() for each in experiments]
+)
+def test_experiments_of_the_shapes_world_have_a_short_version(
+    compose_config: Compose, preset: str, experiment: str
+) -> None:
+    config = compose_config(f"experiment={experiment}", f"+debug={preset}", "trainer.accelerator=cpu")
+    refuse_settings(config)
+    assert config.trainer.max_steps == 20
+
+
+def test_a_checkpoint_that_is_none_is_refused_with_the_settings(compose_config: Compose, tmp_path: Path) -> None:
+    (tmp_path / "my.ckpt").write_text("# image-cot\n")
+    with pytest.raises(ValueError, match=r"^ckpt_path: .*my\.ckpt is a text that begins with '# image-cot"):
+        refuse_settings(compose_config(f"ckpt_path={tmp_path}/my.ckpt", "trainer.accelerator=cpu"))

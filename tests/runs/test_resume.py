@@ -18,7 +18,8 @@ from tests.helpers.overrides import SMALL_DPO, SMALL_PARM, TINY
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
 RUNS = {
     # Epochs of 3, then of 5 batches: verified rollouts join, made with the PARM of that moment.
-    "parm": [*SMALL_PARM, "logger=default", "trainer.max_steps=8", "callbacks.geneval.every_n_epochs=2", *EVERY_STEP],
+    "parm": [*SMALL_PARM, "logger=default", "trainer.max_steps=8", "callbacks.geneval.every_n_epochs=2",
+             "callbacks.geneval.test_strategies=[sample,verified_best_of_4]", *EVERY_STEP],
     # Epochs of different lengths: each has a new round of pairs.
     "dpo_iterative": [
         "experiment=dpo_iterative", *(item for item in SMALL_DPO if not item.startswith("strategies.")),
@@ -58,6 +59,7 @@ def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, nam
         checkpoint = newest_checkpoint(only_run(tmp_path / "stopped", name))
         assert checkpoint is not None
         saved = read_checkpoint(str(checkpoint))["global_step"]
+        assert number == signal.SIGKILL or (only_run(tmp_path / "stopped", name) / "curves.png").is_file()
         assert saved == step if number != signal.SIGKILL else 0 < saved < step  # asked to stop, it saves first
     (tmp_path / "rollouts").rename(tmp_path / "moved")  # what cannot be made again is found there by its name
     done = started(tmp_path / "stopped", *overrides, "ckpt_path=auto", f"rollouts_dir={tmp_path}/moved")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_modules.runs.checks import refuse_wrong_values
-from lightning_modules.runs.signatures import constant, signature
+from lightning_modules.runs.signatures import constant, required, signature
 from tests.helpers.overrides import ROOT
 
 NAMED = {
@@ -20,7 +20,8 @@ NAMED = {
 TARGETS = sorted(NAMED - {"datetime.timedelta"})  # which has no source in Python
 
 
-TOP: dict[str, Any] = {"trainer": {}, "callbacks": {}, "logger": {}, "sampling": {}}
+NODE = {"_target_": "untold.Fallback"}
+TOP: dict[str, Any] = {"trainer": NODE, "module": NODE, "sampling": NODE, "callbacks": {}, "logger": {}}
 
 
 def names_by_import(target: str) -> list[str]:
@@ -33,6 +34,9 @@ def names_by_import(target: str) -> list[str]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_names_are_those_of_the_imported_object(target: str) -> None:
     assert sorted(signature(target)) == sorted(names_by_import(target))
+    found: Any = pydoc.locate(target)
+    given = [each for each in inspect.signature(found).parameters.values() if each.name in signature(target)]
+    assert sorted(required(target)) == sorted(each.name for each in given if each.default is each.empty)
 
 
 def test_annotations_are_evaluated_where_python_has_the_types() -> None:
