@@ -19,7 +19,7 @@ def test_llamagen_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> 
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     costs = {name: scores["decoder_passes_per_image"] for name, scores in report["strategies"].items()}
     assert list(costs) == ["sample", "best_of_n", "stepwise", "potential"]
-    assert costs["sample"] == 2 * 64 and costs["best_of_n"] == 4 * 64
+    assert costs["sample"] == 2 * 144 and costs["best_of_n"] == 4 * 144
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_parm_learns_from_llamagen_and_verifies_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_llamagen_is_aligned_to_its_own_rollouts(tmp_path: Path) -> None:
-    command(tmp_path, "experiment=janus_dpo", "data=preferences", *TINY, "data.train.plain.samples=3")
+    command(tmp_path, "experiment=janus_dpo", "data=preferences", *TINY)
     (pairs,) = (tmp_path / "rollouts").glob("train-pairs-*")
     rows = datasets.load_from_disk(str(pairs))
-    assert len(rows["chosen"][0]) == 64 and all(margin > 0 for margin in rows["margin"])
+    assert len(rows["chosen"][0]) == 144 and all(margin > 0 for margin in rows["margin"])
