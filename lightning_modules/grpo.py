@@ -101,20 +101,25 @@ class GRPOObjective:
                 drew them, and under the reference (None: beta is 0).
             advantages: of the images, [B].
         """
-        log_ratio = log_probs - recorded
-        if self.ratio == "sequence":
-            log_ratio = log_ratio.mean(1, keepdim=True)
-        advantage, ratio = advantages[:, None], log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        gain = torch.minimum(ratio * advantage, clipped * advantage)
-        loss = -(log_probs * advantage if self.ratio == "none" else gain).mean()
-        low, high = (ratio < 1 - self.clip_low) & (advantage < 0), (ratio > 1 + self.clip_high) & (advantage > 0)
-        log = {"clipped_low": low.float().mean(), "clipped_high": high.float().mean()}
-        log["kl_sampled"] = k3(recorded - log_probs).mean()
+        if self.ratio == "none":
+            loss, log = -(log_probs * advantages[:, None]).mean(), {}
+        else:
+            loss, log = self._clipped_loss(log_probs - recorded, advantages[:, None])
         if reference is not None:
             log["kl"] = k3(reference - log_probs).mean()
             loss = loss + self.beta * log["kl"]
         return loss, {name: value.detach() for name, value in log.items()}
+
+    def _clipped_loss(self, log_ratio: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss from log-ratios [B, S] and advantages [B, 1], and what to log."""
+        sampled = k3(log_ratio).mean()
+        if self.ratio == "sequence":
+            log_ratio = log_ratio.mean(1, keepdim=True)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        low, high = (ratio < 1 - self.clip_low) & (advantage < 0), (ratio > 1 + self.clip_high) & (advantage > 0)
+        log = {"clipped_low": low.float().mean(), "clipped_high": high.float().mean(), "kl_sampled": sampled}
+        return -torch.minimum(ratio * advantage, clipped * advantage).mean(), log
 
 
 def k3(log_ratio: Tensor) -> Tensor:
