@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # needs peft, which only those who use it install
 Baseline = Literal["mean", "others", "none"]
 Scale = Literal["group", "batch", "none"]
 Ratio = Literal["step", "sequence", "none"]
+_LIMIT = 10.0  # of the logarithm of a ratio, on both sides; beyond, it has no gradient
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ class GRPOObjective:
                 drew them, and under the reference (None: beta is 0).
             advantages: of the images, [B].
         """
+        log: dict[str, Tensor] = {}
         if self.ratio == "none":
-            loss, log = -(log_probs * advantages[:, None]).mean(), {}
+            loss = -(log_probs * advantages[:, None]).mean()
         else:
             loss, log = self._clipped_loss(log_probs - recorded, advantages[:, None])
         if reference is not None:
@@ -115,7 +117,7 @@ class GRPOObjective:
         sampled = k3(log_ratio).mean()
         if self.ratio == "sequence":
             log_ratio = log_ratio.mean(1, keepdim=True)
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(-_LIMIT, _LIMIT).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         low, high = (ratio < 1 - self.clip_low) & (advantage < 0), (ratio > 1 + self.clip_high) & (advantage > 0)
         log = {"clipped_low": low.float().mean(), "clipped_high": high.float().mean(), "kl_sampled": sampled}
@@ -125,9 +127,9 @@ class GRPOObjective:
 def k3(log_ratio: Tensor) -> Tensor:
     """Estimate KL(p || q), nats, from log q - log p of samples of p: e^x - x - 1 (Schulman's k3), never below 0.
 
-    Ratios beyond e^10 count as that: top-k and top-p give tokens that they cut off no probability at all.
+    Ratios beyond the limit count as that: top-k and top-p give tokens that they cut off no probability at all.
     """
-    limited = log_ratio.clamp(-10, 10)
+    limited = log_ratio.clamp(-_LIMIT, _LIMIT)
     return limited.expm1() - limited
 
 

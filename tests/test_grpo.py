@@ -239,6 +239,14 @@ def test_ratios_are_clipped_on_each_side() -> None:
     assert sequence.item() == pytest.approx(-(0.75**0.5) / 2)
 
 
+def test_ratios_that_explode_stay_finite_and_teach_nothing() -> None:
+    log_probs = torch.tensor([[100.0, -torch.inf]], requires_grad=True)
+    loss, log = GRPOObjective().loss(log_probs, torch.zeros(1, 2), torch.tensor([-1.0]), None)
+    loss.backward()
+    assert loss.isfinite() and log_probs.grad is not None and not log_probs.grad.any()
+    assert all(value.isfinite() for value in log.values())
+
+
 def test_k3_estimates_the_divergence() -> None:
     p, q = (torch.tensor(each).softmax(0) for each in ([0.3, -1.0, 0.7], [0.0, 0.2, 0.4]))
     log_ratio = q.log() - p.log()

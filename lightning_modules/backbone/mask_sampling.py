@@ -60,7 +60,8 @@ def step_log_probs(log_p: Tensor, drawn: Tensor, fixed: Tensor, rows: Tensor, im
     """Log-probability of a step, [B], by the first of Mask-GRPO's definitions (arXiv 2510.13418, section 3).
 
     Each fixed code counts by its probability, each position that is masked again by that of all codes less probable
-    than the least probable one that was fixed: how sure a code has to be is taken as given, without its noise.
+    than the least probable one that was fixed, at least 1e-6: how sure a code has to be is taken as given, and without
+    noise, so this fits where confidences have little.
 
     Args:
         log_p: of all codes at M unknown positions of B `images`, [M, C]; `rows` are the images they belong to, [M].
@@ -71,7 +72,7 @@ def step_log_probs(log_p: Tensor, drawn: Tensor, fixed: Tensor, rows: Tensor, im
     least = torch.zeros_like(total).scatter_reduce(0, rows[fixed], drawn[fixed].detach(), "amin")
     others = log_p[~fixed]
     below = (others.exp() * (others < least[rows[~fixed], None])).sum(-1)
-    return total.index_add(0, rows[~fixed], below.clamp(min=1e-20).log())
+    return total.index_add(0, rows[~fixed], below.clamp(min=1e-6).log())
 
 
 @dataclass(frozen=True)
