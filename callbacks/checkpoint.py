@@ -133,7 +133,8 @@ class PreemptionCheckpoint(MovableCheckpoint):
     def _ask_to_stop(self, trainer: Trainer, *_: Any) -> None:
         self._asked_to_stop = True
         step_is_done = self._in_batch and trainer.lightning_module._current_fx_name == "on_train_batch_end"
-        if step_is_done and not trainer.is_last_batch and not isinstance(trainer.strategy, FSDPStrategy):
+        resumable = step_is_done and not trainer.is_last_batch and not _gradients_wait(trainer)
+        if resumable and not isinstance(trainer.strategy, FSDPStrategy):
             if trainer.is_global_zero:  # without the other processes, which may be anywhere; they meet if there is time
                 names = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint()
@@ -155,7 +156,8 @@ class PreemptionCheckpoint(MovableCheckpoint):
             super().on_train_batch_end(trainer, pl_module, *batch)
             if trainer.global_step == trainer.max_steps:  # afterwards Lightning counts the epoch as completed
                 self._save(trainer)
-            self._stop_if_asked(trainer)
+            if not _gradients_wait(trainer):
+                self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -175,6 +177,12 @@ class PreemptionCheckpoint(MovableCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and not trainer.is_last_batch:
             super().on_exception(trainer, pl_module, exception)
+
+
+def _gradients_wait(trainer: Trainer) -> bool:
+    """Say if those of the last batch wait for those of the next (`accumulate_grad_batches`); checkpoints hold none."""
+    batches: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return batches % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
 
 
 class StopBetweenBatches(Callback):

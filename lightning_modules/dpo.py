@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import OptimizerFactory, TrainedModule, trainable
+from lightning_modules.optim import OptimizerFactory, trainable
 from lightning_modules.parm import PARMObjective
+from lightning_modules.policy import PolicyModule
 from lightning_modules.ranks import is_distributed
 from lightning_modules.rewards.parm import PARM
 
@@ -32,7 +33,7 @@ def compact(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: 
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-class DPOModule(TrainedModule):
+class DPOModule(PolicyModule):
     """Raises the log-probability of chosen images against that of rejected ones of the same prompt.
 
     Batches have `prompt` (B strings), `chosen` and `rejected` [B, T] tokens, `ref_chosen` and `ref_rejected`, their
@@ -41,13 +42,12 @@ class DPOModule(TrainedModule):
     [2B, ...], chosen ones first.
 
     Args:
-        decoder, parm: the shared decoder, which is trained; the reward model for its verified decoding, if any.
-        optimizer, warmup_steps, loss: see `TrainedModule`; of a pair.
+        decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
+        loss: of a pair.
         sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
         max_fall: training stops when chosen images are this much less likely than under the reference, nats an image.
         refit, refit_lr: loss and learning rate by which PARM learns from the same images, to follow the policy that it
             reads; null: it does not.
-        lora: adapters that are trained instead of the decoder's own weights; null trains these.
     """
 
     learns_from = "pairs"
@@ -65,26 +65,18 @@ class DPOModule(TrainedModule):
         refit_lr: float,
         lora: "LoRA | None" = None,
     ) -> None:
-        super().__init__(optimizer, warmup_steps)
         if refit is not None and parm is None:
             raise ValueError("module.refit needs module.parm, the PARM that learns")
-        if lora is not None:
-            lora.inject(decoder)
-        self.decoder, self.lora = decoder, lora
-        self.parm = None if parm is None else parm.requires_grad_(refit is not None)
+        super().__init__(decoder, parm, optimizer, warmup_steps, lora)
         self.loss, self.sft_weight, self.max_fall = loss, sft_weight, max_fall
         self.refit, self.refit_lr = refit, refit_lr
-        self.frozen_parts = ("decoder.image_tokenizer", *([] if refit else ["parm"]))
+        if refit and parm:
+            parm.requires_grad_(True)
+            self.frozen_parts = ("decoder.image_tokenizer",)
 
     @property
     def exported(self) -> dict[str, torch.nn.Module]:
-        if self.lora is not None:
-            self.lora.merge(self.decoder)
-        return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit and self.parm else {})
-
-    def _is_frozen(self, key: str) -> bool:
-        beside_adapters = self.lora is not None and key.startswith("decoder.") and not self.lora.is_adapter(key)
-        return beside_adapters or super()._is_frozen(key)
+        return super().exported | ({"parm": self.parm} if self.refit and self.parm else {})
 
     def measure(self, batch: dict[str, Any], stage: str) -> Tensor:
         prompts, seeds = batch["prompt"], batch["seed"]

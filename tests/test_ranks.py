@@ -19,7 +19,16 @@ from hydra.utils import instantiate
 from lightning_modules.backbone.decoder import TokenDecoder
 from tests.helpers.launch import TRAIN, Start, command, free_port, launch, launch_together, scontrol
 from tests.helpers.models import make_decoder, make_masked
-from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL, SMALL_DPO, SMALL_PARM, TINY_SHOWO, pair_files
+from tests.helpers.overrides import (
+    DECODE_NOTHING,
+    SHARDED,
+    SMALL,
+    SMALL_DPO,
+    SMALL_GRPO,
+    SMALL_PARM,
+    TINY_SHOWO,
+    pair_files,
+)
 
 TORCHRUN = str(torch.distributed.run.__file__)
 # 20 steps on an even number of rows, so that no rank repeats one; half of a batch each. Weights whose true gradient is
@@ -32,6 +41,8 @@ TRAINING = {
              "module.warmup_steps=2"],
     "dpo": ["experiment=dpo", *SMALL_DPO, *STEPS, "trainer.max_epochs=-1", "trainer.val_check_interval=1.0",
             "module.warmup_steps=2", "callbacks.early_stop.patience=100", "data.train.plain.samples=5"],
+    "grpo": ["experiment=grpo", *SMALL_GRPO, *STEPS, "trainer.max_epochs=-1", "trainer.accumulate_grad_batches=1",
+             "data.steps=10", "module.objective.beta=0.1"],
 }  # fmt: skip
 
 

@@ -47,11 +47,12 @@ GROUPS = [
     for path in sorted(folder.glob("*.yaml"))
     if not (choice := f"{folder.name}={path.stem}").startswith(ELSEWHERE)
 ]
-CHOICES = ["", "+debug=minutes", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS]
+CHOICES = ["", "+debug=minutes", "+debug=minutes_groups", *(f"experiment={name}" for name in EXPERIMENTS), *GROUPS]
 STRATEGIES = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
 PAIR_FILES = ["data.train.path=pairs.jsonl", "data.validation.path=pairs.jsonl"]
 # What some choices need beside them; the others are built small.
 COMPANIONS = {
+    "+debug=minutes_groups": [*TINY, "experiment=grpo"],
     "data=preference_files": [*TINY, "module=dpo", *PAIR_FILES],
     "judges=open_clip": [
         *TINY,

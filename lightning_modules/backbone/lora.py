@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), to align decoders that are too large to be trained whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,6 +25,18 @@ class LoRA:
     def is_adapter(self, key: str) -> bool:
         """Return whether a key of the state dict belongs to an adapter."""
         return ".lora_" in key
+
+    @contextmanager
+    def switched_off(self, module: nn.Module) -> Iterator[None]:
+        """Compute as without the adapters, for a time."""
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def merge(self, module: nn.Module) -> None:
         """Add the adapters to the layers that they stand beside and remove them, in place."""

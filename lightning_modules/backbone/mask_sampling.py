@@ -17,6 +17,9 @@ class MaskSampling:
     steps: int = 18  # forward passes, T
     guidance: float = 1.75  # scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional
     temperature: float = 1.0  # of the noise on confidences; codes themselves are drawn at temperature 1
+    # The probability of a step is that of the codes it fixes, and with this also that the others are masked again. It
+    # changes no image, only what policy gradients see.
+    score_remasked: bool = False
 
     def __post_init__(self) -> None:
         refuse_below(1, steps=self.steps)
@@ -51,6 +54,25 @@ def least_confident(
     confidence = log_p + temperature * gumbel
     cut = confidence.sort(1).values.gather(1, count[:, None])
     return confidence < cut
+
+
+def step_log_probs(log_p: Tensor, drawn: Tensor, fixed: Tensor, rows: Tensor, images: int) -> Tensor:
+    """Log-probability of a step, [B], by the first of Mask-GRPO's definitions (arXiv 2510.13418, section 3).
+
+    Each fixed code counts by its probability, each position that is masked again by that of all codes less probable
+    than the least probable one that was fixed, at least 1e-6: how sure a code has to be is taken as given, and without
+    noise, so this fits where confidences have little.
+
+    Args:
+        log_p: of all codes at M unknown positions of B `images`, [M, C]; `rows` are the images they belong to, [M].
+        drawn: log-probabilities of the codes that were drawn there, [M], read where they are `fixed`, bool [M].
+    """
+    total = torch.zeros(images, dtype=drawn.dtype, device=drawn.device)
+    total = total.index_add(0, rows[fixed], drawn[fixed])
+    least = torch.zeros_like(total).scatter_reduce(0, rows[fixed], drawn[fixed].detach(), "amin")
+    others = log_p[~fixed]
+    below = (others.exp() * (others < least[rows[~fixed], None])).sum(-1)
+    return total.index_add(0, rows[~fixed], below.clamp(min=1e-6).log())
 
 
 @dataclass(frozen=True)

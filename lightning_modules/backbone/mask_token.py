@@ -11,7 +11,13 @@ from lightning_modules.backbone.decoder import Cost, Frames, Request, Values
 from lightning_modules.backbone.features import STATISTICS, DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import upsample_patches
 from lightning_modules.backbone.mask_network import MaskNetwork
-from lightning_modules.backbone.mask_sampling import MaskSampling, SeededNoise, least_confident, masked_after
+from lightning_modules.backbone.mask_sampling import (
+    MaskSampling,
+    SeededNoise,
+    least_confident,
+    masked_after,
+    step_log_probs,
+)
 from lightning_modules.backbone.mask_state import MaskProposal, MaskState
 from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.cache_key import key_of
@@ -63,18 +69,22 @@ class MaskTokenDecoder(MaskNetwork):
     def policy_log_probs(
         self, prompts: Sequence[str], tokens: Tensor, sampling: MaskSampling, trajectory: Trajectory | None = None
     ) -> Tensor:
-        """Of the codes that were fixed at each step, given those before; which ones is taken as given."""
+        """Of the codes that were fixed at each step, given those before; which ones is taken as given.
+
+        With `sampling.score_remasked` also that the others were masked again; see `step_log_probs`.
+        """
         assert trajectory is not None
         prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
         branches, steps = len(prefixes), []
         for step in range(sampling.steps):
             unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
             hidden = self.image_hidden(tokens.repeat(branches, 1), unknown, prefixes)
-            fixed = (trajectory.fixed_at == step).flatten().nonzero().squeeze(1)
-            logits = self.guided_logits(hidden.chunk(branches), sampling.guidance, fixed)
-            drawn = logits.log_softmax(-1).gather(1, tokens.flatten()[fixed, None]).squeeze(1)
-            rows = fixed // tokens.shape[1]
-            steps.append(torch.zeros(len(tokens), device=tokens.device).index_add(0, rows, drawn))
+            fixed = (trajectory.fixed_at == step).flatten()
+            scored = unknown[: len(tokens)].flatten() if sampling.score_remasked else fixed
+            positions = scored.nonzero().squeeze(1)
+            log_p = self.guided_logits(hidden.chunk(branches), sampling.guidance, positions).log_softmax(-1)
+            drawn = log_p.gather(1, tokens.flatten()[positions, None]).squeeze(1)
+            steps.append(step_log_probs(log_p, drawn, fixed[positions], positions // tokens.shape[1], len(tokens)))
         return torch.stack(steps, 1)
 
     def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
@@ -135,7 +145,13 @@ class MaskTokenDecoder(MaskNetwork):
         if self.feature_layers:
             known = state.unknown, undecided, state.statistics
             features = self._features(state.prompt, layers, branches, tokens, known)
-        return MaskProposal(tokens, probs.log().masked_fill(undecided, 0).sum(-1), features, probs, masked, is_last)
+        log_probs = probs.log().masked_fill(undecided, 0).sum(-1)
+        if state.sampling.score_remasked:
+            rows, images, log_p = positions // tokens.shape[2], len(tokens), code_probs.log()
+            kept, drawn_log_p = ~undecided.transpose(1, 2).flatten(0, 1)[positions], log_p.gather(1, drawn)
+            each = (step_log_probs(log_p, drawn_log_p[:, j], kept[:, j], rows, images) for j in range(k))
+            log_probs = torch.stack([*each], 1)
+        return MaskProposal(tokens, log_probs, features, probs, masked, is_last)
 
     def _features(
         self, prompt: Tensor, layers: Sequence[Tensor], branches: Sequence[Tensor], tokens: Tensor, known: _Known

@@ -149,6 +149,9 @@ class GenEvalReward(Reward):
         return [self.rules.evaluate(row, detections) for row, detections in pairs]
 
     def __call__(self, prompts: Sequence[Mapping[str, Any]], pixels: Tensor) -> Tensor:
-        verdicts = self.verdicts(prompts, to_uint8(pixels))
+        return self.of_verdicts(self.verdicts(prompts, to_uint8(pixels))).to(pixels.device)
+
+    def of_verdicts(self, verdicts: Sequence[Verdict]) -> Tensor:
+        """Return the reward of each of B verdicts, [B], on the CPU."""
         values = [verdict.share if self.kind == "clauses" else getattr(verdict, self.kind) for verdict in verdicts]
-        return torch.tensor(values, dtype=torch.float32, device=pixels.device)
+        return torch.tensor(values, dtype=torch.float32)

@@ -122,6 +122,8 @@ def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> No
         raise ValueError("module=dpo learns from pairs: use experiment=dpo, or data=preferences or preference_files")
     if wanted == "rollouts" and given == "pairs":
         raise ValueError("module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo")
+    if (wanted == "groups") != (given == "groups"):
+        raise ValueError("module=grpo and data=groups go together: use experiment=grpo")
 
 
 def _says(node: Mapping[str, Any] | None, word: str, otherwise: Any) -> Any:

@@ -73,6 +73,28 @@ def test_a_run_that_is_asked_to_stop_in_its_last_validation_does_so_when_it_is_s
     assert train(tmp_path, 2, max_epochs=3, ckpt_path=tmp_path / "last.ckpt").seen == [(2, 0, 4), (2, 1, 5)]
 
 
+class PreemptedIn(Callback):
+    """The process is asked to stop in a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_run_stops_when_no_gradients_wait_for_those_of_the_next_batch(tmp_path: Path, batch: int) -> None:
+    straight = train(tmp_path / "straight", 8, max_epochs=1, accumulate_grad_batches=2).seen
+    model = Diary()
+    with pytest.raises(SIGTERMException):
+        train(tmp_path, 8, PreemptedIn(batch), model=model, max_epochs=1, accumulate_grad_batches=2)
+    assert model.seen == straight[:4]
+    resumed = train(tmp_path, 8, max_epochs=1, accumulate_grad_batches=2, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.seen == straight[4:]
+
+
 class Scored(Diary):
     """Validates to a given score in each epoch; None is not measured."""
 

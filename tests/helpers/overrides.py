@@ -61,6 +61,19 @@ SMALL_DPO = [
     "data.validation.samples=4",
     "trainer.log_every_n_steps=1",
 ]
+# Groups need it too: those of one that is never right have no spread. Two epochs of two steps of 16 images.
+SMALL_GRPO = [
+    *(item for item in SMALL_DPO if not item.startswith(("data.", "geneval.train_prompts"))),
+    "geneval.train_prompts.per_task=8",
+    "data.spec.per_step={two_object: 1, counting: 2, colors: 1}",
+    "data.spec.samples=4",
+    "data.spec.refills=1",
+    "data.batch_size=16",
+    "data.steps=2",
+    "module.warmup_steps=1",
+    "trainer.max_epochs=2",
+    "callbacks.geneval.test_strategies=[sample]",
+]
 # Training that is sharded over two processes, and what decodes while a model trains.
 SHARDED = ["devices=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
            "trainer.strategy._target_=tests.helpers.sharding.FSDPOnCPU"]  # fmt: skip

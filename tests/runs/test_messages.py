@@ -288,6 +288,8 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["name=[a]"], "name must be a text, not ['a']"),
         (["logger.wandb=false"], "logger.wandb=false is no logger: ~logger.wandb leaves it out, logger=csv has"),
         (["module=dpo"], "module=dpo learns from pairs: use experiment=dpo, or data=preferences or preference_files"),
+        (["module=grpo"], "module=grpo and data=groups go together: use experiment=grpo"),
+        (["data=groups"], "module=grpo and data=groups go together: use experiment=grpo"),
         (["data=preferences"], "module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo"),
         (
             ["experiment=dpo", "+debug=minutes"],

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lightning_modules.runs.checkpoints import newest_checkpoint, read_checkpoint, refuse_other_config, wandb_id
 from tests.helpers.launch import launch, scontrol
-from tests.helpers.overrides import SMALL_DPO, SMALL_PARM, TINY
+from tests.helpers.overrides import SMALL_DPO, SMALL_GRPO, SMALL_PARM, TINY
 
 EVERY_STEP = ["callbacks.checkpoint_last.every_n_train_steps=1"]
 RUNS = {
@@ -27,10 +27,13 @@ RUNS = {
         "data.train.plain.per_round={two_object: 1, counting: 2, colors: 1, position: 1, color_attr: 1}",
         "module.warmup_steps=2", *EVERY_STEP,
     ],
+    # Two epochs of two steps, each of two updates of two minibatches: a step's images are in the checkpoint.
+    "grpo": ["experiment=grpo", *SMALL_GRPO, "data.batch_size=4", "trainer.accumulate_grad_batches=2", *EVERY_STEP],
 }  # fmt: skip
 STOPS = {
     "parm": [(2, signal.SIGKILL), (5, signal.SIGKILL), (6, signal.SIGTERM)],
     "dpo_iterative": [(2, signal.SIGKILL), (4, signal.SIGINT), (5, signal.SIGKILL)],
+    "grpo": [(2, signal.SIGKILL), (3, signal.SIGTERM), (6, signal.SIGKILL)],
 }
 
 
@@ -61,6 +64,7 @@ def test_a_stopped_run_ends_in_the_weights_of_a_straight_one(tmp_path: Path, nam
         saved = read_checkpoint(str(checkpoint))["global_step"]
         assert number == signal.SIGKILL or (only_run(tmp_path / "stopped", name) / "curves.png").is_file()
         assert saved == step if number != signal.SIGKILL else 0 < saved < step  # asked to stop, it saves first
+    (tmp_path / "rollouts").mkdir(exist_ok=True)  # GRPO leaves none: its images are in the checkpoint
     (tmp_path / "rollouts").rename(tmp_path / "moved")  # what cannot be made again is found there by its name
     done = started(tmp_path / "stopped", *overrides, "ckpt_path=auto", f"rollouts_dir={tmp_path}/moved")
     assert done.returncode == 0, done.stderr[-3000:]

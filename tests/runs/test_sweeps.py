@@ -13,11 +13,17 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, make_launch
 
 from lightning_modules.tasks.run import run
 from tests.helpers.launch import command
-from tests.helpers.overrides import ROOT, SMALL_DPO, SMALL_PARM
+from tests.helpers.overrides import ROOT, SMALL_DPO, SMALL_GRPO, SMALL_PARM
 from tests.helpers.wandb_runs import history, settings_of, table
 
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
-SMALL = {"dpo": [*SMALL_DPO, "data.batch_size=8"], "parm": SMALL_PARM, "decoding": SMALL_PARM, "reflection": SMALL_PARM}
+SMALL = {
+    "dpo": [*SMALL_DPO, "data.batch_size=8"],
+    "grpo": [*(each for each in SMALL_GRPO if "samples" not in each), "trainer.accumulate_grad_batches=1"],
+    "parm": SMALL_PARM,
+    "decoding": SMALL_PARM,
+    "reflection": SMALL_PARM,
+}
 POINTS = 2
 OFFLINE = "logger.wandb.offline=false"
 

@@ -1,0 +1,158 @@
+"""Groups: a stream that mixes tasks, groups that teach nothing replaced, a step that a checkpoint holds."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from datamodules.groups import GroupsDataModule, GroupSpec
+from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.mask_sampling import MaskSampling
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.grpo import GRPOObjective
+from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.rewards.registry import JudgeRegistry
+from lightning_modules.rewards.verifier import Reward
+from tests.helpers.models import make_decoder, make_masked
+
+PER_STEP = {"colors": 1, "counting": 2, "position": 1}
+
+
+class Darkness(Reward):
+    """How dark an image is; of prompts about colours all are alike."""
+
+    def cache_key(self) -> str:
+        return "darkness"
+
+    def __call__(self, prompts: Any, pixels: Tensor) -> Tensor:
+        dark = -pixels.mean((1, 2, 3))
+        return torch.where(torch.tensor([row["tag"] == "colors" for row in prompts]), 0.5, dark)
+
+
+def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **settings: Any) -> GroupsDataModule:
+    """A data module beside a tiny decoder, in the fourth epoch of a Trainer."""
+    decoder = decoder or make_decoder()
+    judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder)
+    sampling = settings.pop("sampling", Sampling(guidance=0.5))
+    wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2}
+    spec = GroupSpec(rows, Sample(sampling), **{key: settings.pop(key, value) for key, value in wanted.items()})
+    values = {"rewards": {"dark": 1.0}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2, "batch_size": 4,
+              "collect_batch_size": 5, "seed": 3}  # fmt: skip
+    data = GroupsDataModule(judges, spec, **(values | settings))
+    module = SimpleNamespace(decoder=decoder, advantages=GRPOObjective(min_spread=1e-6).advantages)
+    precision = SimpleNamespace(forward_context=nullcontext)
+    facts = {"current_epoch": 3, "world_size": 1, "global_rank": 0, "lightning_module": module,
+             "accumulate_grad_batches": 2}  # fmt: skip
+    strategy = SimpleNamespace(precision_plugin=precision)
+    data.trainer = SimpleNamespace(**(facts | (trainer or {})), strategy=strategy)  # type: ignore[assignment]
+    return data
+
+
+def test_the_stream_takes_up_each_task_where_it_left_it(rows: list) -> None:
+    prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in PER_STEP for i in range(3)]
+    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP, 2, 0)
+    taken = [spec.prompt(place)["prompt"] for place in range(12)]
+    steps = [sorted(taken[start : start + 4]) for start in (0, 4, 8)]
+    assert steps == [
+        sorted([f"colors {c}", f"counting {a}", f"counting {b}", f"position {c}"])
+        for c, a, b in ((0, 0, 1), (1, 2, 0), (2, 1, 2))
+    ]
+    assert [text.split()[0] for text in taken[:4]] == ["counting", "colors", "position", "counting"]  # mixed evenly
+
+
+def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
+    data = make_data(rows)
+    loader = iter(data.train_dataloader())
+    batches = [next(loader) for _ in range(6)]
+    prompts = [prompt for batch in batches for prompt in batch["prompt"]]
+    assert all(prompts.count(prompt) % 6 == 0 for prompt in prompts)  # 3 images, twice
+    colors = {row["prompt"] for row in rows if row["tag"] == "colors"}
+    advantage = torch.tensor([value for batch in batches for value in batch["advantage"]])
+    assert not colors & set(prompts) and (advantage != 0).any()
+    stats = batches[0]["stats"]
+    assert stats["dropped"] == pytest.approx(1 / 5) and stats["reward/dark/colors"] == pytest.approx(0.5)
+    assert stats["held_out/likelihood"] < 0 and stats["entropy"] > 0
+    assert "held_out/dark" not in stats and {"reward/dark", "spread/dark", "objects"} <= stats.keys()
+    assert next(loader)["stats"] is not stats  # of the next step
+
+
+def test_what_cannot_be_replaced_stays_without_advantage(rows: list) -> None:
+    data = make_data(rows, per_step={"colors": 1, "counting": 1}, refills=0, inner_epochs=1, batch_size=6)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["tokens"].shape == (6, 16) and sum(value == 0 for value in batch["advantage"]) == 3
+    assert batch["stats"]["dropped"] == 0.5
+
+
+def test_every_inner_epoch_has_each_image_once(rows: list) -> None:
+    data = make_data(rows)
+    batches = [next(iter_) for iter_ in [iter(data.train_dataloader())] for _ in range(6)]
+    keys = [str(row) for batch in batches for row in batch["recorded"].tolist()]
+    assert len(set(keys)) == 12 and set(keys[:12]) == set(keys[12:]) and keys[:12] != keys[12:]
+
+
+def test_a_checkpoint_in_a_step_brings_its_images_back(rows: list) -> None:
+    straight = make_data(rows)
+    loader, resumable = iter(straight.train_dataloader()), make_data(rows)
+    batches = [next(loader) for _ in range(12)]
+    begun = resumable.train_dataloader()
+    first = iter(begun)
+    for _ in range(2):
+        next(first)
+    state, place = resumable.state_dict(), begun.state_dict()
+    resumed = make_data(rows, decoder=make_decoder(depth=2).train())  # its images would be others
+    resumed.load_state_dict(state)
+    again = resumed.train_dataloader()
+    again.load_state_dict(place)
+    for batch, wanted in zip([next(iter_) for iter_ in [iter(again)] for _ in range(4)], batches[2:6], strict=True):
+        assert torch.equal(batch["tokens"], wanted["tokens"]) and batch["advantage"] == wanted["advantage"]
+        assert (batch["recorded"] == wanted["recorded"]).all() and batch["stats"] == wanted["stats"]
+
+
+def test_a_rank_gets_its_share_of_each_minibatch(rows: list) -> None:
+    whole = [batch["tokens"] for _, batch in zip(range(3), make_data(rows).train_dataloader(), strict=False)]
+    for number in range(2):
+        trainer = {"world_size": 2, "global_rank": number}
+        half = make_data(rows, trainer=trainer, batch_size=2).train_dataloader()
+        for tokens, batch in zip(whole, half, strict=False):
+            assert torch.equal(batch["tokens"], tokens[number::2])
+
+
+def test_grids_come_with_their_trajectory(rows: list) -> None:
+    data = make_data(rows, make_masked(), sampling=MaskSampling(steps=4))
+    batch = next(iter(data.train_dataloader()))
+    assert batch["recorded"].shape == (4, 4) and batch["trajectory"]["previews"].shape == (4, 4, 16)
+    assert torch.equal(batch["trajectory"]["previews"][:, -1], batch["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rewards": {"dark": 0.0}}, r"data\.rewards names no judge with a weight other than 0"),
+        ({"held_out": ["dark"]}, r"data\.held_out names 'dark', a judge that has a say"),
+        ({"per_step": {"juggling": 1}}, r"data\.spec\.per_step names 'juggling', a task of which there are no prompts"),
+        ({"per_step": {}}, r"data\.spec\.per_step must name at least one task"),
+        ({"samples": 0}, r"data\.spec\.samples must be at least 1, not 0"),
+        ({"inner_epochs": 0}, r"data\.inner_epochs must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_work_is_named(rows: list, settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_data(rows, **settings)
+
+
+def test_minibatches_divide_a_step_and_judges_exist(rows: list) -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size=5 does not divide the 12 images of a step"):
+        make_data(rows, batch_size=5).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.batch_size=4 on each of 2 processes does not divide the 12 images"):
+        make_data(rows, trainer={"world_size": 2}).setup("fit")
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=4 does not divide the 6 minibatches of a"):
+        make_data(rows, trainer={"accumulate_grad_batches": 4}).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.held_out names the judge 'taste'"):
+        make_data(rows, held_out=["taste"]).setup("fit")
+    data = make_data(rows)
+    data.setup("fit")
+    assert data.judges.teachers == {"dark"}

@@ -1,0 +1,298 @@
+"""GRPO: its gradient against enumeration, its ratios against what was recorded, a policy that learns."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.backbone.decoder import Request
+from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.backbone.lora import LoRA
+from lightning_modules.backbone.mask_sampling import MaskSampling, step_log_probs
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.decoding.sample import Sample
+from lightning_modules.grpo import GRPOModule, GRPOObjective, k3
+from lightning_modules.optim import trainable
+from tests.helpers.models import make_decoder
+from tests.helpers.toy import IMAGES, TOKENS, ToyDecoder, ToyState
+
+WEIGHTS = {"right": 1.0}
+PLAIN = GRPOObjective(baseline="others", scale="none")
+
+
+class ToyPolicy(ToyDecoder):
+    """The toy decoder with logits that can be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(self.table.clone())
+
+    def begin(self, request: Request, sampling: Any, k: int = 1) -> ToyState:
+        self.table = self.logits.detach().log_softmax(-1)
+        return super().begin(request, sampling, k)
+
+    def policy_log_probs(self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None) -> Tensor:
+        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+        return self.logits.log_softmax(-1)[torch.arange(TOKENS), before, tokens]
+
+
+def right(images: Tensor) -> Tensor:
+    """The reward: codes of an image add up to a multiple of 3."""
+    return (images.sum(1) % 3 == 0).float()
+
+
+def make_module(objective: GRPOObjective = PLAIN, decoder: Any = None, **settings: Any) -> GRPOModule:
+    module = GRPOModule(decoder or ToyPolicy(), None, torch.optim.AdamW, 1, objective, None, **settings)
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    return module
+
+
+def make_batch(module: GRPOModule, groups: int, size: int, first: int = 0) -> dict[str, Any]:
+    """Groups of the toy policy's own images, with noise that is theirs from `first` on."""
+    seeds = range(first, first + groups * size)
+    decoded = Sample(None).decode(module.decoder, {}, Request([{"prompt": ""}] * len(seeds), seeds))
+    assert decoded.log_probs is not None
+    rewards = right(decoded.tokens).view(groups, size)
+    advantage = module.advantages({"right": rewards}, WEIGHTS).flatten().tolist()
+    images = {"prompt": [""] * len(seeds), "tokens": decoded.tokens, "recorded": decoded.log_probs.numpy()}
+    return images | {"advantage": advantage, "stats": {}}
+
+
+def part(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: value if name == "stats" else value[rows] for name, value in batch.items()}
+
+
+def gradient(module: GRPOModule, *batches: dict[str, Any]) -> Tensor:
+    """The gradient of the mean loss of some batches, all parameters in a row."""
+    module.zero_grad()
+    for batch in batches:
+        (module.training_step(batch, 0) / len(batches)).backward()
+    return torch.cat([weight.grad.flatten().clone() for weight in trainable(module) if weight.grad is not None])
+
+
+def expected_reward(policy: ToyPolicy) -> Tensor:
+    return (policy.policy_log_probs([], IMAGES, None).sum(1).exp() * right(IMAGES)).sum()
+
+
+@pytest.mark.parametrize("ratio", ["step", "none"])
+@pytest.mark.parametrize(("baseline", "share"), [("others", 1.0), ("mean", 3 / 4), ("none", 1.0)])
+def test_the_expected_gradient_is_that_of_the_expected_reward(ratio: Any, baseline: Any, share: float) -> None:
+    """Within 4.5 standard errors; a group's mean contains the image itself, which takes its share away."""
+    module = make_module(GRPOObjective(baseline=baseline, scale="none", ratio=ratio))
+    (exact,) = torch.autograd.grad(expected_reward(module.decoder), module.decoder.logits)
+    chunks = [gradient(module, make_batch(module, 60, 4, first=1000 * i)) for i in range(40)]
+    found, wanted = -TOKENS * torch.stack(chunks), share * exact.flatten()  # the loss is a mean over steps
+    error = found.std(0) / len(chunks) ** 0.5
+    assert ((found.mean(0) - wanted).abs() <= 4.5 * error + 1e-7).all()
+    assert torch.cosine_similarity(found.mean(0), wanted, 0) > 0.9  # the bound is not met by noise
+
+
+SAMPLINGS = [
+    Sampling(temperature=0.9, guidance=0.5),
+    Sampling(),
+    Sampling(temperature=1.3, top_k=20, top_p=0.9, guidance=1.0),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_ratios_of_the_first_minibatch_are_one(sampling: Sampling, rows: list) -> None:
+    decoder = NextTokenDecoder.from_pretrained(BUNDLED / "shapes_decoder").eval()
+    decoded = Sample(sampling).decode(decoder, {}, Request(rows * 2, range(2 * len(rows))))
+    with torch.no_grad():
+        again = decoder.policy_log_probs([row["prompt"] for row in rows * 2], decoded.tokens, sampling)
+    assert decoded.log_probs is not None and decoded.log_probs.min() < -1
+    torch.testing.assert_close(again, decoded.log_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("score_remasked", [False, True])
+def test_ratios_of_grids_are_one(rows: list, score_remasked: bool) -> None:
+    decoder = MaskTokenDecoder.from_pretrained(BUNDLED / "shapes_masked").eval()
+    sampling = MaskSampling(steps=8, guidance=1.5, temperature=0.5, score_remasked=score_remasked)
+    decoded = Sample(sampling).decode(decoder, {}, Request(rows, range(len(rows))))
+    with torch.no_grad():
+        prompts = [row["prompt"] for row in rows]
+        again = decoder.policy_log_probs(prompts, decoded.tokens, sampling, decoded.trajectory)
+    torch.testing.assert_close(again, decoded.log_probs, atol=1e-3, rtol=0)  # sums over up to 64 tokens
+
+
+def test_what_is_masked_again_counts_by_the_mass_below_the_least_that_was_fixed() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    fixed, rows = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 0, 1])
+    drawn = torch.tensor([1, 0, 2, 2])  # with .3, .7 (fixed), .25 (masked again) and .8
+    log_p = probs.log().requires_grad_()
+    found = step_log_probs(log_p, log_p.gather(1, drawn[:, None])[:, 0], fixed, rows, 2)
+    assert found.tolist() == pytest.approx([math.log(0.3 * 0.7 * 0.25), math.log(0.8)])
+    found.sum().backward()
+    assert log_p.grad is not None and log_p.grad.isfinite().all()
+    assert log_p.grad[2].tolist() == pytest.approx([0.0, 0.0, 1.0])
+
+
+def test_groups_without_spread_change_nothing() -> None:
+    module = make_module(GRPOObjective())
+    batch = make_batch(module, 4, 4)
+    equal = torch.full((2, 4), 0.7)
+    assert not module.advantages({"right": equal}, WEIGHTS).any()
+    still = batch | {"advantage": [0.0] * 16}
+    assert not gradient(module, still).any()
+    torch.testing.assert_close(gradient(module, batch, still), gradient(module, batch) / 2)
+
+
+def test_accumulated_minibatches_are_the_whole_batch() -> None:
+    module = make_module(GRPOObjective(beta=0.1))
+    batch = make_batch(module, 8, 4)
+    with torch.no_grad():  # so that ratios are not 1
+        module.decoder.logits.add_(0.1 * torch.randn(TOKENS, 3, 3, generator=torch.Generator().manual_seed(0)))
+    whole = gradient(module, batch)
+    for size in (16, 4):
+        parts = [part(batch, slice(start, start + size)) for start in range(0, 32, size)]
+        torch.testing.assert_close(gradient(module, *parts), whole)
+
+
+def trained(objective: GRPOObjective, steps: int = 40) -> GRPOModule:
+    module = make_module(objective)
+    optimizer = torch.optim.Adam(trainable(module), lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        module.training_step(make_batch(module, 16, 4, first=100 * step), step).backward()
+        optimizer.step()
+    return module
+
+
+def test_the_policy_learns_and_a_large_beta_holds_it_at_the_reference() -> None:
+    start = ToyPolicy()
+    log_p = start.policy_log_probs([], IMAGES, None).sum(1).detach()
+    kl, reward = {}, {}
+    for beta in (0.0, 1000.0):
+        policy = trained(GRPOObjective(beta=beta)).decoder
+        now = policy.policy_log_probs([], IMAGES, None).sum(1).detach()
+        kl[beta], reward[beta] = float((now.exp() * (now - log_p)).sum()), expected_reward(policy).item()
+    assert reward[0.0] > reward[1000.0] + 0.2
+    assert kl[1000.0] < 0.01 < 0.1 < kl[0.0]
+
+
+def test_rejection_sampling_learns_from_what_is_right_alone() -> None:
+    objective = GRPOObjective(baseline="none", scale="none", ratio="none")
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    assert torch.equal(objective.advantages({"right": rewards}, WEIGHTS), rewards)
+    module = make_module(objective)
+    batch = make_batch(module, 4, 4)
+    del batch["recorded"]  # whoever made them
+    chosen = right(batch["tokens"]).bool()
+    likelihood = -module.decoder.policy_log_probs([], batch["tokens"][chosen], None).sum() / (16 * TOKENS)
+    (wanted,) = torch.autograd.grad(likelihood, module.decoder.logits)
+    torch.testing.assert_close(gradient(module, batch), wanted.flatten())
+    positive = GRPOObjective(positive_only=True).advantages({"right": rewards}, WEIGHTS)
+    assert positive[0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_images_without_a_record_have_no_ratio() -> None:
+    module = make_module()
+    batch = make_batch(module, 1, 4)
+    del batch["recorded"]
+    with pytest.raises(ValueError, match=r"module\.objective\.ratio must be none"):
+        module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [1.0, -1.0, 1.0, -1.0]),
+        ({"baseline": "others", "scale": "none"}, [2 / 3, -2 / 3, 2 / 3, -2 / 3]),
+        ({"scale": "none"}, [0.5, -0.5, 0.5, -0.5]),
+        ({"scale": "batch"}, [1.26491, -1.26491, 1.26491, -1.26491]),  # .5 / sqrt(mean([.25, .0625]))
+        ({"max_advantage": 0.4}, [0.4, -0.4, 0.4, -0.4]),
+        ({"min_spread": 0.5}, [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_advantages_are_those_of_the_papers(settings: dict, wanted: list[float]) -> None:
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.5, 0.5, 0.5]])
+    rewards[1] = torch.tensor([0.25, 0.75, 0.25, 0.75])  # variance .0625
+    found = GRPOObjective(**settings).advantages({"right": rewards}, WEIGHTS)[0]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
+def test_each_reward_is_normalised_by_itself() -> None:
+    small, large = torch.tensor([[0.0, 0.01, 0.02]]), torch.tensor([[300.0, 100.0, 200.0]])
+    objective, weights = GRPOObjective(), {"small": 2.0, "large": 1.0}
+    both = objective.advantages({"small": small, "large": large}, weights)
+    alone = [objective.advantages({name: each}, {name: 1.0}) for name, each in (("small", small), ("large", large))]
+    torch.testing.assert_close(both, 2 * alone[0] + alone[1])
+    torch.testing.assert_close(alone[0][0, 2], alone[1][0, 0])
+
+
+def test_ratios_are_clipped_on_each_side() -> None:
+    objective = GRPOObjective(clip_low=0.1, clip_high=0.3)
+    ratio = torch.tensor([[0.5, 1.5], [0.5, 1.5]])
+    log_probs = ratio.log().requires_grad_()
+    loss, log = objective.loss(log_probs, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), None)
+    assert loss.item() == pytest.approx(-(0.5 + 1.3 - 0.9 - 1.5) / 4)
+    loss.backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == [[pytest.approx(-0.125), 0.0], [0.0, pytest.approx(0.375)]]
+    assert log["clipped_low"] == log["clipped_high"] == 0.25
+    sequence, _ = GRPOObjective(ratio="sequence").loss(log_probs, torch.zeros(2, 2), torch.tensor([1.0, 0.0]), None)
+    assert sequence.item() == pytest.approx(-(0.75**0.5) / 2)
+
+
+def test_ratios_that_explode_stay_finite_and_teach_nothing() -> None:
+    log_probs = torch.tensor([[100.0, -torch.inf]], requires_grad=True)
+    loss, log = GRPOObjective().loss(log_probs, torch.zeros(1, 2), torch.tensor([-1.0]), None)
+    loss.backward()
+    assert loss.isfinite() and log_probs.grad is not None and not log_probs.grad.any()
+    assert all(value.isfinite() for value in log.values())
+
+
+def test_k3_estimates_the_divergence() -> None:
+    p, q = (torch.tensor(each).softmax(0) for each in ([0.3, -1.0, 0.7], [0.0, 0.2, 0.4]))
+    log_ratio = q.log() - p.log()
+    assert (k3(log_ratio) >= 0).all()
+    assert float((p * k3(log_ratio)).sum()) == pytest.approx(float((p * -log_ratio).sum()), rel=1e-5)
+    assert k3(torch.tensor([-torch.inf, torch.inf])).isfinite().all()
+
+
+def test_adapters_switched_off_are_the_reference(rows: list) -> None:
+    sampling = Sampling(guidance=0.5)
+    decoder = make_decoder()
+    module = make_module(GRPOObjective(beta=0.5), decoder, lora=LoRA(rank=2))
+    module.sampling = sampling
+    assert module.reference is None
+    prompts = [row["prompt"] for row in rows]
+    tokens = torch.randint(0, 32, (len(rows), 16), generator=torch.Generator().manual_seed(0))
+    plain = make_decoder().policy_log_probs(prompts, tokens, sampling)
+    for name, weight in decoder.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    batch = {"prompt": prompts, "tokens": tokens}
+    reference = module._reference_log_probs(batch)
+    assert reference is not None
+    torch.testing.assert_close(reference, plain, atol=1e-5, rtol=1e-5)
+    assert (decoder.policy_log_probs(prompts, tokens, sampling) - plain).abs().max() > 0.01
+    assert all(weight.requires_grad == (".lora_" in name) for name, weight in decoder.named_parameters())
+
+
+def test_the_reference_is_not_saved() -> None:
+    decoder = make_decoder()
+    module = make_module(GRPOObjective(beta=0.5), decoder)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"decoder"}
+    assert list(module.exported) == ["decoder"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"baseline": "median"}, "objective.baseline must be one of mean, others, none, not 'median'"),
+        ({"ratio": "image"}, "objective.ratio must be one of step, sequence, none, not 'image'"),
+        ({"clip_low": -0.1}, "objective.clip_low must be at least 0, not -0.1"),
+        ({"max_advantage": 0.0}, "objective.max_advantage must be above 0, or null, not 0.0"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GRPOObjective(**settings)
