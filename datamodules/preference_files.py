@@ -198,8 +198,6 @@ def _prompt(value: Any) -> str:
         raise ValueError(f"the prompt is not a text but {short(value)}")
     if not value.strip():
         raise ValueError("the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # half a character, which JSON can write
-        raise ValueError(f"the prompt {value!r} is not valid Unicode")
     return value
 
 

@@ -67,6 +67,7 @@ COMPANIONS = {
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
     "decoder=showo": TINY_SHOWO,
+    "strategies=janus": ["decoder=janus_pro_1b", "+debug=tiny_janus"],
     "experiment=showo_evaluate": TINY_SHOWO,
     "experiment=showo_parm": TINY_SHOWO,
     "experiment=showo_dpo": [*TINY_SHOWO, *PAIR_FILES],
@@ -622,8 +623,8 @@ def test_show_o_is_measured_by_every_strategy_of_the_paper(tmp_path: Path) -> No
     report = json.loads((tmp_path / "run" / "geneval.json").read_text())
     assert list(report["strategies"]) == ["sample", "best_of_n", "stepwise", "potential"]
     costs = {name: scores["decoder_passes_per_image"] for name, scores in report["strategies"].items()}
-    assert costs["sample"] == costs["stepwise"] == 6  # 3 steps with guidance; candidates come from one pass
-    assert costs["best_of_n"] == 12 >= costs["potential"]
+    assert costs["sample"] == costs["stepwise"] == 8  # 4 steps with guidance; candidates come from one pass
+    assert costs["best_of_n"] == 16 >= costs["potential"]
     refused = command(tmp_path, *tiny, "task=fit", check=False)
     assert refused.stderr.strip().splitlines()[-1].startswith("Error: task=fit needs data")
 

@@ -172,7 +172,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("geneval.test_prompts.per_task=many", "must be a whole number or named values, {a: 1}, not 'many'"),
         ("geneval.test_prompts.per_task=-1", "must be at least 0, not -1"),
         ("sampling.temperature=null", "must be a number, not null"),
-        ("strategies.verified_best_of_4.n=2.5", "must be a whole number, not 2.5"),
+        ("strategies.verified_best_of_4.n=2.5", "must be a whole number of at least 1, not 2.5"),
         (
             "+sampling.temp=1",
             ": Sampling, which sampling is, takes no temp; it takes temperature, top_k, top_p, guidance",
@@ -263,10 +263,10 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
     [
         (["sampling=masked"], "sampling must be a group of settings, not 'masked'"),
         (["sampling.temperature=0"], "sampling.temperature must be above 0, not 0"),
-        (["strategies.verified.k=0"], "k of at least 1, not 0 (in strategies.verified)"),
+        (["strategies.verified.k=0"], "strategies.verified.k must be a whole number of at least 1, not 0"),
         (
             ["strategies.verified_best_of_4.strategy.k=0"],
-            "k of at least 1, not 0 (in strategies.verified_best_of_4.strategy)",
+            "strategies.verified_best_of_4.strategy.k must be a whole number of at least 1, not 0",
         ),
         (
             ["task=train"],
