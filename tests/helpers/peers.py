@@ -79,7 +79,12 @@ def theirs_decode(theirs: Any, ids: Tensor, images: int, steps: int, sample: boo
     vision, settings = theirs.model.vision_model.config, theirs.generation_config
     settings.max_length, whole = ids.shape[1] + vision.num_image_tokens, vision.num_image_tokens
     vision.num_image_tokens = steps
-    options = {"generation_mode": "image", "do_sample": sample, "num_return_sequences": images}
+    options = {
+        "generation_mode": "image",
+        "do_sample": sample,
+        "num_return_sequences": images,
+        "top_k": 0,
+    }  # 50 if unset
     try:
         return theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     finally:
