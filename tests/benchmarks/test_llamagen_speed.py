@@ -8,7 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from lightning_modules.backbone.sampling import Sampling
 from tests.helpers.measuring import measured
-from tests.helpers.peers import PROMPT, decode, random_llamagen, straightforward_llamagen
+from tests.helpers.peers import PROMPT, decode, random_llamagen, straightforward_llamagen, with_plain_linear
 
 SAMPLING = Sampling(top_k=1000, guidance=6.5)
 
@@ -18,10 +18,11 @@ def test_sampling_against_a_straightforward_version(benchmark: BenchmarkFixture)
     torch.set_num_threads(1)
     try:
         decoder, greedy = random_llamagen(), Sampling(1e-4, guidance=6.5)
-        expected = straightforward_llamagen(decoder, PROMPT, greedy, 48)
+        plain = with_plain_linear(decoder)
+        expected = straightforward_llamagen(plain, PROMPT, greedy, 48)
         assert torch.equal(decode(decoder, [PROMPT], greedy, 48)[:, :48], expected)
         assert len(expected.unique()) > 24
-        slow = measured(lambda: straightforward_llamagen(decoder, PROMPT, SAMPLING, decoder.num_tokens))
+        slow = measured(lambda: straightforward_llamagen(plain, PROMPT, SAMPLING, decoder.num_tokens))
         fast = benchmark.pedantic(measured, (lambda: decode(decoder, [PROMPT], SAMPLING),), rounds=1, warmup_rounds=0)
     finally:
         torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_modules.backbone.janus import Janus
 from lightning_modules.backbone.llamagen import LlamaGen
 from lightning_modules.backbone.sampling import Sampling, draw, guide, uniform_noise
+from lightning_modules.backbone.transformer import Linear
 from lightning_modules.backbone.vq16 import VQ16, VQ16Config
 from tests.helpers.asked import asked
 from tests.helpers.janus import GENERATION, JANUS_CONFIG, make_janus
@@ -111,6 +112,15 @@ def random_llamagen() -> LlamaGen:
         if weight.ndim == 2 and not name.startswith("image_tokenizer."):
             nn.init.normal_(weight, std=0.05)
     return decoder.eval()
+
+
+def with_plain_linear(decoder: LlamaGen) -> LlamaGen:
+    """A copy whose linear layers are PyTorch's."""
+    decoder = copy.deepcopy(decoder)
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear
+    return decoder
 
 
 @torch.no_grad()
