@@ -1,11 +1,14 @@
 """Wall time and memory of a function, for comparisons in one run."""
 
 import json
+import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
@@ -32,6 +35,33 @@ def peak_mebibytes(function: Callable[[], object]) -> float:
         events = json.loads(trace.read_text())["traceEvents"]
     sizes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
     return float(np.cumsum(sizes).max()) / 2**20
+
+
+class Measured(NamedTuple):
+    """What a function took."""
+
+    seconds: float  # of the processor, which other work on the machine hardly changes
+    mebibytes: float  # most memory at a time, beside what there was before
+
+
+def measured(function: Callable[[], object]) -> Measured:
+    """Run a function of one thread in a process of its own, forked from this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        start = time.thread_time()
+        function()
+        spent, most = time.thread_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sender.send(Measured(spent, most / 2**10 - before / 2**20))
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()  # so that a child that fails is an EOFError here
+    found: Measured = receiver.recv()
+    process.join()
+    return found
 
 
 class Clock(Callback):
