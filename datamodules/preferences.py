@@ -45,7 +45,8 @@ def ensemble(
             continue
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
-            features = decoder.features(columns["prompt"][part], tokens[part])
+            # Judges of pixels need none.
+            features = decoder.features(columns["prompt"][part], tokens[part]) if decoder.feature_layers else None
             values = judged(judges[name], decoder, metadata[part], tokens[part], features)
             scores[part] += weight * judges[name].as_probability(values).cpu().numpy()
     return scores
