@@ -12,7 +12,9 @@ from lightning_modules.backbone.published import clip_named, named, nodes, refus
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_config
 from lightning_modules.runs.messages import defining_key
-from lightning_modules.runs.preflight import built_parts
+
+# What is built by tasks that need no module, callbacks and data.
+_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
 
 def refuse_mismatches(config: DictConfig) -> None:
@@ -31,7 +33,8 @@ def refuse_mismatches(config: DictConfig) -> None:
 
 def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise for networks, images, detectors and prompts that differ in size or words, and for missing weights."""
-    built = built_parts(config)
+    parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
+    built = {name: config[name] for name in parts if config.get(name)}
     detectors = {key: get_class(node["_target_"]) for key, node in nodes(built) if key.endswith("detector")}
     if config["task"] != "score":
         size = _refuse_mismatched_networks(config, built)

@@ -15,9 +15,6 @@ from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread,
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
 
-# What is built by tasks that need no module, callbacks and data.
-_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
-
 
 def refuse_settings(config: DictConfig) -> None:
     """Refuse a composed config that cannot work, before anything heavy is imported.
@@ -52,12 +49,6 @@ def refuse_settings(config: DictConfig) -> None:
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_broken(Path(path), "ckpt_path")
-
-
-def built_parts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a resolved config that its task builds."""
-    names = _BUILT.get(config["task"], ("module", "callbacks", "data"))
-    return {name: config[name] for name in names if config.get(name)}
 
 
 def _refuse_incomplete(config: DictConfig) -> None:

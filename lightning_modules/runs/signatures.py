@@ -3,7 +3,7 @@
 import ast
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -32,13 +32,13 @@ class Found:
     def inner(self, name: str) -> "Found | None":
         """Find a name in a module, or in a class and those from which it inherits."""
         if isinstance(self.node, ast.ClassDef):
-            owners = (owner for owner in lineage(self) if any(_defines(each, name) for each in body(owner)))
+            owners = (owner for owner in lineage(self) if any(_defines(each, name) for each in _body(owner)))
             owner = next(owners, None)
-            defined = [each for each in body(owner) if _defines(each, name)] if owner else []
+            defined = [each for each in _body(owner) if _defines(each, name)] if owner else []
             return Found(owner.module, defined[0]) if owner and len(defined) == 1 else None
         if not isinstance(self.node, ast.Module):
             return None
-        defined = [each for each in body(self) if _defines(each, name) or _imported(self.module, each, name)]
+        defined = [each for each in _body(self) if _defines(each, name) or _imported(self.module, each, name)]
         if not defined:
             return locate_module(f"{self.module}.{name}")
         if len(defined) > 1:  # which of them counts is known when the module runs
@@ -76,19 +76,19 @@ def required(target: str) -> list[str]:
 @cache
 def _parameters(target: str) -> dict[str, tuple[Any, bool]]:
     found = locate(target)
-    if found is None or not decorators(found) <= _PLAIN:  # others may change what is taken
+    if found is None or not _decorators(found) <= _PLAIN:  # others may change what is taken
         return {}
     if isinstance(found.node, ast.FunctionDef):
         owner = locate(target.rpartition(".")[0])
         within = owner is not None and isinstance(owner.node, ast.ClassDef)
-        return _taken(found, bound=within and "staticmethod" not in decorators(found))
+        return _taken(found, bound=within and "staticmethod" not in _decorators(found))
     for owner in lineage(found) if isinstance(found.node, ast.ClassDef) else ():
-        constructors = [each for each in body(owner) if _defines(each, "__init__")]
+        constructors = [each for each in _body(owner) if _defines(each, "__init__")]
         if constructors:
             is_one = len(constructors) == 1 and isinstance(constructors[0], ast.FunctionDef)
             return _taken(Found(owner.module, constructors[0]), bound=True) if is_one else {}
-        if is_dataclass(owner):
-            owners = [each for each in reversed([*lineage(owner)]) if is_dataclass(each)]
+        if _is_dataclass(owner):
+            owners = [each for each in reversed([*lineage(owner)]) if _is_dataclass(each)]
             return dict(field for each in owners for field in _fields(each))
     return {}
 
@@ -116,7 +116,7 @@ def lineage(found: Found) -> Iterator[Found]:
 @cache
 def locate_module(name: str) -> Found | None:
     """Find a module by its dotted name, without importing it or the packages around it."""
-    file = file_of(name)
+    file = _file(name)
     try:
         return Found(name, ast.parse(b"" if file.is_dir() else file.read_bytes())) if file else None
     except (SyntaxError, ValueError):  # said when it is imported
@@ -124,7 +124,7 @@ def locate_module(name: str) -> Found | None:
 
 
 @cache
-def file_of(module: str) -> Path | None:
+def _file(module: str) -> Path | None:
     """Return the file of a module; the folder of a package that has no file."""
     top, *rest = module.split(".")
     try:
@@ -147,7 +147,7 @@ def _within(found: Found | None, names: list[str]) -> Found | None:
     return found
 
 
-def body(found: Found) -> Iterator[ast.stmt]:
+def _body(found: Found) -> Iterator[ast.stmt]:
     """Yield the statements of a module or a class, those under a condition as well."""
     waiting: list[ast.stmt] = list(found.node.body)  # type: ignore[attr-defined]
     while waiting:
@@ -177,7 +177,7 @@ def _imported(module: str, statement: ast.stmt, name: str) -> str | None:
         return None
     origin = statement.module or ""
     if statement.level:
-        file = file_of(module)
+        file = _file(module)
         inside = module.split(".")
         up = statement.level - (file is not None and file.name == "__init__.py")
         origin = ".".join([*inside[: len(inside) - up], *filter(None, [statement.module])])
@@ -198,19 +198,19 @@ def _taken(found: Found, bound: bool) -> dict[str, tuple[Any, bool]]:
     return taken
 
 
-def decorators(found: Found) -> set[str]:
+def _decorators(found: Found) -> set[str]:
     """Return the names of decorators, without the modules that they are in and what they are given."""
     written: list[ast.expr] = getattr(found.node, "decorator_list", [])
     return {ast.unparse(each).partition("(")[0].rpartition(".")[2] for each in written}
 
 
-def is_dataclass(found: Found) -> bool:
-    return "dataclass" in decorators(found)
+def _is_dataclass(found: Found) -> bool:
+    return "dataclass" in _decorators(found)
 
 
 def _fields(found: Found) -> Iterator[tuple[str, tuple[Any, bool]]]:
     """Yield the fields of a dataclass that its constructor takes."""
-    for statement in body(found):
+    for statement in _body(found):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = ast.unparse(statement)
             if "ClassVar" not in text and "init=False" not in text:
@@ -222,22 +222,22 @@ def _annotation(module: str, node: ast.expr | None) -> Any:
     try:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node = ast.parse(node.value, mode="eval").body
-        return eval(compile(ast.Expression(node), module, "eval"), {}, Names(module, _value)) if node else Any
+        return eval(compile(ast.Expression(node), module, "eval"), {}, _Names(module)) if node else Any
     except Exception:  # of any kind: it is the code of another package
         return Any
 
 
-class Names(dict[str, Any]):
-    """The names of a module, each found when it is first asked for: `value` makes something of what it leads to."""
+class _Names(dict[str, Any]):
+    """The names of a module, each found when it is first asked for."""
 
-    def __init__(self, module: str, value: Callable[[str], Any]) -> None:
+    def __init__(self, module: str) -> None:
         super().__init__(vars(builtins))
-        self.module, self._value = module, value
+        self.module = module
 
     def __missing__(self, name: str) -> Any:
         inside = locate_module(self.module)
-        imported = (_imported(self.module, statement, name) for statement in (body(inside) if inside else ()))
-        self[name] = self._value(next(filter(None, imported), f"{self.module}.{name}"))
+        imported = (_imported(self.module, statement, name) for statement in (_body(inside) if inside else ()))
+        self[name] = _value(next(filter(None, imported), f"{self.module}.{name}"))
         return self[name]
 
 
