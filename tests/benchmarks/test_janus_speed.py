@@ -40,7 +40,7 @@ def timed(benchmark: BenchmarkFixture, function: Callable[[], object]) -> Measur
     ("images", "least"),
     [
         (1, 1.5),
-        pytest.param(8, 2.0, marks=pytest.mark.xfail(reason="1.5 times: torch's products of 16 rows take more than half of a step")),
+        pytest.param(8, 2.0, marks=pytest.mark.xfail(reason="1.5 times: torch's matrix products take half of a step")),
     ],
 )
 def test_sampling_against_transformers(
