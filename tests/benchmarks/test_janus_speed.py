@@ -1,4 +1,4 @@
-"""Janus's sampler against transformers' own on the same weights: pytest tests/benchmarks --benchmark-only
+"""Janus's sampler against transformers' own on the same weights: pytest tests/benchmarks --benchmark-only -n 0
 
 Both decode whole images, 576 tokens, on one thread; what a processor spent is compared. Pixels are left out.
 """

@@ -1,4 +1,4 @@
-"""LlamaGen's sampler against a straightforward one on the same weights: pytest tests/benchmarks --benchmark-only
+"""LlamaGen's sampler against a straightforward one on the same weights: pytest tests/benchmarks --benchmark-only -n 0
 
 Both decode a whole image, 256 tokens, on one thread; what a processor spent is compared. Pixels are left out.
 """

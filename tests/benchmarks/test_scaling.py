@@ -1,4 +1,4 @@
-"""What a second process adds, one thread each: pytest tests/benchmarks/test_scaling.py --benchmark-only
+"""What a second process adds, one thread each: pytest tests/benchmarks/test_scaling.py --benchmark-only -n 0
 
 The efficiency is the time of one process over twice that of two, from when all have met until all are done; it says
 something only where two cores are free.

@@ -1,4 +1,4 @@
-"""Scoring, batched against one image at a time: pytest tests/benchmarks/test_scoring_speed.py --benchmark-only"""
+"""Scoring, batched against one image at a time: pytest tests/benchmarks/test_scoring_speed.py --benchmark-only -n 0"""
 
 import statistics
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Show-o at full size on a GPU, bfloat16, random weights: pytest tests/benchmarks/test_showo_gpu.py --benchmark-only
+"""Show-o at full size on a GPU, random weights: pytest tests/benchmarks/test_showo_gpu.py --benchmark-only -n 0
 
 Images/s of the sampler by itself and compiled, against the straightforward one of `test_showo_speed`; DPO tokens/s.
 """

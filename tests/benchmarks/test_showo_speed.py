@@ -1,4 +1,4 @@
-"""Show-o's sampler against a straightforward one on the same weights: pytest tests/benchmarks --benchmark-only"""
+"""Show-o's sampler against a straightforward one on the same weights: pytest tests/benchmarks --benchmark-only -n 0"""
 
 import statistics
 from collections.abc import Mapping, Sequence

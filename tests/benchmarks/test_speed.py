@@ -1,4 +1,4 @@
-"""Speed claims, measured side by side: pytest tests/benchmarks --benchmark-only
+"""Speed claims, measured side by side: pytest tests/benchmarks --benchmark-only -n 0
 
 Each test times the fast way with pytest-benchmark, the naive way (or plain sampling) in the same run, and checks the
 ratio. All at batch 64 with the bundled decoder and PARM.
