@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
 from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
@@ -42,7 +43,7 @@ class CompactDecoder(NextTokenDecoder):
         self.text_tokenizer = WordTokenizer(vocabulary, max_words)
         self.prompt_encoder = PromptEncoder(self.text_tokenizer, replace(transformer, depth=text_depth))
         self.codes = nn.Parameter(torch.zeros(image_tokenizer.codebook_size, dim))
-        self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], dim, bias=False)
+        self.code_proj = Linear(image_tokenizer.code_vectors.shape[1], dim, bias=False)
         self.rows = nn.Parameter(torch.zeros(image_tokenizer.grid, 1, dim))
         self.columns = nn.Parameter(torch.zeros(1, image_tokenizer.grid, dim))
         self.transformer = Transformer(transformer)

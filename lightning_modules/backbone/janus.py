@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.janus_text import JanusTokenizer
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.loading import Layout
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
 from lightning_modules.backbone.rotary import Rotary
-from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 _HF = {  # ours -> transformers'
     "words": "model.language_model.embed_tokens",

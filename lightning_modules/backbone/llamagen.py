@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.loading import CheckpointReader, Layout
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
 from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.t5 import T5Text
-from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 _PUBLISHED = {"t2i_XL_stage1_256.pt": 256, "t2i_XL_stage2_512.pt": 512}  # pixels of the models, which are of one size
 _TABLE = "freqs_cis"  # what some files hold of the rotary embeddings, one row a position

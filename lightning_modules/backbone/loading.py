@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_modules.broken_files import first_line, read_json, read_settings, read_torch, refuse_broken
-from lightning_modules.files import whole, write_text
+from lightning_modules.files import BUNDLED, whole, write_text
 
-BUNDLED = Path(__file__).parent.parent / "bundled"
 _WEIGHTS = (  # in the order in which they are looked for
     "model.safetensors.index.json",
     "model.safetensors",

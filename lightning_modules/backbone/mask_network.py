@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.loading import CheckpointReader, copy_from
 from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
@@ -65,12 +66,12 @@ class MaskNetwork(TokenDecoder):
         self.embed = nn.Embedding(self.vocabulary.total, transformer.dim)
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(transformer.dim)
-        self.head = nn.Linear(transformer.dim, self.vocabulary.total)
+        self.head = Linear(transformer.dim, self.vocabulary.total)
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         if visual:
-            self.code_proj = nn.Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
+            self.code_proj = Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
             nn.init.normal_(self.code_proj.weight, std=0.05 * self.code_proj.in_features**-0.5)
             self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, transformer.dim) * 0.02)
             self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, transformer.dim) * 0.02)

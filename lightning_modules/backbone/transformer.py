@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.backbone.attention import AttentionFn, ExtendAttention, FullAttention, StepAttention
 from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.rotary import Rotary
-
-_LARGE = 2**18  # weights of a layer that do not stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -61,29 +60,6 @@ class TransformerConfig:
     def norm(self) -> nn.Module:
         """A norm over the width; a decoder's last one comes after the Transformer."""
         return (nn.RMSNorm if self.rms_norm else nn.LayerNorm)(self.dim, eps=self.norm_eps)
-
-
-class Linear(nn.Linear):
-    """A linear layer that does not lose time on few rows where weights are large.
-
-    On CPUs such a product is bound by the reading of weights. In single precision, as weights times inputs, it takes a
-    half to a third of the time of inputs times weights.
-    """
-
-    def _is_slow(self, x: Tensor) -> bool:
-        """The product of inputs and weights is slow for so many rows, as measured; a narrow one even for one row."""
-        rows = x.numel() // self.in_features
-        few = 1 <= rows <= 4 if self.in_features <= 1024 else 2 <= rows <= 3
-        decoding = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        return few and decoding and self.weight.numel() >= _LARGE
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._is_slow(x):
-            return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
-        product = self.weight @ (rows if len(rows) > 1 else rows.repeat(2, 1)).T  # two rows are quicker than one
-        product = product[:, : len(rows)].T.contiguous()
-        return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):

@@ -16,6 +16,7 @@ from lightning_modules.backbone.decoder import DecodingState, Proposal
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.loading import CheckpointReader, copy_from, fingerprint
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.cache_key import class_name, key_of
@@ -53,9 +54,9 @@ class Matching(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.query = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
+        self.query = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, dim))
+        self.key = Linear(dim, dim)
+        self.value = Linear(dim, dim)
 
     def forward(self, x: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, S, dim] and prompt [B, L, dim] -> what the tokens read [B, S, dim], match logits [B, S, L]."""
@@ -93,17 +94,17 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
             raise ValueError(f"parm.input_features must be 'hidden' or 'embeddings', not {input_features!r}")
         dim, feature_dim = transformer.dim, decoder_dim * len(feature_layers)
         self.input_features, self.causal, self.num_tokens = input_features, causal, grid**2
-        self.prompt_proj = nn.Linear(2 * decoder_dim, dim)
-        self.token_proj = nn.Linear(decoder_dim, dim)
+        self.prompt_proj = Linear(2 * decoder_dim, dim)
+        self.token_proj = Linear(decoder_dim, dim)
         self.token_norm = nn.LayerNorm(decoder_dim)
         self.matching = Matching(dim)
         if input_features == "hidden":
             self.image_norm = nn.LayerNorm(feature_dim)
-            self.image_proj = nn.Linear(feature_dim, dim)
+            self.image_proj = Linear(feature_dim, dim)
             self.hidden_norm = nn.LayerNorm(feature_dim)
-            self.hidden_proj = nn.Linear(feature_dim, dim)
-            self.statistics_proj = nn.Linear(_STATISTICS, dim)
-            self.statistics_head = nn.Linear(_STATISTICS, 1, bias=False)
+            self.hidden_proj = Linear(feature_dim, dim)
+            self.statistics_proj = Linear(_STATISTICS, dim)
+            self.statistics_head = Linear(_STATISTICS, 1, bias=False)
             nn.init.zeros_(self.statistics_head.weight)
         if not causal:
             self.undecided = nn.Parameter(torch.randn(dim) * 0.5)
@@ -112,8 +113,8 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
         self.columns = nn.Parameter(torch.randn(1, grid, dim) * 0.5)
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, 1))
-        self.clause_head = nn.Linear(dim, len(CLAUSES))
+        self.head = nn.Sequential(Linear(dim, dim // 2), nn.GELU(), Linear(dim // 2, 1))
+        self.clause_head = Linear(dim, len(CLAUSES))
 
     def cache_key(self) -> dict[str, Any]:
         """Its weights and sizes; what it reads of the decoder shows in both."""

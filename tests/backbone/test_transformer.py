@@ -1,13 +1,17 @@
 """The cached step against the full pass; blocks of Llama's make against transformers' own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from lightning_modules.backbone.attention import attend
 from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.backbone.rotary import Rotary
-from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,27 @@ def test_large_layers_give_the_same_for_few_rows(width: int, bias: bool) -> None
             found = layer(x)
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (288, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_many_rows_and_their_gradients_are_those_of_any_linear_layer(
+    inputs: int, outputs: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = Linear(inputs, outputs, bias=bias)
+    x, gradient = torch.randn(3, 50, inputs, requires_grad=True), torch.randn(3, 50, outputs)
+
+    def run(function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        output = function(x)
+        return [output, *torch.autograd.grad(output, [x, *layer.parameters()], gradient)]
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    assert "_Product" in str(layer(x).grad_fn)
+    for found, expected in zip(run(layer), run(plain), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_adapters_stand_beside_gated_layers_too() -> None:

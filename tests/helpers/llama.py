@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
 from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.text import WordTokenizer
-from lightning_modules.backbone.transformer import Linear, Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
 
 class TinyLlama(NextTokenDecoder):

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_modules.backbone.janus import Janus
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.llamagen import LlamaGen
 from lightning_modules.backbone.sampling import Sampling, draw, guide, uniform_noise
-from lightning_modules.backbone.transformer import Linear
 from lightning_modules.backbone.vq16 import VQ16, VQ16Config
 from tests.helpers.asked import asked
 from tests.helpers.janus import GENERATION, JANUS_CONFIG, make_janus
