@@ -10,7 +10,7 @@ from functools import cache
 from itertools import combinations, product
 
 from datamodules.prompt_templates import NUMBERS, Metadata, Split, by_task, check_split, clause, make_row, position
-from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.files import BUNDLED
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, COLORS, RELATIONS
 

@@ -3,14 +3,9 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
-
 from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
-from datamodules.data_sets import load_split
 from datamodules.prompt_templates import Metadata, PerTask, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, read_prompts, validate_metadata
@@ -58,6 +53,8 @@ def prompts_from_dataset(
         split: of a data set with several.
         class_names, official, per_task: see `prompts_from_file`, also for what is raised.
     """
+    from datamodules.data_sets import load_split  # takes seconds
+
     rows = []
     for number, stored in enumerate(load_split(path, split)):
         place = f"{path}, row {number}"
@@ -116,36 +113,3 @@ def unofficial(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def sample_path(prompt: int, sample: int) -> str:
     """Return the path of an image within a folder in GenEval's layout."""
     return f"{prompt:05d}/samples/{sample:04d}.png"
-
-
-class PromptsDataModule(LightningDataModule):
-    """Images to be made: (index of the prompt, number of the sample, GenEval metadata), those that are not there yet.
-
-    Each prompt is one rank's, with all its images. `folder` has GenEval's layout; `batch_size` is images, per rank.
-    """
-
-    trainer: Trainer
-
-    def __init__(self, prompts: Sequence[Metadata], images_per_prompt: int, folder: str, batch_size: int) -> None:
-        super().__init__()
-        if images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt must be at least 1, not {images_per_prompt}")
-        self.prompts, self.images_per_prompt = prompts, images_per_prompt
-        self.folder, self.batch_size = Path(folder), batch_size
-
-    def jobs(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
-        """Return all of a rank's images."""
-        own = range(rank, len(self.prompts), world_size)
-        return [(i, j, self.prompts[i]) for i in own for j in range(self.images_per_prompt)]
-
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, Metadata]]:
-        """Return those that are not there yet; an empty file is what a full disk or a broken copy leaves."""
-        return [
-            job
-            for job in self.jobs(rank, world_size)
-            if not (path := self.folder / sample_path(*job[:2])).is_file() or not path.stat().st_size
-        ]
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        jobs = self.missing(self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(jobs, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]

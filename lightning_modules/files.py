@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+BUNDLED = Path(__file__).parent / "bundled"  # the package's own weights and prompts
 _PARTIAL = re.compile(r"\.(?P<machine>.+)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _ELSEWHERE = 24 * 3600.0  # seconds after which what a process of another machine writes is taken for abandoned
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Request
-from lightning_modules.backbone.loading import BUNDLED
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.backbone.mask_sampling import MaskSampling, step_log_probs
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
+from lightning_modules.files import BUNDLED
 from lightning_modules.grpo import GRPOModule, GRPOObjective, k3
 from lightning_modules.optim import trainable
 from tests.helpers.models import make_decoder

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.files import BUNDLED
 from lightning_modules.image_reader import read_image
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval_rules import Verdict, validate_metadata

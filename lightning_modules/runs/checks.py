@@ -25,13 +25,19 @@ _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
-          "accumulate_grad_batches")  # fmt: skip
-_RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val")
+          "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
+_RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val", "guidance", "beta")
+_MORE_THAN_0 = math.ulp(0.0)
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {
     **dict.fromkeys(_SIZES, (int, 1, math.inf, "a whole number of at least 1")),
     **dict.fromkeys(("max_steps", "max_epochs"), (int, -1, math.inf, "a whole number, -1 for no limit")),
     **dict.fromkeys(_RATES, (int | float, 0, math.inf, "a number of at least 0")),
+    **dict.fromkeys(
+        ("Sampling.temperature", "min_margin", "max_advantage"), (int | float, _MORE_THAN_0, math.inf, "above 0")
+    ),
+    "per_task": (int, 1, math.inf, "a whole number of at least 1 or named values, {a: 1}"),
+    "top_p": (int | float, _MORE_THAN_0, 1, "above 0 and at most 1"),
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
 # Packages whose classes are made by a node; those of others may be given as settings.
@@ -115,7 +121,9 @@ def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, 
             advice = f"did you mean {guess[0]}? It" if guess else "it"
             kind, whose = target.rpartition(".")[2], defining_key(unresolved, above[:-1])
             raise ValueError(f"{place}: {kind}, which {whose} is, takes no {name}; {advice} takes {', '.join(takes)}")
-        if complaint := _useless(str(name), value) or " or ".join(_unfit(value, takes.get(name, inner)) or ()):
+        if complaint := _useless(str(name), target.rpartition(".")[2], value) or " or ".join(
+            _unfit(value, takes.get(name, inner)) or ()
+        ):
             raise ValueError(f"{place} must be {complaint}, not {_shown(value)}")
         origin = get_origin(takes.get(name))
         is_named = isinstance(origin, type) and issubclass(origin, Mapping) and "_target_" not in value
@@ -124,12 +132,12 @@ def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, 
                 _refuse_below(f"{above}{name}.", item, unresolved, get_args(takes[name])[1] if is_named else Any)
 
 
-def _useless(name: str, value: Any) -> str | None:
-    """Say what a value of that name must be, if this one is of no use."""
+def _useless(name: str, kind: str, value: Any) -> str | None:
+    """Say what a value of that name must be for an object of that kind, if this one is of no use."""
     items, number = value if isinstance(value, list) else [value], type(value) in (int, float)
     broken = [each for each in items if isinstance(each, float) and not math.isfinite(each)]
     pair = len(items) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in items)
-    known = _RANGES.get("batch_size" if name.endswith("batch_size") else name)
+    known = _RANGES.get(f"{kind}.{name}", _RANGES.get("batch_size" if name.endswith("batch_size") else name))
     kinds, least, most, wanted = known or (int, -1 if name in _MINUS_ONE else 0, math.inf, "")
     in_range = number and isinstance(value, kinds) and least <= value <= most
     useless = {
@@ -138,7 +146,7 @@ def _useless(name: str, value: Any) -> str | None:
         "images to compare with": name == "references" and value is None,
         "above 0": name == "val_check_interval" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not pair,
-        wanted: known and value is not None and not in_range,
+        wanted: known and not (value is None or isinstance(value, Mapping) or in_range),
         "at least 0": not known and type(value) is int and not in_range,
     }
     return next((needed for needed, is_so in useless.items() if is_so), None)

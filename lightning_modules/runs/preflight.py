@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.broken_files import refuse_broken
@@ -39,6 +40,8 @@ def refuse_settings(config: DictConfig) -> None:
         others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
         hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
         raise ValueError(f"{error}{hint}") from None
+    if config.task not in ("score", "export"):
+        _read_prompt_files(plain["geneval"])
     if config.task == "generate":
         try:
             refuse_unmarked(Path(config.images))
@@ -49,6 +52,13 @@ def refuse_settings(config: DictConfig) -> None:
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_broken(Path(path), "ckpt_path")
+
+
+def _read_prompt_files(geneval: Mapping[str, Any]) -> None:
+    """Read prompts of files; raises what their functions raise."""
+    for name, node in geneval.items():
+        if isinstance(node, Mapping) and "path" in node:
+            instantiate({"geneval": {name: node}}, _convert_="all")
 
 
 def _refuse_incomplete(config: DictConfig) -> None:

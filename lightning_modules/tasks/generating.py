@@ -9,7 +9,8 @@ import torch
 from lightning import LightningModule, Trainer
 from PIL import Image
 
-from datamodules.geneval_prompts import PromptsDataModule, sample_path
+from datamodules.geneval_prompts import sample_path
+from datamodules.prompts import PromptsDataModule
 from datamodules.rollouts import RolloutSpec, provenance
 from lightning_modules.artifacts import open_folder
 from lightning_modules.evaluator import Evaluator

@@ -12,7 +12,7 @@ import torch
 from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import Scene, SceneObject, render
-from lightning_modules.backbone.loading import BUNDLED
+from lightning_modules.files import BUNDLED
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Detections
 from lightning_modules.rewards.self_test import SelfTest

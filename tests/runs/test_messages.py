@@ -169,8 +169,11 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("data.batch_size=0", "must be a whole number of at least 1, not 0"),
         ("evaluator.batch_size=many", "must be a whole number of at least 1, not 'many'"),
         ("logger.wandb.offline=maybe", "must be true or false, not 'maybe'"),
-        ("geneval.test_prompts.per_task=many", "must be a whole number or named values, {a: 1}, not 'many'"),
-        ("geneval.test_prompts.per_task=-1", "must be at least 0, not -1"),
+        (
+            "geneval.test_prompts.per_task=many",
+            "must be a whole number of at least 1 or named values, {a: 1}, not 'many'",
+        ),
+        ("geneval.test_prompts.per_task=-1", "must be a whole number of at least 1 or named values, {a: 1}, not -1"),
         ("sampling.temperature=null", "must be a number, not null"),
         ("strategies.verified_best_of_4.n=2.5", "must be a whole number of at least 1, not 2.5"),
         (
