@@ -247,5 +247,5 @@ def png(pixels: np.ndarray) -> bytes:
     image = Image.fromarray(pixels)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
         image = image.convert("RGB")
-    image.save(file, format="PNG", optimize=True)
+    image.save(file, format="PNG")
     return file.getvalue()

@@ -154,7 +154,7 @@ def _in_few_colors(picture: bytes) -> bytes:
     image = Image.open(io.BytesIO(picture))
     method = Image.Quantize.FASTOCTREE if image.mode == "RGBA" else Image.Quantize.MEDIANCUT
     file = io.BytesIO()
-    image.quantize(128, method, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    image.quantize(128, method, dither=Image.Dither.NONE).save(file, format="PNG")
     return file.getvalue()
 
 

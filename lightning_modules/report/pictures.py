@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
     with whole(path) as partial:
-        image.save(partial, format="PNG", optimize=True)
+        image.save(partial, format="PNG")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

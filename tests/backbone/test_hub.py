@@ -15,8 +15,9 @@ from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.hub import HubMixin
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.loading import BUNDLED, export, fingerprint, pretrained
+from lightning_modules.backbone.loading import export, fingerprint, pretrained
 from lightning_modules.backbone.magvit import MagvitV2
+from lightning_modules.files import BUNDLED
 from lightning_modules.rewards.parm import PARM
 from tests.helpers.overrides import TINY
 

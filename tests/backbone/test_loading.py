@@ -15,7 +15,6 @@ from lightning_modules.backbone import loading
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.image_tokenizer import PatchVQ
 from lightning_modules.backbone.loading import (
-    BUNDLED,
     CheckpointReader,
     Layout,
     export,
@@ -27,6 +26,7 @@ from lightning_modules.backbone.loading import (
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
+from lightning_modules.files import BUNDLED
 from tests.helpers.models import make_decoder
 
 
