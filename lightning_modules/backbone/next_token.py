@@ -98,7 +98,7 @@ class NextTokenDecoder(NextTokenNetwork):
         return cache, layers, words
 
     def _predict(
-        self, table: Tensor, layers: Sequence[Tensor], branches: int, guidance: float
+        self, table: Tensor, layers: Sequence[Tensor], branches: int, guidance: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of hidden states [R, ..., dim] the `feature_states`, and the logits; see `NextTokenState`."""
         read = self.head_input(layers[-1])
@@ -117,7 +117,8 @@ class NextTokenDecoder(NextTokenNetwork):
         column = passed.repeat(state.branches)
         if not self.feature_layers:  # nothing else of the pass is read
             layers, column = [layers[-1][torch.arange(len(column)), column, None]], torch.zeros_like(column)
-        hidden, logits = self._predict(state.table, layers, state.branches, state.sampling.guidance)
+        scale = state.sampling.guidance_at(state.position.to(layers[-1].device)[:, None])
+        hidden, logits = self._predict(state.table, layers, state.branches, scale)
         state.hidden = self._moved(state, hidden, column, last, state.hidden)
         state.logits = self._moved(state, logits, column[: len(logits)], last, state.logits)
         if state.features is None or not passed.any():
@@ -145,7 +146,8 @@ class NextTokenDecoder(NextTokenNetwork):
         logits = state.logits
         if state.features is not None:
             conditional, unconditional = state.logits.chunk(2)
-            logits = guide(conditional, unconditional, state.sampling.guidance)
+            scale = state.sampling.guidance_at(state.position.to(conditional.device))
+            logits = guide(conditional, unconditional, scale)
         tokens, log_probs = draw(logits, state.sampling, state.noise.candidates[:, :k, state.step], distinct)
         position = state.position.to(tokens.device)[:, None]
         fixed = state.fixed.gather(1, position)
@@ -176,7 +178,8 @@ class NextTokenDecoder(NextTokenNetwork):
         if (counts == 1).all():
             attention = StepAttention.of(state.cache, rotary, choice.device)
             run = NextTokenDecoder.compiled_pass if self.compiled else NextTokenDecoder.token_pass
-            found = run(self, state.table, tokens, places, attention, state.branches, state.sampling.guidance)
+            scale = state.sampling.guidance_at(places + 1)
+            found = run(self, state.table, tokens, places, attention, state.branches, scale)
             # CUDA graphs write what the next pass finds to the same memory.
             state.hidden, state.logits = (part[:, 0].clone() if self.compiled else part[:, 0] for part in found)
             state.cache.candidates = attention.candidates
@@ -187,7 +190,13 @@ class NextTokenDecoder(NextTokenNetwork):
         self._advance(state, self.pass_over(x, extending), last)
 
     def token_pass(
-        self, table: Tensor, tokens: Tensor, places: Tensor, attention: StepAttention, branches: int, guidance: float
+        self,
+        table: Tensor,
+        tokens: Tensor,
+        places: Tensor,
+        attention: StepAttention,
+        branches: int,
+        guidance: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """A forward pass of one token of each image, [B, 1] at places [B, 1] -> what it predicts; see `_predict`."""
         x = self.embed(table, tokens, places).repeat(branches, 1, 1)

@@ -188,7 +188,8 @@ class NextTokenNetwork(TokenDecoder):
         table = self.code_table()
         read = self._head_inputs(table, prompts, True, tokens)
         if sampling.guidance:
-            read = guide(read, self._head_inputs(table, prompts, False, tokens), sampling.guidance)
+            scale = sampling.guidance_at(torch.arange(tokens.shape[1], device=tokens.device))
+            read = guide(read, self._head_inputs(table, prompts, False, tokens), scale)
         log_p = sampling_log_probs(self.logits(table, read).flatten(0, 1), sampling)
         return log_p.gather(-1, tokens.flatten()[:, None]).view_as(tokens)
 

@@ -24,13 +24,20 @@ class Sampling:
     top_k: int = 0  # keep only the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches this (nucleus); 1 keeps all
     guidance: float = 0.0  # scale s of classifier-free guidance, logits = (1 + s) conditional - s unconditional
+    guided_tokens: int | None = None  # guide only so many tokens, the first ones; null guides all
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"sampling.temperature must be above 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p must lie in (0, 1], not {self.top_p}")
-        refuse_below(0, top_k=self.top_k, guidance=self.guidance)
+        refuse_below(0, top_k=self.top_k, guidance=self.guidance, guided_tokens=self.guided_tokens or 0)
+
+    def guidance_at(self, positions: Tensor) -> float | Tensor:
+        """The scale of guidance at positions of the image [...]: one for all, or [..., 1]."""
+        if self.guided_tokens is None:
+            return self.guidance
+        return (positions < self.guided_tokens)[..., None] * self.guidance
 
 
 def image_seed(*parts: int) -> int:
@@ -64,9 +71,12 @@ class Noise:
         return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance, (1 + s) conditional - s unconditional, of logits or of what they are linear in."""
-    return torch.lerp(unconditional, conditional, 1 + guidance) if guidance else conditional
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance, (1 + s) conditional - s unconditional, of logits or of what they are linear in.
+
+    The scale s is a number, or a tensor that is broadcast.
+    """
+    return torch.lerp(unconditional, conditional, 1 + guidance)
 
 
 def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -33,7 +33,10 @@ from tests.helpers.llamagen import (
 
 GOLDEN = load_file(LLAMAGEN / "data.safetensors")
 META = json.loads((LLAMAGEN / "meta.json").read_text())
-GUIDED = Sampling(guidance=META["cfg_scale"] - 1)  # of the original's scale 1 is none
+SCALE = {"guidance": META["cfg_scale"] - 1}  # of the original's scale 1 is none
+if META["cfg_interval"] >= 0:  # the token after that many and one is the last that is guided
+    SCALE["guided_tokens"] = META["cfg_interval"] + 2
+GUIDED = Sampling(**SCALE)
 PROMPTS = [str(row) for row in range(len(GOLDEN["cond_mask"]))]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 SEEDS = [5, 6, 7]
@@ -72,6 +75,8 @@ def test_teacher_forcing(decoder: LlamaGen) -> None:
     close(conditional, "tf_cond_logits", 5e-5)
     close(unconditional, "tf_uncond_logits", 5e-5)
     close(guide(conditional, unconditional, GUIDED.guidance), "tf_guided_logits", 2e-4)
+    scale = GUIDED.guidance_at(torch.arange(tokens.shape[1]))
+    close(guide(conditional, unconditional, scale), "tf_guided_interval_logits", 2e-4)
 
 
 @torch.no_grad()
@@ -79,7 +84,7 @@ def test_teacher_forcing(decoder: LlamaGen) -> None:
 def test_log_probabilities(decoder: LlamaGen, name: str) -> None:
     tokens = GOLDEN[f"{name}_tokens"]
     bare = decoder.token_logits(PROMPTS, tokens, conditional=False).log_softmax(-1)
-    sampling = Sampling(guidance=GUIDED.guidance, temperature=META["logp_guided_temperature"])
+    sampling = Sampling(temperature=META["logp_guided_temperature"], **SCALE)
     for kind, found in {
         "cond": decoder.token_log_probs(PROMPTS, tokens),
         "uncond": bare.gather(-1, tokens[..., None]).squeeze(-1),
@@ -124,7 +129,7 @@ def test_sampling(decoder: LlamaGen, name: str) -> None:
     """torch.multinomial's draw is the largest of probabilities divided by exponential noise."""
     settings, noise = META[name], GOLDEN[f"{name}_exp_noise"]
     filters = {key: settings[key] for key in ("temperature", "top_k", "top_p")}
-    sampling = Sampling(guidance=GUIDED.guidance, **filters)
+    sampling = Sampling(**SCALE, **filters)
     state, _, probs = replay(decoder, sampling, lambda step, probs: (probs / noise[:, step]).argmax(-1))
     assert torch.equal(state.tokens, GOLDEN[f"{name}_tokens"])
     close(probs, f"{name}_probs", 5e-5)
@@ -157,6 +162,24 @@ def test_batches_and_paths_are_made_of_single_images(layers: list[int]) -> None:
         assert torch.equal(paths.finish().tokens[row], alone)
         if row % 2 == 0:
             assert torch.equal(decoded.tokens[row // 2], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [[], [1]])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_guidance_of_the_first_tokens_alone(layers: list[int], fixed: bool) -> None:
+    decoder, sampling = golden_llamagen(feature_layers=layers), Sampling(guidance=2.0, guided_tokens=9)
+    tokens = GOLDEN["tf_tokens"]
+    kept = (torch.arange(decoder.num_tokens) % 3 == 0).expand_as(tokens) & torch.tensor(fixed)
+    decoded = Sample(sampling).decode(decoder, {}, Request(ROWS, SEEDS, tokens, kept))
+    conditional = decoder.token_logits(PROMPTS, decoded.tokens)
+    guided = guide(conditional, decoder.token_logits(PROMPTS, decoded.tokens, False), 2.0)
+    log_p = torch.cat([guided[:, :9], conditional[:, 9:]], 1).log_softmax(-1)
+    expected = log_p.gather(-1, decoded.tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(decoder.policy_log_probs(PROMPTS, decoded.tokens, sampling), expected)
+    order = kept.int().argsort(dim=1, stable=True)[:, : int((~kept).sum(1).max())]  # open tokens, as they were decided
+    found = decoded.log_probs[:, : order.shape[1]]  # the last step may read a fixed token
+    torch.testing.assert_close(found, expected.gather(1, order), atol=1e-4, rtol=0)
 
 
 def test_features_of_words_leave_out_the_closing_token() -> None:
