@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 _LARGE = 2**18  # weights of a layer that do not stay in the cache of a core
 _LONG = 2**20  # multiplications of a product, above which it pays to ask oneDNN
+_FULL_BLOCKS = (16, 32)  # rows
 
 
 class Linear(nn.Linear):
@@ -67,4 +68,13 @@ def _smaller_first(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """Inputs [..., n] times weights [m, n] plus bias [m], [..., m], by oneDNN.
+
+    It lays out anew what is in the place of weights, which takes long beside a product of few rows. So these are put
+    there instead, where they fill its blocks.
+    """
+    by_onednn = torch.ops.mkldnn._linear_pointwise
+    if x.numel() // x.shape[-1] not in _FULL_BLOCKS:
+        return by_onednn(x, weight, bias, "none", [], "")
+    product = by_onednn(weight, x.reshape(-1, x.shape[-1]), None, "none", [], "").T.contiguous()
+    return (product if bias is None else product + bias).view(*x.shape[:-1], -1)

@@ -155,14 +155,15 @@ def test_large_layers_give_the_same_for_few_rows(width: int, bias: bool) -> None
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (288, 96)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 384), (384, 96)])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [16, 50])
 def test_products_of_many_rows_and_their_gradients_are_those_of_any_linear_layer(
-    inputs: int, outputs: int, bias: bool
+    inputs: int, outputs: int, bias: bool, rows: int
 ) -> None:
     torch.manual_seed(0)
     layer = Linear(inputs, outputs, bias=bias)
-    x, gradient = torch.randn(3, 50, inputs, requires_grad=True), torch.randn(3, 50, outputs)
+    x, gradient = torch.randn(2, rows, inputs, requires_grad=True), torch.randn(2, rows, outputs)
 
     def run(function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         output = function(x)
