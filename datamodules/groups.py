@@ -10,15 +10,17 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.decoding.strategy import Strategy, judged
+from lightning_modules.decoding.strategy import Strategy, judge_named, judged
 from lightning_modules.ranks import gather, rank, world_size
 from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.registry import JudgeRegistry
+from lightning_modules.rewards.verifier import Ability
 
 Columns = dict[str, Tensor]  # by name, a row an image
 
@@ -88,6 +90,7 @@ class GroupCollector:
     decoder: TokenDecoder
     judges: JudgeRegistry
     scores: Sequence[str]  # names of the judges that score the images
+    potentials: Mapping[str, str]  # names of those that value what is there before each step, by reward
     spec: GroupSpec
     seed: int
     batch_size: int  # images decoded at a time
@@ -124,6 +127,11 @@ class GroupCollector:
             else:
                 values = judged(judge, self.decoder, rows, decoded.tokens, decoded.features)
             columns[f"score/{name}"] = judge.as_probability(values).float()
+        for name, by in self.potentials.items():
+            assert decoded.features is not None  # `setup`
+            prefixes = range(1, decoded.tokens.shape[1])
+            values = self.judges[by].as_probability(self.judges[by].values(decoded.features, prefixes))
+            columns[f"potential/{name}"] = F.pad(values.float(), (1, 0))  # before the first step it is that of all
         columns["objects"] = torch.tensor([sum(map(len, verdict.details.values())) for verdict in verdicts])
         small = {name: part.int() if part.dtype == torch.int64 else part for name, part in columns.items()}
         return {name: part.cpu() for name, part in small.items()}
@@ -152,6 +160,8 @@ class GroupsDataModule(LightningDataModule):
     Args:
         judges: of the run.
         spec: what the groups are made of.
+        potentials: by the name of a reward, a judge such as PARM that values unfinished images as that reward values
+            finished ones. Its values are taken from the reward, step by step; see `GRPOObjective.advantages`.
         rewards: weights of judges, such as `geneval` (all is right), `clauses` (the fraction of what the prompt asks
             that is), `strict` (and counts are exact) or `parm`; each is normalised by itself.
         held_out: names of judges whose scores are logged, and have no say.
@@ -171,6 +181,7 @@ class GroupsDataModule(LightningDataModule):
         judges: JudgeRegistry,
         spec: GroupSpec,
         rewards: Mapping[str, float],
+        potentials: Mapping[str, str],
         held_out: Sequence[str],
         steps: int,
         inner_epochs: int,
@@ -181,7 +192,7 @@ class GroupsDataModule(LightningDataModule):
         super().__init__()
         self.judges, self.spec, self.seed = judges, spec, seed
         self.rewards = {name: weight for name, weight in rewards.items() if weight}
-        self.held_out, self.steps, self.inner_epochs = held_out, steps, inner_epochs
+        self.potentials, self.held_out, self.steps, self.inner_epochs = potentials, held_out, steps, inner_epochs
         self.batch_size, self.collect_batch_size = batch_size, collect_batch_size
         for name in ("steps", "inner_epochs", "batch_size", "collect_batch_size"):
             if getattr(self, name) < 1:
@@ -211,6 +222,7 @@ class GroupsDataModule(LightningDataModule):
         """Refuse unknown judges, and minibatches that do not divide a step, before any image is made."""
         named = {"data.rewards": self.rewards, "data.held_out": self.held_out}
         self.judges.refuse_unknown({**named, "data.spec.strategy": self.spec.strategy.judge_names})
+        self._check_potentials()
         if stage != "fit":
             return
         self.judges.teachers |= {*self.rewards, *self.spec.strategy.judge_names}
@@ -222,6 +234,17 @@ class GroupsDataModule(LightningDataModule):
         if minibatches % accumulated:
             said = f"does not divide the {minibatches} minibatches of a step: an update would mix two policies' images"
             raise ValueError(f"trainer.accumulate_grad_batches={accumulated} {said}")
+
+    def _check_potentials(self) -> None:
+        """Raise ValueError for values along the way that there are none of."""
+        module: Any = self.trainer.lightning_module
+        for name, by in self.potentials.items():
+            if name not in self.rewards:
+                raise ValueError(f"data.potentials.{name}: data.rewards has no {name!r}")
+            judge = judge_named(self.judges, by, Ability.PREFIXES)
+            judge.check_decoder(module.decoder)
+            if not module.decoder.causal:
+                raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return the minibatch of these rows of an epoch, all of one step, whose images are made if need be."""
@@ -238,7 +261,7 @@ class GroupsDataModule(LightningDataModule):
         batch: dict[str, Any] = {
             "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
             "tokens": columns["tokens"].long(),
-            "advantage": columns["advantage"].tolist(),
+            "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
         }
         if "recorded" in columns:
@@ -250,7 +273,8 @@ class GroupsDataModule(LightningDataModule):
     def _collect(self) -> tuple[Columns, dict[str, float]]:
         """Make the images of a step with the policy as it is now; return them, and numbers about all that were made."""
         module: Any = self.trainer.lightning_module
-        settings = [*self.rewards, *self.held_out], self.spec, self.seed, self.collect_batch_size
+        scores = [*self.rewards, *self.held_out]
+        settings = scores, self.potentials, self.spec, self.seed, self.collect_batch_size
         collector = GroupCollector(module.decoder, self.judges, *settings)
         found: list[Columns] = []
         teaches = torch.zeros(0, dtype=torch.bool)
@@ -262,19 +286,22 @@ class GroupsDataModule(LightningDataModule):
             with precision.forward_context():  # the same as in training
                 found.append(collector.collect(range(self._next_place, self._next_place + missing)))
             self._next_place += missing
-            advantages = module.advantages(self._rewards(found[-1]), self.rewards)
-            teaches = torch.cat([teaches, (advantages != 0).any(1)])
+            teaches = torch.cat([teaches, self._advantages(found[-1]).flatten(1).any(1)])
         columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         stats = self._describe(columns, teaches)
         groups = (~teaches).int().argsort(stable=True)[: self.spec.groups]  # those that teach first
         rows = (groups[:, None] * self.spec.samples + torch.arange(self.spec.samples)).flatten()
         kept = {name: part[rows] for name, part in columns.items()}
-        kept["advantage"] = module.advantages(self._rewards(kept), self.rewards).flatten()
+        kept["advantage"] = self._advantages(kept).flatten(0, 1)
         return kept, stats
 
-    def _rewards(self, columns: Columns) -> dict[str, Tensor]:
-        """The rewards of each judge, [P, G]."""
-        return {name: columns[f"score/{name}"].view(-1, self.spec.samples) for name in self.rewards}
+    def _advantages(self, columns: Columns) -> Tensor:
+        """The advantages of groups, [P, G, 1 or S]."""
+        module: Any = self.trainer.lightning_module
+        of_groups = {name: part.unflatten(0, (-1, self.spec.samples)) for name, part in columns.items()}
+        rewards = {name: of_groups[f"score/{name}"] for name in self.rewards}
+        potentials = {name: of_groups[f"potential/{name}"] for name in self.potentials}
+        return module.advantages(rewards, self.rewards, potentials)
 
     def _describe(self, columns: Columns, teaches: Tensor) -> dict[str, float]:
         """Describe all groups that a step has made, those without a lesson included."""

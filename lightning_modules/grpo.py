@@ -64,25 +64,32 @@ class GRPOObjective:
         if self.max_advantage is not None and self.max_advantage <= 0:
             raise ValueError(f"objective.max_advantage must be above 0, or null, not {self.max_advantage}")
 
-    def advantages(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """Advantages [P, G] of G images of each of P prompts, from rewards [P, G] of each judge.
+    def advantages(
+        self,
+        rewards: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        potentials: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Advantages [P, G, 1] of G images of each of P prompts, from rewards [P, G] of each judge.
 
         Each reward is normalised by itself before they are added by their weights: in a sum, the judge with the widest
-        scores would drown all others.
+        scores would drown all others. `potentials` [P, G, S] of some rewards are values of what was there before each
+        of S steps. They are taken from the reward (potential-based shaping without discount, Ng et al. 1999), so that
+        advantages are of single steps, [P, G, S], and the optimum stays where it is.
         """
-        total = torch.stack([weight * self._advantage(rewards[name]) for name, weight in weights.items()]).sum(0)
+        parts = [weight * self._advantage(rewards[name], potentials.get(name)) for name, weight in weights.items()]
+        total = torch.stack(torch.broadcast_tensors(*parts)).sum(0)
         if self.positive_only:
             total = total.clamp(min=0)
         return total if self.max_advantage is None else total.clamp(-self.max_advantage, self.max_advantage)
 
-    def _advantage(self, rewards: Tensor) -> Tensor:
-        size = rewards.shape[1]
-        around_mean = rewards - rewards.mean(1, keepdim=True)
-        std = around_mean.square().mean(1, keepdim=True).sqrt()
+    def _advantage(self, rewards: Tensor, potential: Tensor | None) -> Tensor:
+        size, rewards = rewards.shape[1], rewards[..., None]
+        std = (rewards - rewards.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
         equal = std <= self.min_spread
-        centred = rewards
+        centred = rewards if potential is None else rewards - potential
         if self.baseline != "none":
-            centred = around_mean.masked_fill(equal, 0)
+            centred = (centred - centred.mean(1, keepdim=True)).masked_fill(equal, 0)
         if self.baseline == "others":
             centred = centred * size / max(1, size - 1)  # = reward - mean of the others
         if self.scale == "group":
@@ -100,20 +107,20 @@ class GRPOObjective:
         Args:
             log_probs, recorded, reference: of the choices of S steps, [B, S], under the policy, under the policy that
                 drew them, and under the reference (None: beta is 0).
-            advantages: of the images, [B].
+            advantages: of the images, [B, 1], or of their steps, [B, S].
         """
         log: dict[str, Tensor] = {}
         if self.ratio == "none":
-            loss = -(log_probs * advantages[:, None]).mean()
+            loss = -(log_probs * advantages).mean()
         else:
-            loss, log = self._clipped_loss(log_probs - recorded, advantages[:, None])
+            loss, log = self._clipped_loss(log_probs - recorded, advantages)
         if reference is not None:
             log["kl"] = k3(reference - log_probs).mean()
             loss = loss + self.beta * log["kl"]
         return loss, {name: value.detach() for name, value in log.items()}
 
     def _clipped_loss(self, log_ratio: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss from log-ratios [B, S] and advantages [B, 1], and what to log."""
+        """Return the loss from log-ratios [B, S] and advantages [B, 1 or S], and what to log."""
         sampled = k3(log_ratio).mean()
         if self.ratio == "sequence":
             log_ratio = log_ratio.mean(1, keepdim=True)
@@ -138,8 +145,8 @@ class GRPOModule(PolicyModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T], `recorded`, the log-probabilities of the choices when they were
     drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where images were decoded anew
-    in part), `advantage` (B numbers), and of mask-token decoders the `trajectory`; `stats` are numbers about the groups
-    of a step, which are logged.
+    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`; `stats` are numbers about
+    the groups of a step, which are logged.
 
     Args:
         decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
@@ -168,9 +175,11 @@ class GRPOModule(PolicyModule):
             self.reference = deepcopy(decoder, shared).requires_grad_(False)
             self.frozen_parts = (*self.frozen_parts, "reference")
 
-    def advantages(self, rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """Advantages of groups [P, G]; the data asks for them, to leave out groups that teach nothing."""
-        return self.objective.advantages(rewards, weights)
+    def advantages(
+        self, rewards: Mapping[str, Tensor], weights: Mapping[str, float], potentials: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Advantages of groups [P, G, 1 or S]; the data asks for them, to leave out groups that teach nothing."""
+        return self.objective.advantages(rewards, weights, potentials)
 
     def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
@@ -193,7 +202,7 @@ class GRPOModule(PolicyModule):
         if "recorded" not in batch and self.objective.ratio != "none":
             raise ValueError("module.objective.ratio must be none where data.spec.strategy decodes images anew in part")
         recorded = torch.as_tensor(batch.get("recorded", log_probs.detach()), device=self.device)
-        advantages = torch.tensor(batch["advantage"], device=self.device)
+        advantages = torch.as_tensor(batch["advantage"], device=self.device)
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in {**batch["stats"], **log}.items()})

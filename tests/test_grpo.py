@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,14 @@ def make_module(objective: GRPOObjective = PLAIN, decoder: Any = None, **setting
     return module
 
 
-def make_batch(module: GRPOModule, groups: int, size: int, first: int = 0) -> dict[str, Any]:
+def make_batch(module: GRPOModule, groups: int, size: int, first: int = 0, **shaping: Any) -> dict[str, Any]:
     """Groups of the toy policy's own images, with noise that is theirs from `first` on."""
     seeds = range(first, first + groups * size)
     decoded = Sample(None).decode(module.decoder, {}, Request([{"prompt": ""}] * len(seeds), seeds))
     assert decoded.log_probs is not None
     rewards = right(decoded.tokens).view(groups, size)
-    advantage = module.advantages({"right": rewards}, WEIGHTS).flatten().tolist()
+    potentials = {name: function(decoded.tokens).unflatten(0, (groups, size)) for name, function in shaping.items()}
+    advantage = module.advantages({"right": rewards}, WEIGHTS, potentials).flatten(0, 1).numpy()
     images = {"prompt": [""] * len(seeds), "tokens": decoded.tokens, "recorded": decoded.log_probs.numpy()}
     return images | {"advantage": advantage, "stats": {}}
 
@@ -90,6 +92,27 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(ratio: Any, baseli
     error = found.std(0) / len(chunks) ** 0.5
     assert ((found.mean(0) - wanted).abs() <= 4.5 * error + 1e-7).all()
     assert torch.cosine_similarity(found.mean(0), wanted, 0) > 0.9  # the bound is not met by noise
+
+
+def so_far(images: Tensor) -> Tensor:
+    """P(the image will be right | the tokens before each step), by enumeration, [B, S]; of none it is left out."""
+    log_p = ToyPolicy().policy_log_probs([], IMAGES, None).sum(1).detach()
+    agree = (images[:, None] == IMAGES).cumprod(2)[..., :-1]  # with each image up to each step
+    mass = (agree * log_p.exp()[:, None]).sum(1)
+    value = (agree * (log_p.exp() * right(IMAGES))[:, None]).sum(1) / mass
+    return nn.functional.pad(value, (1, 0))
+
+
+@pytest.mark.parametrize("potential", [so_far, lambda images: nn.functional.pad(images[:, :-1].float(), (1, 0))])
+def test_potentials_do_not_move_the_optimum(potential: Any) -> None:
+    """Neither true values nor any other function of the prefix."""
+    module = make_module(PLAIN)
+    (exact,) = torch.autograd.grad(expected_reward(module.decoder), module.decoder.logits)
+    chunks = [gradient(module, make_batch(module, 60, 4, first=1000 * i, right=potential)) for i in range(40)]
+    found = -TOKENS * torch.stack(chunks)
+    error = found.std(0) / len(chunks) ** 0.5
+    assert ((found.mean(0) - exact.flatten()).abs() <= 4.5 * error + 1e-7).all()
+    assert torch.cosine_similarity(found.mean(0), exact.flatten(), 0) > 0.9
 
 
 SAMPLINGS = [
@@ -136,8 +159,8 @@ def test_groups_without_spread_change_nothing() -> None:
     module = make_module(GRPOObjective())
     batch = make_batch(module, 4, 4)
     equal = torch.full((2, 4), 0.7)
-    assert not module.advantages({"right": equal}, WEIGHTS).any()
-    still = batch | {"advantage": [0.0] * 16}
+    assert not module.advantages({"right": equal}, WEIGHTS, {}).any()
+    still = batch | {"advantage": np.zeros((16, 1), np.float32)}
     assert not gradient(module, still).any()
     torch.testing.assert_close(gradient(module, batch, still), gradient(module, batch) / 2)
 
@@ -178,7 +201,7 @@ def test_the_policy_learns_and_a_large_beta_holds_it_at_the_reference() -> None:
 def test_rejection_sampling_learns_from_what_is_right_alone() -> None:
     objective = GRPOObjective(baseline="none", scale="none", ratio="none")
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
-    assert torch.equal(objective.advantages({"right": rewards}, WEIGHTS), rewards)
+    assert torch.equal(objective.advantages({"right": rewards}, WEIGHTS, {})[..., 0], rewards)
     module = make_module(objective)
     batch = make_batch(module, 4, 4)
     del batch["recorded"]  # whoever made them
@@ -186,8 +209,8 @@ def test_rejection_sampling_learns_from_what_is_right_alone() -> None:
     likelihood = -module.decoder.policy_log_probs([], batch["tokens"][chosen], None).sum() / (16 * TOKENS)
     (wanted,) = torch.autograd.grad(likelihood, module.decoder.logits)
     torch.testing.assert_close(gradient(module, batch), wanted.flatten())
-    positive = GRPOObjective(positive_only=True).advantages({"right": rewards}, WEIGHTS)
-    assert positive[0].tolist() == [1.0, 0.0, 0.0, 1.0]
+    positive = GRPOObjective(positive_only=True).advantages({"right": rewards}, WEIGHTS, {})
+    assert positive[0, :, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_images_without_a_record_have_no_ratio() -> None:
@@ -212,15 +235,15 @@ def test_images_without_a_record_have_no_ratio() -> None:
 def test_advantages_are_those_of_the_papers(settings: dict, wanted: list[float]) -> None:
     rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.5, 0.5, 0.5]])
     rewards[1] = torch.tensor([0.25, 0.75, 0.25, 0.75])  # variance .0625
-    found = GRPOObjective(**settings).advantages({"right": rewards}, WEIGHTS)[0]
+    found = GRPOObjective(**settings).advantages({"right": rewards}, WEIGHTS, {})[0, :, 0]
     torch.testing.assert_close(found, torch.tensor(wanted))
 
 
 def test_each_reward_is_normalised_by_itself() -> None:
     small, large = torch.tensor([[0.0, 0.01, 0.02]]), torch.tensor([[300.0, 100.0, 200.0]])
     objective, weights = GRPOObjective(), {"small": 2.0, "large": 1.0}
-    both = objective.advantages({"small": small, "large": large}, weights)
-    alone = [objective.advantages({name: each}, {name: 1.0}) for name, each in (("small", small), ("large", large))]
+    both = objective.advantages({"small": small, "large": large}, weights, {})
+    alone = [objective.advantages({name: each}, {name: 1.0}, {}) for name, each in (("small", small), ("large", large))]
     torch.testing.assert_close(both, 2 * alone[0] + alone[1])
     torch.testing.assert_close(alone[0][0, 2], alone[1][0, 0])
 
@@ -229,19 +252,19 @@ def test_ratios_are_clipped_on_each_side() -> None:
     objective = GRPOObjective(clip_low=0.1, clip_high=0.3)
     ratio = torch.tensor([[0.5, 1.5], [0.5, 1.5]])
     log_probs = ratio.log().requires_grad_()
-    loss, log = objective.loss(log_probs, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), None)
+    loss, log = objective.loss(log_probs, torch.zeros(2, 2), torch.tensor([[1.0], [-1.0]]), None)
     assert loss.item() == pytest.approx(-(0.5 + 1.3 - 0.9 - 1.5) / 4)
     loss.backward()
     assert log_probs.grad is not None
     assert log_probs.grad.tolist() == [[pytest.approx(-0.125), 0.0], [0.0, pytest.approx(0.375)]]
     assert log["clipped_low"] == log["clipped_high"] == 0.25
-    sequence, _ = GRPOObjective(ratio="sequence").loss(log_probs, torch.zeros(2, 2), torch.tensor([1.0, 0.0]), None)
+    sequence, _ = GRPOObjective(ratio="sequence").loss(log_probs, torch.zeros(2, 2), torch.tensor([[1.0], [0.0]]), None)
     assert sequence.item() == pytest.approx(-(0.75**0.5) / 2)
 
 
 def test_ratios_that_explode_stay_finite_and_teach_nothing() -> None:
     log_probs = torch.tensor([[100.0, -torch.inf]], requires_grad=True)
-    loss, log = GRPOObjective().loss(log_probs, torch.zeros(1, 2), torch.tensor([-1.0]), None)
+    loss, log = GRPOObjective().loss(log_probs, torch.zeros(1, 2), torch.tensor([[-1.0]]), None)
     loss.backward()
     assert loss.isfinite() and log_probs.grad is not None and not log_probs.grad.any()
     assert all(value.isfinite() for value in log.values())

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from lightning_modules.grpo import GRPOObjective
 from lightning_modules.rewards.geneval_reward import GenEvalReward
 from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.rewards.verifier import Reward
-from tests.helpers.models import make_decoder, make_masked
+from tests.helpers.models import make_decoder, make_masked, make_parm
 
 PER_STEP = {"colors": 1, "counting": 2, "position": 1}
 
@@ -36,12 +37,12 @@ class Darkness(Reward):
 def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **settings: Any) -> GroupsDataModule:
     """A data module beside a tiny decoder, in the fourth epoch of a Trainer."""
     decoder = decoder or make_decoder()
-    judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder)
+    judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder, settings.pop("parm", None))
     sampling = settings.pop("sampling", Sampling(guidance=0.5))
     wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2}
     spec = GroupSpec(rows, Sample(sampling), **{key: settings.pop(key, value) for key, value in wanted.items()})
-    values = {"rewards": {"dark": 1.0}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2, "batch_size": 4,
-              "collect_batch_size": 5, "seed": 3}  # fmt: skip
+    values = {"rewards": {"dark": 1.0}, "potentials": {}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2,
+              "batch_size": 4, "collect_batch_size": 5, "seed": 3}  # fmt: skip
     data = GroupsDataModule(judges, spec, **(values | settings))
     module = SimpleNamespace(decoder=decoder, advantages=GRPOObjective(min_spread=1e-6).advantages)
     precision = SimpleNamespace(forward_context=nullcontext)
@@ -108,8 +109,26 @@ def test_a_checkpoint_in_a_step_brings_its_images_back(rows: list) -> None:
     again = resumed.train_dataloader()
     again.load_state_dict(place)
     for batch, wanted in zip([next(iter_) for iter_ in [iter(again)] for _ in range(4)], batches[2:6], strict=True):
-        assert torch.equal(batch["tokens"], wanted["tokens"]) and batch["advantage"] == wanted["advantage"]
-        assert (batch["recorded"] == wanted["recorded"]).all() and batch["stats"] == wanted["stats"]
+        assert torch.equal(batch["tokens"], wanted["tokens"]) and batch["stats"] == wanted["stats"]
+        assert all((batch[name] == wanted[name]).all() for name in ("advantage", "recorded"))
+
+
+def test_values_along_the_way_are_taken_from_the_reward(rows: list) -> None:
+    decoder = make_decoder()
+    parm = make_parm(decoder)
+    data = make_data(rows, decoder, parm=parm, potentials={"dark": "parm"})
+    data.setup("fit")
+    batch, plain = (next(iter(each.train_dataloader())) for each in (data, make_data(rows, decoder, parm=parm)))
+    assert torch.equal(batch["tokens"], plain["tokens"]) and plain["advantage"].shape == (4, 1)
+    values = data._columns["potential/dark"].view(-1, 3, decoder.num_tokens)  # of groups of 3
+    assert not values[..., 0].any() and ((values[..., 1:] > 0) & (values[..., 1:] < 1)).all()
+    first = parm.values(decoder.features([data.spec.prompt(0)["prompt"]], data._columns["tokens"][:1].long()), [5])
+    torch.testing.assert_close(first.exp()[0], values[0, 0, 5:6], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(batch["advantage"][:, :1], plain["advantage"], rtol=1e-5)
+    scores = data._columns["score/dark"].view(-1, 3)
+    centred = (scores[..., None] - values) - (scores[..., None] - values).mean(1, keepdim=True)
+    wanted = centred / scores.std(1, correction=0)[:, None, None]
+    torch.testing.assert_close(data._columns["advantage"].view_as(values), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_rank_gets_its_share_of_each_minibatch(rows: list) -> None:
@@ -151,6 +170,13 @@ def test_minibatches_divide_a_step_and_judges_exist(rows: list) -> None:
         make_data(rows, trainer={"world_size": 2}).setup("fit")
     with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=4 does not divide the 6 minibatches of a"):
         make_data(rows, trainer={"accumulate_grad_batches": 4}).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.potentials\.geneval: data\.rewards has no 'geneval'"):
+        make_data(rows, potentials={"geneval": "likelihood"}).setup("fit")
+    with pytest.raises(ValueError, match=r"judge 'dark' values no prefixes; there are: likelihood"):
+        make_data(rows, potentials={"dark": "dark"}).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.potentials are values of prefixes, and only next-token decoders"):
+        sampling = MaskSampling(steps=4)
+        make_data(rows, make_masked(), sampling=sampling, potentials={"dark": "likelihood"}).setup("fit")
     with pytest.raises(ValueError, match=r"data\.held_out names the judge 'taste'"):
         make_data(rows, held_out=["taste"]).setup("fit")
     data = make_data(rows)
