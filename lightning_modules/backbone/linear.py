@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _LARGE = 2**18  # weights of a layer that do not stay in the cache of a core
 _LONG = 2**20  # multiplications of a product, above which it pays to ask oneDNN
@@ -20,7 +21,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not on_cpu or torch.compiler.is_compiling():
+        fits = x.ndim > 1 and x.shape[-1] == self.in_features and x.numel() > 0
+        if not on_cpu or not fits or torch.compiler.is_compiling():
             return super().forward(x)
         rows = x.numel() // self.in_features
         if self._is_small(rows):
@@ -46,19 +48,20 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
         gradient = gradients[0].contiguous()
-        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        rows = gradient.flatten(0, -2)
         return (
-            _product(gradient, weight.T) if of_x else None,
-            _smaller_first(rows.T, inputs.T) if of_weight else None,
-            rows.sum(0) if of_bias else None,
+            None if weight is None else _product(gradient, weight.T),
+            None if x is None else _smaller_first(rows.T, x.flatten(0, -2).T),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 

@@ -76,7 +76,8 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) 
 
     The scale s is a number, or a tensor that is broadcast.
     """
-    return torch.lerp(unconditional, conditional, 1 + guidance)
+    scale = guidance.to(conditional.dtype) if isinstance(guidance, Tensor) else guidance
+    return torch.lerp(unconditional, conditional, 1 + scale)
 
 
 def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:

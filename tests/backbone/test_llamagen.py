@@ -182,6 +182,13 @@ def test_guidance_of_the_first_tokens_alone(layers: list[int], fixed: bool) -> N
     torch.testing.assert_close(found, expected.gather(1, order), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_guidance_of_the_first_tokens_alone_in_bfloat16() -> None:
+    decoder, sampling = golden_llamagen().bfloat16(), Sampling(guidance=2.0, guided_tokens=9)
+    decoded = Sample(sampling).decode(decoder, {}, Request(ROWS, SEEDS))
+    assert decoder.policy_log_probs(PROMPTS, decoded.tokens, sampling).isfinite().all()
+
+
 def test_features_of_words_leave_out_the_closing_token() -> None:
     decoder = golden_llamagen(feature_layers=[1])
     words = decoder.features(PROMPTS, GOLDEN["tf_tokens"]).prompt

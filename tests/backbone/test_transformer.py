@@ -192,3 +192,28 @@ def test_adapters_stand_beside_gated_layers_too() -> None:
     assert not torch.allclose(adapted, before, atol=1e-3)
     adapters.merge(model)
     torch.testing.assert_close(model(x, causal=True)[-1], adapted, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_inputs_of_another_width_are_refused_as_by_any_linear_layer() -> None:
+    layer = Linear(1024, 1024)
+    for shape in ((2, 512), (4, 512), (2, 2048), (64, 512)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.randn(shape))
+    assert layer(torch.randn(1024)).shape == (1024,) and layer(torch.randn(0, 1024)).shape == (0, 1024)
+
+
+def test_gradients_of_products_are_themselves_not_differentiated() -> None:
+    layer, x = Linear(1024, 1024), torch.randn(64, 1024, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    layer(torch.randn(1024)).sum().backward()  # of a single row as of many
+    assert layer.weight.grad is not None
+
+
+def test_frozen_weights_keep_no_inputs_for_the_backward_pass() -> None:
+    layer, kept = Linear(1024, 1024).requires_grad_(False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape), lambda shape: None):
+        layer(torch.randn(64, 1024, requires_grad=True))
+    assert kept == [(1024, 1024)]
