@@ -100,7 +100,7 @@ def by_fields(thing: Any, free: Mapping[str, Any] | None = None, **others: Any) 
 
 
 hotter = Sampling(temperature=1)
-by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0)
+by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0, guided_tokens=3)
 by_fields(MaskSampling(), steps=4, guidance=1.0, temperature=0.0, score_remasked=True)
 by_fields(PLAIN, sampling=hotter)
 by_fields(Verified(SAMPLING, 4), sampling=hotter, k=2, stride=2, verifier="likelihood", distinct=True, choose="sample",
