@@ -79,6 +79,7 @@ COMPANIONS = {
     "decoder=llamagen_256": ["+debug=tiny_llamagen"],
     "decoder=llamagen_512": ["+debug=tiny_llamagen"],
     "experiment=llamagen_evaluate": ["+debug=tiny_llamagen"],
+    "decoder=emu3": ["+debug=tiny_emu3"],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }

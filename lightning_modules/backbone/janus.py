@@ -1,15 +1,14 @@
 """Janus and Janus-Pro (arXiv 2410.13848, 2501.17811) as a next-token decoder: a Llama with an image head."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.janus_text import JanusTokenizer
 from lightning_modules.backbone.linear import Linear
-from lightning_modules.backbone.loading import Layout
+from lightning_modules.backbone.llama import llama_layout, refuse_other_sizes
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
 from lightning_modules.backbone.rotary import Rotary
@@ -35,25 +34,6 @@ _DEEPSEEK = {  # ours -> DeepSeek's own
     "head.0": "gen_head.output_mlp_projector",
     "head.2": "gen_head.vision_head",
 }
-_BLOCK = {  # ours -> Llama's, which are joined
-    "attention_norm": ["input_layernorm"],
-    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.proj": ["self_attn.o_proj"],
-    "mlp_norm": ["post_attention_layernorm"],
-    "mlp.0": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.2": ["mlp.down_proj"],
-}
-
-
-def _stored_as(names: Mapping[str, str]) -> Callable[[str], list[str]]:
-    def stored_as(key: str) -> list[str]:
-        key, kind = key.rsplit(".", 1)
-        if not key.startswith("transformer.blocks."):
-            return [f"{names[key]}.{kind}"]
-        _, _, layer, part = key.split(".", 3)
-        return [f"{names['transformer.blocks']}.{layer}.{name}.{kind}" for name in _BLOCK[part]]
-
-    return stored_as
 
 
 class Janus(NextTokenDecoder):
@@ -71,9 +51,9 @@ class Janus(NextTokenDecoder):
 
     # Image understanding and the head for words are left out on purpose; rotary frequencies are computed.
     layouts = (
-        Layout(_stored_as(_HF), r"lm_head\.|model\.(aligner|vision_model|vqmodel)\."),
-        Layout(
-            _stored_as(_DEEPSEEK),
+        llama_layout(_HF, r"lm_head\.|model\.(aligner|vision_model|vqmodel)\."),
+        llama_layout(
+            _DEEPSEEK,
             r"language_model\.lm_head\.|(aligner|vision_model|gen_vision_model)\.|.*\.rotary_emb\.inv_freq$",
         ),
     )
@@ -126,24 +106,14 @@ class Janus(NextTokenDecoder):
             return
         from transformers import LlamaConfig  # which the image tokenizer has needed already
 
-        stored, sizes = LlamaConfig(**llama), self.transformer.config
-        own = {
-            "hidden_size": ("transformer.dim", sizes.dim),
-            "num_hidden_layers": ("transformer.depth", sizes.depth),
-            "num_attention_heads": ("transformer.heads", sizes.heads),
-            "num_key_value_heads": ("transformer.heads", sizes.heads),
-            "intermediate_size": ("transformer.dim times mlp_ratio", round(sizes.dim * sizes.mlp_ratio)),
-            "rms_norm_eps": ("transformer.norm_eps", sizes.norm_eps),
-            "rope_theta": ("rotary_base", self.rotary_base),
-            "vocab_size": ("text_vocabulary", self.words.num_embeddings),
-        }
-        found = stored.to_dict() | dict(stored.rope_parameters or {})
-        for name, (key, value) in own.items():
-            if found[name] != value:
-                raise ValueError(
-                    f"Janus's config.json says {name} {found[name]}, but decoder.module.{key} is {value}: the sizes of "
-                    f"Pro-1B and 1.3B are in decoder=janus_pro_1b, those of Pro-7B in decoder=janus_pro_7b"
-                )
+        refuse_other_sizes(
+            LlamaConfig(**llama),
+            self.transformer.config,
+            self.rotary_base,
+            self.words.num_embeddings,
+            "Janus",
+            "the sizes of Pro-1B and 1.3B are in decoder=janus_pro_1b, those of Pro-7B in decoder=janus_pro_7b",
+        )
         if "text_config" in config and llama.get("pad_token_id") not in (None, self.text_tokenizer.pad):
             raise ValueError(
                 f"Janus's config.json says pad_token_id {llama['pad_token_id']}, but in its text tokenizer that is "
@@ -155,10 +125,7 @@ class Janus(NextTokenDecoder):
         for prompt, kind in zip(map(text.parse, prompts), conditional, strict=True):
             rows.append(prompt.ids if kind else text.unconditional(prompt.ids))
             words.append(prompt.words if kind else range(0))
-        padding = [max(map(len, rows)) - len(row) for row in rows]
-        ids = [[text.pad] * pad + row for pad, row in zip(padding, rows, strict=True)]
-        places = [range(each.start + pad, each.stop + pad) for pad, each in zip(padding, words, strict=True)]
-        return Prefix(self.words(torch.tensor(ids, device=self.words.weight.device)), torch.tensor(padding), places)
+        return Prefix.of_ids(self.words, rows, words)
 
     def code_table(self) -> Tensor:
         return self.codes.weight

@@ -45,8 +45,8 @@ class NextTokenDecoder(NextTokenNetwork):
             prefix = prefix.padded(_STATIC_PREFIX)
         tokens, fixed = request.initial(self.num_tokens, prefix.embeddings.device)
         order, table = decision_order(fixed.cpu()), self.code_table()
-        known, first = tokens[:, : int(order[:, 0].max())], order[:, 0]
-        cache, layers, words = self._read(table, prefix, rows, known, first)
+        counts = self.places(order[:, 0])
+        cache, layers, words = self._read(table, prefix, rows, tokens, counts)
         texts = list(dict.fromkeys(prompts)) if self.shares_prefixes else prompts
         prompt = self.prompt_features(texts, prefix, words)[rows[: len(prompts)]]
         width = self.dim * len(self.feature_layers)
@@ -62,38 +62,38 @@ class NextTokenDecoder(NextTokenNetwork):
             order=order,
             sampling=sampling,
             table=table,
-            rotary=self.rotary(torch.arange(self.num_tokens, device=tokens.device)),
+            rotary=self.rotary(torch.arange(self.image_places, device=tokens.device)),
             cache=cache,
             hidden=prompt.new_empty(len(rows), width),
             logits=prompt.new_empty(0, dtype=torch.float32),
         )
-        state.cost.count_pass(len(rows), known.shape[1])
-        self._advance(state, layers, torch.full_like(first, -1))
+        state.cost.count_pass(len(rows), int(counts.max()))
+        self._advance(state, layers, torch.full_like(counts, -1))
         return state
 
     def _read(
-        self, table: Tensor, prefix: Prefix, rows: Tensor, known: Tensor, counts: Tensor
+        self, table: Tensor, prefix: Prefix, rows: Tensor, tokens: Tensor, counts: Tensor
     ) -> tuple[KVCache, list[Tensor], list[Tensor]]:
-        """Read what comes before the image and the `known` tokens [B, S], of row b the first counts[b].
+        """Read what comes before the image and the known tokens of images [B, T], of row b the first counts[b] places.
 
-        Returns what is cached, hidden states [R, 1 + S, dim] that predict the first tokens, per layer, and those of the
-        prefix, [U, P, dim].
+        Returns what is cached, hidden states [R, 1 + S, dim] before and at the first places, per layer, and those of
+        the prefix, [U, P, dim].
         """
-        length, device = prefix.embeddings.shape[1], known.device
-        branches = len(rows) // len(known)
-        places = torch.arange(known.shape[1], device=device)
-        x = self.embed(table, known, places).repeat(branches, 1, 1)
+        length, device = prefix.embeddings.shape[1], tokens.device
+        branches = len(rows) // len(tokens)
+        places = torch.arange(int(counts.max()), device=device)
+        x = self.embed_places(table, tokens, places).repeat(branches, 1, 1)
         before = self.rotary(torch.arange(-length, 0, device=device))
         if not self.shares_prefixes:  # in one pass, and each row with a prefix of its own
-            cache = KVCache(length + self.num_tokens, static=self.compiled)
+            cache = KVCache(length + self.image_places, static=self.compiled)
             layers = self.pass_over(torch.cat([prefix.embeddings, x], 1), FullAttention(True, before, cache=cache))
             cache.lengths = length + counts.repeat(branches)
             return cache, [layer[:, length - 1 :] for layer in layers], layers
-        cache = KVCache(self.num_tokens - 1, SharedPrefix(prefix.padding, length, rows, device), self.compiled)
+        cache = KVCache(self.image_places - 1, SharedPrefix(prefix.padding, length, rows, device), self.compiled)
         words = self.pass_over(prefix.embeddings, FullAttention(True, before, prefix.padding, cache))
         layers = [layer[rows.to(device), -1:] for layer in words]
-        if known.shape[1]:
-            attention = ExtendAttention(cache, counts.repeat(branches), known.shape[1], self.rotary(places), device)
+        if len(places):
+            attention = ExtendAttention(cache, counts.repeat(branches), len(places), self.rotary(places), device)
             layers = [torch.cat(both, 1) for both in zip(layers, self.pass_over(x, attention), strict=True)]
         return cache, layers, words
 
@@ -111,10 +111,11 @@ class NextTokenDecoder(NextTokenNetwork):
     def _advance(self, state: NextTokenState, layers: Sequence[Tensor], last: Tensor) -> None:
         """Take what a pass predicts for `state.position`, and the features of fixed tokens that it read on the way.
 
-        Entry i of row b of the hidden states of every layer, [R, S, dim], predicts position last[b] + 1 + i.
+        The hidden states of every layer, [R, S, dim], are those at S places from that of position last[b] on.
         """
         passed = (state.position - last - 1).clamp(min=0)  # number of fixed tokens before the next one
-        column = passed.repeat(state.branches)
+        start = self.places(last) + 1
+        column = (self.places(state.position) - start).clamp(min=0).repeat(state.branches)
         if not self.feature_layers:  # nothing else of the pass is read
             layers, column = [layers[-1][torch.arange(len(column)), column, None]], torch.zeros_like(column)
         scale = state.sampling.guidance_at(state.position.to(layers[-1].device)[:, None])
@@ -124,10 +125,11 @@ class NextTokenDecoder(NextTokenNetwork):
         if state.features is None or not passed.any():
             return
         offset = torch.arange(int(passed.max()))
-        positions = (last[:, None] + 1 + offset).clamp(max=self.num_tokens - 1).to(state.tokens.device)
-        tokens, read = state.tokens.gather(1, positions), slice(len(offset))
-        log_p = logits[:, read].log_softmax(-1)
-        features = self.describe(state.prompt, state.table, tokens, positions, hidden[:, read], log_p)
+        positions = (last[:, None] + 1 + offset).clamp(max=self.num_tokens - 1)
+        read = (self.places(positions) - start[:, None]).clamp(max=hidden.shape[1] - 1).repeat(state.branches, 1)
+        every, positions = torch.arange(len(read))[:, None], positions.to(state.tokens.device)
+        log_p, tokens = logits[every, read].log_softmax(-1), state.tokens.gather(1, positions)
+        features = self.describe(state.prompt, state.table, tokens, positions, hidden[every, read], log_p)
         rows, columns = (offset < passed[:, None]).nonzero(as_tuple=True)
         state.features.write(rows, last[rows] + 1 + columns, features, columns)
 
@@ -170,22 +172,23 @@ class NextTokenDecoder(NextTokenNetwork):
         state.step += 1
         if state.is_done:
             return
-        counts = state.position - last  # the decided token and the fixed ones after it; 0 for complete rows
-        positions = (last[:, None] + torch.arange(int(counts.max()))).clamp(max=self.num_tokens - 1)
-        places = positions.to(choice.device)
-        tokens, rotary = state.tokens.gather(1, places), state.rotary_at(positions)
-        state.cost.count_pass(len(tokens) * state.branches, tokens.shape[1])
+        first = self.places(last)
+        counts = self.places(state.position) - first  # the decided token, what is fixed after it; 0 for complete rows
+        places = (first[:, None] + torch.arange(int(counts.max()))).clamp(max=self.image_places - 1)
+        rotary = state.rotary_at(places)
+        state.cost.count_pass(len(state.hidden), places.shape[1])
         if (counts == 1).all():
             attention = StepAttention.of(state.cache, rotary, choice.device)
             run = NextTokenDecoder.compiled_pass if self.compiled else NextTokenDecoder.token_pass
-            scale = state.sampling.guidance_at(places + 1)
-            found = run(self, state.table, tokens, places, attention, state.branches, scale)
+            position = here[1][:, None]
+            tokens, scale = state.tokens.gather(1, position), state.sampling.guidance_at(position + 1)
+            found = run(self, state.table, tokens, position, attention, state.branches, scale)
             # CUDA graphs write what the next pass finds to the same memory.
             state.hidden, state.logits = (part[:, 0].clone() if self.compiled else part[:, 0] for part in found)
             state.cache.candidates = attention.candidates
             state.cache.commit(torch.zeros(len(state.hidden), dtype=torch.int64, device=choice.device))
             return
-        x = self.embed(state.table, tokens, places).repeat(state.branches, 1, 1)
+        x = self.embed_places(state.table, state.tokens, places.to(choice.device)).repeat(state.branches, 1, 1)
         extending = ExtendAttention(state.cache, counts.repeat(state.branches), x.shape[1], rotary, x.device)
         self._advance(state, self.pass_over(x, extending), last)
 
@@ -193,13 +196,13 @@ class NextTokenDecoder(NextTokenNetwork):
         self,
         table: Tensor,
         tokens: Tensor,
-        places: Tensor,
+        positions: Tensor,
         attention: StepAttention,
         branches: int,
         guidance: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """A forward pass of one token of each image, [B, 1] at places [B, 1] -> what it predicts; see `_predict`."""
-        x = self.embed(table, tokens, places).repeat(branches, 1, 1)
+        """A forward pass of one token of each image, [B, 1] at positions [B, 1] -> what it predicts; see `_predict`."""
+        x = self.embed(table, tokens, positions).repeat(branches, 1, 1)
         return self._predict(table, self.pass_over(x, attention), branches, guidance)
 
     def preview(self, state: NextTokenState, proposal: Proposal | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.attention import AttentionFn, FullAttention
@@ -29,6 +29,14 @@ class Prefix:
     embeddings: Tensor  # [U, P, dim]; those of padding may be anything finite
     padding: Tensor  # positions of padding of each row, [U], on the CPU
     words: Sequence[range]  # positions (from 0) of the prompt's words in each row; empty ranges for unconditional ones
+
+    @staticmethod
+    def of_ids(embedding: nn.Embedding, rows: Sequence[Sequence[int]], words: Sequence[range]) -> "Prefix":
+        """Embed the ids of each row; `words` are the positions of the prompt's own among them."""
+        padding = [max(map(len, rows)) - len(row) for row in rows]
+        ids = [[0] * pad + [*row] for pad, row in zip(padding, rows, strict=True)]
+        places = [range(each.start + pad, each.stop + pad) for pad, each in zip(padding, words, strict=True)]
+        return Prefix(embedding(torch.tensor(ids, device=embedding.weight.device)), torch.tensor(padding), places)
 
     def padded(self, multiple: int) -> "Prefix":
         """The same with more padding, up to a multiple of some positions."""
@@ -50,6 +58,7 @@ class NextTokenNetwork(TokenDecoder):
 
     causal = True
     shares_prefixes: ClassVar[bool] = True  # rows with equal prompts read one copy of its keys and values
+    row_ends: ClassVar[bool] = False  # every row of an image has an end, which is read but never drawn; see `places`
 
     def __init__(
         self,
@@ -75,7 +84,10 @@ class NextTokenNetwork(TokenDecoder):
 
     @abstractmethod
     def embed(self, table: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Embed tokens [..., S] at some positions of the image, [S] or [..., S] -> [..., S, dim]."""
+        """Embed tokens [..., S] at some positions of the image, [S] or [..., S] -> [..., S, dim].
+
+        With `row_ends`, the token V, one more than the last code, is such an end.
+        """
 
     @abstractmethod
     def head_input(self, hidden: Tensor) -> Tensor:
@@ -86,8 +98,30 @@ class NextTokenNetwork(TokenDecoder):
         """[..., D] -> the last layer of the head, which is affine: guidance may come before it. [..., V], fp32."""
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Rotary embeddings of positions [S], counted from the first image token: the prompt's are below 0."""
+        """Rotary embeddings of `places` [S], counted from the first image token: the prompt's are below 0."""
         return None
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Where the Transformer reads the tokens at some positions, of any shape, counted from the first token.
+
+        Only ends of rows make a difference. A token is read at its place and, if it is the last of its row, with the
+        end of the row after it; the place before that of a token predicts it.
+        """
+        return positions + positions.clamp(min=0) // self.image_tokenizer.grid if self.row_ends else positions
+
+    @property
+    def image_places(self) -> int:
+        """Places of an image, from its first token to its last one."""
+        return self.num_tokens + (self.image_tokenizer.grid - 1 if self.row_ends else 0)
+
+    def embed_places(self, table: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """Embed what is read at some places, [S] or [B, S], of images [B, T] -> [B, S, dim]."""
+        across = self.image_tokenizer.grid + 1
+        positions = places - places // across if self.row_ends else places
+        read = tokens.gather(1, positions.clamp(max=self.num_tokens - 1).expand(len(tokens), -1))
+        if self.row_ends:
+            read = torch.where(places % across == across - 1, self.image_tokenizer.codebook_size, read)
+        return self.embed(table, read, positions)
 
     @property
     def prefix_length(self) -> int:
@@ -97,7 +131,7 @@ class NextTokenNetwork(TokenDecoder):
     def training_bytes(self, images: int, size: int) -> float:
         """Estimate the activations that wait for the backward pass, and the logits, their softmax and its gradient."""
         tokens = self.num_tokens
-        kept = self.transformer.config.saved_bytes(self.prefix_length + tokens, size)
+        kept = self.transformer.config.saved_bytes(self.prefix_length + self.image_places, size)
         return images * (kept + 3 * tokens * self.image_tokenizer.codebook_size * 4)
 
     def decoding_bytes(self, images: int, size: int) -> float:
@@ -106,7 +140,7 @@ class NextTokenNetwork(TokenDecoder):
         Guidance is included.
         """
         config, codes = self.transformer.config, 8 * self.image_tokenizer.codebook_size * 4
-        positions = self.prefix_length + self.num_tokens
+        positions = self.prefix_length + self.image_places
         cached = 2 * 2 * config.depth * config.dim * positions * size
         return images * max(cached + codes, self.image_tokenizer.decoding_bytes(size))
 
@@ -153,15 +187,22 @@ class NextTokenNetwork(TokenDecoder):
         """Embeddings of prompts, or their unconditional twins, and of images [B, T] but their last token."""
         prefix, rows = self.distinct_prefixes(prompts, [conditional] * len(prompts))
         length, device = prefix.embeddings.shape[1], tokens.device
-        image = self.embed(table, tokens[:, :-1], torch.arange(self.num_tokens - 1, device=device))
+        image = self.embed_places(table, tokens, torch.arange(self.image_places - 1, device=device))
         x = torch.cat([prefix.embeddings.index_select(0, rows.to(device)), image], dim=1)
-        rotary = self.rotary(torch.arange(-length, self.num_tokens - 1, device=device))
+        rotary = self.rotary(torch.arange(-length, self.image_places - 1, device=device))
         return x, FullAttention(True, rotary, prefix.padding[rows]), prefix
+
+    def _predicting(self, hidden: Tensor, prefix: Prefix) -> Tensor:
+        """Of the hidden states [B, P + S, dim] of such a sequence, those that predict tokens, [B, T, dim]."""
+        hidden = hidden[:, prefix.embeddings.shape[1] - 1 :]
+        if not self.row_ends:
+            return hidden
+        return hidden[:, self.places(torch.arange(self.num_tokens, device=hidden.device))]
 
     def _head_inputs(self, table: Tensor, prompts: Sequence[str], conditional: bool, tokens: Tensor) -> Tensor:
         """What the last layer of the head reads, [B, T, D], to predict each token of images [B, T]."""
         x, attention, prefix = self._sequence(table, prompts, conditional, tokens)
-        return self.head_input(self.transformer.last(x, attention)[:, prefix.embeddings.shape[1] - 1 :])
+        return self.head_input(self._predicting(self.transformer.last(x, attention), prefix))
 
     def token_logits(self, prompts: Sequence[str], tokens: Tensor, conditional: bool = True) -> Tensor:
         """Logits [B, T, V] of each token of images [B, T], given its prompt and the tokens before it. Differentiable.
@@ -202,7 +243,7 @@ class NextTokenNetwork(TokenDecoder):
     ) -> tuple[Tensor, Tensor]:
         """The `feature_states` [B, T, F] and log-probabilities [B, T, V] that predict the tokens of images [B, T]."""
         x, attention, prefix = self._sequence(table, prompts, conditional, tokens)
-        layers = [layer[:, prefix.embeddings.shape[1] - 1 :] for layer in self.transformer.run(x, attention)]
+        layers = [self._predicting(layer, prefix) for layer in self.transformer.run(x, attention)]
         return self.feature_states(layers), self.logits(table, self.head_input(layers[-1])).log_softmax(-1)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ class NextTokenState(DecodingState):
     order: Tensor  # positions to decide, ascending, [B, steps], on the CPU; see `decision_order`
     sampling: Sampling
     table: Tensor  # what tokens are embedded from, [V, ...]
-    rotary: Rotary | None  # of the image's positions
+    rotary: Rotary | None  # of the places of an image
     cache: KVCache  # of R rows
     hidden: Tensor  # hidden states that predict the next token, [R, F]; F is 0 without feature layers
     logits: Tensor  # of the next token: of each row, [R, V], or without feature layers guided already, [B, V]
@@ -63,13 +63,13 @@ class NextTokenState(DecodingState):
         """Rows of each image, 1 or 2."""
         return len(self.hidden) // len(self.tokens)
 
-    def rotary_at(self, positions: Tensor) -> Rotary | None:
-        """Rotary embeddings of all rows at positions [B, S] of their images, on the CPU."""
+    def rotary_at(self, places: Tensor) -> Rotary | None:
+        """Rotary embeddings of all rows at places [B, S] of their images, on the CPU."""
         if self.rotary is None:
             return None
-        if (positions == positions[:1]).all():
-            return self.rotary[positions[0].to(self.tokens.device)]
-        return self.rotary[positions[:, None].repeat(self.branches, 1, 1).to(self.tokens.device)]
+        if (places == places[:1]).all():
+            return self.rotary[places[0].to(self.tokens.device)]
+        return self.rotary[places[:, None].repeat(self.branches, 1, 1).to(self.tokens.device)]
 
     def select(self, rows: Tensor) -> "NextTokenState":
         def branch_rows(count: int) -> Tensor:

@@ -71,11 +71,15 @@ class PublishedTokenizer(Keyed):
     """
 
     def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
-        self._tokenizer = read_tokenizer(checkpoint)
-        found = self._tokenizer.token_to_id(end_of_text)
+        self._checkpoint, self._tokenizer = checkpoint, read_tokenizer(checkpoint)
+        self.size, self.end_of_text = self._tokenizer.get_vocab_size(), self.id_of(end_of_text)
+
+    def id_of(self, token: str) -> int:
+        """The id of a token; ValueError if there is no such token."""
+        found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise ValueError(f"text tokenizer {checkpoint!r} has no token {end_of_text!r}")
-        self.size, self.end_of_text = self._tokenizer.get_vocab_size(), found
+            raise ValueError(f"text tokenizer {self._checkpoint!r} has no token {token!r}")
+        return found
 
     def cache_key(self) -> dict[str, Any]:
         content = digest(self._tokenizer.to_str())

@@ -9,9 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lightning_modules.files import make_once
 
 
-def save_tiny_text_tokenizer(folder: str, special: Sequence[str] = ("<|endoftext|>",)) -> str:
-    """Write a byte-level `tokenizer.json`, as Phi and Janus have it, with no merges, and return its folder."""
-    make_once(Path(folder), partial(_write, special=list(special)))
+def save_tiny_text_tokenizer(folder: str, special: Sequence[str] = ("<|endoftext|>",), codes: int = 0) -> str:
+    """Write a byte-level `tokenizer.json`, as Phi, Janus and Emu3 have it, with no merges, and return its folder.
+
+    Its first ids are those of special tokens, and of codes of images under Emu3's names.
+    """
+    first = [*special, *(f"<|visual token {code:06d}|>" for code in range(codes))]
+    make_once(Path(folder), partial(_write, special=first))
     return folder
 
 

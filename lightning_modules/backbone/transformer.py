@@ -35,11 +35,14 @@ class TransformerConfig:
     swiglu: bool = False  # feed-forward layers gate, silu(gate) * up, both of the hidden width (arXiv 2002.05202)
     bias: bool = True  # of linear layers
     norm_eps: float = 1e-5  # added to what norms divide by, before its root is taken
+    kv_heads: int | None = None  # heads of keys and values, each read by a group of heads (arXiv 2305.13245); null: all
     checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
             raise ValueError(f"Transformer width dim={self.dim} is not a multiple of heads={self.heads}")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"Transformer heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 
     def saved_bytes(self, positions: int, size: int) -> float:
         """Estimate what a training pass over some positions keeps for the backward pass, `size` bytes a number.
@@ -63,18 +66,22 @@ class TransformerConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. Keys and values that a group of heads reads are repeated, in caches as well."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=config.bias)
+        kv_heads = config.kv_heads or config.heads
+        self.heads, self.group = [config.heads, kv_heads, kv_heads], config.heads // kv_heads
+        self.qkv = Linear(config.dim, sum(self.heads) * config.head_dim, bias=config.bias)
         self.proj = Linear(config.dim, config.dim, bias=config.bias)
         self.q_norm, self.k_norm = (nn.LayerNorm(config.head_dim) if config.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor, layer: int, attending: AttentionFn) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = attending(layer, self.q_norm(q), self.k_norm(k), v)
+        q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).transpose(1, 2).split(self.heads, dim=1)
+        k = self.k_norm(k)
+        if self.group > 1:
+            k, v = (part.repeat_interleave(self.group, dim=1) for part in (k, v))
+        attended = attending(layer, self.q_norm(q), k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 

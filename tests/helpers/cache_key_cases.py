@@ -21,6 +21,7 @@ from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
+from lightning_modules.backbone.emu3 import Emu3, Emu3Tokenizer
 from lightning_modules.backbone.janus import Janus
 from lightning_modules.backbone.janus_text import JanusTokenizer
 from lightning_modules.backbone.llamagen import LlamaGen
@@ -56,6 +57,8 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mas
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
+from tests.helpers.emu3 import SPECIAL as EMU3_SPECIAL
+from tests.helpers.emu3 import load_emu3
 from tests.helpers.janus import SPECIAL, make_janus
 from tests.helpers.llamagen import make_llamagen
 from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
@@ -97,7 +100,7 @@ def by_fields(thing: Any, free: Mapping[str, Any] | None = None, **others: Any) 
 
 
 hotter = Sampling(temperature=1)
-by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0)
+by_fields(SAMPLING, temperature=1.0, top_k=5, top_p=0.5, guidance=1.0, guided_tokens=3)
 by_fields(MaskSampling(), steps=4, guidance=1.0, temperature=0.0, score_remasked=True)
 by_fields(PLAIN, sampling=hotter)
 by_fields(Verified(SAMPLING, 4), sampling=hotter, k=2, stride=2, verifier="likelihood", distinct=True, choose="sample",
@@ -211,6 +214,31 @@ def _(tmp_path: Path) -> Case:
         "longest": JanusTokenizer(folder, max_text=9),
     }
     return Case(JanusTokenizer(folder), others, {"moved": JanusTokenizer(str(moved))})
+
+
+@case(Emu3)
+def _(tmp_path: Path) -> Case:
+    def emu3(**options: Any) -> Emu3:
+        torch.manual_seed(0)
+        decoder = load_emu3(tmp_path, **options)
+        decoder.image_tokenizer = nn.Module()  # type: ignore[assignment]
+        return decoder
+
+    decoder = emu3()
+    others = {"weights": another_weight(decoder), "rotary": emu3(rotary_base=500.0), "depths": emu3(feature_layers=[1])}
+    return Case(decoder, others, {"made twice": emu3(), "compiled": emu3(compiled=True)})
+
+
+@case(Emu3Tokenizer)
+def _(tmp_path: Path) -> Case:
+    folder, other = (save_tiny_text_tokenizer(f"{tmp_path}/{codes}", EMU3_SPECIAL, codes) for codes in (1, 2))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    others = {
+        "tokenizer": Emu3Tokenizer(other),
+        "negative prompt": Emu3Tokenizer(folder, "blurry"),
+        "longest": Emu3Tokenizer(folder, max_text=9),
+    }
+    return Case(Emu3Tokenizer(folder), others, {"moved": Emu3Tokenizer(str(moved))})
 
 
 @case(T5Text)
