@@ -160,6 +160,10 @@ class Janus(NextTokenDecoder):
         places = [range(each.start + pad, each.stop + pad) for pad, each in zip(padding, words, strict=True)]
         return Prefix(self.words(torch.tensor(ids, device=self.words.weight.device)), torch.tensor(padding), places)
 
+    def prefix_key(self, prompt: str, conditional: bool) -> Any:
+        """Unconditional twins of prompts of one length are equal: padding between the template's ends."""
+        return prompt if conditional else len(self.text_tokenizer.parse(prompt).ids)
+
     def code_table(self) -> Tensor:
         return self.codes.weight
 

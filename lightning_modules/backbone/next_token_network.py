@@ -65,9 +65,13 @@ class NextTokenNetwork(TokenDecoder):
     def prefix(self, prompts: Sequence[str], conditional: Sequence[bool]) -> Prefix:
         """What comes before the image for each prompt that is `conditional`, else for its unconditional twin.
 
-        No row is asked for twice; conditional ones come first. Differentiable. ValueError for prompts that cannot be
+        No key is asked for twice; conditional rows come first. Differentiable. ValueError for prompts that cannot be
         read.
         """
+
+    def prefix_key(self, prompt: str, conditional: bool) -> Any:
+        """What tells the `prefix` of a row from others: rows with equal keys share it. Each prompt has its own."""
+        return prompt, conditional
 
     @abstractmethod
     def code_table(self) -> Tensor:
@@ -137,9 +141,11 @@ class NextTokenNetwork(TokenDecoder):
         rows = list(zip(prompts, conditional, strict=True))
         if not self.shares_prefixes:
             return self.prefix(prompts, conditional), torch.arange(len(rows))
-        index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        keys = {row: self.prefix_key(*row) for row in dict.fromkeys(rows)}
+        first = {key: row for row, key in reversed(keys.items())}  # row of each key
+        index = {row: i for i, row in enumerate(dict.fromkeys(first[key] for key in keys.values()))}
         prefix = self.prefix([prompt for prompt, _ in index], [kind for _, kind in index])
-        return prefix, torch.tensor([index[row] for row in rows])
+        return prefix, torch.tensor([index[first[keys[row]]] for row in rows])
 
     def pass_over(self, x: Tensor, attention: AttentionFn) -> list[Tensor]:
         """Hidden states [R, S, dim] after every layer, or just after the last where there are no feature layers."""
