@@ -98,11 +98,12 @@ class NextTokenNetwork(TokenDecoder):
         """Positions that usually come before an image; memory is estimated by it."""
         return self.max_words
 
-    def training_bytes(self, images: int, size: int) -> float:
+    def training_bytes(self, images: int, size: int, weight: int) -> float:
         """Estimate the activations that wait for the backward pass, and the logits, their softmax and its gradient."""
         tokens = self.num_tokens
-        kept = self.transformer.config.saved_bytes(self.prefix_length + tokens, size)
-        return images * (kept + 3 * tokens * self.image_tokenizer.codebook_size * 4)
+        kept = self.transformer.config.saved_bytes(self.prefix_length + tokens, size, weight)
+        codes = 3 * tokens * self.image_tokenizer.codebook_size * 4
+        return images * (kept + codes) + (self.cast_bytes(size, weight) if images else 0)
 
     def decoding_bytes(self, images: int, size: int) -> float:
         """Estimate keys and values with logits and what is drawn from them, or what the image tokenizer takes.
