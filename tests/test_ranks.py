@@ -27,6 +27,7 @@ from tests.helpers.overrides import (
     SMALL_GRPO,
     SMALL_PARM,
     TINY_SHOWO,
+    here,
     pair_files,
 )
 
@@ -185,6 +186,21 @@ def test_layers_are_what_is_sharded(compose_config: Any, decoder: TokenDecoder) 
     ]
 
 
+# Pairs from files, for a few steps of more than rounding errors; see STEPS.
+ALIGNED = [*DECODE_NOTHING, "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
+           "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
+           "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip
+
+
+def assert_same_weights(folder: Path) -> None:
+    """Assert that the runs `run` and `sharded` in a folder have come to the same weights by three steps."""
+    one, two = (
+        torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
+    )
+    assert one["global_step"] == two["global_step"] == 3
+    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow(seconds=22)
 def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) -> None:
     small = ["experiment=shapes_decoder", *(item for item in SMALL if not item.startswith("callbacks")),
@@ -194,11 +210,7 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) 
     command(tmp_path, *small, "data.batch_size=8", "trainer.precision=32-true")
     small += [*SHARDED, "data.batch_size=4", f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]
     command(tmp_path, *small)
-    one, two = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
-    )
-    assert one["global_step"] == two["global_step"] == 3
-    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    assert_same_weights(tmp_path)
     # On the CPU, torch's FSDP saves the first moment of Adam as its second one too: there are no weights to compare.
     command(tmp_path, *small, "trainer.max_steps=4")
     last = tmp_path / "sharded" / "checkpoints" / "last.ckpt"
@@ -207,24 +219,27 @@ def test_sharded_ranks_take_the_steps_of_one_process_and_resume(tmp_path: Path) 
 
 @pytest.mark.slow(seconds=37)
 def test_sharded_show_o_is_aligned_as_by_one_process_and_resumes(tmp_path: Path) -> None:
-    small = ["experiment=showo_dpo", *TINY_SHOWO, *pair_files(tmp_path, 256), *DECODE_NOTHING,
-             "trainer.max_epochs=-1", "trainer.precision=32-true", "trainer.gradient_clip_val=null",
-             "+module.optimizer.eps=1e-3", "module.optimizer.lr=1e-3", "module.warmup_steps=1",
-             "callbacks.checkpoint_last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]  # fmt: skip
+    small = ["experiment=showo_dpo", *TINY_SHOWO, *pair_files(tmp_path, 256), *ALIGNED]
     command(tmp_path, *small, "data.batch_size=4")
     small += [*SHARDED, "data.batch_size=2", f"hydra.run.dir={tmp_path}/sharded", "ckpt_path=auto"]
     command(tmp_path, *small)
-    one, two = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "sharded")
-    )
-    assert one["global_step"] == two["global_step"] == 3
-    torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+    assert_same_weights(tmp_path)
     for key in ("train/grad_norm", "val/loss"):
         one, two = (columns(tmp_path / name / "metrics" / "metrics.csv")[key] for name in ("run", "sharded"))
         assert one and two == pytest.approx(one, rel=1e-4)
     command(tmp_path, *small, "trainer.max_steps=4")
     last = tmp_path / "sharded" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.slow(seconds=15)
+def test_sharded_janus_is_aligned_as_by_one_process(tmp_path: Path) -> None:
+    """All weights, layers computed again in the backward pass, prompts of several lengths; both runs side by side."""
+    small = ["experiment=janus_dpo", "+debug=tiny_janus", *pair_files(tmp_path, 144), *ALIGNED, *here(tmp_path)]
+    sharded = [*small, *SHARDED, "data.batch_size=2", f"hydra.run.dir={tmp_path}/sharded"]
+    for done in launch_together([Start([*small, "data.batch_size=4"]), Start(sharded)], tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_weights(tmp_path)
 
 
 def columns(path: Path) -> dict[str, list[float]]:

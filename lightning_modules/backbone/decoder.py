@@ -246,8 +246,16 @@ class Decoder(nn.Module, Keyed):
         """Up to `most` moments on the way to an image [T]; None if there are none."""
         return None
 
-    def training_bytes(self, images: int, size: int) -> float:
-        """Estimate what a training pass over some images keeps for the backward pass, `size` bytes a number."""
+    @property
+    def text_bytes(self) -> int:
+        """Memory of a text encoder that is no part of the decoder."""
+        return 0
+
+    def training_bytes(self, images: int, size: int, weight: int) -> float:
+        """Estimate what a training pass over some images keeps for the backward pass.
+
+        A number of what layers compute takes `size` bytes, one of their weights `weight`: more in mixed precision.
+        """
         return 0.0
 
     def decoding_bytes(self, images: int, size: int) -> float:
@@ -313,6 +321,16 @@ class TokenDecoder(HubMixin, Decoder):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         self.text_tokenizer.encode(prompts)
+
+    def cast_bytes(self, size: int, weight: int) -> float:
+        """Estimate the copies of linear layers' weights that autocast keeps in training; see `training_bytes`.
+
+        Those of layers that are computed again are kept only if they are trained.
+        """
+        layers = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
+        again = self.transformer.config.checkpointing
+        cast = sum(each.numel() for each in layers if each.requires_grad or not again)
+        return cast * size if weight > size else 0
 
     @abstractmethod
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class Janus(NextTokenDecoder):
             words.append(prompt.words if kind else range(0))
         return Prefix.of_ids(self.words, rows, words)
 
+    def prefix_key(self, prompt: str, conditional: bool) -> Any:
+        """Unconditional twins of prompts of one length are equal: padding between the template's ends."""
+        return prompt if conditional else len(self.text_tokenizer.parse(prompt).ids)
+
     def code_table(self) -> Tensor:
         return self.codes.weight
 

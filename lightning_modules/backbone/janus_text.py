@@ -11,7 +11,7 @@ from lightning_modules.cache_key import Keyed, class_name, digest
 
 Template = Literal["janus_pro", "janus"]
 
-_ROLES = {"janus_pro": ("<|User|>", "<|Assistant|>"), "janus": ("User", "Assistant")}
+_ROLES: dict[Template, tuple[str, str]] = {"janus_pro": ("<|User|>", "<|Assistant|>"), "janus": ("User", "Assistant")}
 _BOS, _PAD, _BOI = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>", "<begin_of_image>"
 _NAMES: dict[str, Template] = {"janus-pro": "janus_pro", "janus-1.3b": "janus"}  # parts of checkpoints' names
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")  # of transformers' layout
@@ -103,6 +103,6 @@ def _known_template(checkpoint: str) -> Template | None:
     for path in (Path(checkpoint) / name for name in _CHAT_TEMPLATES):
         if path.is_file():
             content = path.read_text() if path.suffix == ".jinja" else str(read_settings(path).get("chat_template"))
-            if _ROLES["janus_pro"][0] in content:
-                return "janus_pro"
+            if known := [template for template, (user, _) in _ROLES.items() if user in content]:
+                return known[0]  # Pro's role has the other's in it
     return None

@@ -1,7 +1,7 @@
 """Keys and values that passes of a Transformer leave behind: of rows, and of prefixes that rows share."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class SharedPrefix:
     length: int  # positions of each, padding included, P
     rows: Tensor  # the prefix that each row reads, [R], on the CPU
     device: torch.device
+    passed: Tensor  # the row that each prefix had in the pass that filled it, [U], on the CPU
     keys: list[Tensor] = field(default_factory=list)  # per layer, [U, heads, P, head_dim]
     values: list[Tensor] = field(default_factory=list)
 
@@ -39,6 +40,11 @@ class SharedPrefix:
             self.places = places.to(self.device)
             self.source = torch.zeros(slots, dtype=torch.int64).scatter(0, places, torch.arange(len(places)))
             self.source = self.source.to(self.device)
+
+    def prefill(self, *layer: Tensor) -> None:
+        """Add a layer's keys and values of the rows of a pass, [U', heads, P, head_dim]."""
+        for store, each in zip((self.keys, self.values), layer, strict=True):
+            store.append(each if len(each) == len(self.passed) else each[self.passed.to(self.device)])
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[R, heads, S, D] -> [U, heads, largest * S, D]."""
@@ -66,7 +72,7 @@ class SharedPrefix:
 
     def select(self, rows: Tensor) -> "SharedPrefix":
         """The same prefixes for rows `rows` [R'], on the CPU."""
-        return SharedPrefix(self.padding, self.length, self.rows[rows], self.device, self.keys, self.values)
+        return replace(self, rows=self.rows[rows])
 
 
 @dataclass
@@ -136,10 +142,9 @@ class KVCache:
         return memory
 
     def prefill(self, key: Tensor, value: Tensor) -> None:
-        """Add a layer that begins with these keys and values, [B, heads, S, head_dim], or [U, ...] if shared."""
+        """Add a layer that begins with these keys and values, [B, heads, S, head_dim], or [U', ...] if shared."""
         if self.shared is not None:
-            self.shared.keys.append(key)
-            self.shared.values.append(value)
+            self.shared.prefill(key, value)
             key = value = key.new_empty(len(self.shared.rows), key.shape[1], 0, key.shape[3])
         self.lengths = torch.full((len(key),), key.shape[2])
         self.keys.append(self._place(key, max(key.shape[2], 1)))

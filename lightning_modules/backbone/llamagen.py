@@ -136,10 +136,6 @@ class LlamaGen(NextTokenDecoder):
         cos, sin = (torch.cat(parts, -1) * image for parts in ([r.cos for r in sides], [r.sin for r in sides]))
         return Rotary(cos, sin, interleaved=True)
 
-    def training_bytes(self, images: int, size: int) -> float:
-        """See `Decoder`; the text encoder, which is no part of the decoder, is there all the time."""
-        return super().training_bytes(images, size) + self.text_tokenizer.bytes
-
-    def decoding_bytes(self, images: int, size: int) -> float:
-        """See `Decoder`; the text encoder, which is no part of the decoder, is there all the time."""
-        return super().decoding_bytes(images, size) + self.text_tokenizer.bytes
+    @property
+    def text_bytes(self) -> int:
+        return self.text_tokenizer.bytes

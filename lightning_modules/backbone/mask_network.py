@@ -203,12 +203,13 @@ class MaskNetwork(TokenDecoder):
         ids = self._sequence(tokens, torch.zeros_like(masked))
         return log_p.gather(-1, ids[..., None]).squeeze(-1) * F.pad(masked, (1, 1), value=True)
 
-    def training_bytes(self, images: int, size: int) -> float:
+    def training_bytes(self, images: int, size: int, weight: int) -> float:
         """Estimate the activations that wait for the backward pass, and the logits with their gradient."""
         tokens = self.num_tokens + 2
         positions = tokens + self.vocabulary.max_text + 1
-        kept = self.transformer.config.saved_bytes(positions, size)
-        return images * (kept + 2 * tokens * self.vocabulary.total * 4)
+        kept = self.transformer.config.saved_bytes(positions, size, weight)
+        logits = 2 * tokens * self.vocabulary.total * 4
+        return images * (kept + logits) + (self.cast_bytes(size, weight) if images else 0)
 
     def decoding_bytes(self, images: int, size: int) -> float:
         """Estimate the keys and values of prompts, and the largest of what else there is, guidance included.

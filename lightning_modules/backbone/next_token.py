@@ -89,7 +89,12 @@ class NextTokenDecoder(NextTokenNetwork):
             layers = self.pass_over(torch.cat([prefix.embeddings, x], 1), FullAttention(True, before, cache=cache))
             cache.lengths = length + counts.repeat(branches)
             return cache, [layer[:, length - 1 :] for layer in layers], layers
-        cache = KVCache(self.image_places - 1, SharedPrefix(prefix.padding, length, rows, device), self.compiled)
+        # Rows of a prompt read one copy, and so do their twins, though the pass may read twins of several prompts once.
+        texts = rows[: len(tokens)]
+        groups = torch.cat([texts + branch * (texts.max() + 1) for branch in range(branches)])
+        source = rows.new_empty(int(groups.max()) + 1).scatter(0, groups, rows)
+        shared = SharedPrefix(prefix.padding[source], length, groups, device, source)
+        cache = KVCache(self.image_places - 1, shared, self.compiled)
         words = self.pass_over(prefix.embeddings, FullAttention(True, before, prefix.padding, cache))
         layers = [layer[rows.to(device), -1:] for layer in words]
         if len(places):

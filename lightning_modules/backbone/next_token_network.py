@@ -74,9 +74,13 @@ class NextTokenNetwork(TokenDecoder):
     def prefix(self, prompts: Sequence[str], conditional: Sequence[bool]) -> Prefix:
         """What comes before the image for each prompt that is `conditional`, else for its unconditional twin.
 
-        No row is asked for twice; conditional ones come first. Differentiable. ValueError for prompts that cannot be
+        No key is asked for twice; conditional rows come first. Differentiable. ValueError for prompts that cannot be
         read.
         """
+
+    def prefix_key(self, prompt: str, conditional: bool) -> Any:
+        """What tells the `prefix` of a row from others: rows with equal keys share it. Each prompt has its own."""
+        return prompt, conditional
 
     @abstractmethod
     def code_table(self) -> Tensor:
@@ -128,11 +132,12 @@ class NextTokenNetwork(TokenDecoder):
         """Positions that usually come before an image; memory is estimated by it."""
         return self.max_words
 
-    def training_bytes(self, images: int, size: int) -> float:
+    def training_bytes(self, images: int, size: int, weight: int) -> float:
         """Estimate the activations that wait for the backward pass, and the logits, their softmax and its gradient."""
         tokens = self.num_tokens
-        kept = self.transformer.config.saved_bytes(self.prefix_length + self.image_places, size)
-        return images * (kept + 3 * tokens * self.image_tokenizer.codebook_size * 4)
+        kept = self.transformer.config.saved_bytes(self.prefix_length + self.image_places, size, weight)
+        codes = 3 * tokens * self.image_tokenizer.codebook_size * 4
+        return images * (kept + codes) + (self.cast_bytes(size, weight) if images else 0)
 
     def decoding_bytes(self, images: int, size: int) -> float:
         """Estimate keys and values with logits and what is drawn from them, or what the image tokenizer takes.
@@ -171,9 +176,11 @@ class NextTokenNetwork(TokenDecoder):
         rows = list(zip(prompts, conditional, strict=True))
         if not self.shares_prefixes:
             return self.prefix(prompts, conditional), torch.arange(len(rows))
-        index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        keys = {row: self.prefix_key(*row) for row in dict.fromkeys(rows)}
+        first = {key: row for row, key in reversed(keys.items())}  # row of each key
+        index = {row: i for i, row in enumerate(dict.fromkeys(first[key] for key in keys.values()))}
         prefix = self.prefix([prompt for prompt, _ in index], [kind for _, kind in index])
-        return prefix, torch.tensor([index[row] for row in rows])
+        return prefix, torch.tensor([index[first[keys[row]]] for row in rows])
 
     def pass_over(self, x: Tensor, attention: AttentionFn) -> list[Tensor]:
         """Hidden states [R, S, dim] after every layer, or just after the last where there are no feature layers."""

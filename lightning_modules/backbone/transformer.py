@@ -44,17 +44,18 @@ class TransformerConfig:
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"Transformer heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 
-    def saved_bytes(self, positions: int, size: int) -> float:
-        """Estimate what a training pass over some positions keeps for the backward pass, `size` bytes a number.
+    def saved_bytes(self, positions: int, size: int, stream: int) -> float:
+        """Estimate what a training pass over some positions keeps for the backward pass on a GPU.
 
-        A layer keeps, in widths: its input and norm (2), queries, keys, values before and after norm and rotation (7),
-        keys and values beside the prompt's (2), what is attended to in two layouts (2), and the feed-forward layer's
-        hidden states before and after its activation. One that gates has four of these; a fifth stands for what RMS
-        norms keep in single precision. With checkpointing only one layer has all that.
+        A number takes `size` bytes, in the residual stream `stream`: in mixed precision that is single. A layer keeps,
+        in widths: input (in the stream) and output of its norms, queries, keys, values (3), rotated queries and keys
+        (2), what is attended to (1), two more of queries and keys with norms, which are in single precision (4), and
+        hidden states before and after the activation (2, with a gate 4). With checkpointing one layer has all that.
         """
-        layer = (13 + (5 if self.swiglu else 2) * self.mlp_ratio) * self.dim
-        widths = layer + self.depth * self.dim if self.checkpointing else self.depth * layer
-        return positions * widths * size
+        norms = 1 if self.parallel else 2
+        inner = 6 + (4 if self.qk_norm else 0) + (4 if self.swiglu else 2) * self.mlp_ratio
+        layer = norms * (stream + size) + inner * size
+        return positions * self.dim * (layer + self.depth * stream if self.checkpointing else self.depth * layer)
 
     @property
     def head_dim(self) -> int:

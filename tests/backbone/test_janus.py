@@ -161,6 +161,19 @@ def test_the_policys_log_probabilities_are_the_recorded_ones(decoder: Janus) -> 
         assert len(state.tokens.unique()) > 8
 
 
+def test_prompts_of_one_length_have_one_unconditional_prefix(decoder: Janus) -> None:
+    prompts = ["1 2", "3 4", "5", "6", "7 8", "1 2"]
+    kinds = [True] * 6 + [False] * 6
+    prefix, rows = decoder.distinct_prefixes(prompts * 2, kinds)
+    assert len(prefix.embeddings) == 5 + 2
+    assert rows.tolist() == [0, 1, 2, 3, 4, 0, 5, 5, 6, 6, 5, 5]
+    together = decoder.begin(asked(prompts), Sampling(guidance=GUIDANCE))
+    for row, prompt in enumerate(prompts):
+        alone = decoder.begin(asked([prompt]), Sampling(guidance=GUIDANCE))
+        found = guided_logits(decoder, together.logits)[row]
+        torch.testing.assert_close(found, guided_logits(decoder, alone.logits)[0], atol=2e-4, rtol=0)
+
+
 def test_checkpointing_changes_no_gradient(golden: dict[str, Tensor]) -> None:
     gradients = []
     for checkpointing in (False, True):

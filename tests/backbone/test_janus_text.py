@@ -113,6 +113,9 @@ def test_the_other_template_is_refused_where_it_can_be_known(tmp_path: Path, fol
         with pytest.raises(ValueError, match="with template=janus_pro, not janus"):
             JanusTokenizer(str(chatting), "janus")
         JanusTokenizer(str(chatting))
+        (chatting / file).write_text(content.replace("<|User|>", "User"))
+        with pytest.raises(ValueError, match="with template=janus, not janus_pro"):
+            JanusTokenizer(str(chatting))
     with pytest.raises(ValueError, match=r"text_tokenizer\.template is one of janus_pro, janus, not 'pro'"):
         JanusTokenizer(folder, "pro")  # type: ignore[arg-type]
 

@@ -1,12 +1,18 @@
 """The memory estimate against what passes really keep; on the meta device, so that sizes can be the real ones."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hydra.utils import instantiate
+from torch import Tensor, nn
 
+from callbacks.memory import MemoryEstimate
+from lightning_modules.backbone.attention import AttentionFn, FullAttention
+from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_sampling import MaskSampling
@@ -28,31 +34,51 @@ from tests.helpers.models import phi
 BATCH, PROMPT, GRID = 4, 20, 258
 
 
+def showo_attention(depth: int) -> AttentionFn:
+    cached = [torch.empty(BATCH, 32, PROMPT, 64)] * depth
+    prefix = Prefix(Rotary.at(torch.arange(PROMPT), 32), None, cached, cached)
+    return Grid(Rotary.at(torch.arange(GRID), 32), [prefix])
+
+
+def janus_attention(depth: int) -> AttentionFn:
+    return FullAttention(True, Rotary.at(torch.arange(GRID), 128))
+
+
+SHOWO = TransformerConfig(2048, 24, 32, 4.0, parallel=True, qk_norm=True, gelu="tanh")
+JANUS = TransformerConfig(2048, 24, 16, 2.75, rms_norm=True, swiglu=True, bias=False)
+JANUS_7B = replace(JANUS, dim=4096, depth=30, heads=32, mlp_ratio=2.6875)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_keeps_what_is_estimated(checkpointing: bool) -> None:
-    config = TransformerConfig(2048, 24, 32, 4.0, parallel=True, qk_norm=True, gelu="tanh", checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("sizes", "attention"),
+    [(SHOWO, showo_attention), (JANUS, janus_attention), (JANUS_7B, janus_attention)],
+    ids=["showo", "janus_1b", "janus_7b"],
+)
+def test_training_keeps_what_is_estimated(
+    sizes: TransformerConfig, attention: Callable[[int], AttentionFn], checkpointing: bool
+) -> None:
+    config = replace(sizes, checkpointing=checkpointing)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
-        kept[id(x.untyped_storage())] = x.untyped_storage().nbytes()
-        storages.append(x.untyped_storage())
+        if x.shape[-2:] != (GRID, GRID):  # attention's weights, which GPUs compute again
+            kept[id(x.untyped_storage())] = x.untyped_storage().nbytes()
+            storages.append(x.untyped_storage())
         return x
 
     storages: list[Any] = []  # alive, so that no id is given twice
     with torch.device("meta"):
-        model = Transformer(config)
-        cached = [torch.empty(BATCH, 32, PROMPT, 64)] * config.depth
-        prefix = Prefix(Rotary.at(torch.arange(PROMPT), 32), None, cached, cached)
-        attending = Grid(Rotary.at(torch.arange(GRID), 32), [prefix])
-        x = torch.empty(BATCH, GRID, 2048, requires_grad=True)
+        model, attending = Transformer(config), attention(config.depth)
+        x = torch.empty(BATCH, GRID, config.dim, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             out = model.last(x, attending)
     assert out.shape == x.shape
     weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
     measured = sum(kept.values()) - (0 if checkpointing else weights)
-    estimate = config.saved_bytes(BATCH * GRID, 4)
+    estimate = config.saved_bytes(BATCH * GRID, 4, 4)
     if checkpointing:  # the one layer that is computed anew is not among what the forward pass keeps
-        estimate -= TransformerConfig(2048, 1, 32, 4.0, parallel=True).saved_bytes(BATCH * GRID, 4)
+        estimate -= replace(sizes, depth=1).saved_bytes(BATCH * GRID, 4, 4)
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
@@ -60,6 +86,9 @@ def test_training_keeps_what_is_estimated(checkpointing: bool) -> None:
 def test_training_and_decoding_of_next_token_decoders_take_what_is_estimated(checkpointing: bool) -> None:
     llama = make_llama(dim=128, grid=12, checkpointing=checkpointing)
     prompts, tokens, images = [" ".join(["a"] * 11)] * 8, torch.randint(0, 32, (8, 144)), range(8)
+    positions, layers = llama.prefix_length + 144, 1 if checkpointing else 3
+    # On CPUs, attention keeps its weights as well, and RMS norms what they normalise.
+    beside = layers * 8 * positions * (4 * positions + 2 * 128) * 4
 
     def train() -> None:
         llama.log_probs(prompts, tokens, images).sum().backward()
@@ -70,8 +99,42 @@ def test_training_and_decoding_of_next_token_decoders_take_what_is_estimated(che
             llama.commit(state, llama.propose(state, 1), torch.zeros(8, dtype=torch.int64))
 
     train()  # gradients are there
-    assert llama.training_bytes(8, 4) == pytest.approx(peak_mebibytes(train) * 2**20, rel=0.15)
+    assert llama.training_bytes(8, 4, 4) + beside == pytest.approx(peak_mebibytes(train) * 2**20, rel=0.15)
     assert llama.decoding_bytes(8, 4) == pytest.approx(peak_mebibytes(decode) * 2**20, rel=0.15)
+
+
+def estimated(decoder: TokenDecoder, **trainer: Any) -> dict[str, float]:
+    """Estimate the training of a decoder on two images."""
+    module: Any = nn.Module()
+    module.decoder = decoder
+    given = {"strategy": None, "world_size": 1, "callbacks": [], "datamodule": SimpleNamespace(batch_size=2)}
+    run: Any = SimpleNamespace(**given | trainer)
+    return MemoryEstimate().estimate(run, module, "fit")
+
+
+def test_mixed_precision_keeps_copies_of_weights() -> None:
+    plain, again = (estimated(make_llama(checkpointing=on), precision="bf16-mixed") for on in (False, True))
+    llama = make_llama()
+    linear = sum(layer.weight.numel() for layer in llama.modules() if isinstance(layer, nn.Linear))
+    assert plain["training"] == llama.training_bytes(2, 2, 4) > linear * 2
+    llama.requires_grad_(False).head.requires_grad_(True)
+    frozen = estimated(llama, precision="bf16-mixed")
+    assert frozen["training"] == plain["training"]  # they stand between the image and what is trained
+    llama.transformer.config = replace(llama.transformer.config, checkpointing=True)
+    head = sum(layer.weight.numel() for layer in llama.head if isinstance(layer, nn.Linear))
+    copies = again["training"] - estimated(llama, precision="bf16-mixed")["training"]
+    assert copies == 2 * (linear - head)
+
+
+def test_sharded_weights_are_gathered_by_layers(compose_config: Any) -> None:
+    llama = make_llama()
+    strategy = instantiate(compose_config("devices=fsdp").trainer.strategy)
+    found = estimated(llama, precision="bf16-mixed", strategy=strategy, world_size=4)
+    layer, own = (sum(w.numel() for w in part.parameters()) for part in (llama.transformer.blocks[0], llama))
+    trained = sum(w.numel() for w in llama.parameters() if w.requires_grad)
+    assert found["parameters"] == own * 4 / 4 + (own - 3 * layer + 2 * layer) * 2
+    assert found["gradients"] == found["stepping"] == found["optimizer"] / 2 == trained * 4 / 4
+    assert found["training"] == llama.training_bytes(2, 2, 2)
 
 
 @pytest.mark.parametrize(("width", "bits"), [(128, 8), (8, 8), (8, 12)], ids=["pixels", "layers", "logits"])

@@ -43,6 +43,9 @@ class TinyLlama(NextTokenDecoder):
         spans = [range(pad + 1, length - 1) for pad in padding.tolist()]
         return Prefix(self.words(ids), padding, spans)
 
+    def prefix_key(self, prompt: str, conditional: bool) -> Any:
+        return prompt if conditional else len(prompt.split())
+
     def code_table(self) -> Tensor:
         return self.codes.weight
 

@@ -88,8 +88,9 @@ def here(tmp_path: Path) -> list[str]:
 
 
 def pair_files(folder: Path, tokens: int = 64) -> list[str]:
-    """Overrides that name a file of eight pairs of images, each of so many tokens of 64 kinds."""
+    """Overrides that name a file of eight pairs of images, each of so many tokens of 64 kinds, and two prompts."""
     made = torch.randint(64, (8, 2, tokens), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [{"prompt": "a photo of a star", "chosen": chosen, "rejected": rejected} for chosen, rejected in made]
+    prompts = ["a photo of a star", "a photo of two red stars"] * 4
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, (c, r) in zip(prompts, made, strict=True)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [f"data.{split}.path={folder}/pairs.jsonl" for split in ("train", "validation")]
