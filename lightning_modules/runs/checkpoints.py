@@ -106,6 +106,19 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"hydra.run.dir: {folder} holds {names} of something else: name another folder")
 
 
+def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Name the settings that a run in a folder had until now and that a config changes, paths aside."""
+    if not _has_config(folder):
+        return []
+    before, now = (
+        dict(flat(each)) for each in (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")), config)
+    )
+    plain = {key for each in (before, now) for key, value in each.items() if not isinstance(value, Mapping)}
+    paths = {key for each in (before, now) for key, value in each.items() if "/" in str(value)}
+    changed = sorted(key for key in plain - paths - {"ckpt_path"} if before.get(key) != now.get(key))
+    return [f"{key}={now.get(key)} ({before.get(key)} until now)" for key in changed]
+
+
 def _has_config(folder: Path) -> bool:
     """Look for the first thing that a run writes into its folder."""
     config = folder / "config.yaml"

@@ -77,9 +77,13 @@ class Pipeline:
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             overrides.append(f"ckpt_path={quoted(last)}")
-        done = subprocess.run([sys.executable, sys.argv[0], *overrides])
-        if done.returncode or not self._is_done(seed, name):
-            raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {done.returncode}; see {folder}")
+        with subprocess.Popen([sys.executable, sys.argv[0], *overrides]) as job:
+            try:
+                job.wait()
+            except KeyboardInterrupt:  # which the job got as well: it saves first, and the same command goes on there
+                sys.exit(job.wait())
+        if job.returncode or not self._is_done(seed, name):
+            raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {job.returncode}; see {folder}")
 
     def report(self) -> None:
         """Write and print the table of the seeds whose jobs are all done."""

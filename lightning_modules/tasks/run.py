@@ -24,9 +24,9 @@ from lightning_modules.backbone.loading import export as export_network
 from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
 from lightning_modules.evaluator import Evaluator
-from lightning_modules.files import write_text
+from lightning_modules.files import some_of, write_text
 from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.runs.checkpoints import keep_metrics, load_checkpoint, named_checkpoints
+from lightning_modules.runs.checkpoints import changed_settings, keep_metrics, load_checkpoint, named_checkpoints
 from lightning_modules.runs.mismatches import refuse_mismatches
 from lightning_modules.runs.processes import is_first
 from lightning_modules.runs.quiet import quieten
@@ -48,6 +48,8 @@ def run(config: DictConfig) -> None:
     refuse_mismatches(config)
     seed_everything(config.seed, workers=True, verbose=False)
     if is_first():
+        if config.ckpt_path and (changed := changed_settings(folder, OmegaConf.to_container(config, resolve=True))):  # type: ignore[arg-type]
+            print(f"It goes on with other settings: {some_of(changed)}", flush=True)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         keep_metrics(folder)
     try:

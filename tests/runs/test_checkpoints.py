@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from callbacks.runs import checkpoint_to_resume
 from lightning_modules.runs.checkpoints import (
     LOCK,
+    changed_settings,
     forget_refused,
     keep_metrics,
     newest_checkpoint,
@@ -103,6 +105,20 @@ def test_metrics_are_put_aside_under_the_next_free_number(tmp_path: Path) -> Non
     (tmp_path / "metrics" / "metrics.csv").write_text("step\n")
     keep_metrics(tmp_path)
     assert (tmp_path / "metrics-11" / "metrics.csv").read_text() == "step\n"
+
+
+def test_settings_that_a_resumed_run_changes_are_named(tmp_path: Path) -> None:
+    config = {
+        "rollouts_dir": "outputs/rollouts",
+        "ckpt_path": None,
+        "strategies": {"a": {"k": 8, "n": 2}},
+        "task": "fit",
+    }
+    assert changed_settings(tmp_path, config) == []
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    assert changed_settings(tmp_path, config | {"rollouts_dir": "/disk", "ckpt_path": "auto"}) == []
+    now = config | {"strategies": {"a": {"k": 16}}}
+    assert changed_settings(tmp_path, now) == ["strategies.a.k=16 (8 until now)", "strategies.a.n=None (2 until now)"]
 
 
 def test_a_refused_run_removes_only_what_it_has_made(tmp_path: Path) -> None:
