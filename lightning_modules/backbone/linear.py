@@ -28,7 +28,8 @@ class Linear(nn.Linear):
         if self._is_small(rows):
             return self._of_few(x)
         if rows * self.weight.numel() >= _LONG and torch.backends.mkldnn.is_available():
-            return _Product.apply(x, self.weight, self.bias)
+            product = _Product.apply if torch.is_grad_enabled() else _product
+            return product(x, self.weight, self.bias)
         return super().forward(x)
 
     def _is_small(self, rows: int) -> bool:
