@@ -41,7 +41,7 @@ def refuse_settings(config: DictConfig) -> None:
         hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
-        _read_prompt_files(plain["geneval"])
+        _read_prompts(plain["geneval"])
     if config.task == "generate":
         try:
             refuse_unmarked(Path(config.images))
@@ -54,10 +54,10 @@ def refuse_settings(config: DictConfig) -> None:
             refuse_broken(Path(path), "ckpt_path")
 
 
-def _read_prompt_files(geneval: Mapping[str, Any]) -> None:
-    """Read prompts of files; raises what their functions raise."""
+def _read_prompts(geneval: Mapping[str, Any]) -> None:
+    """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
     for name, node in geneval.items():
-        if isinstance(node, Mapping) and "path" in node:
+        if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
             instantiate({"geneval": {name: node}}, _convert_="all")
 
 
