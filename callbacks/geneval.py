@@ -15,6 +15,7 @@ from lightning_modules.report.report import write_report
 from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_table
 from lightning_modules.runs.checkpoints import shown
+from lightning_modules.runs.checks import refuse_unknown_strategies
 
 
 @dataclass(eq=False)
@@ -48,14 +49,7 @@ class GenEvalCallback(Callback):
     def __post_init__(self) -> None:
         self._untrained: Judges = {}
         self._has_evaluated = False
-        known, validated = self.evaluator.strategies, self.validation_strategies
-        named = {"validation_strategies": validated, "test_strategies": self.test_strategies or []}
-        for key, names in {**named, "monitor": [self.monitor]}.items():
-            if unknown := [name for name in names if name not in known]:
-                said = f"names the strategy {unknown[0]!r}; there are: {', '.join(known)}"
-                raise ValueError(f"callbacks.geneval.{key} {said}")
-        if self.monitor not in validated:
-            raise ValueError(f"callbacks.geneval.monitor {self.monitor!r} is not among validation_strategies")
+        refuse_unknown_strategies(vars(self), self.evaluator.strategies)
 
     def state_dict(self) -> dict[str, Any]:
         return {"has_evaluated": self._has_evaluated}

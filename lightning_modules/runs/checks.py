@@ -5,7 +5,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -103,6 +103,18 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
     on_cpu = wanted == "cpu" or (wanted == "auto" and not any(there.values()))
     if on_cpu and several and int(devices) > cores:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
+
+
+def refuse_unknown_strategies(geneval: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for names of the GenEval callback that are no strategy's, or are not measured."""
+    measured = geneval["validation_strategies"]
+    named = {"validation_strategies": measured, "test_strategies": geneval["test_strategies"] or []}
+    for key, names in {**named, "monitor": [geneval["monitor"]]}.items():
+        if unknown := [name for name in names if name not in known]:
+            said = f"names the strategy {unknown[0]!r}; there are: {', '.join(known)}"
+            raise ValueError(f"callbacks.geneval.{key} {said}")
+    if geneval["monitor"] not in measured:
+        raise ValueError(f"callbacks.geneval.monitor {geneval['monitor']!r} is not among validation_strategies")
 
 
 def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any) -> None:

@@ -12,7 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints
-from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
+from lightning_modules.runs.checks import (
+    refuse_missing_devices,
+    refuse_unknown_strategies,
+    refuse_unread,
+    refuse_wrong_values,
+)
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
 
@@ -92,6 +97,8 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
     folder = config["task"] == "evaluate" and config["ckpt_path"] and Path(config["ckpt_path"]).is_dir()
     if folder and "geneval" not in callbacks:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
+    if callbacks.get("geneval"):
+        refuse_unknown_strategies(callbacks["geneval"], config["strategies"])
     if data:
         _refuse_other_data(module, data)
     if config["task"] == "fit" and "geneval" not in callbacks and (waiting := _monitors_geneval(callbacks)):
