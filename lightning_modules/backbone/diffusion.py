@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.backbone.checkpoint_folder import from_hub
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
-from lightning_modules.backbone.loading import fingerprint, from_hub
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import refuse_below
 from lightning_modules.broken_files import first_line, refuse_broken_folder
 from lightning_modules.cache_key import class_name, digest, published_key

@@ -8,7 +8,8 @@ from huggingface_hub import ModelHubMixin
 from hydra.utils import get_object, instantiate
 from torch import nn
 
-from lightning_modules.backbone.loading import export, from_hub, pretrained
+from lightning_modules.backbone.checkpoint_folder import from_hub
+from lightning_modules.backbone.loading import export, pretrained
 from lightning_modules.broken_files import read_settings
 
 _OWN = ("lightning_modules.", "datamodules.")  # all that somebody else's config may name

@@ -9,63 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lightning_modules.backbone.checkpoint_folder import PICKLED, WEIGHTS, exported, resolve, weights_file
 from lightning_modules.broken_files import first_line, read_json, read_settings, read_torch, refuse_broken
-from lightning_modules.files import BUNDLED, whole, write_text
+from lightning_modules.files import whole, write_text
 
-_WEIGHTS = (  # in the order in which they are looked for
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-_PICKLED = (".bin", ".pt", ".pth")
 _INSIDE = ("model", "module", "state_dict")  # what pickled checkpoints call their weights
-_NAME = r"[\w.-]+"  # pattern of an owner, a repository or a file on the hub
 M = TypeVar("M", bound=nn.Module)
-
-
-def resolve(checkpoint: str, advice: str | None = None) -> Path:
-    """Find the folder of a checkpoint: a path, `bundled:NAME` for the package's own, or OWNER/NAME on the hub.
-
-    A path to a file of weights stands for itself, as does OWNER/NAME/FILE on the hub. Raises FileNotFoundError if there
-    are no weights; for the `advice` in it see `from_hub`.
-    """
-    name = checkpoint.removeprefix("bundled:")
-    folder = BUNDLED / name if name != checkpoint else Path(checkpoint)
-    if any((folder / file).is_file() for file in _WEIGHTS) or _is_weights(folder):
-        return folder
-    if not folder.exists() and (file := re.fullmatch(rf"({_NAME}/{_NAME})/({_NAME})", checkpoint)):
-        return from_hub(file[1], [file[2]], advice) / file[2]
-    if folder.exists() or not re.fullmatch(f"{_NAME}/{_NAME}", checkpoint):
-        known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
-        raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
-    return from_hub(checkpoint, ["*.safetensors", "*.json", "*.bin"], advice)
-
-
-def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **options: Any) -> Path:
-    """Fetch files of a model OWNER/NAME on the hub, if they are not here yet, and return their folder.
-
-    Without network or model it raises FileNotFoundError, with the `advice` or how to set a checkpoint to a folder. The
-    options are those of `snapshot_download`.
-    """
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
-    except (OSError, ValueError) as error:
-        advice = advice or f"run `hf download {name} --local-dir FOLDER`, then set the checkpoint to that folder"
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}); where "
-            f"there is network {advice}"
-        ) from error
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in (*_PICKLED, ".safetensors") and path.is_file()
 
 
 class CheckpointReader:
@@ -76,7 +29,7 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder)
+        found = weights_file(folder)
         files = [found]
         if found.suffix == ".json":
             names = read_settings(found).get("weight_map")
@@ -104,7 +57,7 @@ class CheckpointReader:
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
-    if path.suffix in _PICKLED:
+    if path.suffix in PICKLED:
         pickled = read_torch(path)
         for name in _INSIDE:
             if isinstance(pickled, dict) and isinstance(pickled.get(name), dict):
@@ -170,8 +123,8 @@ def pretrained(module: M, checkpoint: str | None = None, start: str | None = Non
         check(read_settings(folder / "config.json"))
     names, unused = _names_in(stored.keys, [*getattr(module, "layouts", ()), Layout(lambda key: [key])], [*expected])
     used = {name for group in names.values() for name in group}
-    other = _exported_kind(folder)
-    if other not in (None, kind) and not used <= stored.keys:
+    other = exported(folder).get("_target_", kind).rpartition(".")[2]
+    if other != kind and not used <= stored.keys:
         raise ValueError(f"checkpoint {checkpoint!r} holds the weights of a {other}, not of a {kind}")
     check_tensors(stored, folder)
     for key, value in expected.items():
@@ -195,13 +148,6 @@ def _names_in(keys: set[str], layouts: Sequence[Layout], own: Sequence[str]) -> 
     return max(found, key=lambda pair: sum(name in keys for group in pair[0].values() for name in group))
 
 
-def _exported_kind(folder: Path) -> str | None:
-    """Name the class of the network that `export` wrote to a folder, if it did."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    module = config.get("module") if isinstance(config, dict) else None
-    return str(module.get("_target_")).rpartition(".")[2] if isinstance(module, dict) else None
-
-
 def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Write a module's own weights and the config that builds it, whole or not at all; see `refuse_other_weights`."""
     refuse_other_weights(folder, config)
@@ -216,7 +162,7 @@ def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: to
 
 def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
-    there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).is_file()]
+    there = [name for name in (*WEIGHTS, "config.json") if (folder / name).is_file()]
     stored = read_json(folder / "config.json") if "config.json" in there else None
     origin = {"checkpoint": None, "start": None}  # where weights came from decides nothing
     same = isinstance(stored, dict) and stored | origin == json.loads(json.dumps(config)) | origin

@@ -1,25 +1,25 @@
 """Published weights that a config names by OWNER/NAME: those missing on this machine, their sizes and their places."""
 
 import os.path
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from lightning_modules.backbone.checkpoint_folder import on_hub
+
 # Patterns of the files that `checkpoint` names, one of which has to be there, by the target that loads them.
-_LOADERS = {
+LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.emu3.Emu3Tokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.t5.T5Text": ("*.safetensors",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
-    "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors",),
+    "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors", "*.bin"),
     "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
 }
 _CLIP_LOADERS = {  # the argument that names the architecture
@@ -27,6 +27,8 @@ _CLIP_LOADERS = {  # the argument that names the architecture
     "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
     "open_clip.create_model": "model_name",
 }
+# Where the hub has the weights of open_clip that the configs here name, by architecture and tag.
+CLIPS = {("ViT-L-14-quickgelu", "openai"): "timm/vit_large_patch14_clip_224.openai/"}
 # Pattern of the files to download, where a repository has many others.
 _ONLY = {
     "lightning_modules.backbone.text.PublishedTokenizer": "tokenizer.json",
@@ -93,14 +95,15 @@ def named(config: Mapping[str, Any]) -> Iterator[Published]:
     """The published weights that a resolved config names, where it names no folder or file."""
     for key, node in nodes(config):
         target = node["_target_"]
-        if files := _LOADERS.get(target):
+        if files := LOADERS.get(target):
             checkpoint = node.get("checkpoint")
-            if not isinstance(checkpoint, str) or Path(checkpoint).exists():
+            if not isinstance(checkpoint, str) or not (found := on_hub(checkpoint)):
                 continue
-            if checkpoint.count("/") == 1:
-                yield Published(f"{key}.checkpoint", checkpoint, files, _ONLY.get(target, ""))
-            elif file := re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w.-]+\.(?:pt|pth|bin|safetensors))", checkpoint):
-                yield Published(f"{key}.checkpoint", file[1], (file[2],), file[2], f"/{file[2]}")
+            name, file = found
+            if file:
+                yield Published(f"{key}.checkpoint", name, (file,), file, f"/{file}")
+            else:
+                yield Published(f"{key}.checkpoint", name, files, _ONLY.get(target, ""))
         elif clip := clip_named(node):
             model, tag = clip
             if tag and (weights := published_clip(f"{key}.pretrained", model, tag)):
@@ -115,10 +118,14 @@ def clip_named(node: Mapping[str, Any]) -> tuple[str, str | None] | None:
 
 def published_clip(key: str, model: str, tag: str) -> Published | None:
     """The weights that open_clip has under a tag for an architecture; None if it has none."""
-    on_hub = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag).get("hf_hub")
-    if not on_hub:
+    place = CLIPS.get((model, tag))
+    if place is None:
+        import open_clip  # takes seconds
+
+        place = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag).get("hf_hub")
+    if not place:
         return None
-    name, file = os.path.split(on_hub)
+    name, file = os.path.split(place)
     files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     return Published(key, name, files, file or "open_clip_*", f"/{files[0]}")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.caption import clean_caption
-from lightning_modules.backbone.loading import fingerprint, from_hub
+from lightning_modules.backbone.checkpoint_folder import from_hub
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.text import PublishedTokenizer
 from lightning_modules.broken_files import read_settings, refuse_broken_folder
 from lightning_modules.cache_key import Keyed, class_name, digest, published_key

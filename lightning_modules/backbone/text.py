@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lightning_modules.backbone.loading import from_hub
+from lightning_modules.backbone.checkpoint_folder import from_hub
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 from lightning_modules.broken_files import first_line, refuse_broken
 from lightning_modules.cache_key import Keyed, class_name, digest

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.backbone.loading import fingerprint, resolve
+from lightning_modules.backbone.checkpoint_folder import resolve
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.cache_key import Keyed, class_name, digest, published_key
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Detections

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_modules.backbone.loading import fingerprint, from_hub
+from lightning_modules.backbone.checkpoint_folder import from_hub
+from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.cache_key import class_name, digest, key_of, published_key
 from lightning_modules.rewards.verifier import Critic, StepJudge

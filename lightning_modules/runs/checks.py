@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-from lightning_modules.runs.messages import defining_key
+from lightning_modules.runs.messages import defining_key, flat
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
 from lightning_modules.runs.signatures import required, signature
 
@@ -26,7 +26,9 @@ _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interv
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
+_FRACTIONS = ("prompt_dropout", "feature_dropout", "finished", "share")
 _RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val", "guidance", "beta")
+_JUDGES = ("parm", "likelihood", "geneval", "strict", "clauses")  # that a run has of itself, most of them
 _MORE_THAN_0 = math.ulp(0.0)
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {
@@ -37,6 +39,12 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
         ("Sampling.temperature", "min_margin", "max_advantage"), (int | float, _MORE_THAN_0, math.inf, "above 0")
     ),
     "per_task": (int, 1, math.inf, "a whole number of at least 1 or named values, {a: 1}"),
+    **dict.fromkeys(_FRACTIONS, (int | float, 0, 1, "a number from 0 to 1")),
+    "MaskWarmup.start": (int | float, _MORE_THAN_0, 1, "above 0 and at most 1"),
+    "FID.count": (int, 2, math.inf, "a whole number of at least 2, images to compare with"),
+    "quantile": (int | float, _MORE_THAN_0, math.nextafter(1, 0), "above 0 and below 1"),
+    "window": (int, 2, math.inf, "a whole number of at least 2"),
+    "max_weight": (int | float, 1, math.inf, "at least 1, the average"),
     "top_p": (int | float, _MORE_THAN_0, 1, "above 0 and at most 1"),
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
@@ -115,6 +123,20 @@ def refuse_unknown_strategies(geneval: Mapping[str, Any], known: Collection[str]
             raise ValueError(f"callbacks.geneval.{key} {said}")
     if geneval["monitor"] not in measured:
         raise ValueError(f"callbacks.geneval.monitor {geneval['monitor']!r} is not among validation_strategies")
+
+
+def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for names of judges that no run has and the config does not add."""
+    data, known = config.get("data") or {}, [*_JUDGES, *(config["judges"].get("rewards") or ())]
+    named = {"evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()}
+    named |= {f"data.{name}": data.get(name) or () for name in ("rewards", "held_out")}
+    for key, value in flat(config["strategies"]):
+        if key.rpartition(".")[2] in ("judge", "verifier") and isinstance(value, str):
+            named[f"strategies.{key.partition('.')[0]}"] = [value]
+    for key, names in named.items():
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(known)}")
 
 
 def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any) -> None:

@@ -1,20 +1,17 @@
 """Checks of parts that a config names, before any of them is loaded: sizes, words, weights and checkpoints."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_modules.backbone.published import clip_named, named, nodes, refuse_missing
+from lightning_modules.backbone.published import clip_named, nodes
 from lightning_modules.rewards.open_clip_loader import refuse_other_network
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_config
 from lightning_modules.runs.messages import defining_key
-
-# What is built by tasks that need no module, callbacks and data.
-_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
+from lightning_modules.runs.weights import built_parts, refuse_missing_weights, refuse_other_parm
 
 
 def refuse_mismatches(config: DictConfig) -> None:
@@ -33,8 +30,7 @@ def refuse_mismatches(config: DictConfig) -> None:
 
 def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise for networks, images, detectors and prompts that differ in size or words, and for missing weights."""
-    parts = _BUILT.get(config["task"], ("module", "callbacks", "data"))
-    built = {name: config[name] for name in parts if config.get(name)}
+    built = built_parts(config)
     detectors = {key: get_class(node["_target_"]) for key, node in nodes(built) if key.endswith("detector")}
     if config["task"] != "score":
         size = _refuse_mismatched_networks(config, built)
@@ -49,8 +45,7 @@ def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str,
     for key, node in nodes(built):
         if clip := clip_named(node):
             refuse_other_network(defining_key(unresolved, key), *clip)
-    weights = (replace(each, key=defining_key(unresolved, each.key)) for each in named(built))
-    refuse_missing(list({each.key: each for each in weights}.values()))
+    refuse_missing_weights(built, unresolved)
 
 
 def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, Any]) -> int | None:
@@ -63,14 +58,7 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, A
             network = instantiate(tokenizer["module"], _convert_="all")
         grid, size = network.grid, network.image_size
     if parm and decoder:
-        reads, shows = parm["module"], decoder["module"]
-        for name, meaning, value in (
-            ("feature_layers", "decoder.module.feature_layers", shows.get("feature_layers")),
-            ("decoder_dim", "the width of the decoder", shows["transformer"]["dim"]),
-            ("grid", "the grid of the image tokenizer", grid),
-        ):
-            if reads[name] != value:
-                raise ValueError(f"parm.module.{name}={reads[name]} does not go with {meaning}, which is {value}")
+        refuse_other_parm(parm, grid=("the grid of the image tokenizer", grid))
     if tokenizer and "train_images" in data:
         height, width = instantiate(data["train"], _convert_="all")[0].image.shape[:2]
         if (height, width) != (size, size):

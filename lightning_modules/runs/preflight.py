@@ -14,12 +14,14 @@ from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints
 from lightning_modules.runs.checks import (
     refuse_missing_devices,
+    refuse_unknown_judges,
     refuse_unknown_strategies,
     refuse_unread,
     refuse_wrong_values,
 )
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
+from lightning_modules.runs.weights import refuse_other_features, refuse_unfit_weights
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -47,6 +49,8 @@ def refuse_settings(config: DictConfig) -> None:
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
         _read_prompts(plain["geneval"])
+    refuse_other_features(plain)
+    refuse_unfit_weights(plain, unresolved)
     if config.task == "generate":
         try:
             refuse_unmarked(Path(config.images))
@@ -99,6 +103,7 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
     if callbacks.get("geneval"):
         refuse_unknown_strategies(callbacks["geneval"], config["strategies"])
+    refuse_unknown_judges(config)
     if data:
         _refuse_other_data(module, data)
     if config["task"] == "fit" and "geneval" not in callbacks and (waiting := _monitors_geneval(callbacks)):

@@ -1,5 +1,6 @@
 """The help and refusals answer at once: they import neither torch nor Lightning."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,22 @@ def test_every_experiment_is_described() -> None:
         (["experiment=dpo", "data=rollouts"], "module=dpo learns from pairs"),
         (["task=evaluate", "ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=score"], "task=score needs images=DIR"),
+        (["decoder.checkpoint=nowhere"], "decoder.checkpoint: checkpoint 'nowhere': no model.safetensors"),
+        (["parm.checkpoint=bundled:shapes_decoder"], "holds the weights of a CompactDecoder, not of a PARM"),
+        (
+            ["decoder.module.transformer.heads=8"],
+            "was made for another model: transformer.heads is 4 there, and 8 here",
+        ),
+        (["parm.module.feature_layers=[4]"], "does not go with decoder.module.feature_layers"),
+        (["experiment=showo_evaluate"], "decoder.checkpoint: showlab/show-o (*.safetensors or *.bin, 5.8 GB)"),
+        (["evaluator.independent_judges=[magic]"], "names the judge 'magic'; there are: parm, likelihood"),
+        (["task=score", "images=.", "fid=shapes", "fid.count=1"], "fid.count must be a whole number of at least 2"),
     ],
 )
 def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path: Path) -> None:
     folder = [] if arguments[0].startswith("-") else [f"hydra.run.dir={tmp_path}/run"]
     command = [sys.executable, "-c", PROGRAM, *arguments, *folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     assert said in done.stdout, done.stdout + done.stderr
     assert done.stdout.endswith("imported []\n")

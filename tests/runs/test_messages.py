@@ -17,8 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datamodules.photographs import Photographs
-from lightning_modules.backbone.loading import BUNDLED, pretrained
+from lightning_modules.backbone.loading import pretrained
 from lightning_modules.backbone.text import PublishedTokenizer
+from lightning_modules.files import BUNDLED
 from lightning_modules.image_reader import UnreadableImage
 from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
 from lightning_modules.runs.command_line import wrong_option, wrong_setting
@@ -301,7 +302,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["task=evaluate", "module=evaluation", "+debug=minutes"], "; +debug=minutes sets keys too"),
         (["task=pipeline"], "task=pipeline needs jobs to run: use experiment=pipeline"),
         (["trainer.devices=99", "trainer.accelerator=cpu"], "trainer.devices=99 means as many processes on the CPU"),
-        (["module.objective.finished=2"], "finished must lie in [0, 1], not 2 (in module.objective)"),
+        (["module.objective.finished=2"], "module.objective.finished must be a number from 0 to 1, not 2"),
         (["test_ckpt_path=last"], "test_ckpt_path must be null (the last weights) or best, not 'last'"),
         (
             ["judges=open_clip", "judges.rewards.clip.clip.model_name=ViT-B-32"],

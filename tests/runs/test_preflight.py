@@ -63,8 +63,8 @@ def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
 ) -> None:
     monkeypatch.setattr(Published, "is_here", property(lambda weights: pytest.fail(f"{weights} was looked for")))
     config = compose_config(*overrides, "trainer.accelerator=cpu")
-    refuse_settings(config)
     with pytest.raises(ValueError) as refused:
+        refuse_settings(config)
         refuse_mismatches(config)
     assert sentence in str(refused.value)
 

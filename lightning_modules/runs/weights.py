@@ -1,0 +1,97 @@
+"""Checks of the weights that a config names, by files and settings alone: torch is not imported, no tensor is read."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resolve, weights_file
+from lightning_modules.backbone.published import CLIPS, LOADERS, clip_named, named, nodes, refuse_missing
+from lightning_modules.broken_files import refuse_broken
+from lightning_modules.runs.messages import defining_key
+from lightning_modules.runs.signatures import constant
+
+_OWN = "lightning_modules."
+# What is built by tasks that need no module, callbacks and data.
+_BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
+
+
+def built_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a resolved config that its task builds."""
+    return {
+        name: config[name] for name in _BUILT.get(config["task"], ("module", "callbacks", "data")) if config.get(name)
+    }
+
+
+def refuse_other_features(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a PARM that was made for a decoder of other features."""
+    parm, decoder = built_parts(config).get("module", {}).get("parm"), config.get("decoder")
+    if parm and decoder:
+        shows = decoder["module"]
+        refuse_other_parm(
+            parm,
+            feature_layers=("decoder.module.feature_layers", shows.get("feature_layers")),
+            decoder_dim=("the width of the decoder", shows["transformer"]["dim"]),
+        )
+
+
+def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
+    """Refuse weights that are not there, are broken, or were exported from another network.
+
+    Raises FileNotFoundError or ValueError, naming the key.
+    """
+    built = built_parts(config)
+    for key, node in nodes(built):
+        checkpoint = node.get("checkpoint")
+        if node["_target_"] not in LOADERS or not isinstance(checkpoint, str) or on_hub(checkpoint):
+            continue
+        key = defining_key(unresolved, f"{key}.checkpoint")
+        if "module" in node:
+            _refuse_other_export(key, checkpoint, node["module"])
+        elif not any(any(Path(checkpoint).glob(pattern)) for pattern in LOADERS[node["_target_"]]):
+            files = " or ".join(LOADERS[node["_target_"]])
+            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}")
+    if not any(_may_not_fit(key, node) for key, node in nodes(built)):
+        refuse_missing_weights(built, unresolved)
+
+
+def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
+    """Say if a part may not go with the others, which `refuse_mismatches` tells before weights are downloaded."""
+    clip = clip_named(node)
+    sized = key.endswith("detector") and constant(node["_target_"], "image_size", "unknown") is not None
+    return sized or (clip is not None and clip not in CLIPS)
+
+
+def refuse_other_parm(parm: Mapping[str, Any], **wanted: tuple[str, Any]) -> None:
+    """Raise ValueError for a PARM that was not made for the decoder: settings that have a meaning and its value."""
+    for name, (meaning, value) in wanted.items():
+        if (given := parm["module"][name]) != value:
+            raise ValueError(f"parm.module.{name}={given} does not go with {meaning}, which is {value}")
+
+
+def refuse_missing_weights(built: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
+    """Raise FileNotFoundError for published weights that are not to be had, all of them at once."""
+    weights = (replace(each, key=defining_key(unresolved, each.key)) for each in named(built))
+    refuse_missing(list({each.key: each for each in weights}.values()))
+
+
+def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -> None:
+    """Raise for weights of this package's own format that are not there, are broken or are of another network."""
+    try:
+        folder = resolve(checkpoint)
+        refuse_broken(weights_file(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    stored = exported(folder)
+    kinds = [str(each.get("_target_", "")) for each in (stored, module)]
+    if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
+        there, here = (kind.rpartition(".")[2] for kind in kinds)
+        raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}")
+    sizes = [each.get("transformer") or {} for each in (stored, module)]
+    for name in sizes[0].keys() & sizes[1].keys() - {"checkpointing"}:
+        there, here = (each[name] for each in sizes)
+        if there != here:
+            said = f"was made for another model: transformer.{name} is {there} there, and {here} here"
+            raise ValueError(f"{key}: {checkpoint} {said}")
