@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ def explaining_refusals(arguments: Sequence[str]) -> Iterator[None]:
         if _asked == "1":
             raise
         sys.exit(f"Error: {_explained(arguments, error)}")
+    except KeyboardInterrupt:  # where nothing has anything to save
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def restore_tracebacks() -> None:

@@ -80,8 +80,10 @@ class Pipeline:
         with subprocess.Popen([sys.executable, sys.argv[0], *overrides]) as job:
             try:
                 job.wait()
-            except KeyboardInterrupt:  # which the job got as well: it saves first, and the same command goes on there
-                sys.exit(job.wait())
+            except KeyboardInterrupt:  # which the job got as well, and saves first
+                code = job.wait()
+                print(f"Pipeline: stopped in job {name} of seed {seed}; the same command goes on from there", flush=True)
+                sys.exit(code)
         if job.returncode or not self._is_done(seed, name):
             raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {job.returncode}; see {folder}")
 

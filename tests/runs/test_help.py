@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
 from lightning_modules.runs.help import description, text
 from lightning_modules.runs.settings_tree import options
 from tests.helpers.overrides import ROOT
@@ -63,3 +64,10 @@ def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     assert said in done.stdout, done.stdout + done.stderr
     assert done.stdout.endswith("imported []\n")
+
+
+def test_a_stop_before_the_job_starts_ends_in_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, explaining_refusals([]):
+        raise KeyboardInterrupt
+    restore_tracebacks()
+    assert end.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
