@@ -82,7 +82,7 @@ class Pipeline:
                 job.wait()
             except KeyboardInterrupt:  # which the job got as well, and saves first
                 code = job.wait()
-                print(f"Pipeline: stopped in job {name} of seed {seed}; the same command goes on from there", flush=True)
+                print(f"Pipeline: stopped in job {name} of seed {seed}; the same command goes on there", flush=True)
                 sys.exit(code)
         if job.returncode or not self._is_done(seed, name):
             raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {job.returncode}; see {folder}")
