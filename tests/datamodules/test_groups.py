@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.groups import GroupsDataModule, GroupSpec
+from datamodules.groups import GroupSpec
+from datamodules.online_groups import GroupsDataModule
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
