@@ -42,6 +42,8 @@ class GRPOObjective:
             whoever made them, weighted by advantage.
         clip_low, clip_high: ratios gain nothing beyond 1 - clip_low and 1 + clip_high (arXiv 2503.14476).
         beta: weight of the KL divergence from the reference, nats a step; 0 needs no reference.
+        steps: how many steps of decoding, drawn at random for each minibatch, teach; null: all. Each is a pass of a
+            mask-token decoder, so fewer cost less.
     """
 
     baseline: Baseline = "mean"
@@ -53,6 +55,7 @@ class GRPOObjective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("baseline", Baseline), ("scale", Scale), ("ratio", Ratio)):
@@ -63,6 +66,8 @@ class GRPOObjective:
                 raise ValueError(f"objective.{name} must be at least 0, not {value}")
         if self.max_advantage is not None and self.max_advantage <= 0:
             raise ValueError(f"objective.max_advantage must be above 0, or null, not {self.max_advantage}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"objective.steps must be at least 1, or null, not {self.steps}")
 
     def advantages(
         self,
@@ -181,28 +186,36 @@ class GRPOModule(PolicyModule):
         """Advantages of groups [P, G, 1 or S]; the data asks for them, to leave out groups that teach nothing."""
         return self.objective.advantages(rewards, weights, potentials)
 
-    def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
+    def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any], steps: Tensor | None) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
         trajectory = Trajectory(**batch["trajectory"]) if "trajectory" in batch else None
-        return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory).float()
+        return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory, steps).float()
 
     @torch.no_grad()
-    def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor | None:
+    def _reference_log_probs(self, batch: dict[str, Any], steps: Tensor | None) -> Tensor | None:
         if not self.objective.beta:
             return None
         if self.lora is None:
             assert self.reference is not None
-            return self._log_probs(self.reference, batch)
+            return self._log_probs(self.reference, batch, steps)
         with self.lora.switched_off(self.decoder):
-            return self._log_probs(self.decoder, batch)
+            return self._log_probs(self.decoder, batch, steps)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        reference = self._reference_log_probs(batch)
-        log_probs = self._log_probs(self.decoder, batch)
+        steps = None
+        if self.objective.steps is not None:  # the same on all ranks
+            steps = torch.randperm(self.decoder.steps(self.sampling))[: self.objective.steps]
+        wanted = slice(None) if steps is None else steps
+        reference = self._reference_log_probs(batch, steps)
+        log_probs = self._log_probs(self.decoder, batch, steps)
         if "recorded" not in batch and self.objective.ratio != "none":
             raise ValueError("module.objective.ratio must be none where data.spec.strategy decodes images anew in part")
-        recorded = torch.as_tensor(batch.get("recorded", log_probs.detach()), device=self.device)
         advantages = torch.as_tensor(batch["advantage"], device=self.device)
+        recorded = log_probs.detach()
+        if "recorded" in batch:
+            recorded = torch.as_tensor(batch["recorded"], device=self.device)[:, wanted]
+        if advantages.shape[1] > 1:  # of single steps
+            advantages = advantages[:, wanted]
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in {**batch["stats"], **log}.items()})

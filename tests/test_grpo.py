@@ -37,9 +37,12 @@ class ToyPolicy(ToyDecoder):
         self.table = self.logits.detach().log_softmax(-1)
         return super().begin(request, sampling, k)
 
-    def policy_log_probs(self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None) -> Tensor:
+    def policy_log_probs(
+        self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None, steps: Any = None
+    ) -> Tensor:
         before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        return self.logits.log_softmax(-1)[torch.arange(TOKENS), before, tokens]
+        found = self.logits.log_softmax(-1)[torch.arange(TOKENS), before, tokens]
+        return found if steps is None else found[:, steps]
 
 
 def right(images: Tensor) -> Tensor:
@@ -81,11 +84,14 @@ def expected_reward(policy: ToyPolicy) -> Tensor:
     return (policy.policy_log_probs([], IMAGES, None).sum(1).exp() * right(IMAGES)).sum()
 
 
-@pytest.mark.parametrize("ratio", ["step", "none"])
+@pytest.mark.parametrize(("ratio", "steps"), [("step", None), ("none", None), ("step", 2)])
 @pytest.mark.parametrize(("baseline", "share"), [("others", 1.0), ("mean", 3 / 4), ("none", 1.0)])
-def test_the_expected_gradient_is_that_of_the_expected_reward(ratio: Any, baseline: Any, share: float) -> None:
+def test_the_expected_gradient_is_that_of_the_expected_reward(
+    ratio: Any, steps: int | None, baseline: Any, share: float
+) -> None:
     """Within 4.5 standard errors; a group's mean contains the image itself, which takes its share away."""
-    module = make_module(GRPOObjective(baseline=baseline, scale="none", ratio=ratio))
+    torch.manual_seed(0)  # for which steps are drawn
+    module = make_module(GRPOObjective(baseline=baseline, scale="none", ratio=ratio, steps=steps))
     (exact,) = torch.autograd.grad(expected_reward(module.decoder), module.decoder.logits)
     chunks = [gradient(module, make_batch(module, 60, 4, first=1000 * i)) for i in range(40)]
     found, wanted = -TOKENS * torch.stack(chunks), share * exact.flatten()  # the loss is a mean over steps
@@ -291,7 +297,7 @@ def test_adapters_switched_off_are_the_reference(rows: list) -> None:
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.2)
     batch = {"prompt": prompts, "tokens": tokens}
-    reference = module._reference_log_probs(batch)
+    reference = module._reference_log_probs(batch, None)
     assert reference is not None
     torch.testing.assert_close(reference, plain, atol=1e-5, rtol=1e-5)
     assert (decoder.policy_log_probs(prompts, tokens, sampling) - plain).abs().max() > 0.01
@@ -313,6 +319,7 @@ def test_the_reference_is_not_saved() -> None:
         ({"baseline": "median"}, "objective.baseline must be one of mean, others, none, not 'median'"),
         ({"ratio": "image"}, "objective.ratio must be one of step, sequence, none, not 'image'"),
         ({"clip_low": -0.1}, "objective.clip_low must be at least 0, not -0.1"),
+        ({"steps": 0}, "objective.steps must be at least 1, or null, not 0"),
         ({"max_advantage": 0.0}, "objective.max_advantage must be above 0, or null, not 0.0"),
     ],
 )

@@ -67,7 +67,12 @@ class MaskTokenDecoder(MaskNetwork):
         return key_of(self.estimate)
 
     def policy_log_probs(
-        self, prompts: Sequence[str], tokens: Tensor, sampling: MaskSampling, trajectory: Trajectory | None = None
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        sampling: MaskSampling,
+        trajectory: Trajectory | None = None,
+        steps: Tensor | None = None,
     ) -> Tensor:
         """Of the codes that were fixed at each step, given those before; which ones is taken as given.
 
@@ -75,8 +80,8 @@ class MaskTokenDecoder(MaskNetwork):
         """
         assert trajectory is not None
         prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
-        branches, steps = len(prefixes), []
-        for step in range(sampling.steps):
+        branches, found = len(prefixes), []
+        for step in range(sampling.steps) if steps is None else steps.tolist():
             unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
             hidden = self.image_hidden(tokens.repeat(branches, 1), unknown, prefixes)
             fixed = (trajectory.fixed_at == step).flatten()
@@ -84,8 +89,8 @@ class MaskTokenDecoder(MaskNetwork):
             positions = scored.nonzero().squeeze(1)
             log_p = self.guided_logits(hidden.chunk(branches), sampling.guidance, positions).log_softmax(-1)
             drawn = log_p.gather(1, tokens.flatten()[positions, None]).squeeze(1)
-            steps.append(step_log_probs(log_p, drawn, fixed[positions], positions // tokens.shape[1], len(tokens)))
-        return torch.stack(steps, 1)
+            found.append(step_log_probs(log_p, drawn, fixed[positions], positions // tokens.shape[1], len(tokens)))
+        return torch.stack(found, 1)
 
     def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
         return SeededNoise.draw(seeds, k, sampling.steps, self.num_tokens)
