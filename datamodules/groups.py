@@ -114,7 +114,7 @@ class GroupCollector:
         if decoded.log_probs is not None:
             columns["recorded"] = decoded.log_probs.float()
         if decoded.trajectory is not None:
-            columns |= {"previews": decoded.trajectory.previews, "fixed_at": decoded.trajectory.fixed_at}
+            columns |= {name: part for name, part in vars(decoded.trajectory).items() if part is not None}
         for name in self.scores:
             judge = self.judges[name]
             if name in self.judges.oracles:

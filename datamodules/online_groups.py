@@ -148,6 +148,8 @@ class GroupsDataModule(LightningDataModule):
             batch["recorded"] = columns["recorded"].numpy()
         if "fixed_at" in columns:
             batch["trajectory"] = {name: columns[name].long() for name in ("previews", "fixed_at")}
+        if "cuts" in columns:
+            batch["cuts"] = columns["cuts"].numpy()
         return batch
 
     def _collect(self) -> tuple[Columns, dict[str, float]]:

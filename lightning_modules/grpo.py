@@ -150,8 +150,8 @@ class GRPOModule(PolicyModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T], `recorded`, the log-probabilities of the choices when they were
     drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where images were decoded anew
-    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`; `stats` are numbers about
-    the groups of a step, which are logged.
+    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory` and its `cuts` (an array);
+    `stats` are numbers about the groups of a step, which are logged.
 
     Args:
         decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
@@ -188,7 +188,10 @@ class GRPOModule(PolicyModule):
 
     def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any], steps: Tensor | None) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
-        trajectory = Trajectory(**batch["trajectory"]) if "trajectory" in batch else None
+        trajectory = None
+        if "trajectory" in batch:
+            cuts = torch.as_tensor(batch["cuts"], device=self.device) if "cuts" in batch else None
+            trajectory = Trajectory(**batch["trajectory"], cuts=cuts)
         return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory, steps).float()
 
     @torch.no_grad()
