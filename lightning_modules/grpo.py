@@ -42,7 +42,7 @@ class GRPOObjective:
             whoever made them, weighted by advantage.
         clip_low, clip_high: ratios gain nothing beyond 1 - clip_low and 1 + clip_high (arXiv 2503.14476).
         beta: weight of the KL divergence from the reference, nats a step; 0 needs no reference.
-        steps: how many steps of decoding, drawn at random for each minibatch, teach; null: all. Each is a pass of a
+        steps: the first so many steps of decoding teach, where most is decided; null: all. Each is a pass of a
             mask-token decoder, so fewer cost less.
     """
 
@@ -186,39 +186,34 @@ class GRPOModule(PolicyModule):
         """Advantages of groups [P, G, 1 or S]; the data asks for them, to leave out groups that teach nothing."""
         return self.objective.advantages(rewards, weights, potentials)
 
-    def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any], steps: Tensor | None) -> Tensor:
+    def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
         trajectory = None
         if "trajectory" in batch:
             cuts = torch.as_tensor(batch["cuts"], device=self.device) if "cuts" in batch else None
             trajectory = Trajectory(**batch["trajectory"], cuts=cuts)
+        steps = self.objective.steps
         return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory, steps).float()
 
     @torch.no_grad()
-    def _reference_log_probs(self, batch: dict[str, Any], steps: Tensor | None) -> Tensor | None:
+    def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor | None:
         if not self.objective.beta:
             return None
         if self.lora is None:
             assert self.reference is not None
-            return self._log_probs(self.reference, batch, steps)
+            return self._log_probs(self.reference, batch)
         with self.lora.switched_off(self.decoder):
-            return self._log_probs(self.decoder, batch, steps)
+            return self._log_probs(self.decoder, batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        steps = None
-        if self.objective.steps is not None:  # the same on all ranks
-            steps = torch.randperm(self.decoder.steps(self.sampling))[: self.objective.steps]
-        wanted = slice(None) if steps is None else steps
-        reference = self._reference_log_probs(batch, steps)
-        log_probs = self._log_probs(self.decoder, batch, steps)
+        reference = self._reference_log_probs(batch)
+        log_probs = self._log_probs(self.decoder, batch)
         if "recorded" not in batch and self.objective.ratio != "none":
             raise ValueError("module.objective.ratio must be none where data.spec.strategy decodes images anew in part")
-        advantages = torch.as_tensor(batch["advantage"], device=self.device)
+        advantages = torch.as_tensor(batch["advantage"], device=self.device)[:, : self.objective.steps]
         recorded = log_probs.detach()
         if "recorded" in batch:
-            recorded = torch.as_tensor(batch["recorded"], device=self.device)[:, wanted]
-        if advantages.shape[1] > 1:  # of single steps
-            advantages = advantages[:, wanted]
+            recorded = torch.as_tensor(batch["recorded"], device=self.device)[:, : self.objective.steps]
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in {**batch["stats"], **log}.items()})

@@ -359,12 +359,12 @@ class TokenDecoder(HubMixin, Decoder):
         tokens: Tensor,
         sampling: Any,
         trajectory: Trajectory | None = None,
-        steps: Tensor | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`. `steps` are
-        the numbers of those that are wanted; None stands for all.
+        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`. With `steps`
+        only those of the first so many are computed.
         """
 
     @abstractmethod

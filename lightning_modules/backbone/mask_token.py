@@ -72,7 +72,7 @@ class MaskTokenDecoder(MaskNetwork):
         tokens: Tensor,
         sampling: MaskSampling,
         trajectory: Trajectory | None = None,
-        steps: Tensor | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Of the codes that were fixed at each step, given those before; which ones is taken as given.
 
@@ -81,7 +81,7 @@ class MaskTokenDecoder(MaskNetwork):
         assert trajectory is not None
         prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
         branches, found = len(prefixes), []
-        for step in range(sampling.steps) if steps is None else steps.tolist():
+        for step in range(sampling.steps)[:steps]:
             unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
             hidden = self.image_hidden(tokens.repeat(branches, 1), unknown, prefixes)
             fixed = (trajectory.fixed_at == step).flatten()

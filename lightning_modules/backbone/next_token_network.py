@@ -236,15 +236,14 @@ class NextTokenNetwork(TokenDecoder):
         tokens: Tensor,
         sampling: Sampling,
         trajectory: Trajectory | None = None,
-        steps: Tensor | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         table = self.code_table()
-        wanted: slice | Tensor = slice(None) if steps is None else steps
-        read = self._head_inputs(table, prompts, True, tokens)[:, wanted]
+        read = self._head_inputs(table, prompts, True, tokens)
         if sampling.guidance:
-            scale = sampling.guidance_at(torch.arange(tokens.shape[1], device=tokens.device)[wanted])
-            read = guide(read, self._head_inputs(table, prompts, False, tokens)[:, wanted], scale)
-        tokens = tokens[:, wanted]
+            scale = sampling.guidance_at(torch.arange(tokens.shape[1], device=tokens.device))
+            read = guide(read, self._head_inputs(table, prompts, False, tokens), scale)
+        read, tokens = read[:, :steps], tokens[:, :steps]
         log_p = sampling_log_probs(self.logits(table, read).flatten(0, 1), sampling)
         return log_p.gather(-1, tokens.flatten()[:, None]).view_as(tokens)
 
