@@ -27,7 +27,7 @@ class GroupSpec:
     Attributes:
         prompts: GenEval metadata.
         strategy: decodes the images.
-        per_step: groups of each task that a step takes from the stream, which mixes tasks evenly.
+        per_step: groups of each task that a step takes from the stream, which mixes tasks evenly; 0 leaves a task out.
         samples: images of a group.
         refills: how often a step replaces groups that teach nothing (all of whose images are equally good) by those of
             the next prompts; what is still missing then is filled up with such groups.
@@ -44,9 +44,9 @@ class GroupSpec:
             raise ValueError(f"data.spec.samples must be at least 1, not {self.samples}")
         if self.refills < 0:
             raise ValueError(f"data.spec.refills must be at least 0, not {self.refills}")
-        if not self.per_step or min(self.per_step.values()) < 1:
-            raise ValueError("data.spec.per_step must name at least one task, and at least 1 group of each")
-        if missing := self.per_step.keys() - {row["tag"] for row in self.prompts}:
+        if min(self.per_step.values(), default=0) < 0 or not self.groups:
+            raise ValueError("data.spec.per_step must have at least 1 group, and of no task fewer than 0")
+        if missing := {task for task, count in self.per_step.items() if count} - {row["tag"] for row in self.prompts}:
             raise ValueError(f"data.spec.per_step names {min(missing)!r}, a task of which there are no prompts")
 
     @property

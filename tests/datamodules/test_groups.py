@@ -56,7 +56,7 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
 
 def test_the_stream_takes_up_each_task_where_it_left_it(rows: list) -> None:
     prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in PER_STEP for i in range(3)]
-    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP, 2, 0)
+    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP | {"juggling": 0}, 2, 0)
     taken = [spec.prompt(place)["prompt"] for place in range(12)]
     steps = [sorted(taken[start : start + 4]) for start in (0, 4, 8)]
     assert steps == [
@@ -154,7 +154,9 @@ def test_grids_come_with_their_trajectory(rows: list) -> None:
         ({"rewards": {"dark": 0.0}}, r"data\.rewards names no judge with a weight other than 0"),
         ({"held_out": ["dark"]}, r"data\.held_out names 'dark', a judge that has a say"),
         ({"per_step": {"juggling": 1}}, r"data\.spec\.per_step names 'juggling', a task of which there are no prompts"),
-        ({"per_step": {}}, r"data\.spec\.per_step must name at least one task"),
+        ({"per_step": {}}, r"data\.spec\.per_step must have at least 1 group"),
+        ({"per_step": {"juggling": 0}}, r"data\.spec\.per_step must have at least 1 group"),
+        ({"per_step": {"colors": 2, "counting": -1}}, r"data\.spec\.per_step must have .* of no task fewer than 0"),
         ({"samples": 0}, r"data\.spec\.samples must be at least 1, not 0"),
         ({"inner_epochs": 0}, r"data\.inner_epochs must be at least 1, not 0"),
     ],
