@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_modules.rewards.geneval_reward import to_uint8
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Columns = dict[str, Tensor]  # by name, a row an image
+_LEAST_WEIGHT = 0.1  # of a task: now and then it is tried again
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class GroupSpec:
         samples: images of a group.
         refills: how often a step replaces groups that teach nothing (all of whose images are equally good) by those of
             the next prompts; what is still missing then is filled up with such groups.
+        curriculum: how fast the weights of tasks follow the fraction of their groups that teach: each group counts this
+            much against all before it. 0: all tasks come as `per_step` says.
     """
 
     prompts: Sequence[Mapping[str, Any]]
@@ -38,12 +41,15 @@ class GroupSpec:
     per_step: Mapping[str, int]
     samples: int
     refills: int
+    curriculum: float = 0.0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"data.spec.samples must be at least 1, not {self.samples}")
         if self.refills < 0:
             raise ValueError(f"data.spec.refills must be at least 0, not {self.refills}")
+        if not 0 <= self.curriculum < 1:
+            raise ValueError(f"data.spec.curriculum must be at least 0 and below 1, not {self.curriculum}")
         if min(self.per_step.values(), default=0) < 0 or not self.groups:
             raise ValueError("data.spec.per_step must have at least 1 group, and of no task fewer than 0")
         if missing := {task for task, count in self.per_step.items() if count} - {row["tag"] for row in self.prompts}:
@@ -73,6 +79,38 @@ class GroupSpec:
         task, j = self._cycle[position]
         pool = self._pools[task]
         return pool[(cycles * self.per_step[task] + j) % len(pool)]
+
+
+@dataclass
+class Curriculum:
+    """Where a stream of prompts goes on, and which of them are passed over, because groups of their task seldom teach.
+
+    A task of which every other group teaches gets half as many groups, against `per_step`, as one of which all do.
+    """
+
+    next_place: int = 0
+    teaches: dict[str, float] = field(default_factory=dict)  # fraction of a task's groups, the latest counting most
+    credit: dict[str, float] = field(default_factory=dict)  # of a task; a group costs 1
+
+    def take(self, spec: GroupSpec, count: int) -> list[int]:
+        """Take the next places of the stream, less those that are passed over."""
+        places: list[int] = []
+        while len(places) < count:
+            task = spec.prompt(self.next_place)["tag"]
+            weight = self.teaches.get(task, 1.0) / max(self.teaches.values(), default=1.0)
+            self.credit[task] = self.credit.get(task, 0.0) + max(weight, _LEAST_WEIGHT)
+            if self.credit[task] >= 1:
+                self.credit[task] -= 1
+                places.append(self.next_place)
+            self.next_place += 1
+        return places
+
+    def learn(self, spec: GroupSpec, places: Sequence[int], taught: Sequence[bool]) -> None:
+        """Take into account which of these groups have taught something."""
+        for place, value in zip(places, taught, strict=True):
+            task = spec.prompt(place)["tag"]
+            before = self.teaches.get(task, 1.0)
+            self.teaches[task] = before + spec.curriculum * (value - before)
 
 
 @dataclass(frozen=True)

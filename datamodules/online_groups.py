@@ -1,6 +1,7 @@
 """Groups that the policy of this moment makes whenever training comes to the next step, in minibatches, for GRPO."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.groups import Columns, GroupCollector, GroupSpec
+from datamodules.groups import Columns, Curriculum, GroupCollector, GroupSpec
 from datamodules.loaders import make_loader
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import judge_named
@@ -81,7 +82,7 @@ class GroupsDataModule(LightningDataModule):
             raise ValueError("data.rewards names no judge with a weight other than 0: nothing to learn from")
         if both := {*held_out} & {*self.rewards, *spec.strategy.judge_names}:
             raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
-        self._step, self._next_place = -1, 0  # the step whose images are here; where the stream goes on
+        self._step, self._curriculum = -1, Curriculum()  # the step whose images are here; where the stream goes on
         self._columns: Columns = {}
         self._stats: dict[str, float] = {}
 
@@ -91,11 +92,11 @@ class GroupsDataModule(LightningDataModule):
         return self.spec.groups * self.spec.samples * self.inner_epochs
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"step": self._step, "next_place": self._next_place}
+        place = {"step": self._step, "curriculum": asdict(self._curriculum)}
         return {**place, "columns": dict(self._columns), "stats": dict(self._stats)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step, self._next_place = state_dict["step"], state_dict["next_place"]
+        self._step, self._curriculum = state_dict["step"], Curriculum(**state_dict["curriculum"])
         self._columns, self._stats = state_dict["columns"], state_dict["stats"]
 
     def setup(self, stage: str) -> None:
@@ -165,10 +166,12 @@ class GroupsDataModule(LightningDataModule):
             missing = self.spec.groups - int(teaches.sum())
             if missing <= 0:
                 break
+            places = self._curriculum.take(self.spec, missing)
             with precision.forward_context():  # the same as in training
-                found.append(collector.collect(range(self._next_place, self._next_place + missing)))
-            self._next_place += missing
-            teaches = torch.cat([teaches, self._advantages(found[-1]).flatten(1).any(1)])
+                found.append(collector.collect(places))
+            taught = self._advantages(found[-1]).flatten(1).any(1)
+            self._curriculum.learn(self.spec, places, taught.tolist())
+            teaches = torch.cat([teaches, taught])
         columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         stats = self._describe(columns, teaches)
         groups = (~teaches).int().argsort(stable=True)[: self.spec.groups]  # those that teach first
@@ -199,6 +202,8 @@ class GroupsDataModule(LightningDataModule):
                 of_task = torch.tensor([each == task for each in tasks])
                 if of_task.any():
                     stats[f"reward/{name}/{task}"] = float(scores[of_task].mean())
+        if self.spec.curriculum:
+            stats |= {f"teaches/{task}": value for task, value in self._curriculum.teaches.items()}
         return stats | {f"held_out/{name}": float(columns[f"score/{name}"].mean()) for name in self.held_out}
 
     def predict_dataloader(self) -> list[Any]:
