@@ -42,6 +42,8 @@ class GRPOObjective:
             whoever made them, weighted by advantage.
         clip_low, clip_high: ratios gain nothing beyond 1 - clip_low and 1 + clip_high (arXiv 2503.14476).
         beta: weight of the KL divergence from the reference, nats a step; 0 needs no reference.
+        steps: the first so many steps of decoding teach, where most is decided; null: all. Each is a pass of a
+            mask-token decoder, so fewer cost less.
     """
 
     baseline: Baseline = "mean"
@@ -53,6 +55,7 @@ class GRPOObjective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("baseline", Baseline), ("scale", Scale), ("ratio", Ratio)):
@@ -63,6 +66,8 @@ class GRPOObjective:
                 raise ValueError(f"objective.{name} must be at least 0, not {value}")
         if self.max_advantage is not None and self.max_advantage <= 0:
             raise ValueError(f"objective.max_advantage must be above 0, or null, not {self.max_advantage}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"objective.steps must be at least 1, or null, not {self.steps}")
 
     def advantages(
         self,
@@ -145,8 +150,8 @@ class GRPOModule(PolicyModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T], `recorded`, the log-probabilities of the choices when they were
     drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where images were decoded anew
-    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`; `stats` are numbers about
-    the groups of a step, which are logged.
+    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory` and its `cuts` (an array);
+    `stats` are numbers about the groups of a step, which are logged.
 
     Args:
         decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
@@ -183,8 +188,12 @@ class GRPOModule(PolicyModule):
 
     def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
-        trajectory = Trajectory(**batch["trajectory"]) if "trajectory" in batch else None
-        return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory).float()
+        trajectory = None
+        if "trajectory" in batch:
+            cuts = torch.as_tensor(batch["cuts"], device=self.device) if "cuts" in batch else None
+            trajectory = Trajectory(**batch["trajectory"], cuts=cuts)
+        steps = self.objective.steps
+        return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory, steps).float()
 
     @torch.no_grad()
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor | None:
@@ -201,8 +210,10 @@ class GRPOModule(PolicyModule):
         log_probs = self._log_probs(self.decoder, batch)
         if "recorded" not in batch and self.objective.ratio != "none":
             raise ValueError("module.objective.ratio must be none where data.spec.strategy decodes images anew in part")
-        recorded = torch.as_tensor(batch.get("recorded", log_probs.detach()), device=self.device)
-        advantages = torch.as_tensor(batch["advantage"], device=self.device)
+        advantages = torch.as_tensor(batch["advantage"], device=self.device)[:, : self.objective.steps]
+        recorded = log_probs.detach()
+        if "recorded" in batch:
+            recorded = torch.as_tensor(batch["recorded"], device=self.device)[:, : self.objective.steps]
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in {**batch["stats"], **log}.items()})

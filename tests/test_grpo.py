@@ -1,7 +1,7 @@
 """GRPO: its gradient against enumeration, its ratios against what was recorded, a policy that learns."""
 
-import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.lora import LoRA
-from lightning_modules.backbone.mask_sampling import MaskSampling, step_log_probs
+from lightning_modules.backbone.mask_sampling import MaskSampling, masked_again_log_probs
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.sampling import Sampling
+from lightning_modules.backbone.text import WordTokenizer
+from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.files import BUNDLED
 from lightning_modules.grpo import GRPOModule, GRPOObjective, k3
 from lightning_modules.optim import trainable
 from tests.helpers.models import make_decoder
-from tests.helpers.toy import IMAGES, TOKENS, ToyDecoder, ToyState
+from tests.helpers.toy import IMAGES, TOKENS, Identity, ToyDecoder, ToyState
 
 WEIGHTS = {"right": 1.0}
 PLAIN = GRPOObjective(baseline="others", scale="none")
@@ -37,9 +39,12 @@ class ToyPolicy(ToyDecoder):
         self.table = self.logits.detach().log_softmax(-1)
         return super().begin(request, sampling, k)
 
-    def policy_log_probs(self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None) -> Tensor:
+    def policy_log_probs(
+        self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None, steps: int | None = None
+    ) -> Tensor:
         before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        return self.logits.log_softmax(-1)[torch.arange(TOKENS), before, tokens]
+        found = self.logits.log_softmax(-1)[torch.arange(TOKENS), before, tokens]
+        return found[:, :steps]
 
 
 def right(images: Tensor) -> Tensor:
@@ -56,12 +61,14 @@ def make_module(objective: GRPOObjective = PLAIN, decoder: Any = None, **setting
 def make_batch(module: GRPOModule, groups: int, size: int, first: int = 0, **shaping: Any) -> dict[str, Any]:
     """Groups of the toy policy's own images, with noise that is theirs from `first` on."""
     seeds = range(first, first + groups * size)
-    decoded = Sample(None).decode(module.decoder, {}, Request([{"prompt": ""}] * len(seeds), seeds))
+    decoded = Sample(module.sampling).decode(module.decoder, {}, Request([{"prompt": ""}] * len(seeds), seeds))
     assert decoded.log_probs is not None
     rewards = right(decoded.tokens).view(groups, size)
     potentials = {name: function(decoded.tokens).unflatten(0, (groups, size)) for name, function in shaping.items()}
     advantage = module.advantages({"right": rewards}, WEIGHTS, potentials).flatten(0, 1).numpy()
     images = {"prompt": [""] * len(seeds), "tokens": decoded.tokens, "recorded": decoded.log_probs.numpy()}
+    if (way := decoded.trajectory) is not None:
+        images |= {"trajectory": {"previews": way.previews, "fixed_at": way.fixed_at}, "cuts": way.cuts.numpy()}
     return images | {"advantage": advantage, "stats": {}}
 
 
@@ -132,10 +139,11 @@ def test_ratios_of_the_first_minibatch_are_one(sampling: Sampling, rows: list) -
     torch.testing.assert_close(again, decoded.log_probs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 16.0])
 @pytest.mark.parametrize("score_remasked", [False, True])
-def test_ratios_of_grids_are_one(rows: list, score_remasked: bool) -> None:
+def test_ratios_of_grids_are_one(rows: list, score_remasked: bool, temperature: float) -> None:
     decoder = MaskTokenDecoder.from_pretrained(BUNDLED / "shapes_masked").eval()
-    sampling = MaskSampling(steps=8, guidance=1.5, temperature=0.5, score_remasked=score_remasked)
+    sampling = MaskSampling(steps=8, guidance=1.5, temperature=temperature, score_remasked=score_remasked)
     decoded = Sample(sampling).decode(decoder, {}, Request(rows, range(len(rows))))
     with torch.no_grad():
         prompts = [row["prompt"] for row in rows]
@@ -143,16 +151,66 @@ def test_ratios_of_grids_are_one(rows: list, score_remasked: bool) -> None:
     torch.testing.assert_close(again, decoded.log_probs, atol=1e-3, rtol=0)  # sums over up to 64 tokens
 
 
-def test_what_is_masked_again_counts_by_the_mass_below_the_least_that_was_fixed() -> None:
-    probs = torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64)
-    fixed, rows = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 0, 1])
-    drawn = torch.tensor([1, 0, 2, 2])  # with .3, .7 (fixed), .25 (masked again) and .8
-    log_p = probs.log().requires_grad_()
-    found = step_log_probs(log_p, log_p.gather(1, drawn[:, None])[:, 0], fixed, rows, 2)
-    assert found.tolist() == pytest.approx([math.log(0.3 * 0.7 * 0.25), math.log(0.8)])
-    found.sum().backward()
-    assert log_p.grad is not None and log_p.grad.isfinite().all()
-    assert log_p.grad[2].tolist() == pytest.approx([0.0, 0.0, 1.0])
+def test_what_is_masked_again_counts_by_the_mass_below_the_cut() -> None:
+    probs = torch.tensor([[0.4, 0.35, 0.25], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    log_p, cut = probs.log().requires_grad_(), probs.new_tensor([0.3, 0.9]).log()
+    found = masked_again_log_probs(log_p, cut, 0.0)
+    assert found.exp().tolist() == pytest.approx([0.25, 1.0], abs=1e-5)
+    found[0].backward()
+    assert log_p.grad is not None and log_p.grad.tolist()[0] == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+    with torch.no_grad():
+        noisy = masked_again_log_probs(log_p, cut, 16.0)
+    codes = torch.distributions.Categorical(probs).sample((400_000,))
+    gumbel = torch.distributions.Gumbel(0.0, 16.0).sample(codes.shape)
+    below = (log_p.detach()[torch.arange(2), codes] + gumbel < cut).double().mean(0)
+    torch.testing.assert_close(noisy.exp(), below, atol=4e-3, rtol=0)
+
+
+def make_toy_masked() -> MaskTokenDecoder:
+    """A real mask-token decoder of 81 images: 4 tokens of 3 codes, filled in 2 steps of 2."""
+    decoder = MaskTokenDecoder(Identity(), WordTokenizer(["star"], 2), 4, TransformerConfig(8, 1, 2), 2)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=2 * weight.shape[-1] ** -0.5)
+    return decoder.eval()
+
+
+def enumerated_reward(decoder: MaskTokenDecoder, noise: bool) -> Tensor:
+    """The expected reward: the first step fixes the two surest of four codes or, with all noise, any two."""
+    prefix, reward = [decoder.encode([""])], torch.tensor(0.0)
+    pairs = torch.tensor([*combinations(range(TOKENS), 2)])
+    nothing = torch.zeros(1, TOKENS, dtype=torch.int64)
+    first = decoder.code_logits(nothing, torch.ones_like(nothing, dtype=torch.bool), prefix).log_softmax(-1)
+    drawn = first[0, torch.arange(TOKENS), IMAGES]  # of all 81 draws of the first step
+    surest = drawn.topk(2).indices.sort(1).values
+    for pair in pairs:
+        chance = torch.tensor(1 / len(pairs)) if noise else (surest == pair).all(1).float()
+        unknown = torch.ones(len(IMAGES), TOKENS, dtype=torch.bool).index_fill(1, pair, False)
+        again = decoder.code_logits(IMAGES, unknown, [prefix[0].select(torch.zeros(len(IMAGES)).long())])
+        log_p = again.log_softmax(-1).gather(-1, IMAGES[..., None])[..., 0]
+        kept = (IMAGES[:, None, pair] == IMAGES[:, pair]).all(2)  # [images, draws that begin so]
+        begin = (kept * (drawn.sum(1).exp() * chance)).sum(1)
+        reward = reward + (begin * (log_p * unknown).sum(1).exp() * right(IMAGES)).sum()
+    return reward
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e4])
+def test_the_expected_gradient_of_grids_is_that_of_the_expected_reward(temperature: float) -> None:
+    """What is masked again counts where there is no noise, and may be left out where noise alone decides it."""
+    module = make_module(PLAIN, make_toy_masked())
+    weights = trainable(module)
+    exact = torch.autograd.grad(enumerated_reward(module.decoder, temperature > 0), weights, allow_unused=True)
+    wanted = torch.cat([part.flatten() for part in exact if part is not None])
+    for score_remasked in (True, False):
+        module.sampling = MaskSampling(2, 0.0, temperature, score_remasked)
+        found = -2 * sum(gradient(module, make_batch(module, 200, 4, first=1000 * i)) for i in range(10)) / 10
+        if score_remasked or temperature:
+            assert torch.cosine_similarity(found, wanted, 0) > 0.995
+            assert found.norm() / wanted.norm() == pytest.approx(1, abs=0.05)
+        else:
+            assert torch.cosine_similarity(found, wanted, 0) < 0.99
 
 
 def test_groups_without_spread_change_nothing() -> None:
@@ -174,6 +232,15 @@ def test_accumulated_minibatches_are_the_whole_batch() -> None:
     for size in (16, 4):
         parts = [part(batch, slice(start, start + size)) for start in range(0, 32, size)]
         torch.testing.assert_close(gradient(module, *parts), whole)
+
+
+def test_only_the_first_steps_teach() -> None:
+    """The others' part of the gradient is gone, and the mean is over fewer steps."""
+    whole, first = make_module(), make_module(GRPOObjective(baseline="others", scale="none", steps=2))
+    batch = make_batch(whole, 8, 4)
+    found, wanted = (gradient(module, batch).view(TOKENS, 3, 3) for module in (first, whole))
+    torch.testing.assert_close(found[:2] * 2 / TOKENS, wanted[:2])
+    assert not found[2:].any() and wanted[2:].any()
 
 
 def trained(objective: GRPOObjective, steps: int = 40) -> GRPOModule:
@@ -313,6 +380,7 @@ def test_the_reference_is_not_saved() -> None:
         ({"baseline": "median"}, "objective.baseline must be one of mean, others, none, not 'median'"),
         ({"ratio": "image"}, "objective.ratio must be one of step, sequence, none, not 'image'"),
         ({"clip_low": -0.1}, "objective.clip_low must be at least 0, not -0.1"),
+        ({"steps": 0}, "objective.steps must be at least 1, or null, not 0"),
         ({"max_advantage": 0.0}, "objective.max_advantage must be above 0, or null, not 0.0"),
     ],
 )

@@ -76,6 +76,7 @@ COMPANIONS = {
     "experiment=janus_evaluate": ["+debug=tiny_janus"],
     "experiment=janus_parm": ["+debug=tiny_janus"],
     "experiment=janus_dpo": ["+debug=tiny_janus", *PAIR_FILES],
+    "experiment=janus_grpo": ["+debug=tiny_janus"],
     "decoder=llamagen_256": ["+debug=tiny_llamagen"],
     "decoder=llamagen_512": ["+debug=tiny_llamagen"],
     "experiment=llamagen_evaluate": ["+debug=tiny_llamagen"],

@@ -354,11 +354,17 @@ class TokenDecoder(HubMixin, Decoder):
 
     @abstractmethod
     def policy_log_probs(
-        self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Trajectory | None = None
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        sampling: Any,
+        trajectory: Trajectory | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`.
+        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`. With `steps`
+        only those of the first so many are computed.
         """
 
     @abstractmethod

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_modules.backbone.sampling import Noise, invert, refuse_below, uniform_noise
 
+_LEAST_NOISE = 0.01  # nats: below, rounding would decide on which side of the cut a code is
+
 
 @dataclass(frozen=True)
 class MaskSampling:
@@ -43,8 +45,10 @@ def masked_after(step: int, steps: int, unknown: Tensor) -> Tensor:
 
 def least_confident(
     probs: Tensor, unknown: Tensor, count: Tensor, temperature: Tensor | float, noise: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Choose the `count` [B] least confident tokens, to be masked for the next step, bool [B, n].
+
+    Returned with the cut [B], the least confidence of the others.
 
     Confidence is log p of the drawn codes, whose `probs` are [B, n], + temperature (a number or [B, 1]) x Gumbel noise,
     made of uniform noise [B, n]. Tokens that tie at the cut are fixed; those that were not `unknown` [B, n] stay so.
@@ -53,26 +57,21 @@ def least_confident(
     gumbel = -(-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
     confidence = log_p + temperature * gumbel
     cut = confidence.sort(1).values.gather(1, count[:, None])
-    return confidence < cut
+    return confidence < cut, cut[:, 0]
 
 
-def step_log_probs(log_p: Tensor, drawn: Tensor, fixed: Tensor, rows: Tensor, images: int) -> Tensor:
-    """Log-probability of a step, [B], by the first of Mask-GRPO's definitions (arXiv 2510.13418, section 3).
+def masked_again_log_probs(log_p: Tensor, cut: Tensor, temperature: float) -> Tensor:
+    """Log-probability that M positions draw codes whose confidence is below a cut [M], so that they stay masked, [M].
 
-    Each fixed code counts by its probability, each position that is masked again by that of all codes less probable
-    than the least probable one that was fixed, at least 1e-6: how sure a code has to be is taken as given, and without
-    noise, so this fits where confidences have little.
-
-    Args:
-        log_p: of all codes at M unknown positions of B `images`, [M, C]; `rows` are the images they belong to, [M].
-        drawn: log-probabilities of the codes that were drawn there, [M], read where they are `fixed`, bool [M].
+    The first of Mask-GRPO's definitions (arXiv 2510.13418, section 3) counts it beside the codes that are fixed: the
+    probability of all codes, of log-probabilities `log_p` [M, C], that are less probable than the least probable one
+    that was fixed. That leaves the noise on confidences out. Here the noise is in: code c is below the cut with
+    probability exp(-exp((log p(c) - cut) / temperature)), by Gumbel's distribution. Without noise it is theirs. The
+    cut, and how each code fares against it, are taken as given: gradients are those of the probabilities of codes.
     """
-    total = torch.zeros(images, dtype=drawn.dtype, device=drawn.device)
-    total = total.index_add(0, rows[fixed], drawn[fixed])
-    least = torch.zeros_like(total).scatter_reduce(0, rows[fixed], drawn[fixed].detach(), "amin")
-    others = log_p[~fixed]
-    below = (others.exp() * (others < least[rows[~fixed], None])).sum(-1)
-    return total.index_add(0, rows[~fixed], below.clamp(min=1e-6).log())
+    excess = ((log_p.detach() - cut[:, None]) / max(temperature, _LEAST_NOISE)).clamp(max=10)
+    below = (log_p.exp() * (-excess.exp()).exp()).sum(-1)
+    return below.clamp(min=1e-6).log()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class MaskProposal(Proposal):
 
     probs: Tensor  # of the codes that were drawn, [B, k, n], 1 for known ones
     masked: Tensor  # what is masked for the next step, bool [B, k, n]
+    cut: Tensor  # least confidence of the other tokens, [B, k]
     is_last: bool  # after this step all codes are fixed, masked or not
 
     @property
@@ -60,6 +61,7 @@ class MaskState(DecodingState):
     temperature: Tensor  # scales the noise on confidences, [B, 1]; 1 is the schedule as it is
     prefixes: list[Prefix]  # of the prompts and, with guidance or features, of the empty one
     grids: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # tokens and unknown after each step so far
+    cuts: list[Tensor] = field(default_factory=list)  # least confidence of what each fixed, [B]
 
     @property
     def steps(self) -> int:
@@ -78,7 +80,7 @@ class MaskState(DecodingState):
 
     @property
     def trajectory(self) -> Trajectory:
-        return Trajectory.of(self.grids)
+        return replace(Trajectory.of(self.grids), cuts=torch.stack(self.cuts, 1))
 
     def select(self, rows: Tensor) -> "MaskState":
         return replace(
@@ -87,6 +89,7 @@ class MaskState(DecodingState):
             temperature=self.temperature[rows],
             prefixes=[self.prefixes[0].select(rows), *self.prefixes[1:]],
             grids=[(tokens[rows], unknown[rows]) for tokens, unknown in self.grids],
+            cuts=[cut[rows] for cut in self.cuts],
         )
 
     def without_order_noise(self, rows: Tensor) -> "MaskState":

@@ -16,7 +16,7 @@ from lightning_modules.backbone.mask_sampling import (
     SeededNoise,
     least_confident,
     masked_after,
-    step_log_probs,
+    masked_again_log_probs,
 )
 from lightning_modules.backbone.mask_state import MaskProposal, MaskState
 from lightning_modules.backbone.trajectory import Trajectory
@@ -67,25 +67,35 @@ class MaskTokenDecoder(MaskNetwork):
         return key_of(self.estimate)
 
     def policy_log_probs(
-        self, prompts: Sequence[str], tokens: Tensor, sampling: MaskSampling, trajectory: Trajectory | None = None
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        sampling: MaskSampling,
+        trajectory: Trajectory | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         """Of the codes that were fixed at each step, given those before; which ones is taken as given.
 
-        With `sampling.score_remasked` also that the others were masked again; see `step_log_probs`.
+        With `sampling.score_remasked` also that the others were masked again; see `masked_again_log_probs`.
         """
         assert trajectory is not None
         prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
-        branches, steps = len(prefixes), []
-        for step in range(sampling.steps):
+        branches, found = len(prefixes), []
+        for step in range(sampling.steps)[:steps]:
             unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
             hidden = self.image_hidden(tokens.repeat(branches, 1), unknown, prefixes)
             fixed = (trajectory.fixed_at == step).flatten()
             scored = unknown[: len(tokens)].flatten() if sampling.score_remasked else fixed
             positions = scored.nonzero().squeeze(1)
             log_p = self.guided_logits(hidden.chunk(branches), sampling.guidance, positions).log_softmax(-1)
-            drawn = log_p.gather(1, tokens.flatten()[positions, None]).squeeze(1)
-            steps.append(step_log_probs(log_p, drawn, fixed[positions], positions // tokens.shape[1], len(tokens)))
-        return torch.stack(steps, 1)
+            drawn, images = log_p.gather(1, tokens.flatten()[positions, None]).squeeze(1), positions // tokens.shape[1]
+            if sampling.score_remasked:
+                assert trajectory.cuts is not None
+                again, cut = ~fixed[positions], trajectory.cuts[images, step]
+                masked = masked_again_log_probs(log_p[again], cut[again], sampling.temperature_at(step))
+                drawn = drawn.index_put((again,), masked)
+            found.append(drawn.new_zeros(len(tokens)).index_add(0, images, drawn))
+        return torch.stack(found, 1)
 
     def noise(self, seeds: Sequence[int], k: int, sampling: MaskSampling) -> SeededNoise:
         return SeededNoise.draw(seeds, k, sampling.steps, self.num_tokens)
@@ -133,13 +143,14 @@ class MaskTokenDecoder(MaskNetwork):
         probs = torch.ones_like(tokens, dtype=code_probs.dtype)
         probs[positions] = code_probs.gather(1, drawn)
         tokens, probs = (x.unflatten(0, state.tokens.shape).transpose(1, 2) for x in (tokens, probs))  # [B, k, n]
-        masked = least_confident(
+        masked, cut = least_confident(
             probs.flatten(0, 1),
             state.unknown.repeat_interleave(k, 0),
             masked_after(state.step, state.steps, state.unknown).repeat_interleave(k),
             (state.temperature * state.sampling.temperature_at(state.step)).repeat_interleave(k, 0),
             state.noise.confidence(state.step, k).flatten(0, 1),
-        ).unflatten(0, (-1, k))
+        )
+        masked, cut = masked.unflatten(0, (-1, k)), cut.unflatten(0, (-1, k))
         is_last, features = state.step + 1 == state.steps, None
         undecided = masked & (not is_last)
         if self.feature_layers:
@@ -147,11 +158,12 @@ class MaskTokenDecoder(MaskNetwork):
             features = self._features(state.prompt, layers, branches, tokens, known)
         log_probs = probs.log().masked_fill(undecided, 0).sum(-1)
         if state.sampling.score_remasked:
-            rows, images, log_p = positions // tokens.shape[2], len(tokens), code_probs.log()
-            kept, drawn_log_p = ~undecided.transpose(1, 2).flatten(0, 1)[positions], log_p.gather(1, drawn)
-            each = (step_log_probs(log_p, drawn_log_p[:, j], kept[:, j], rows, images) for j in range(k))
-            log_probs = torch.stack([*each], 1)
-        return MaskProposal(tokens, log_probs, features, probs, masked, is_last)
+            images, candidates, places = undecided.nonzero().unbind(1)
+            row = (state.unknown.flatten().cumsum(0) - 1)[images * tokens.shape[2] + places]
+            log_p = code_probs[row].log()
+            again = masked_again_log_probs(log_p, cut[images, candidates], state.sampling.temperature_at(state.step))
+            log_probs = log_probs.index_put((images, candidates), again, accumulate=True)
+        return MaskProposal(tokens, log_probs, features, probs, masked, cut, is_last)
 
     def _features(
         self, prompt: Tensor, layers: Sequence[Tensor], branches: Sequence[Tensor], tokens: Tensor, known: _Known
@@ -278,6 +290,7 @@ class MaskTokenDecoder(MaskNetwork):
         state.features = proposal.features and proposal.features.pick(choice)
         state.unknown = proposal.masked[rows, choice] & (not proposal.is_last)
         state.grids.append((state.tokens, state.unknown))
+        state.cuts.append(proposal.cut[rows, choice])
 
 
 MaskTokenDecoder.compiled_pass = torch.compile(MaskTokenDecoder.grid_pass, mode="reduce-overhead")

@@ -231,13 +231,19 @@ class NextTokenNetwork(TokenDecoder):
         return self.token_log_probs(prompts, tokens).sum(1)  # exact: seeds are for estimates
 
     def policy_log_probs(
-        self, prompts: Sequence[str], tokens: Tensor, sampling: Sampling, trajectory: Trajectory | None = None
+        self,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        sampling: Sampling,
+        trajectory: Trajectory | None = None,
+        steps: int | None = None,
     ) -> Tensor:
         table = self.code_table()
         read = self._head_inputs(table, prompts, True, tokens)
         if sampling.guidance:
             scale = sampling.guidance_at(torch.arange(tokens.shape[1], device=tokens.device))
             read = guide(read, self._head_inputs(table, prompts, False, tokens), scale)
+        read, tokens = read[:, :steps], tokens[:, :steps]
         log_p = sampling_log_probs(self.logits(table, read).flatten(0, 1), sampling)
         return log_p.gather(-1, tokens.flatten()[:, None]).view_as(tokens)
 

@@ -15,6 +15,8 @@ class Trajectory:
 
     previews: Tensor  # the grid after each step, codes [B, S, n]; after the last it is the image
     fixed_at: Tensor  # the step after which a token did not change any more, [B, n]
+    # The least confidence, with its noise, of the tokens that each step fixed, [B, S]; None where it is not known.
+    cuts: Tensor | None = None
 
     @staticmethod
     def of(states: Sequence[tuple[Tensor, Tensor]]) -> "Trajectory":
@@ -40,7 +42,8 @@ class Trajectory:
         return shown, self.fixed_at >= step[:, None], self.fixed_at > step[:, None]
 
     def select(self, rows: Tensor) -> "Trajectory":
-        return Trajectory(self.previews[rows], self.fixed_at[rows])
+        cuts = None if self.cuts is None else self.cuts[rows]
+        return Trajectory(self.previews[rows], self.fixed_at[rows], cuts)
 
     def put(self, rows: Tensor, other: "Trajectory") -> "Trajectory":
         """Replace the end of some rows, the image and which tokens came last, by that of `other`."""

@@ -35,6 +35,8 @@ def test_policy_log_probs_are_those_that_decoding_recorded(kind: str, rows: list
         found = decoder.policy_log_probs(request.prompts, decoded.tokens, sampling, decoded.trajectory)
         assert decoded.log_probs is not None and (decoded.log_probs < -0.1).any()
         torch.testing.assert_close(found, decoded.log_probs, atol=1e-3, rtol=1e-3)
+    first = decoder.policy_log_probs(request.prompts, decoded.tokens, sampling, decoded.trajectory, 3)
+    torch.testing.assert_close(first, found[:, :3], atol=1e-4, rtol=1e-4)
     found.sum().backward()
     assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in decoder.parameters())
     decoder.zero_grad()

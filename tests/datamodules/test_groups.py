@@ -1,6 +1,7 @@
 """Groups: a stream that mixes tasks, groups that teach nothing replaced, a step that a checkpoint holds."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.groups import GroupsDataModule, GroupSpec
+from datamodules.groups import Curriculum, GroupSpec
+from datamodules.online_groups import GroupsDataModule
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
@@ -39,7 +41,7 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
     decoder = decoder or make_decoder()
     judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder, settings.pop("parm", None))
     sampling = settings.pop("sampling", Sampling(guidance=0.5))
-    wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2}
+    wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2, "curriculum": 0.0}
     spec = GroupSpec(rows, Sample(sampling), **{key: settings.pop(key, value) for key, value in wanted.items()})
     values = {"rewards": {"dark": 1.0}, "potentials": {}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2,
               "batch_size": 4, "collect_batch_size": 5, "seed": 3}  # fmt: skip
@@ -55,7 +57,7 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
 
 def test_the_stream_takes_up_each_task_where_it_left_it(rows: list) -> None:
     prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in PER_STEP for i in range(3)]
-    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP, 2, 0)
+    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP | {"juggling": 0}, 2, 0)
     taken = [spec.prompt(place)["prompt"] for place in range(12)]
     steps = [sorted(taken[start : start + 4]) for start in (0, 4, 8)]
     assert steps == [
@@ -63,6 +65,25 @@ def test_the_stream_takes_up_each_task_where_it_left_it(rows: list) -> None:
         for c, a, b in ((0, 0, 1), (1, 2, 0), (2, 1, 2))
     ]
     assert [text.split()[0] for text in taken[:4]] == ["counting", "colors", "position", "counting"]  # mixed evenly
+
+
+def test_tasks_come_as_often_as_their_groups_teach() -> None:
+    prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in ("colors", "counting") for i in range(3)]
+    spec = GroupSpec(prompts, Sample(Sampling()), {"colors": 1, "counting": 1}, 2, 0, curriculum=0.25)
+    curriculum = Curriculum()
+    assert curriculum.take(spec, 6) == [*range(6)]  # nothing is known yet
+    curriculum.learn(spec, [0, 1], [True, False])  # colours, counting
+    assert curriculum.teaches == {"colors": 1.0, "counting": 0.75}
+    for _ in range(4):
+        curriculum.learn(spec, [1], [False])
+    again = Curriculum(**asdict(curriculum))
+    taken = curriculum.take(spec, 50)
+    assert taken == again.take(spec, 50) and asdict(again) == asdict(curriculum)
+    shares = [sum(spec.prompt(place)["tag"] == task for place in taken) for task in ("colors", "counting")]
+    assert shares[1] / shares[0] == pytest.approx(0.75**5, abs=0.05)
+    for _ in range(100):
+        curriculum.learn(spec, [1], [False])
+    assert any(spec.prompt(place)["tag"] == "counting" for place in curriculum.take(spec, 20))  # tried now and then
 
 
 def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
@@ -95,16 +116,17 @@ def test_every_inner_epoch_has_each_image_once(rows: list) -> None:
     assert len(set(keys)) == 12 and set(keys[:12]) == set(keys[12:]) and keys[:12] != keys[12:]
 
 
-def test_a_checkpoint_in_a_step_brings_its_images_back(rows: list) -> None:
-    straight = make_data(rows)
-    loader, resumable = iter(straight.train_dataloader()), make_data(rows)
+@pytest.mark.parametrize("curriculum", [0.0, 0.5])
+def test_a_checkpoint_in_a_step_brings_its_images_back(rows: list, curriculum: float) -> None:
+    straight = make_data(rows, curriculum=curriculum)
+    loader, resumable = iter(straight.train_dataloader()), make_data(rows, curriculum=curriculum)
     batches = [next(loader) for _ in range(12)]
     begun = resumable.train_dataloader()
     first = iter(begun)
     for _ in range(2):
         next(first)
     state, place = resumable.state_dict(), begun.state_dict()
-    resumed = make_data(rows, decoder=make_decoder(depth=2).train())  # its images would be others
+    resumed = make_data(rows, make_decoder(depth=2).train(), curriculum=curriculum)  # its images would be others
     resumed.load_state_dict(state)
     again = resumed.train_dataloader()
     again.load_state_dict(place)
@@ -153,7 +175,10 @@ def test_grids_come_with_their_trajectory(rows: list) -> None:
         ({"rewards": {"dark": 0.0}}, r"data\.rewards names no judge with a weight other than 0"),
         ({"held_out": ["dark"]}, r"data\.held_out names 'dark', a judge that has a say"),
         ({"per_step": {"juggling": 1}}, r"data\.spec\.per_step names 'juggling', a task of which there are no prompts"),
-        ({"per_step": {}}, r"data\.spec\.per_step must name at least one task"),
+        ({"per_step": {}}, r"data\.spec\.per_step must have at least 1 group"),
+        ({"per_step": {"juggling": 0}}, r"data\.spec\.per_step must have at least 1 group"),
+        ({"per_step": {"colors": 2, "counting": -1}}, r"data\.spec\.per_step must have .* of no task fewer than 0"),
+        ({"curriculum": 1.0}, r"data\.spec\.curriculum must be at least 0 and below 1, not 1"),
         ({"samples": 0}, r"data\.spec\.samples must be at least 1, not 0"),
         ({"inner_epochs": 0}, r"data\.inner_epochs must be at least 1, not 0"),
     ],

@@ -87,6 +87,6 @@ def _straightforward(decoder: ShowO, prompt: str, noise: SeededNoise) -> Tensor:
         codes = torch.where(unknown, drawn, ids - words.first_code)
         count = masked_after(step, SAMPLING.steps, unknown)
         temperature = SAMPLING.temperature_at(step)
-        masked = least_confident(chosen, unknown, count, temperature, noise.confidence(step, 1)[:, 0])
+        masked, _ = least_confident(chosen, unknown, count, temperature, noise.confidence(step, 1)[:, 0])
         ids = torch.where(masked, words.mask, codes + words.first_code)
     return codes

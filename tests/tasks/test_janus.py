@@ -46,3 +46,14 @@ def test_adapters_of_the_larger_janus_are_aligned_to_its_own_rollouts(tmp_path: 
     assert all(".lora_" in key for key in checkpoint["state_dict"])
     again = command(tmp_path, *job, "task=evaluate", "ckpt_path=run/checkpoints/last.ckpt", "hydra.run.dir=again")
     assert "Results in again" in again.stdout
+
+
+@pytest.mark.slow(seconds=25)
+def test_adapters_of_the_larger_janus_are_reinforced(tmp_path: Path) -> None:
+    few = ["data.spec.samples=2", "data.spec.refills=0", "trainer.accumulate_grad_batches=1", "trainer.max_steps=2"]
+    by_the_judge = "+data.rewards.vision_language=0.1"  # GenEval's rules find none of these random images better
+    command(tmp_path, "experiment=janus_grpo", "decoder=janus_pro_7b", "+debug=tiny_janus", *few, by_the_judge)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    assert all(".lora_" in key for key in state)
+    assert any(weight.any() for key, weight in state.items() if "lora_B" in key)  # they start at 0

@@ -1,0 +1,227 @@
+"""Groups that the policy of this moment makes whenever training comes to the next step, in minibatches, for GRPO."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.groups import Columns, Curriculum, GroupCollector, GroupSpec
+from datamodules.loaders import make_loader
+from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.decoding.strategy import judge_named
+from lightning_modules.rewards.registry import JudgeRegistry
+from lightning_modules.rewards.verifier import Ability
+
+
+class _Minibatches(Dataset[Any]):
+    """The rows of an epoch, of which a loader takes batches as the data module makes them."""
+
+    def __init__(self, data: "GroupsDataModule") -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps * self.data.rows_per_step
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        return self.data.batch(indices)
+
+
+class GroupsDataModule(LightningDataModule):
+    """Groups of the LightningModule's own decoder, collected whenever training comes to the next step.
+
+    A step collects groups once and learns from their images `inner_epochs` times, in minibatches. The loader asks for
+    them batch by batch, so that a step's images are those of the policy of that moment; checkpoints hold the images of
+    the step that they were saved in, and a resumed run goes on with them.
+
+    Args:
+        judges: of the run.
+        spec: what the groups are made of.
+        potentials: by the name of a reward, a judge such as PARM that values unfinished images as that reward values
+            finished ones. Its values are taken from the reward, step by step; see `GRPOObjective.advantages`.
+        rewards: weights of judges, such as `geneval` (all is right), `clauses` (the fraction of what the prompt asks
+            that is), `strict` (and counts are exact) or `parm`; each is normalised by itself.
+        held_out: names of judges whose scores are logged, and have no say.
+        steps: of an epoch, after which validation may come.
+        inner_epochs: how often a step learns from each image.
+        batch_size: images of a minibatch, per rank.
+        collect_batch_size: images decoded at a time.
+        seed: of all images.
+    """
+
+    gives = "groups"
+    trains_sharded = False  # the policy decodes with whole weights
+    trainer: Trainer
+
+    def __init__(
+        self,
+        judges: JudgeRegistry,
+        spec: GroupSpec,
+        rewards: Mapping[str, float],
+        potentials: Mapping[str, str],
+        held_out: Sequence[str],
+        steps: int,
+        inner_epochs: int,
+        batch_size: int,
+        collect_batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.judges, self.spec, self.seed = judges, spec, seed
+        self.rewards = {name: weight for name, weight in rewards.items() if weight}
+        self.potentials, self.held_out, self.steps, self.inner_epochs = potentials, held_out, steps, inner_epochs
+        self.batch_size, self.collect_batch_size = batch_size, collect_batch_size
+        for name in ("steps", "inner_epochs", "batch_size", "collect_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.rewards:
+            raise ValueError("data.rewards names no judge with a weight other than 0: nothing to learn from")
+        if both := {*held_out} & {*self.rewards, *spec.strategy.judge_names}:
+            raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
+        self._step, self._curriculum = -1, Curriculum()  # the step whose images are here; where the stream goes on
+        self._columns: Columns = {}
+        self._stats: dict[str, float] = {}
+
+    @property
+    def rows_per_step(self) -> int:
+        """Images that a step learns from, each as often as it does."""
+        return self.spec.groups * self.spec.samples * self.inner_epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        place = {"step": self._step, "curriculum": asdict(self._curriculum)}
+        return {**place, "columns": dict(self._columns), "stats": dict(self._stats)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step, self._curriculum = state_dict["step"], Curriculum(**state_dict["curriculum"])
+        self._columns, self._stats = state_dict["columns"], state_dict["stats"]
+
+    def setup(self, stage: str) -> None:
+        """Refuse unknown judges, and minibatches that do not divide a step, before any image is made."""
+        named = {"data.rewards": self.rewards, "data.held_out": self.held_out}
+        self.judges.refuse_unknown({**named, "data.spec.strategy": self.spec.strategy.judge_names})
+        self._check_potentials()
+        if stage != "fit":
+            return
+        self.judges.teachers |= {*self.rewards, *self.spec.strategy.judge_names}
+        images, together = self.spec.groups * self.spec.samples, self.batch_size * self.trainer.world_size
+        if images % together:
+            ranks = f" on each of {self.trainer.world_size} processes" if self.trainer.world_size > 1 else ""
+            raise ValueError(f"data.batch_size={self.batch_size}{ranks} does not divide the {images} images of a step")
+        minibatches, accumulated = images * self.inner_epochs // together, self.trainer.accumulate_grad_batches
+        if minibatches % accumulated:
+            said = f"does not divide the {minibatches} minibatches of a step: an update would mix two policies' images"
+            raise ValueError(f"trainer.accumulate_grad_batches={accumulated} {said}")
+
+    def _check_potentials(self) -> None:
+        """Raise ValueError for values along the way that there are none of."""
+        module: Any = self.trainer.lightning_module
+        for name, by in self.potentials.items():
+            if name not in self.rewards:
+                raise ValueError(f"data.potentials.{name}: data.rewards has no {name!r}")
+            judge = judge_named(self.judges, by, Ability.PREFIXES)
+            judge.check_decoder(module.decoder)
+            if not module.decoder.causal:
+                raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return the minibatch of these rows of an epoch, all of one step, whose images are made if need be."""
+        step, first = divmod(indices[0], self.rows_per_step)
+        step += self.trainer.current_epoch * self.steps
+        if step != self._step:
+            self._columns, self._stats = self._collect()
+            self._step = step
+        images = self.spec.groups * self.spec.samples
+        shuffled = torch.Generator().manual_seed(image_seed(self.seed, step))
+        order = torch.cat([torch.randperm(images, generator=shuffled) for _ in range(self.inner_epochs)])
+        rows = order[[index - indices[0] + first for index in indices]]
+        columns = {name: part[rows] for name, part in self._columns.items()}
+        batch: dict[str, Any] = {
+            "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
+            "tokens": columns["tokens"].long(),
+            "advantage": columns["advantage"].numpy(),
+            "stats": self._stats,
+        }
+        if "recorded" in columns:
+            batch["recorded"] = columns["recorded"].numpy()
+        if "fixed_at" in columns:
+            batch["trajectory"] = {name: columns[name].long() for name in ("previews", "fixed_at")}
+        if "cuts" in columns:
+            batch["cuts"] = columns["cuts"].numpy()
+        return batch
+
+    def _collect(self) -> tuple[Columns, dict[str, float]]:
+        """Make the images of a step with the policy as it is now; return them, and numbers about all that were made."""
+        module: Any = self.trainer.lightning_module
+        scores = [*self.rewards, *self.held_out]
+        settings = scores, self.potentials, self.spec, self.seed, self.collect_batch_size
+        collector = GroupCollector(module.decoder, self.judges, *settings)
+        found: list[Columns] = []
+        teaches = torch.zeros(0, dtype=torch.bool)
+        precision = self.trainer.strategy.precision_plugin
+        for _ in range(1 + self.spec.refills):
+            missing = self.spec.groups - int(teaches.sum())
+            if missing <= 0:
+                break
+            places = self._curriculum.take(self.spec, missing)
+            with precision.forward_context():  # the same as in training
+                found.append(collector.collect(places))
+            taught = self._advantages(found[-1]).flatten(1).any(1)
+            self._curriculum.learn(self.spec, places, taught.tolist())
+            teaches = torch.cat([teaches, taught])
+        columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        stats = self._describe(columns, teaches)
+        groups = (~teaches).int().argsort(stable=True)[: self.spec.groups]  # those that teach first
+        rows = (groups[:, None] * self.spec.samples + torch.arange(self.spec.samples)).flatten()
+        kept = {name: part[rows] for name, part in columns.items()}
+        kept["advantage"] = self._advantages(kept).flatten(0, 1)
+        return kept, stats
+
+    def _advantages(self, columns: Columns) -> Tensor:
+        """The advantages of groups, [P, G, 1 or S]."""
+        module: Any = self.trainer.lightning_module
+        of_groups = {name: part.unflatten(0, (-1, self.spec.samples)) for name, part in columns.items()}
+        rewards = {name: of_groups[f"score/{name}"] for name in self.rewards}
+        potentials = {name: of_groups[f"potential/{name}"] for name in self.potentials}
+        return module.advantages(rewards, self.rewards, potentials)
+
+    def _describe(self, columns: Columns, teaches: Tensor) -> dict[str, float]:
+        """Describe all groups that a step has made, those without a lesson included."""
+        tasks = [self.spec.prompt(place)["tag"] for place in columns["place"].tolist()]
+        stats = {"dropped": 1 - float(teaches.float().mean()), "objects": float(columns["objects"].float().mean())}
+        if "recorded" in columns:  # nats a token, an estimate from what was drawn
+            stats["entropy"] = -float(columns["recorded"].sum() / columns["tokens"].numel())
+        for name in self.rewards:
+            scores = columns[f"score/{name}"]
+            stats[f"reward/{name}"] = float(scores.mean())
+            stats[f"spread/{name}"] = float(scores.view(-1, self.spec.samples).std(1, correction=0).mean())
+            for task in self.spec.per_step:
+                of_task = torch.tensor([each == task for each in tasks])
+                if of_task.any():
+                    stats[f"reward/{name}/{task}"] = float(scores[of_task].mean())
+        if self.spec.curriculum:
+            stats |= {f"teaches/{task}": value for task, value in self._curriculum.teaches.items()}
+        return stats | {f"held_out/{name}": float(columns[f"score/{name}"].mean()) for name in self.held_out}
+
+    def predict_dataloader(self) -> list[Any]:
+        """Make the images of one step with the models as they are and describe them; no batches are left to predict."""
+        for name, value in self._collect()[1].items():
+            rank_zero_info(f"{name}: {value:.3f}")
+        return []
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return make_loader(_Minibatches(self), self.trainer, self.batch_size, _as_it_is, train=True)
+
+    def val_dataloader(self) -> list[int]:
+        """One empty batch: what is measured is measured by callbacks."""
+        return [0]
+
+    def test_dataloader(self) -> list[int]:
+        return self.val_dataloader()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
