@@ -143,10 +143,36 @@ class PreferenceFile:
             return value, f"the image in {column!r}"
         raise ValueError(f"{column!r} holds neither an image nor tokens but {short(value)}")
 
-    def cache_key(self) -> str:
-        """Hash all that pairs are made of, with their order and the bytes of images; raises what `encode` does."""
+    def _checked(self, decoder: TokenDecoder, doing: str) -> Iterator[tuple[str, _Pair | None]]:
+        """Read pairs as `_pairs` does; check all but their images, and at the end whether there is something to learn.
+
+        Raises what `encode` does.
+        """
+        policy, weights, ties = "", [], 0
+        for place, pair in self._pairs(doing):
+            if pair is None:
+                ties += 1
+            else:
+                with _naming(place):
+                    policy = policy or (fingerprint(decoder) if pair.decoder else "")
+                    if pair.decoder not in (None, policy):
+                        raise ValueError("this pair was made for another decoder")
+                    decoder.check_prompts([pair.prompt])
+                    _check_tokens(pair.sides, decoder.image_tokenizer)
+                weights.append(pair.weight)
+            yield place, pair
+        if not weights:
+            raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
+        if not any(weights):
+            raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
+
+    def check(self, decoder: TokenDecoder) -> str:
+        """Check every row but for its images, and hash all that pairs are made of, bytes of images included.
+
+        Returns the hash, in which order counts; raises what `encode` does.
+        """
         digest = hashlib.sha256()
-        for place, pair in self._pairs("Looking for changes in"):
+        for place, pair in self._checked(decoder, "Looking for changes in"):
             if pair is not None:
                 with _naming(place):
                     sides = [hash_image(*side) if isinstance(side, tuple) else side for side in pair.sides]
@@ -160,36 +186,29 @@ class PreferenceFile:
             ValueError: there are no rows, a row is not of the right form, has unknown words, an unreadable image or
                 twice the same one, or was made for another decoder; the sentence names file and row.
         """
-        tokenizer, policy = decoder.image_tokenizer, fingerprint(decoder)
+        tokenizer = decoder.image_tokenizer
         made: list[tuple[str, str, float]] = []  # place, prompt and weight
         tokens: list[list[int]] = []  # chosen and rejected in turn
         pending: list[list[int] | np.ndarray] = []
         ties = 0
-        for place, pair in self._pairs("Reading"):
+        for place, pair in self._checked(decoder, "Reading"):
             if pair is None:
                 ties += 1
                 continue
             with _naming(place):
-                if pair.decoder not in (None, policy):
-                    raise ValueError("this pair was made for another decoder")
-                decoder.check_prompts([pair.prompt])
-                pending += [_content(side, tokenizer) for side in pair.sides]
+                pending += [_content(side, tokenizer.image_size) for side in pair.sides]
             made.append((place, pair.prompt, pair.weight))
             if len(pending) >= batch_size:
                 tokens += _encode(pending, tokenizer)
                 pending = []
         tokens += _encode(pending, tokenizer)
-        if not made:
-            raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
         if ties:
             rank_zero_info(f"{self.path}: {ties} ties are left out, which leaves {len(made)} pairs")
         places, prompts, weights = zip(*made, strict=True)
-        if not any(weights):
-            raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
         columns = {"prompt": prompts, "weight": weights, "chosen": tokens[::2], "rejected": tokens[1::2]}
-        for place, chosen, rejected in zip(places, columns["chosen"], columns["rejected"], strict=True):
-            if chosen == rejected:
-                raise ValueError(f"{place}: chosen and rejected are the same image, token by token")
+        for place, *sides in zip(places, columns["chosen"], columns["rejected"], strict=True):
+            with _naming(place):
+                _refuse_equal(sides)
         return Dataset.from_dict(columns)
 
 
@@ -201,16 +220,27 @@ def _prompt(value: Any) -> str:
     return value
 
 
-def _content(side: _Side, tokenizer: ImageTokenizer) -> list[int] | np.ndarray:
-    """Read an image, uint8 [H, W, 3], or check tokens."""
-    if isinstance(side, tuple):
-        return fit_square(read_image(*side).pixels, tokenizer.image_size)
-    if len(side) != tokenizer.num_tokens:
-        raise ValueError(f"{len(side)} tokens, where an image has {tokenizer.num_tokens}")
-    for token in side:
-        if not 0 <= token < tokenizer.codebook_size:
-            raise ValueError(f"token {token} is not in 0..{tokenizer.codebook_size - 1}")
-    return side
+def _check_tokens(sides: list[_Side], tokenizer: ImageTokenizer) -> None:
+    """Check those sides of a pair that are tokens."""
+    lists = [side for side in sides if isinstance(side, list)]
+    for tokens in lists:
+        if len(tokens) != tokenizer.num_tokens:
+            raise ValueError(f"{len(tokens)} tokens, where an image has {tokenizer.num_tokens}")
+        for token in tokens:
+            if not 0 <= token < tokenizer.codebook_size:
+                raise ValueError(f"token {token} is not in 0..{tokenizer.codebook_size - 1}")
+    if len(lists) == len(sides):
+        _refuse_equal(lists)
+
+
+def _refuse_equal(sides: list[list[int]]) -> None:
+    if sides[0] == sides[1]:
+        raise ValueError("chosen and rejected are the same image, token by token")
+
+
+def _content(side: _Side, image_size: int) -> list[int] | np.ndarray:
+    """Read an image, uint8 [H, W, 3]; tokens stay as they are."""
+    return fit_square(read_image(*side).pixels, image_size) if isinstance(side, tuple) else side
 
 
 @torch.no_grad()
@@ -233,13 +263,15 @@ class PreferenceFilesDataModule(PairsDataModule):
         self._made: dict[str, Dataset] = {}
 
     def setup(self, stage: str) -> None:
-        """Read, check, encode and score everything before training starts."""
+        """Read, check, encode and score everything before training starts; all is checked before anything is moved."""
+        if self._made:
+            return
         decoder: Any = self.trainer.lightning_module.decoder
+        first = self.trainer.is_global_zero
+        keys = {name: source.check(decoder) if first else "" for name, source in self.files.items()}
+        keys, policy = self.trainer.strategy.broadcast(keys), decoder.cache_key()
         for name, source in self.files.items():
-            if name in self._made:
-                continue
-            key = source.cache_key() if self.trainer.is_global_zero else ""
-            made_with = {"file": self.trainer.strategy.broadcast(key), "decoder": decoder.cache_key()}
+            made_with = {"file": keys[name], "decoder": policy}
             self._made[name] = load_rows(self._stored(f"{name}-pairs", made_with, partial(self._read, source, decoder)))
 
     def _read(self, source: PreferenceFile, decoder: TokenDecoder) -> Dataset:

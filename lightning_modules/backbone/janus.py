@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.janus_text import JanusTokenizer
 from lightning_modules.backbone.linear import Linear
-from lightning_modules.backbone.llama import llama_layout, refuse_other_sizes
-from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.llama import LlamaDecoder, llama_layout
 from lightning_modules.backbone.next_token_network import Prefix
-from lightning_modules.backbone.rotary import Rotary
-from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.backbone.transformer import TransformerConfig
 
 _HF = {  # ours -> transformers'
     "words": "model.language_model.embed_tokens",
@@ -36,17 +34,11 @@ _DEEPSEEK = {  # ours -> DeepSeek's own
 }
 
 
-class Janus(NextTokenDecoder):
+class Janus(LlamaDecoder):
     """A Llama that reads a prompt and the codes of an image, with its own embedding and head for these.
 
     Its guidance s is that of `Sampling`; the published scale is w = 1 + s. What Janus has for understanding images,
-    and its head for words, are not loaded.
-
-    Args:
-        image_tokenizer, transformer, feature_layers, compiled: see `NextTokenNetwork`.
-        text_tokenizer: turns prompts into ids.
-        text_vocabulary: rows of the embedding of text; the tokenizer does not use all.
-        rotary_base: see `Rotary.at`.
+    and its head for words, are not loaded. For the arguments see `LlamaDecoder`.
     """
 
     # Image understanding and the head for words are left out on purpose; rotary frequencies are computed.
@@ -69,28 +61,13 @@ class Janus(NextTokenDecoder):
         rotary_base: float = 10_000.0,
         compiled: bool = False,
     ) -> None:
-        super().__init__(image_tokenizer, transformer, feature_layers, compiled)
-        if text_tokenizer.size > text_vocabulary:
-            raise ValueError(
-                f"decoder.module.text_tokenizer has {text_tokenizer.size} ids, but decoder.module.text_vocabulary is "
-                f"{text_vocabulary}"
-            )
-        self.text_tokenizer, self.rotary_base = text_tokenizer, rotary_base
+        super().__init__(
+            image_tokenizer, text_tokenizer, text_vocabulary, transformer, feature_layers, rotary_base, compiled
+        )
         dim, code_dim = transformer.dim, image_tokenizer.code_vectors.shape[1]
-        self.words = nn.Embedding(text_vocabulary, dim)
         self.codes = nn.Embedding(image_tokenizer.codebook_size, code_dim)
         self.aligner = nn.Sequential(Linear(code_dim, dim), nn.GELU(), Linear(dim, dim))
-        self.transformer = Transformer(transformer)
-        self.norm = transformer.norm()
         self.head = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, image_tokenizer.codebook_size))
-        nn.init.normal_(self.words.weight, std=0.02)
-
-    def cache_key(self) -> dict[str, Any]:
-        return super().cache_key() | {"rotary_base": self.rotary_base}
-
-    @property
-    def max_words(self) -> int:
-        return self.text_tokenizer.max_text
 
     @property
     def prefix_length(self) -> int:
@@ -106,14 +83,8 @@ class Janus(NextTokenDecoder):
             return
         from transformers import LlamaConfig  # which the image tokenizer has needed already
 
-        refuse_other_sizes(
-            LlamaConfig(**llama),
-            self.transformer.config,
-            self.rotary_base,
-            self.words.num_embeddings,
-            "Janus",
-            "the sizes of Pro-1B and 1.3B are in decoder=janus_pro_1b, those of Pro-7B in decoder=janus_pro_7b",
-        )
+        advice = "the sizes of Pro-1B and 1.3B are in decoder=janus_pro_1b, those of Pro-7B in decoder=janus_pro_7b"
+        self.refuse_other_sizes(LlamaConfig(**llama), advice)
         if "text_config" in config and llama.get("pad_token_id") not in (None, self.text_tokenizer.pad):
             raise ValueError(
                 f"Janus's config.json says pad_token_id {llama['pad_token_id']}, but in its text tokenizer that is "
@@ -142,6 +113,3 @@ class Janus(NextTokenDecoder):
 
     def logits(self, table: Tensor, head_input: Tensor) -> Tensor:
         return self.head[2](head_input).float()
-
-    def rotary(self, positions: Tensor) -> Rotary:
-        return Rotary.at(positions, self.transformer.config.head_dim, self.rotary_base)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_modules.backbone.text import read_tokenizer
+from lightning_modules.backbone.text import read_tokenizer, refuse_long
 from lightning_modules.broken_files import read_settings
 from lightning_modules.cache_key import Keyed, class_name, digest
 
@@ -73,11 +73,7 @@ class JanusTokenizer(Keyed):
         encoded = self._tokenizer.encode(chat, add_special_tokens=False)
         end, shift = start + len(text), len(prompt) - len(prompt.lstrip()) - start
         own = [i for i, (a, b) in enumerate(encoded.offsets) if max(a, start) < min(b, end)]
-        if len(own) > self.max_text:
-            raise ValueError(
-                f"prompt {prompt[:40] + '...'!r} has {len(own)} tokens, more than the {self.max_text} of "
-                f"decoder.module.text_tokenizer.max_text"
-            )
+        refuse_long(prompt, len(own), self.max_text)
         words = range(own[0], own[-1] + 1) if own else range(0)
         spans = [(max(a, start) + shift, min(b, end) + shift) for a, b in encoded.offsets[words.start : words.stop]]
         spans = [(b - len(prompt[a:b].lstrip()), b) for a, b in spans]

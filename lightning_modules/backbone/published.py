@@ -16,7 +16,6 @@ LOADERS = {
     "lightning_modules.backbone.loading.pretrained": ("*.safetensors", "*.bin"),
     "lightning_modules.backbone.text.PublishedTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
-    "lightning_modules.backbone.emu3.Emu3Tokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.t5.T5Text": ("*.safetensors",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors", "*.bin"),

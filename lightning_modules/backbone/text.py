@@ -41,6 +41,13 @@ def word_spans(prompt: str) -> list[tuple[int, int]]:
     return [word.span() for word in re.finditer(r"\S+", prompt)]
 
 
+def refuse_long(prompt: str, length: int, most: int | None) -> None:
+    """Raise ValueError for a prompt of more tokens than the configured `max_text`."""
+    if most is not None and length > most:
+        found = f"prompt {prompt[:40] + '...'!r} has {length} tokens"
+        raise ValueError(f"{found}, more than the {most} of decoder.module.text_tokenizer.max_text")
+
+
 def read_tokenizer(checkpoint: str) -> Tokenizer:
     """Read the `tokenizer.json` of a folder, or of OWNER/NAME on the hub.
 
@@ -65,13 +72,14 @@ class PublishedTokenizer(Keyed):
     Args:
         checkpoint: a folder with `tokenizer.json`, or OWNER/NAME on the hub (Show-o's: microsoft/phi-1_5).
         end_of_text: the token that opens and closes a prompt.
+        max_text: longest prompt, in tokens; longer ones are refused. null: of any length.
 
     Raises:
         FileNotFoundError, ValueError: there is no `tokenizer.json`; it is broken, or has no such token.
     """
 
-    def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>") -> None:
-        self._checkpoint, self._tokenizer = checkpoint, read_tokenizer(checkpoint)
+    def __init__(self, checkpoint: str, end_of_text: str = "<|endoftext|>", max_text: int | None = None) -> None:
+        self._checkpoint, self._tokenizer, self.max_text = checkpoint, read_tokenizer(checkpoint), max_text
         self.size, self.end_of_text = self._tokenizer.get_vocab_size(), self.id_of(end_of_text)
 
     def id_of(self, token: str) -> int:
@@ -83,10 +91,14 @@ class PublishedTokenizer(Keyed):
 
     def cache_key(self) -> dict[str, Any]:
         content = digest(self._tokenizer.to_str())
-        return {"class": class_name(self), "tokenizer": content, "end_of_text": self.end_of_text}
+        sizes = {"end_of_text": self.end_of_text, "max_text": self.max_text}
+        return {"class": class_name(self), "tokenizer": content} | sizes
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [entry.ids for entry in self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+        rows = [entry.ids for entry in self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+        for prompt, ids in zip(prompts, rows, strict=True):
+            refuse_long(prompt, len(ids), self.max_text)
+        return rows
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         """The characters of each token, without the space that many begin with."""

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from datamodules.preference_files import PreferenceFile
+from datamodules.preference_files import PreferenceFile, PreferenceFilesDataModule
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.compact import CompactDecoder
 
@@ -102,14 +103,14 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
     assert PreferenceFile(path, "train", unlabelled).encode(decoder, 2)["chosen"][:] == [zero] * 5
     assert len(PreferenceFile(path, "test", LABELLED).encode(decoder, 2)) == 1
     with pytest.raises(ValueError, match=r"hub has no split 'dev'; there are: train, test$"):
-        PreferenceFile(path, "dev", LABELLED).cache_key()
+        PreferenceFile(path, "dev", LABELLED).check(decoder)
     with pytest.raises(ValueError, match=r"hub: there is no 'label_2'; the columns are: caption, jpg_0"):
-        PreferenceFile(path, "train", LABELLED | {"label": "label_2"}).cache_key()
+        PreferenceFile(path, "train", LABELLED | {"label": "label_2"}).check(decoder)
     for label, shown in ((0.7, "0.7"), (float("nan"), "nan")):
         with pytest.raises(ValueError, match=rf"hub, row 1: the label {shown} is not 1, 0 or .5"):
-            PreferenceFile(hub(tmp_path, [1.0, label]), "train", LABELLED).cache_key()
+            PreferenceFile(hub(tmp_path, [1.0, label]), "train", LABELLED).check(decoder)
     with pytest.raises(ValueError, match=r"hub, row 1: there is no 'label_0'"):
-        PreferenceFile(hub(tmp_path, [1.0, None]), "train", LABELLED).cache_key()
+        PreferenceFile(hub(tmp_path, [1.0, None]), "train", LABELLED).check(decoder)
     with pytest.raises(ValueError, match=r"hub has no rows but 2 ties$"):
         PreferenceFile(hub(tmp_path, [0.5, 0.5]), "train", LABELLED).encode(decoder, 2)
 
@@ -168,6 +169,21 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("token", [32, -1])
+def test_rows_of_all_files_are_checked_before_anything_is_moved(
+    decoder: CompactDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: int
+) -> None:
+    paths = [tmp_path / name for name in ("train.jsonl", "validation.jsonl")]
+    for path, rejected in zip(paths, (TWOS, [*ONES[:15], token]), strict=True):
+        path.write_text(json.dumps(PAIR | {"rejected": rejected}) + "\n")
+    files = [PreferenceFile(str(path), "train", COLUMNS) for path in paths]
+    data: Any = PreferenceFilesDataModule(*files, str(tmp_path), 1, 1)
+    data.trainer = SimpleNamespace(is_global_zero=True, lightning_module=SimpleNamespace(decoder=decoder))
+    monkeypatch.setattr(CompactDecoder, "to", lambda *_: pytest.fail("moved"))
+    with pytest.raises(ValueError, match=rf"validation\.jsonl:1: token {token} is not in 0\.\.31"):
+        data.setup("fit")
+
+
 def test_what_is_no_preference_file_is_refused(
     decoder: CompactDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,10 +199,10 @@ def test_what_is_no_preference_file_is_refused(
             PreferenceFile(name, "train", COLUMNS)
     Path("folder").mkdir()
     with pytest.raises(FileNotFoundError, match=r"folder is no whole folder written by `datasets`: Directory"):
-        PreferenceFile("folder", "train", COLUMNS).cache_key()
+        PreferenceFile("folder", "train", COLUMNS).check(decoder)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"some/where is no folder, nor to be had from the hub: Couldn't reach"):
-        PreferenceFile("some/where", "train", COLUMNS).cache_key()
+        PreferenceFile("some/where", "train", COLUMNS).check(decoder)
     for columns, sentence in (
         ({"prompt": "prompt", "chosen": "chosen"}, r"data.columns must name the column for 'rejected'"),
         (COLUMNS | {"weight": "votes"}, r"data.columns: 'weight' is none of prompt, chosen, rejected, label"),
@@ -196,10 +212,10 @@ def test_what_is_no_preference_file_is_refused(
 
 
 def test_the_key_changes_with_all_that_pairs_are_made_of_and_with_nothing_else(
-    tmp_path: Path, images: list[np.ndarray]
+    decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray]
 ) -> None:
     first, second = PAIR | {"chosen": "0.png"}, PAIR | {"rejected": "1.png", "weight": 0.5}
-    key = write(tmp_path, first, second).cache_key()
+    key = write(tmp_path, first, second).check(decoder)
 
     def replace(name: str) -> None:
         path = tmp_path / name
@@ -219,9 +235,9 @@ def test_the_key_changes_with_all_that_pairs_are_made_of_and_with_nothing_else(
         lambda: (replace("0.png"), write(tmp_path, first, second))[1],
         lambda: (replace("1.png"), write(tmp_path, first, second))[1],
     ]
-    keys = [make().cache_key() for make in different]
+    keys = [make().check(decoder) for make in different]
     assert len({key, *keys}) == 1 + len(different)
-    now = write(tmp_path, first, second).cache_key()
+    now = write(tmp_path, first, second).check(decoder)
     os.utime(tmp_path / "0.png", (0, 0))
     moved = shutil.copytree(tmp_path, tmp_path / "moved")
     same = [
@@ -229,12 +245,14 @@ def test_the_key_changes_with_all_that_pairs_are_made_of_and_with_nothing_else(
         write(moved, first | {"weight": 1, "note": "x"}, "", second),
         PreferenceFile(write(tmp_path, first, second).path, "other", COLUMNS | {"label": None}),
     ]
-    assert {source.cache_key() for source in same} == {now}
+    assert {source.check(decoder) for source in same} == {now}
 
 
-def test_the_key_of_a_data_set_is_that_of_its_rows(tmp_path: Path, images: list[np.ndarray]) -> None:
+def test_the_key_of_a_data_set_is_that_of_its_rows(
+    decoder: CompactDecoder, tmp_path: Path, images: list[np.ndarray]
+) -> None:
     def key(split: str, labels: list[float | None], **columns: Any) -> str:
-        return PreferenceFile(hub(tmp_path, labels), split, LABELLED | columns).cache_key()
+        return PreferenceFile(hub(tmp_path, labels), split, LABELLED | columns).check(decoder)
 
     keys = [key("train", [1.0, 0.0]), key("train", [1.0, 1.0]), key("train", [1.0]), key("train", [1.0], label=None)]
     assert keys[2] == keys[3] == key("test", [1.0, 0.0]) and len(set(keys)) == 3

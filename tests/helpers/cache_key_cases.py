@@ -21,7 +21,7 @@ from datamodules.shapes.prompts import vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
-from lightning_modules.backbone.emu3 import Emu3, Emu3Tokenizer
+from lightning_modules.backbone.emu3 import Emu3
 from lightning_modules.backbone.janus import Janus
 from lightning_modules.backbone.janus_text import JanusTokenizer
 from lightning_modules.backbone.llamagen import LlamaGen
@@ -57,7 +57,6 @@ from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mas
 from lightning_modules.rewards.tiny_judge import save_tiny_judge
 from lightning_modules.rewards.verifier import Likelihood
 from lightning_modules.rewards.vision_language import Questions, VisionLanguageJudge
-from tests.helpers.emu3 import SPECIAL as EMU3_SPECIAL
 from tests.helpers.emu3 import load_emu3
 from tests.helpers.janus import SPECIAL, make_janus
 from tests.helpers.llamagen import make_llamagen
@@ -225,20 +224,13 @@ def _(tmp_path: Path) -> Case:
         return decoder
 
     decoder = emu3()
-    others = {"weights": another_weight(decoder), "rotary": emu3(rotary_base=500.0), "depths": emu3(feature_layers=[1])}
-    return Case(decoder, others, {"made twice": emu3(), "compiled": emu3(compiled=True)})
-
-
-@case(Emu3Tokenizer)
-def _(tmp_path: Path) -> Case:
-    folder, other = (save_tiny_text_tokenizer(f"{tmp_path}/{codes}", EMU3_SPECIAL, codes) for codes in (1, 2))
-    moved = shutil.copytree(folder, tmp_path / "moved")
     others = {
-        "tokenizer": Emu3Tokenizer(other),
-        "negative prompt": Emu3Tokenizer(folder, "blurry"),
-        "longest": Emu3Tokenizer(folder, max_text=9),
+        "weights": another_weight(decoder),
+        "rotary": emu3(rotary_base=500.0),
+        "negative prompt": emu3(negative_prompt="drawn"),
+        "depths": emu3(feature_layers=[1]),
     }
-    return Case(Emu3Tokenizer(folder), others, {"moved": Emu3Tokenizer(str(moved))})
+    return Case(decoder, others, {"made twice": emu3(), "compiled": emu3(compiled=True)})
 
 
 @case(T5Text)
@@ -304,7 +296,11 @@ def _(tmp_path: Path) -> Case:
         folder.mkdir()
         write_tokenizer(folder, words)
     first, moved, other = (PublishedTokenizer(str(folder)) for folder in folders)
-    others = {"words": other, "end": PublishedTokenizer(str(folders[0]), end_of_text="a")}
+    others = {
+        "words": other,
+        "end": PublishedTokenizer(str(folders[0]), end_of_text="a"),
+        "longest": PublishedTokenizer(str(folders[0]), max_text=9),
+    }
     return Case(first, others, {"moved": moved}, lambda: first.encode(["a b"]))
 
 

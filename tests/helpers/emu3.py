@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from lightning_modules.backbone.emu3 import Emu3, Emu3Tokenizer
+from lightning_modules.backbone.emu3 import Emu3
 from lightning_modules.backbone.emu3_vq import Emu3VQ
 from lightning_modules.backbone.loading import pretrained
+from lightning_modules.backbone.text import PublishedTokenizer
 from lightning_modules.backbone.tiny_text_tokenizer import save_tiny_text_tokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 
@@ -21,9 +22,9 @@ VQ = {"codebook_size": CODES, "base_channels": 32, "num_res_blocks": 1, "channel
       "attn_resolutions": [1], "hidden_size": 32}  # fmt: skip
 
 
-def tiny_tokenizer(folder: Path, special: list[str] = SPECIAL, codes: int = CODES) -> Emu3Tokenizer:
+def tiny_tokenizer(folder: Path, special: list[str] = SPECIAL, codes: int = CODES) -> PublishedTokenizer:
     """Every byte is a token; the first ids are those of the vocabulary above. It is written to the folder."""
-    return Emu3Tokenizer(save_tiny_text_tokenizer(str(folder / "text"), special, codes), NEGATIVE, max_text=30)
+    return PublishedTokenizer(save_tiny_text_tokenizer(str(folder / "text"), special, codes), SPECIAL[0], max_text=30)
 
 
 def save_emu3(folder: Path) -> Any:
@@ -46,5 +47,6 @@ def load_emu3(folder: Path, checkpoint: Path | None = None, **options: Any) -> E
     sizes = TransformerConfig(
         dim=48, depth=2, heads=6, kv_heads=2, mlp_ratio=2.0, rms_norm=True, swiglu=True, bias=False, norm_eps=1e-5
     )
+    options = {"negative_prompt": NEGATIVE} | options
     decoder = Emu3(pretrained(vq, stored), tiny_tokenizer(folder), TEXT["vocab_size"], sizes, **options)
     return pretrained(decoder, stored).eval()
