@@ -142,6 +142,7 @@ class GroupsDataModule(LightningDataModule):
         batch: dict[str, Any] = {
             "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
             "tokens": columns["tokens"].long(),
+            "seed": [image_seed(self.seed, step, row) for row in rows.tolist()],
             "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
         }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # needs peft, which only those who use it install
 
 Baseline = Literal["mean", "others", "none"]
 Scale = Literal["group", "batch", "none"]
-Ratio = Literal["step", "sequence", "none"]
+Ratio = Literal["step", "sequence", "likelihood"]
 _LIMIT = 10.0  # of the logarithm of a ratio, on both sides; beyond, it has no gradient
 
 
@@ -38,8 +38,10 @@ class GRPOObjective:
         max_advantage: larger ones are cut to this, on both sides; null cuts none.
         positive_only: images below the baseline teach nothing (rejection-sampling fine-tuning).
         ratio: of probabilities under the policy and under that which drew the images: of each `step`, of the `sequence`
-            (geometric mean over its steps, GSPO, arXiv 2507.18071), or `none`: the log-likelihood of the images,
-            whoever made them, weighted by advantage.
+            (geometric mean over its steps, GSPO, arXiv 2507.18071), or none at all: then the loss is the negative
+            log-`likelihood` of the images, whoever made them, weighted by advantage. That is the likelihood of
+            pre-training, not that of the sampled distribution: to raise a guided probability, the decoder could also
+            make good images unlikely without the prompt, which ruins it in a few steps where nothing is pushed down.
         clip_low, clip_high: ratios gain nothing beyond 1 - clip_low and 1 + clip_high (arXiv 2503.14476).
         beta: weight of the KL divergence from the reference, nats a step; 0 needs no reference.
         steps: the first so many steps of decoding teach, where most is decided; null: all. Each is a pass of a
@@ -115,7 +117,7 @@ class GRPOObjective:
             advantages: of the images, [B, 1], or of their steps, [B, S].
         """
         log: dict[str, Tensor] = {}
-        if self.ratio == "none":
+        if self.ratio == "likelihood":
             loss = -(log_probs * advantages).mean()
         else:
             loss, log = self._clipped_loss(log_probs - recorded, advantages)
@@ -148,10 +150,10 @@ def k3(log_ratio: Tensor) -> Tensor:
 class GRPOModule(PolicyModule):
     """Reinforces images of which the judges think more than of others of the same prompt.
 
-    Batches have `prompt` (B strings), `tokens` [B, T], `recorded`, the log-probabilities of the choices when they were
-    drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where images were decoded anew
-    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory` and its `cuts` (an array);
-    `stats` are numbers about the groups of a step, which are logged.
+    Batches have `prompt` (B strings), `tokens` [B, T], `seed` (B numbers), `recorded`, the log-probabilities of the
+    choices when they were drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where
+    images were decoded anew in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`
+    and its `cuts` (an array); `stats` are numbers about the groups of a step, which are logged.
 
     Args:
         decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
@@ -187,7 +189,13 @@ class GRPOModule(PolicyModule):
         return self.objective.advantages(rewards, weights, potentials)
 
     def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
+        """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S].
+
+        Where likelihood is learnt, that of the whole image, nats a token, [B, 1].
+        """
+        if self.objective.ratio == "likelihood":
+            whole = decoder.log_probs(batch["prompt"], batch["tokens"], batch["seed"])
+            return whole.float()[:, None] / decoder.num_tokens
         trajectory = None
         if "trajectory" in batch:
             cuts = torch.as_tensor(batch["cuts"], device=self.device) if "cuts" in batch else None
@@ -208,11 +216,12 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         reference = self._reference_log_probs(batch)
         log_probs = self._log_probs(self.decoder, batch)
-        if "recorded" not in batch and self.objective.ratio != "none":
-            raise ValueError("module.objective.ratio must be none where data.spec.strategy decodes images anew in part")
         advantages = torch.as_tensor(batch["advantage"], device=self.device)[:, : self.objective.steps]
         recorded = log_probs.detach()
-        if "recorded" in batch:
+        if self.objective.ratio != "likelihood":
+            if "recorded" not in batch:
+                advice = "module.objective.ratio must be likelihood"
+                raise ValueError(f"{advice} where data.spec.strategy decodes images anew in part")
             recorded = torch.as_tensor(batch["recorded"], device=self.device)[:, : self.objective.steps]
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
