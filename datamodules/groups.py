@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datamodules.rollouts import ground
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import Strategy, judged
@@ -127,6 +129,7 @@ class GroupCollector:
     spec: GroupSpec
     seed: int
     batch_size: int  # images decoded at a time
+    labelled: bool  # with what PARM learns from; see `PARMObjective.losses`
 
     def collect(self, places: Sequence[int]) -> Columns:
         """Return all images of the prompts at these places of the stream, those of a group one after the other."""
@@ -147,7 +150,9 @@ class GroupCollector:
         rows = [self.spec.prompt(place) for place, _ in jobs]
         seeds = [image_seed(self.seed, place, sample) for place, sample in jobs]
         decoded = self.spec.strategy.decode(self.decoder, self.judges, Request(rows, seeds))
-        verdicts = self.judges.geneval.verdicts(rows, to_uint8(self.decoder.image_tokenizer.decode(decoded.tokens)))
+        geneval = self.judges.geneval
+        found = geneval.detect(to_uint8(self.decoder.image_tokenizer.decode(decoded.tokens)))
+        verdicts = geneval.judge(rows, found)
         columns = {"tokens": decoded.tokens, "place": torch.tensor([place for place, _ in jobs])}
         if decoded.log_probs is not None:
             columns["recorded"] = decoded.log_probs.float()
@@ -166,5 +171,11 @@ class GroupCollector:
             values = self.judges[by].as_probability(self.judges[by].values(decoded.features, prefixes))
             columns[f"potential/{name}"] = F.pad(values.float(), (1, 0))  # before the first step it is that of all
         columns["objects"] = torch.tensor([sum(map(len, verdict.details.values())) for verdict in verdicts])
+        if self.labelled:
+            grounds = [ground(self.decoder, geneval, *each) for each in zip(rows, found, strict=True)]
+            columns["label/grounding"] = torch.from_numpy(np.stack(grounds)).half()  # 0, 1 and NaN
+            columns["label/clauses"] = torch.tensor([[*map(float, verdict.clauses)] for verdict in verdicts])
+            columns["label/correct"] = torch.tensor([float(verdict.correct) for verdict in verdicts])
+            columns["label/first_unverified"] = decoded.first_unverified
         small = {name: part.int() if part.dtype == torch.int64 else part for name, part in columns.items()}
         return {name: part.cpu() for name, part in small.items()}

@@ -146,6 +146,9 @@ class GroupsDataModule(LightningDataModule):
             "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
         }
+        labels = {name: part for name, part in columns.items() if name.startswith("label/")}
+        if labels:
+            batch["labels"] = {name.removeprefix("label/"): part.float() for name, part in labels.items()}
         if "recorded" in columns:
             batch["recorded"] = columns["recorded"].numpy()
         if "fixed_at" in columns:
@@ -158,7 +161,7 @@ class GroupsDataModule(LightningDataModule):
         """Make the images of a step with the policy as it is now; return them, and numbers about all that were made."""
         module: Any = self.trainer.lightning_module
         scores = [*self.rewards, *self.held_out]
-        settings = scores, self.potentials, self.spec, self.seed, self.collect_batch_size
+        settings = scores, self.potentials, self.spec, self.seed, self.collect_batch_size, module.refit is not None
         collector = GroupCollector(module.decoder, self.judges, *settings)
         found: list[Columns] = []
         teaches = torch.zeros(0, dtype=torch.bool)

@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -149,7 +150,7 @@ class RolloutCollector:
             "tokens": decoded.tokens.cpu().numpy().astype("int32"),
             "reward": [float(verdict.correct) for verdict in verdicts],
             "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
-            "grounding": [self._ground(row, each) for row, each in zip(prompts, found, strict=True)],
+            "grounding": [ground(self.decoder, self.labels, *each) for each in zip(prompts, found, strict=True)],
             "first_unverified": decoded.first_unverified.long().tolist(),
             "objects": [sum(map(len, verdict.details.values())) for verdict in verdicts],
             "seed": seeds,
@@ -158,13 +159,6 @@ class RolloutCollector:
             "settings": [json.dumps(spec.strategy.cache_key())] * len(jobs),
         }
         return Dataset.from_dict(columns | self._features(decoded))
-
-    def _ground(self, row: Mapping[str, Any], found: Detections) -> np.ndarray:
-        """Mark the words of a prompt that each token of its image shows, [T, max_words]; see `grounding`."""
-        names, threshold = self.labels.detector.class_names, self.labels.rules.threshold
-        words, tokenizer = self.decoder.word_spans(row["prompt"]), self.decoder.image_tokenizer
-        sizes = self.decoder.max_words, tokenizer.grid, tokenizer.image_size
-        return grounding(row, found, names, threshold, words, *sizes)
 
     def _features(self, decoded: Decoded) -> dict[str, Any]:
         """Return columns of what the decoder knew of the T tokens, and of how a mask-token decoder filled the grid.
@@ -210,6 +204,15 @@ def collate(rows: pa.Table) -> dict[str, Any]:
     if "previews" in rows.column_names:
         batch["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
     return batch
+
+
+def ground(
+    decoder: TokenDecoder, labels: GenEvalReward, row: Mapping[str, Any], found: Detections
+) -> NDArray[np.float32]:
+    """Mark the words of a prompt that each token of its image shows, [T, max_words]; see `grounding`."""
+    names, threshold = labels.detector.class_names, labels.rules.threshold
+    sizes = decoder.max_words, decoder.image_tokenizer.grid, decoder.image_tokenizer.image_size
+    return grounding(row, found, names, threshold, decoder.word_spans(row["prompt"]), *sizes)
 
 
 class RolloutsDataModule(StoredDataModule):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.optim import OptimizerFactory, trainable
+from lightning_modules.optim import OptimizerFactory
 from lightning_modules.parm import PARMObjective
 from lightning_modules.policy import PolicyModule
 from lightning_modules.ranks import is_distributed
@@ -42,12 +42,10 @@ class DPOModule(PolicyModule):
     [2B, ...], chosen ones first.
 
     Args:
-        decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
+        decoder, parm, optimizer, warmup_steps, lora, refit, refit_lr: see `PolicyModule`.
         loss: of a pair.
         sft_weight: of the negative log-likelihood of the chosen image, nats a token; keeps it from falling.
         max_fall: training stops when chosen images are this much less likely than under the reference, nats an image.
-        refit, refit_lr: loss and learning rate by which PARM learns from the same images, to follow the policy that it
-            reads; null: it does not.
     """
 
     learns_from = "pairs"
@@ -65,18 +63,8 @@ class DPOModule(PolicyModule):
         refit_lr: float,
         lora: "LoRA | None" = None,
     ) -> None:
-        if refit is not None and parm is None:
-            raise ValueError("module.refit needs module.parm, the PARM that learns")
-        super().__init__(decoder, parm, optimizer, warmup_steps, lora)
+        super().__init__(decoder, parm, optimizer, warmup_steps, lora, refit, refit_lr)
         self.loss, self.sft_weight, self.max_fall = loss, sft_weight, max_fall
-        self.refit, self.refit_lr = refit, refit_lr
-        if refit and parm:
-            parm.requires_grad_(True)
-            self.frozen_parts = ("decoder.image_tokenizer",)
-
-    @property
-    def exported(self) -> dict[str, torch.nn.Module]:
-        return super().exported | ({"parm": self.parm} if self.refit and self.parm else {})
 
     def measure(self, batch: dict[str, Any], stage: str) -> Tensor:
         prompts, seeds = batch["prompt"], batch["seed"]
@@ -114,22 +102,12 @@ class DPOModule(PolicyModule):
 
     def _refit_loss(self, batch: dict[str, Any]) -> Tensor:
         """Loss of PARM on both sides' images, read by the policy as it is now."""
-        assert self.refit and self.parm
         if "correct" not in batch:
             raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
         tokens = torch.cat([batch["chosen"], batch["rejected"]])
-        features = self.decoder.features(batch["prompt"] * 2, tokens)
         first_unverified = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        losses = self.refit.training_losses(self.parm, features, batch | {"first_unverified": first_unverified})
-        self.log("train/parm_loss", losses["loss"], prog_bar=True)
-        return losses["total"]
+        return self.parm_loss(batch["prompt"] * 2, tokens, batch | {"first_unverified": first_unverified})
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.measure(batch, "train")
         return loss + self._refit_loss(batch) if self.refit else loss
-
-    def trained(self) -> list[Any]:
-        groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]
-        if self.refit and self.parm:
-            groups.append({"params": trainable(self.parm), "lr": self.refit_lr})
-        return groups

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.optim import OptimizerFactory
+from lightning_modules.parm import PARMObjective
 from lightning_modules.policy import PolicyModule
 from lightning_modules.rewards.parm import PARM
 
@@ -153,10 +154,11 @@ class GRPOModule(PolicyModule):
     Batches have `prompt` (B strings), `tokens` [B, T], `seed` (B numbers), `recorded`, the log-probabilities of the
     choices when they were drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where
     images were decoded anew in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`
-    and its `cuts` (an array); `stats` are numbers about the groups of a step, which are logged.
+    and its `cuts` (an array); `stats` are numbers about the groups of a step, which are logged; to refit PARM also
+    `labels`, those of `PARMObjective.losses`.
 
     Args:
-        decoder, parm, optimizer, warmup_steps, lora: see `PolicyModule`.
+        decoder, parm, optimizer, warmup_steps, lora, refit, refit_lr: see `PolicyModule`.
         objective: advantages and loss.
         sampling: settings by which the images are drawn: what is trained is the distribution that is sampled.
     """
@@ -172,9 +174,11 @@ class GRPOModule(PolicyModule):
         warmup_steps: int,
         objective: GRPOObjective,
         sampling: Any,
+        refit: PARMObjective | None = None,
+        refit_lr: float = 1e-4,
         lora: "LoRA | None" = None,
     ) -> None:
-        super().__init__(decoder, parm, optimizer, warmup_steps, lora)
+        super().__init__(decoder, parm, optimizer, warmup_steps, lora, refit, refit_lr)
         self.objective, self.sampling = objective, sampling
         self.reference: TokenDecoder | None = None
         if objective.beta and lora is None:  # adapters are switched off instead
@@ -226,7 +230,7 @@ class GRPOModule(PolicyModule):
         loss, log = self.objective.loss(log_probs, recorded, advantages, reference)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in {**batch["stats"], **log}.items()})
-        return loss
+        return loss + self.parm_loss(batch["prompt"], batch["tokens"], batch["labels"]) if self.refit else loss
 
     def measure(self, batch: Any, stage: str) -> None:
         """Nothing: GenEval's callback measures the policy on prompts of its own."""

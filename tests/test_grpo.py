@@ -21,7 +21,9 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.files import BUNDLED
 from lightning_modules.grpo import GRPOModule, GRPOObjective, k3
 from lightning_modules.optim import trainable
-from tests.helpers.models import make_decoder
+from lightning_modules.parm import PARMObjective
+from lightning_modules.rewards.geneval_rules import CLAUSES
+from tests.helpers.models import make_decoder, make_parm
 from tests.helpers.toy import IMAGES, TOKENS, Identity, ToyDecoder, ToyState
 
 WEIGHTS = {"right": 1.0}
@@ -366,6 +368,28 @@ def test_adapters_switched_off_are_the_reference(rows: list) -> None:
     torch.testing.assert_close(reference, plain, atol=1e-5, rtol=1e-5)
     assert (decoder.policy_log_probs(prompts, tokens, sampling) - plain).abs().max() > 0.01
     assert all(weight.requires_grad == (".lora_" in name) for name, weight in decoder.named_parameters())
+
+
+def test_refitting_trains_parm_and_leaves_the_policy_to_the_rewards(rows: list) -> None:
+    decoder = make_decoder()
+    tokens = torch.randint(0, 32, (len(rows), 16), generator=torch.Generator().manual_seed(0))
+    labels = {"correct": torch.ones(len(rows)), "clauses": torch.full((len(rows), len(CLAUSES)), torch.nan)}
+    labels |= {"grounding": torch.zeros(len(rows), 16, decoder.max_words), "first_unverified": torch.zeros(len(rows))}
+    batch = {"prompt": [row["prompt"] for row in rows], "tokens": tokens, "labels": labels, "stats": {}}
+    batch["advantage"] = np.linspace(-1, 1, len(rows), dtype=np.float32)[:, None]
+    found = []
+    for refit in (PARMObjective(), None):
+        parm, objective = make_parm(decoder), GRPOObjective(ratio="none")
+        module = GRPOModule(decoder, parm, torch.optim.AdamW, 1, objective, Sampling(), refit)
+        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+        decoder.zero_grad()
+        module.training_step(batch, 0).backward()
+        found.append([weight.grad.clone() for weight in decoder.parameters() if weight.grad is not None])
+        assert any(weight.grad is not None and weight.grad.any() for weight in parm.parameters()) == bool(refit)
+        assert [*module.exported] == ["decoder", *(["parm"] if refit else [])]
+        assert [group.get("lr") for group in module.trained()] == [None, *([1e-4] if refit else [])]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_reference_is_not_saved() -> None:

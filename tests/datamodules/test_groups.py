@@ -17,7 +17,8 @@ from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.grpo import GRPOObjective
-from lightning_modules.rewards.geneval_reward import GenEvalReward
+from lightning_modules.parm import PARMObjective
+from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.rewards.verifier import Reward
 from tests.helpers.models import make_decoder, make_masked, make_parm
@@ -40,13 +41,14 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
     """A data module beside a tiny decoder, in the fourth epoch of a Trainer."""
     decoder = decoder or make_decoder()
     judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder, settings.pop("parm", None))
-    sampling = settings.pop("sampling", Sampling(guidance=0.5))
+    sampling, refit = settings.pop("sampling", Sampling(guidance=0.5)), settings.pop("refit", None)
     wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2, "curriculum": 0.0}
     spec = GroupSpec(rows, Sample(sampling), **{key: settings.pop(key, value) for key, value in wanted.items()})
     values = {"rewards": {"dark": 1.0}, "potentials": {}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2,
               "batch_size": 4, "collect_batch_size": 5, "seed": 3}  # fmt: skip
     data = GroupsDataModule(judges, spec, **(values | settings))
-    module = SimpleNamespace(decoder=decoder, advantages=GRPOObjective(min_spread=1e-6).advantages)
+    advantages = GRPOObjective(min_spread=1e-6).advantages
+    module = SimpleNamespace(decoder=decoder, advantages=advantages, refit=refit)
     precision = SimpleNamespace(forward_context=nullcontext)
     facts = {"current_epoch": 3, "world_size": 1, "global_rank": 0, "lightning_module": module,
              "accumulate_grad_batches": 2}  # fmt: skip
@@ -151,6 +153,19 @@ def test_values_along_the_way_are_taken_from_the_reward(rows: list) -> None:
     centred = (scores[..., None] - values) - (scores[..., None] - values).mean(1, keepdim=True)
     wanted = centred / scores.std(1, correction=0)[:, None, None]
     torch.testing.assert_close(data._columns["advantage"].view_as(values), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_parm_learns_from_comes_along(rows: list) -> None:
+    decoder = make_decoder()
+    data = make_data(rows, decoder, parm=make_parm(decoder), refit=PARMObjective())
+    batch = next(iter(data.train_dataloader()))
+    labels, tokens = batch["labels"], batch["tokens"]
+    assert labels["correct"].shape == labels["first_unverified"].shape == (4,)
+    assert labels["grounding"].shape == (4, decoder.num_tokens, decoder.max_words)
+    assert PARMObjective().losses(make_parm(decoder), decoder.features(batch["prompt"], tokens), labels)["loss"] > 0
+    row = next(row for row in rows if row["prompt"] == batch["prompt"][0])
+    (verdict,) = data.judges.geneval.verdicts([row], to_uint8(decoder.image_tokenizer.decode(tokens[:1])))
+    torch.testing.assert_close(labels["clauses"][0], torch.tensor([*map(float, verdict.clauses)]), equal_nan=True)
 
 
 def test_a_rank_gets_its_share_of_each_minibatch(rows: list) -> None:
