@@ -1,6 +1,6 @@
 """Janus's prompts: a chat of one turn, which ends where the image begins."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,8 +45,7 @@ class JanusTokenizer(Keyed):
     def __init__(self, checkpoint: str, template: Template = "janus_pro", max_text: int = 128) -> None:
         if template not in get_args(Template):
             raise ValueError(f"text_tokenizer.template is one of {', '.join(get_args(Template))}, not {template!r}")
-        if (known := _known_template(checkpoint)) not in (None, template):
-            raise ValueError(f"text tokenizer {checkpoint!r} is of a Janus with template={known}, not {template}")
+        self.check_name(checkpoint, {"template": template})
         self._tokenizer = read_tokenizer(checkpoint)
         ids: list[int] = []
         for token in (_BOS, _PAD, _BOI):
@@ -59,6 +58,12 @@ class JanusTokenizer(Keyed):
         self.template, self.max_text = template, max_text
         self.bos, self.pad, self.boi = ids
         self.size = self._tokenizer.get_vocab_size()
+
+    @staticmethod
+    def check_name(checkpoint: str, config: Mapping[str, Any], image_size: int | None = None) -> None:
+        """Raise ValueError if a checkpoint, by its name or its chat template, is of a Janus with another template."""
+        if (known := _known_template(checkpoint)) not in (None, template := config.get("template", "janus_pro")):
+            raise ValueError(f"text tokenizer {checkpoint!r} is of a Janus with template={known}, not {template}")
 
     def cache_key(self) -> dict[str, Any]:
         content = digest(self._tokenizer.to_str())

@@ -5,8 +5,9 @@ their queries and keys, so they are attended to evenly; and the unconditional ro
 prompt, from an embedding that was never trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ _STEMS = {  # ours -> the original names
     "mlp.0": ["feed_forward.w1", "feed_forward.w3"],
     "mlp.2": ["feed_forward.w2"],
 }
+
+
+def _of_other_images(file: Path | str, found: str, own: str) -> ValueError:
+    wanted = f"those of tokenizer.module.config.image_size={own}"
+    return ValueError(f"{file} is for images of {found}, but {wanted}: see decoder=llamagen_256 and llamagen_512")
 
 
 class LlamaGen(NextTokenDecoder):
@@ -82,17 +88,21 @@ class LlamaGen(NextTokenDecoder):
 
     layouts = (Layout(stored_as, f"{_TABLE}$"),)
 
+    @staticmethod
+    def check_name(checkpoint: str, config: Mapping[str, Any], image_size: int | None) -> None:
+        """Raise ValueError if a file, by its published name, is a model for images of another size."""
+        pixels = _PUBLISHED.get(Path(checkpoint).name)
+        if image_size is not None and pixels not in (None, image_size):
+            raise _of_other_images(checkpoint, f"{pixels} pixels", f"{image_size} are not")
+
     def check_tensors(self, stored: CheckpointReader, file: Path) -> None:
         """Raise ValueError if a file, by its name or its rotary table, is a model for images of another size."""
-        pixels, size = self.image_tokenizer.image_size, None
-        if _PUBLISHED.get(file.name, pixels) != pixels:
-            size = f"{_PUBLISHED[file.name]} pixels"
-        elif _TABLE in stored.keys:
+        pixels = self.image_tokenizer.image_size
+        self.check_name(file.name, {}, pixels)
+        if _TABLE in stored.keys:
             tokens = stored.shape([_TABLE])[0] - self.text_tokenizer.max_tokens
-            size = None if tokens == self.num_tokens else f"{tokens} tokens"
-        if size is not None:
-            own = f"those of tokenizer.module.config.image_size={pixels} have {self.num_tokens} tokens"
-            raise ValueError(f"{file} is for images of {size}, but {own}: see decoder=llamagen_256 and llamagen_512")
+            if tokens != self.num_tokens:
+                raise _of_other_images(file, f"{tokens} tokens", f"{pixels} have {self.num_tokens} tokens")
 
     @property
     def max_words(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.backbone.published import clip_named, nodes
@@ -34,6 +34,7 @@ def _refuse_mismatched_parts(config: Mapping[str, Any], unresolved: Mapping[str,
     detectors = {key: get_class(node["_target_"]) for key, node in nodes(built) if key.endswith("detector")}
     if config["task"] != "score":
         size = _refuse_mismatched_networks(config, built)
+        _refuse_other_names(built, size)
         for key, detector in detectors.items():
             wanted = getattr(detector, "image_size", None)
             if size and wanted and wanted != size:
@@ -65,6 +66,19 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, A
             said = f"images of {width}x{height} pixels, and the image tokenizer reads {size}x{size}"
             raise ValueError(f"data.train gives {said}: point data.train and data.validation at images of that size")
     return size
+
+
+def _refuse_other_names(built: Mapping[str, Any], image_size: int | None) -> None:
+    """Raise for a checkpoint whose name says that it is of another model.
+
+    The class that is built of it says so: `check_name(checkpoint, node, image_size)`, the node with the checkpoint.
+    """
+    for _, node in nodes(built):
+        checkpoint, target = node.get("checkpoint"), node.get("module") or node
+        if isinstance(checkpoint, str) and isinstance(target, Mapping):
+            check = getattr(get_object(target["_target_"]), "check_name", None)
+            if check is not None:
+                check(checkpoint, node, image_size)
 
 
 def _refuse_unknown_classes(geneval: Mapping[str, Any], class_names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from callbacks.memory import MemoryEstimate
 from lightning_modules.backbone.attention import AttentionFn, FullAttention
 from lightning_modules.backbone.decoder import TokenDecoder
+from lightning_modules.backbone.lora import LoRA
 from lightning_modules.backbone.magvit import MagvitConfig, MagvitV2
 from lightning_modules.backbone.mask_attention import Grid, Prefix
 from lightning_modules.backbone.mask_sampling import MaskSampling
@@ -101,6 +102,29 @@ def test_training_and_decoding_of_next_token_decoders_take_what_is_estimated(che
     train()  # gradients are there
     assert llama.training_bytes(8, 4, 4) + beside == pytest.approx(peak_mebibytes(train) * 2**20, rel=0.15)
     assert llama.decoding_bytes(8, 4) == pytest.approx(peak_mebibytes(decode) * 2**20, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "mixed", "adapters"),
+    [(False, True, False), (True, True, False), (False, False, True), (True, False, True), (False, True, True)],
+)
+def test_training_in_mixed_precision_and_of_adapters_takes_what_is_estimated(
+    checkpointing: bool, mixed: bool, adapters: bool
+) -> None:
+    llama, size = make_llama(dim=128, grid=12, checkpointing=checkpointing), 2 if mixed else 4
+    if adapters:
+        LoRA().inject(llama.requires_grad_(False))
+    prompts, tokens, images = [" ".join(["a"] * 11)] * 8, torch.randint(0, 32, (8, 144)), range(8)
+    positions, layers = llama.prefix_length + 144, 1 if checkpointing else 3
+    beside = layers * 8 * positions * (4 * positions * size + 2 * 128 * 4)  # as above; norms are in single precision
+
+    def train() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = llama.log_probs(prompts, tokens, images).sum()
+        loss.backward()
+
+    train()  # gradients are there
+    assert llama.training_bytes(8, size, 4) + beside == pytest.approx(peak_mebibytes(train) * 2**20, rel=0.15)
 
 
 def estimated(decoder: TokenDecoder, **trainer: Any) -> dict[str, float]:

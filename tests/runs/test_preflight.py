@@ -45,6 +45,18 @@ Compose = Callable[..., DictConfig]
             "geneval.reward.colors: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu: they were ",
         ),
         (
+            ["experiment=janus_evaluate", "decoder.checkpoint=deepseek-ai/Janus-1.3B"],
+            "text tokenizer 'deepseek-ai/Janus-1.3B' is of a Janus with template=janus, not janus_pro",
+        ),
+        (
+            ["experiment=llamagen_evaluate", "decoder.checkpoint=peizesun/llamagen_t2i/t2i_XL_stage2_512.pt"],
+            "t2i_XL_stage2_512.pt is for images of 512 pixels, but those of tokenizer.module.config.image_size=256",
+        ),
+        (
+            ["experiment=llamagen_evaluate", "decoder=llamagen_512", "decoder.checkpoint=x/t2i_XL_stage1_256.pt"],
+            "t2i_XL_stage1_256.pt is for images of 256 pixels, but those of tokenizer.module.config.image_size=512",
+        ),
+        (
             ["judges=open_clip", "judges.rewards.clip.clip.pretrained=laion2b_s32b_b82k"],
             "judges.rewards.clip.clip: laion2b_s32b_b82k weights need ViT-L-14, not ViT-L-14-quickgelu",
         ),
