@@ -376,10 +376,11 @@ def test_refitting_trains_parm_and_leaves_the_policy_to_the_rewards(rows: list) 
     labels = {"correct": torch.ones(len(rows)), "clauses": torch.full((len(rows), len(CLAUSES)), torch.nan)}
     labels |= {"grounding": torch.zeros(len(rows), 16, decoder.max_words), "first_unverified": torch.zeros(len(rows))}
     batch = {"prompt": [row["prompt"] for row in rows], "tokens": tokens, "labels": labels, "stats": {}}
+    batch["seed"] = list(range(len(rows)))
     batch["advantage"] = np.linspace(-1, 1, len(rows), dtype=np.float32)[:, None]
     found = []
     for refit in (PARMObjective(), None):
-        parm, objective = make_parm(decoder), GRPOObjective(ratio="none")
+        parm, objective = make_parm(decoder), GRPOObjective(ratio="likelihood")
         module = GRPOModule(decoder, parm, torch.optim.AdamW, 1, objective, Sampling(), refit)
         module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         decoder.zero_grad()
