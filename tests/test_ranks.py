@@ -233,9 +233,11 @@ def test_sharded_show_o_is_aligned_as_by_one_process_and_resumes(tmp_path: Path)
 
 
 @pytest.mark.slow(seconds=15)
-def test_sharded_janus_is_aligned_as_by_one_process(tmp_path: Path) -> None:
-    """All weights, layers computed again in the backward pass, prompts of several lengths; both runs side by side."""
+@pytest.mark.parametrize("lora", ["null", "{_target_: lightning_modules.backbone.lora.LoRA}"], ids=["all", "adapters"])
+def test_sharded_janus_is_aligned_as_by_one_process(tmp_path: Path, lora: str) -> None:
+    """Layers computed again in the backward pass, prompts of several lengths; both runs side by side."""
     small = ["experiment=janus_dpo", "+debug=tiny_janus", *pair_files(tmp_path, 144), *ALIGNED, *here(tmp_path)]
+    small.append(f"for_dpo.lora={lora}")
     sharded = [*small, *SHARDED, "data.batch_size=2", f"hydra.run.dir={tmp_path}/sharded"]
     for done in launch_together([Start([*small, "data.batch_size=4"]), Start(sharded)], tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _BLOCK = 4  # positions by which caches grow at least
 STATIC_BLOCK = 64  # positions by which caches grow that compiled passes read
+MANY = 128  # positions of keys and values that do not stay in the cache of a core
 
 
 @dataclass
@@ -88,7 +89,7 @@ class KVCache:
     static: bool = False  # passes read whole blocks, large ones, so that compiled ones meet few shapes
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # of each row, [B], on the CPU
     keys: list[Tensor] = field(default_factory=list)  # per layer, [B, heads, room + 1, head_dim]; padding is put last
-    values: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)  # of the same shape; in memory see `_place`
     candidates: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values of k, per layer
     _spare: Tensor | None = None  # memory for the next layer that needs more room
 
@@ -115,25 +116,37 @@ class KVCache:
         """
         if length <= self.room:
             return
-        for layers in (self.keys, self.values):
+        for layers, place in ((self.keys, self._place), (self.values, self._place_values)):
             for layer, filled in enumerate(layers):
-                layers[layer] = self._place(filled, length)
+                layers[layer] = place(filled, length)
                 self._spare = filled.new_empty(0).set_(filled.untyped_storage())
 
-    def _place(self, filled: Tensor, length: int) -> Tensor:
-        """[B, heads, S, head_dim] -> a copy with room for `length` positions, in blocks, and one for padding."""
+    def _place(self, filled: Tensor, length: int, positions: int = 2) -> Tensor:
+        """Copy keys [B, heads, S, head_dim] to memory for `length` positions, in blocks, and one for padding.
 
-        def shape(positions: int) -> tuple[int, ...]:
-            return *filled.shape[:2], -(-positions // self.block) * self.block + 1, filled.shape[3]
+        Positions may stand in the last dimension as well.
+        """
+        shape = list(filled.shape)
 
-        size = math.prod(shape(length))
+        def sized(length: int) -> list[int]:
+            shape[positions] = -(-length // self.block) * self.block + 1
+            return shape
+
+        size = math.prod(sized(length))
         if self._spare is None or len(self._spare) < size:
-            self._spare = filled.new_empty(math.prod(shape(max(length, self.capacity))))
-        room, self._spare = self._spare[:size].view(shape(length)), None
-        room[:, :, : filled.shape[2]] = filled
+            self._spare = filled.new_empty(math.prod(sized(max(length, self.capacity))))
+        room, self._spare = self._spare[:size].view(sized(length)), None
+        there = filled.shape[positions]
+        room.narrow(positions, 0, there).copy_(filled)
         # No attention goes to what is not filled, but 0 times what memory held may not be 0.
-        room[:, :, filled.shape[2] :] = 0
+        room.narrow(positions, there, room.shape[positions] - there).zero_()
         return self._marked(room)
+
+    def _place_values(self, filled: Tensor, length: int) -> Tensor:
+        """The same for values. CPUs sum up many of them in two thirds of the time where positions are neighbours."""
+        if filled.device.type != "cpu" or self.static or self.capacity < MANY:
+            return self._place(filled, length)
+        return self._place(filled.transpose(2, 3), length, positions=3).transpose(2, 3)
 
     def _marked(self, memory: Tensor) -> Tensor:
         """Memory of a layer; CUDA graphs read it where it is, where they would copy it before every pass."""
@@ -148,7 +161,7 @@ class KVCache:
             key = value = key.new_empty(len(self.shared.rows), key.shape[1], 0, key.shape[3])
         self.lengths = torch.full((len(key),), key.shape[2])
         self.keys.append(self._place(key, max(key.shape[2], 1)))
-        self.values.append(self._place(value, max(key.shape[2], 1)))
+        self.values.append(self._place_values(value, max(key.shape[2], 1)))
 
     def commit(self, choice: Tensor) -> None:
         """Append candidate `choice` [B] of each row to the prefix and forget the others."""
@@ -166,7 +179,8 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of rows `rows` [B'], in that order and as often as they occur, with their candidates."""
-        keys, values = ([self._marked(layer[rows]) for layer in store] for store in (self.keys, self.values))
+        keys = [self._marked(layer[rows]) for layer in self.keys]
+        values = [self._marked(layer.mT[rows].mT if layer.stride(2) == 1 else layer[rows]) for layer in self.values]
         candidates = [(key[rows], value[rows]) for key, value in self.candidates]
         shared = self.shared and self.shared.select(rows.cpu())
         return KVCache(self.capacity, shared, self.static, self.lengths[rows.cpu()], keys, values, candidates)

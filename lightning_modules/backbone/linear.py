@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 _LARGE = 2**18  # weights of a layer that do not stay in the cache of a core
 _LONG = 2**20  # multiplications of a product, above which it pays to ask oneDNN
 _FULL_BLOCKS = (16, 32)  # rows
+_LARGEST = 2**22  # weights, such as those of a head, above which 8 rows are enough
 
 
 class Linear(nn.Linear):
@@ -78,7 +79,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     there instead, where they fill its blocks.
     """
     by_onednn = torch.ops.mkldnn._linear_pointwise
-    if x.numel() // x.shape[-1] not in _FULL_BLOCKS:
+    rows = x.numel() // x.shape[-1]
+    if rows not in _FULL_BLOCKS and not (rows == 8 and weight.numel() >= _LARGEST):
         return by_onednn(x, weight, bias, "none", [], "")
     product = by_onednn(weight, x.reshape(-1, x.shape[-1]), None, "none", [], "").T.contiguous()
     return (product if bias is None else product + bias).view(*x.shape[:-1], -1)

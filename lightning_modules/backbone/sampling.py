@@ -85,7 +85,8 @@ def sampling_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
     The logits [B, V] are guided already; the temperature, top-k and top-p follow in this order.
     """
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)

@@ -198,11 +198,14 @@ def another_config() -> dict[str, Any]:
     return config
 
 
-def test_greedy_images_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_heads", "theta"), [(3, 10_000.0), (1, 500.0)])
+def test_greedy_images_are_those_of_transformers(tmp_path: Path, kv_heads: int, theta: float) -> None:
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     torch.manual_seed(3)
     config = another_config()
+    config["text_config"]["num_key_value_heads"] = kv_heads
+    config["text_config"]["rope_parameters"]["rope_theta"] = theta
     theirs: Any = JanusForConditionalGeneration(JanusConfig(**config)).eval()
     for weight in theirs.parameters():
         if weight.ndim == 2:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_modules.backbone.attention import attend
-from lightning_modules.backbone.kv_cache import KVCache
+from lightning_modules.backbone.kv_cache import MANY, KVCache
 from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.lora import LoRA
 from lightning_modules.backbone.rotary import Rotary
@@ -20,25 +20,32 @@ def model() -> Transformer:
     return Transformer(TransformerConfig(dim=16, depth=3, heads=2)).double()
 
 
-def test_steps_against_the_cache_equal_the_full_causal_pass(model: Transformer) -> None:
-    x = torch.randn(2, 7, 16, dtype=torch.float64)
+@pytest.fixture(params=[8, MANY])
+def capacity(request: pytest.FixtureRequest) -> int:
+    """Of caches that lie in memory in either way."""
+    return int(request.param)
+
+
+@pytest.mark.parametrize("length", [3, MANY + 2])
+def test_steps_against_the_cache_equal_the_full_causal_pass(model: Transformer, capacity: int, length: int) -> None:
+    x = torch.randn(2, length + 4, 16, dtype=torch.float64)
     full = model(x, causal=True)
-    cache = KVCache(capacity=8)
-    prefix = model(x[:, :3], causal=True, cache=cache)
-    torch.testing.assert_close(prefix[-1], full[-1][:, :3])
-    for t in range(3, 7):
+    cache = KVCache(capacity)
+    prefix = model(x[:, :length], causal=True, cache=cache)
+    torch.testing.assert_close(prefix[-1], full[-1][:, :length])
+    for t in range(length, length + 4):
         step = model.step(x[:, t : t + 1], cache)
         for got, expected in zip(step, full, strict=True):
             torch.testing.assert_close(got[:, 0], expected[:, t])
         cache.commit(torch.zeros(2, dtype=torch.int64))
 
 
-def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transformer) -> None:
+def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transformer, capacity: int) -> None:
     x = torch.randn(2, 4, 16, dtype=torch.float64)
     candidates = torch.randn(2, 5, 16, dtype=torch.float64)
     after = torch.randn(2, 1, 16, dtype=torch.float64)
     choice = torch.tensor([3, 1])
-    cache = KVCache(capacity=8)
+    cache = KVCache(capacity)
     model(x, causal=True, cache=cache)
     together = model.step(candidates, cache)[-1]
     cache.commit(choice)
@@ -51,34 +58,36 @@ def test_candidates_do_not_see_each_other_and_the_chosen_one_stays(model: Transf
     torch.testing.assert_close(following, expected)
 
 
-def test_selected_rows_are_independent_of_the_original_cache(model: Transformer) -> None:
+def test_selected_rows_are_independent_of_the_original_cache(model: Transformer, capacity: int) -> None:
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    cache = KVCache(capacity=8)
+    cache = KVCache(capacity)
     model(x, causal=True, cache=cache)
     twin = cache.select(torch.tensor([1, 1, 0]))
     model.step(torch.randn(3, 1, 16, dtype=torch.float64), twin)
     twin.commit(torch.zeros(3, dtype=torch.int64))
     assert (twin.length, cache.length) == (5, 4)
     torch.testing.assert_close(twin.keys[0][2, :, :4], cache.keys[0][0, :, :4])
+    torch.testing.assert_close(twin.values[0][2, :, :4], cache.values[0][0, :, :4])
     assert not cache.keys[0][:, :, 4].any()
 
 
-def test_layers_that_move_to_make_room_keep_what_they_hold(model: Transformer) -> None:
-    x = torch.randn(2, 23, 16, dtype=torch.float64)
+@pytest.mark.parametrize("extra", [0, MANY])
+def test_layers_that_move_to_make_room_keep_what_they_hold(model: Transformer, extra: int) -> None:
+    x = torch.randn(2, 23 + extra, 16, dtype=torch.float64)
     full = model(x, causal=True)[-1]
-    cache = KVCache(capacity=12)  # more come than were announced
-    model(x[:, :2], causal=True, cache=cache)
-    for t in range(2, 23):
+    cache = KVCache(capacity=12 + extra)  # more come than were announced
+    model(x[:, : 2 + extra], causal=True, cache=cache)
+    for t in range(2 + extra, 23 + extra):
         torch.testing.assert_close(model.step(x[:, t : t + 1], cache)[-1][:, 0], full[:, t])
         cache.commit(torch.zeros(2, dtype=torch.int64))
     memory = {layer.untyped_storage().data_ptr() for layer in cache.keys + cache.values}
     assert len(memory) == 6, "layers share memory"
 
 
-def test_rows_extended_by_different_numbers_equal_the_full_causal_pass(model: Transformer) -> None:
+def test_rows_extended_by_different_numbers_equal_the_full_causal_pass(model: Transformer, capacity: int) -> None:
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     full = model(x, causal=True)[-1]
-    cache = KVCache(capacity=8)
+    cache = KVCache(capacity)
     model(x[:, :2], causal=True, cache=cache)
     counts = torch.tensor([1, 4])
     extended = model.extend(x[:, 2:6], counts, cache)[-1]

@@ -96,6 +96,7 @@ def make_janus(config: dict[str, Any] = JANUS_CONFIG, checkpointing: bool = Fals
         dim=text["hidden_size"],
         depth=text["num_hidden_layers"],
         heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
         mlp_ratio=text["intermediate_size"] / text["hidden_size"],
         rms_norm=True,
         swiglu=True,
