@@ -1,6 +1,8 @@
 """The contract of decoders: prompts in, images out, one step at a time.
 
-A step decides one token (next-token decoders), a set of tokens (mask-token decoders) or the whole image (diffusion).
+A step decides one token (next-token decoders), a set of tokens (mask-token decoders) or takes noise off the whole image
+(denoising decoders). A token is a code of the image tokenizer, or, of denoising decoders, a vector of D numbers: where
+shapes say [B, T], theirs is [B, T, D].
 Every strategy drives every decoder by the same loop:
 
     state = decoder.begin(request, sampling, k)
@@ -27,7 +29,6 @@ from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
-from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import Transformer
 from lightning_modules.cache_key import Keyed, class_name, key_of
 
@@ -91,6 +92,8 @@ class Cost:
 class DecodingState(ABC):
     """B half-decoded images, all at the same step."""
 
+    starts_alike: ClassVar[bool] = True  # before the first step, all paths of an image are the same
+
     tokens: Tensor  # [B, T]; those that are not decided yet are a preview, or anything
     step: int  # steps done
     noise: Any  # the randomness of the images, as `Decoder.noise` draws it; the defaults below expect a `Noise`
@@ -124,8 +127,11 @@ class DecodingState(ABC):
         return None
 
     @property
-    def trajectory(self) -> Trajectory | None:
-        """How grids were filled, step by step; None where tokens are decided one after the other."""
+    def trajectory(self) -> Any:
+        """How images came about, step by step; None where tokens are decided one after the other.
+
+        That is a `Trajectory` of grids, or a `LatentTrajectory` of what is denoised.
+        """
         return None
 
     @property
@@ -157,7 +163,7 @@ class DecodingState(ABC):
 class Proposal:
     """k candidates for the next step of B images, from one forward pass; tensors that a subclass adds are [B, k, ...].
 
-    A candidate decides the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
+    A candidate decides the next token, [B, k, 1], or a whole image, [B, k, T] or [B, k, T, D], previews included.
     """
 
     tokens: Tensor
@@ -217,6 +223,9 @@ class Decoder(nn.Module, Keyed):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read; by default any can."""
 
+    def check_candidates(self, k: int, sampling: Any) -> None:
+        """Raise ValueError if k candidates of a step would be equal; by default they are drawn."""
+
     def check_readable(self) -> None:
         """Raise ValueError if verifiers in token space have nothing to read."""
         if not self.feature_layers:
@@ -242,7 +251,7 @@ class Decoder(nn.Module, Keyed):
         """Guess the finished images, pixels [B, 3, H, W]; with a proposal, those of its candidates, [B k, 3, H, W]."""
         raise ValueError(f"{type(self).__name__} shows no image before it is finished")
 
-    def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
+    def frames(self, tokens: Tensor, trajectory: Any, most: int) -> Frames | None:
         """Up to `most` moments on the way to an image [T]; None if there are none."""
         return None
 
@@ -353,12 +362,10 @@ class TokenDecoder(HubMixin, Decoder):
         return None
 
     @abstractmethod
-    def policy_log_probs(
-        self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Trajectory | None = None
-    ) -> Tensor:
+    def policy_log_probs(self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: Any = None) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`.
+        Differentiable; equals `DecodingState.log_probs` but for rounding. A `trajectory` is needed where there is one.
         """
 
     @abstractmethod
