@@ -1,0 +1,57 @@
+"""Tiny pipelines of diffusers with random weights, written to folders."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+from lightning_modules.backbone.tiny_pipeline import tiny_autoencoder, tiny_text_parts
+
+
+def tiny_flux(folder: Path, distilled: bool = True) -> str:
+    """FLUX.1-dev's make, where guidance is a number that the network reads, or schnell's."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    letters = [(letter, -1.0) for letter in string.ascii_lowercase]
+    tokenizer_2 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=distilled, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    tokenizer, text = tiny_text_parts()
+    vae = tiny_autoencoder(use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled)
+    parts: Any = (scheduler, vae, CLIPTextModel(text), tokenizer, t5, tokenizer_2, transformer)
+    FluxPipeline(*parts).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_sdxl(folder: Path, prediction: str = "epsilon", scheduler: type[Any] = EulerDiscreteScheduler) -> str:
+    """Stable Diffusion XL's make, with its own levels of noise."""
+    tokenizer, text = tiny_text_parts()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+    )  # fmt: skip
+    levels: Any = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    StableDiffusionXLPipeline(
+        vae=tiny_autoencoder(), text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
+        scheduler=scheduler(**levels, timestep_spacing="leading", steps_offset=1, prediction_type=prediction),
+        add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
