@@ -95,9 +95,10 @@ class PipelineDecoder(DenoisingDecoder):
         return self.family.levels(sampling.steps, self.num_tokens, sampling.start)
 
     def noise(self, seeds: Sequence[int], k: int, sampling: PipelineSampling) -> GaussianNoise:
-        drawn = super().noise(seeds, k, sampling)
-        side = self.image_tokenizer.grid * self.family.patch
-        return replace(drawn, initial=pack(drawn.initial.reshape(len(seeds), -1, side, side), self.family.patch))
+        """The noise, laid out as the pipeline draws it; its latents begin with pure noise, whatever their first level."""
+        drawn, side = super().noise(seeds, k, sampling), self.image_tokenizer.grid * self.family.patch
+        initial = pack(drawn.initial.reshape(len(seeds), -1, side, side), self.family.patch)
+        return replace(drawn, initial=initial / self.levels(sampling).sigmas[0] if sampling.start == 1 else initial)
 
     def encode(self, prompts: Sequence[str], sampling: PipelineSampling) -> Embeddings:
         """Encode prompts; raises ValueError if nothing would read the negative one."""
