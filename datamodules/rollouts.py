@@ -202,16 +202,16 @@ def collate(rows: pa.Table) -> dict[str, Any]:
     def vectors(name: str) -> Tensor:
         """Half-precision numbers of the T tokens, [B, T, F]."""
         states = np.frombuffer(b"".join(rows[name].to_pylist()), np.float16)
-        return torch.from_numpy(states.reshape(*grounding.shape[:2], -1).astype(np.float32))
+        return torch.from_numpy(states.reshape(*shown.shape[:2], -1).astype(np.float32))
 
-    grounding = column("grounding").float()
+    shown = column("grounding").float()
     codes = not pa.types.is_binary(rows.schema.field("tokens").type)
     batch: dict[str, Any] = {
         "prompt": rows["prompt"].to_pylist(),
         "tokens": column("tokens").long() if codes else vectors("tokens"),
         "correct": column("reward").float(),
         "clauses": column("clauses").float(),
-        "grounding": grounding,
+        "grounding": shown,
         "first_unverified": column("first_unverified"),
         "group": column("prompt_index"),
     }
