@@ -118,8 +118,8 @@ class GroupCollector:
         columns = {"tokens": decoded.tokens, "place": torch.tensor([place for place, _ in jobs])}
         if decoded.log_probs is not None:
             columns["recorded"] = decoded.log_probs.float()
-        if decoded.trajectory is not None:
-            columns |= {"previews": decoded.trajectory.previews, "fixed_at": decoded.trajectory.fixed_at}
+        if (trajectory := decoded.trajectory) is not None:
+            columns |= {f"trajectory/{name}": getattr(trajectory, name) for name in trajectory.policy_reads}
         for name in self.scores:
             judge = self.judges[name]
             if name in self.judges.oracles:
@@ -135,6 +135,11 @@ class GroupCollector:
         columns["objects"] = torch.tensor([sum(map(len, verdict.details.values())) for verdict in verdicts])
         small = {name: part.int() if part.dtype == torch.int64 else part for name, part in columns.items()}
         return {name: part.cpu() for name, part in small.items()}
+
+
+def _wide(column: Tensor) -> Tensor:
+    """Turn codes and numbers of steps, which are stored in 32 bits, into indices; vectors stay as they are."""
+    return column if column.is_floating_point() else column.long()
 
 
 class _Minibatches(Dataset[Any]):
@@ -260,14 +265,15 @@ class GroupsDataModule(LightningDataModule):
         columns = {name: part[rows] for name, part in self._columns.items()}
         batch: dict[str, Any] = {
             "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
-            "tokens": columns["tokens"].long(),
+            "tokens": _wide(columns["tokens"]),
             "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
         }
         if "recorded" in columns:
             batch["recorded"] = columns["recorded"].numpy()
-        if "fixed_at" in columns:
-            batch["trajectory"] = {name: columns[name].long() for name in ("previews", "fixed_at")}
+        trajectory = [name for name in columns if name.startswith("trajectory/")]
+        if trajectory:
+            batch["trajectory"] = {name.removeprefix("trajectory/"): _wide(columns[name]) for name in trajectory}
         return batch
 
     def _collect(self) -> tuple[Columns, dict[str, float]]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.optim import OptimizerFactory
 from lightning_modules.policy import PolicyModule
 from lightning_modules.rewards.parm import PARM
@@ -145,7 +144,7 @@ class GRPOModule(PolicyModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T], `recorded`, the log-probabilities of the choices when they were
     drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where images were decoded anew
-    in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`; `stats` are numbers about
+    in part), `advantage` (an array [B, 1 or S]), and the `trajectory` where there is one; `stats` are numbers about
     the groups of a step, which are logged.
 
     Args:
@@ -183,7 +182,7 @@ class GRPOModule(PolicyModule):
 
     def _log_probs(self, decoder: TokenDecoder, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of the choices by which the images of a batch were made, single precision [B, S]."""
-        trajectory = Trajectory(**batch["trajectory"]) if "trajectory" in batch else None
+        trajectory = decoder.trajectory_type(**batch["trajectory"]) if "trajectory" in batch else None
         return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory).float()
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.backbone.text import TextTokenizer
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.backbone.transformer import Transformer
 from lightning_modules.cache_key import Keyed, class_name, key_of
 
@@ -130,7 +131,7 @@ class DecodingState(ABC):
     def trajectory(self) -> Any:
         """How images came about, step by step; None where tokens are decided one after the other.
 
-        That is a `Trajectory` of grids, or a `LatentTrajectory` of what is denoised.
+        That is a `Trajectory` of grids, or a `LatentTrajectory` of images that are denoised.
         """
         return None
 
@@ -294,7 +295,8 @@ class TokenDecoder(HubMixin, Decoder):
     """
 
     has_likelihood = True
-    causal: ClassVar[bool]  # tokens are decided from the first to the last, one a step; otherwise grids are filled
+    causal: ClassVar[bool]  # tokens are decided from the first to the last, one a step; otherwise whole images
+    trajectory_type: ClassVar[type] = Trajectory  # of `DecodingState.trajectory`
     text_tokenizer: TextTokenizer  # of prompts
     transformer: Transformer  # the one that its tokens go through
 

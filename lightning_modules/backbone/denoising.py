@@ -46,7 +46,7 @@ class DenoisingDecoder(Decoder):
 
     @abstractmethod
     def predict(
-        self, latents: Tensor, levels: Levels, step: int, condition: Condition, sampling: Any, cost: Cost
+        self, latents: Tensor, levels: Levels, step: int, condition: Any, sampling: Any, cost: Cost
     ) -> Prediction:
         """A guided forward pass at latents [R, T, D] of a step, which is counted. Differentiable."""
 

@@ -1,7 +1,8 @@
 """Denoising on its way: latents, what a pass says of them, and candidates for the next latent."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,17 +44,25 @@ class Prediction:
 class LatentTrajectory:
     """How B images were denoised, in S steps."""
 
+    policy_reads: ClassVar[Sequence[str]] = ("latents",)
+    verifier_reads: ClassVar[Sequence[str]] = ("times",)  # they learn from finished images, to which noise is added
+
     latents: Tensor  # before each step, and the finished image, [B, S + 1, T, D]
-    previews: Tensor  # the best guess before each step, half precision [B, S, T, D]
+    previews: Tensor | None = None  # the best guess before each step, half precision [B, S, T, D]
+    times: Tensor | None = None  # before each step and after the last, [B, S + 1]
 
     def select(self, rows: Tensor) -> "LatentTrajectory":
-        return LatentTrajectory(self.latents[rows], self.previews[rows])
+        previews, times = (part if part is None else part[rows] for part in (self.previews, self.times))
+        return LatentTrajectory(self.latents[rows], previews, times)
 
     def put(self, rows: Tensor, other: "LatentTrajectory") -> "LatentTrajectory":
         """Replace the end of some rows, the image and the last guess, by that of `other`."""
-        latents, previews = self.latents.clone(), self.previews.clone()
-        latents[rows, -1], previews[rows, -1] = other.latents[:, -1], other.previews[:, -1]
-        return LatentTrajectory(latents, previews)
+        latents, previews = self.latents.clone(), self.previews
+        latents[rows, -1] = other.latents[:, -1]
+        if previews is not None and other.previews is not None:
+            previews = previews.clone()
+            previews[rows, -1] = other.previews[:, -1]
+        return LatentTrajectory(latents, previews, self.times)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class DenoisingState(DecodingState):
         if not self.passed:
             return None
         latents, previews = ([*parts] for parts in zip(*self.passed, strict=True))
-        return LatentTrajectory(torch.stack([*latents, self.latents], 1), torch.stack(previews, 1))
+        times = torch.tensor(self.levels.times, device=self.latents.device).expand(len(self.latents), -1)
+        return LatentTrajectory(torch.stack([*latents, self.latents], 1), torch.stack(previews, 1), times)
 
     def begin(self) -> Self:
         """Put the latents at the level of the first step, with the noise that images begin with."""

@@ -92,6 +92,7 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
     """
 
     causal = False
+    trajectory_type = LatentTrajectory
     sampling_type = FlowSampling
     has_likelihood = False
     image_tokenizer: PixelPatches
@@ -208,16 +209,24 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         normal = math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-6, 1 - 1e-6) - 1)
         return (self.time_mean + self.time_std * normal).sigmoid()
 
-    def _errors(self, prompts: Sequence[str], tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared errors of the velocity of images [B, T, D] at times [B], [B]."""
+    def _token_errors(self, prompts: Sequence[str], tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared errors of the velocity of the tokens of images [B, T, D] at times [B], [B, T]."""
         t = times[:, None, None]
         guess, _ = self.denoise((1 - t) * tokens + t * noise, times, [self._read(prompts)[0]])
-        return ((guess - tokens) / t.clamp(min=_LEAST_TIME)).square().mean((1, 2))
+        return ((guess - tokens) / t.clamp(min=_LEAST_TIME)).square().mean(2)
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """The flow loss in the place of a likelihood: the mean squared error of the velocity of images [B, T, D]."""
         times = self._trained_times(uniform_rows(len(tokens), device=tokens.device))
-        return self._errors(prompts, tokens, times, torch.randn_like(tokens)).mean()
+        return self._token_errors(prompts, tokens, times, torch.randn_like(tokens)).mean()
+
+    def _bound(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The part of each token in the estimates of `log_probs`, [B, T]."""
+        noise = GaussianNoise.draw(seeds, _ESTIMATES, self.latent_shape(FlowSampling(_ESTIMATES))).to(tokens.device)
+        places = (torch.arange(_ESTIMATES, device=tokens.device) + noise.choice) / _ESTIMATES
+        times = [self._trained_times(place) for place in places.unbind(1)]
+        errors = [self._token_errors(prompts, tokens, time, noise.initial) for time in times]
+        return -0.5 * tokens.shape[2] * torch.stack(errors).mean(0)
 
     def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
         """Estimates of the bound that stands for log p in Diffusion-DPO (arXiv 2311.12908, equation 14), nats, [B].
@@ -225,12 +234,15 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         That is minus half the squared error of the velocity, at `_ESTIMATES` times an image, each from its own part of
         those that are trained. Times and noise come from the seeds.
         """
-        noise = GaussianNoise.draw(seeds, _ESTIMATES, self.latent_shape(None)).to(tokens.device)
-        places = (torch.arange(_ESTIMATES, device=tokens.device) + noise.choice) / _ESTIMATES
-        total = torch.zeros(len(tokens), device=tokens.device)
-        for part in range(_ESTIMATES):
-            total = total + self._errors(prompts, tokens, self._trained_times(places[:, part]), noise.initial)
-        return -0.5 * total / _ESTIMATES * tokens[0].numel()
+        return self._bound(prompts, tokens, seeds).sum(1)
+
+    @torch.no_grad()
+    def confidence(
+        self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
+    ) -> Tensor:
+        """The part of each token in `log_probs`, with the same noise for all images; see `Decoder`."""
+        cost.count_pass(_ESTIMATES * len(prompts), self.num_tokens)
+        return self._bound(prompts, tokens, [0] * len(prompts))
 
     def policy_log_probs(
         self, prompts: Sequence[str], tokens: Tensor, sampling: Any, trajectory: LatentTrajectory | None = None
@@ -255,12 +267,15 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         """Features of images with noise of a time each; see `TokenDecoder`.
 
         An image and its latents on the way are, for an exact flow with stochastic steps, what an image and itself with
-        noise are. So no latents are stored.
+        noise are. So no latents are stored. Times from before the first unverified step are not drawn.
         """
         rows, device = len(batch["tokens"]), batch["tokens"].device
-        if fraction is None:
-            left = uniform_rows(rows, device=device) * (uniform_rows(rows, device=device) >= last_step)
-        else:
+        if fraction is not None:
             left = torch.full((rows,), 1 - fraction, device=device)
-        time = _SHIFT * left / (1 + (_SHIFT - 1) * left)
-        return self.features(batch["prompt"], batch["tokens"], time.clamp(_LEAST_TIME, 1))
+        else:
+            left = uniform_rows(rows, device=device) * (uniform_rows(rows, device=device) >= last_step)
+        times = _SHIFT * left / (1 + (_SHIFT - 1) * left)
+        if fraction is None and "trajectory" in batch:
+            first = batch["first_unverified"][:: len(batch["prompt"]) // rows].long()
+            times = times * batch["trajectory"]["times"].gather(1, first[:, None]).squeeze(1)
+        return self.features(batch["prompt"], batch["tokens"], times.clamp(_LEAST_TIME, 1))
