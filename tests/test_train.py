@@ -38,7 +38,8 @@ from tests.helpers.wandb_runs import artifacts, history, records, settings_of, t
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
-ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
+ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffus", "decoder=sd",
+             "decoder=flux")  # fmt: skip
 PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice
@@ -80,6 +81,8 @@ COMPANIONS = {
     "decoder=llamagen_512": ["+debug=tiny_llamagen"],
     "experiment=llamagen_evaluate": ["+debug=tiny_llamagen"],
     "decoder=emu3": ["+debug=tiny_emu3"],
+    "strategies=diffusers": ["decoder=sd3", "+debug=tiny_sd3"],
+    "experiment=sd3_evaluate": ["+debug=tiny_sd3"],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }

@@ -97,46 +97,6 @@ class DiffusionDecoder(Decoder):
     def cache_key(self) -> dict[str, Any]:
         return {"class": class_name(self), "weights": fingerprint(self), **pipeline_key(self.pipeline)}
 
-    def steps(self) -> int:
-        return 1
-
-    @property
-    def choice_noise(self) -> NoReturn:
-        raise ValueError(_ONE_STEP)
-
-    def select(self, rows: Tensor) -> NoReturn:
-        raise ValueError(_ONE_STEP)
-
-
-class DiffusionDecoder(Decoder):
-    """Any text-to-image pipeline of diffusers.
-
-    Args:
-        checkpoint, dtype, without: see `load_pipeline`.
-
-    Raises:
-        ImportError, FileNotFoundError: see `load_pipeline`.
-    """
-
-    sampling_type = DiffusionSampling
-
-    def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.pipeline: Any = load_pipeline(checkpoint, dtype, without)
-        self._arguments = inspect.signature(self.pipeline.__call__).parameters
-        self.networks = nn.ModuleDict(networks(self.pipeline))  # moved, and told apart, with this module
-        self.eval().requires_grad_(False)
-        self.image_tokenizer = Pixels()
-
-    def cache_key(self) -> dict[str, Any]:
-        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
-        return {
-            "class": class_name(self),
-            "pipeline": digest([class_name(self.pipeline), published_key(self.pipeline.config)]),
-            "weights": fingerprint(self),
-            "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
-        }
-
     def steps(self, sampling: DiffusionSampling) -> int:
         return sampling.steps
 

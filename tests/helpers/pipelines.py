@@ -10,6 +10,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -53,5 +57,22 @@ def tiny_sdxl(folder: Path, prediction: str = "epsilon", scheduler: type[Any] = 
         tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
         scheduler=scheduler(**levels, timestep_spacing="leading", steps_offset=1, prediction_type=prediction),
         add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def tiny_unet(folder: Path, distilled: bool) -> str:
+    """Stable Diffusion 1.5's make, with guidance in two passes or, distilled to latent consistency, as a number."""
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4, time_cond_proj_dim=8 if distilled else None,
+    )  # fmt: skip
+    tokenizer, text = tiny_text_parts()
+    kind = LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
+    scheduler = LCMScheduler() if distilled else PNDMScheduler(skip_prk_steps=True)
+    kind(
+        vae=tiny_autoencoder(), text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return str(folder)

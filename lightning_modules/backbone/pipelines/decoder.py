@@ -95,7 +95,7 @@ class PipelineDecoder(DenoisingDecoder):
         return self.family.levels(sampling.steps, self.num_tokens, sampling.start)
 
     def noise(self, seeds: Sequence[int], k: int, sampling: PipelineSampling) -> GaussianNoise:
-        """The noise, laid out as the pipeline draws it; its latents begin with pure noise, whatever their first level."""
+        """Noise as the pipeline lays it out; anew, its latents begin with pure noise, whatever their first level."""
         drawn, side = super().noise(seeds, k, sampling), self.image_tokenizer.grid * self.family.patch
         initial = pack(drawn.initial.reshape(len(seeds), -1, side, side), self.family.patch)
         return replace(drawn, initial=initial / self.levels(sampling).sigmas[0] if sampling.start == 1 else initial)

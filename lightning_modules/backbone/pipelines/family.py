@@ -103,7 +103,7 @@ class FlowFamily(Family):
 
 
 def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The logarithm of the shift of times: the more tokens, the more steps are at high noise, linear in their number."""
+    """The logarithm of the shift of times, linear in the tokens: the more, the more steps are at high noise."""
     fewest, most = config["base_image_seq_len"], config["max_image_seq_len"]
     low, high = config["base_shift"], config["max_shift"]
     return low + (high - low) * (tokens - fewest) / (most - fewest)

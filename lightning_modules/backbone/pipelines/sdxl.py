@@ -25,7 +25,8 @@ class SDXL(Family):
         super().__init__(pipeline, size)
         config = pipeline.scheduler.config
         self.predicts_v = config.get("prediction_type") == "v_prediction"  # else the noise
-        is_known = "beta_schedule" in config and EulerDiscreteScheduler in pipeline.scheduler.compatibles
+        is_consistency = "original_inference_steps" in config  # LCM, TCD: their steps need a network of their own
+        is_known = EulerDiscreteScheduler in pipeline.scheduler.compatibles and not is_consistency
         if not is_known or config["prediction_type"] not in ("epsilon", "v_prediction"):
             self.refuse_scheduler()
         self.scheduler = EulerDiscreteScheduler.from_config(config, final_sigmas_type="zero")
@@ -35,7 +36,7 @@ class SDXL(Family):
         return self.network.config.block_out_channels[0]
 
     def levels(self, steps: int, tokens: int, start: float) -> Levels:
-        """Of latents x_0 + sigma noise of the Euler scheduler, divided by sqrt(1 + sigma²) as the network reads them."""
+        """Those of the Euler scheduler; the network reads its latents, x_0 + sigma noise, divided by sqrt(1 + sigma²)."""
         self.scheduler.set_timesteps(steps)
         times, sigmas = (part.double().numpy() for part in (self.scheduler.timesteps, self.scheduler.sigmas))
         if start < 1:
