@@ -21,7 +21,7 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import StepJudge
 from tests.helpers.overrides import WITHOUT
-from tests.helpers.pipelines import tiny_flux, tiny_sdxl, tiny_unet
+from tests.helpers.pipelines import tiny_flux, tiny_sana, tiny_sdxl, tiny_unet
 
 ROWS = [{"prompt": f"a photo of a {name}"} for name in ("dog", "red cup", "star")]
 SIZE = 32
@@ -31,6 +31,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "sdxl": tiny_sdxl,
     "sdxl_v": lambda folder: tiny_sdxl(folder, "v_prediction"),
     "flux": tiny_flux,
+    "sana": tiny_sana,
     "schnell": lambda folder: tiny_flux(folder, distilled=False),
 }
 
@@ -81,6 +82,7 @@ def test_an_image_is_what_the_pipeline_makes(decoders: Decoders, name: str, guid
     for i, row in enumerate(ROWS):
         latents = begun.latents[i : i + 1]
         asked = {"prompt": row["prompt"], "num_inference_steps": 3, "height": SIZE, "width": SIZE, "output_type": "pt"}
+        asked |= {"use_resolution_binning": False} if name == "sana" else {}  # its sizes are larger
         given = latents if "Flux" in type(decoder.pipeline).__name__ else unpack(latents, decoder.family.patch)
         seed = torch.Generator().manual_seed(i + 1)
         for noise in ({"latents": given}, {"generator": seed}):
@@ -92,7 +94,7 @@ def test_an_image_is_what_the_pipeline_makes(decoders: Decoders, name: str, guid
     assert decoded.cost.tokens == sum(seen) * decoder.num_tokens
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana"])
 def test_guidance_prompts_and_seeds_change_images(decoders: Decoders, name: str) -> None:
     decoder, row = decoders[name], ROWS[:1]
     images = [
@@ -106,7 +108,7 @@ def test_guidance_prompts_and_seeds_change_images(decoders: Decoders, name: str)
 
 
 @pytest.mark.parametrize(("solver", "eta"), [("euler", 0.0), ("ddim", 0.8)])
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana"])
 def test_an_image_is_the_same_alone_in_a_batch_and_beside_rows_that_stop(
     decoders: Decoders, name: str, solver: Any, eta: float
 ) -> None:
@@ -182,7 +184,7 @@ def test_particles_and_candidates_are_judged_by_previews(decoders: Decoders) -> 
         assert not torch.allclose(verified.tokens, Sample(sampling).decode(decoder, {}, request).tokens, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana"])
 def test_what_stays_is_held_while_the_rest_begins_at_a_lower_level(decoders: Decoders, name: str) -> None:
     decoder, tokens = decoders[name], decoders[name].num_tokens
     old = Sample(PipelineSampling(3)).decode(decoder, {}, Request(ROWS, range(3))).tokens
@@ -208,7 +210,7 @@ def test_the_autoencoder_takes_pixels_to_tokens_and_back(decoders: Decoders) -> 
     assert torch.allclose(tokenizer.decode(tokens), (0.5 + 0.5 * expected).clamp(0, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana"])
 def test_half_precision_is_that_of_the_network_alone(decoders: Decoders, tmp_path: Path, name: str) -> None:
     without = WITHOUT if name == "sd3" else ()
     decoder = PipelineDecoder(MAKERS[name](tmp_path / name), SIZE, "float16", without)
@@ -240,7 +242,7 @@ def test_what_cannot_be_run_step_by_step_is_refused(decoders: Decoders, tmp_path
 
 def test_a_negative_prompt_leads_images_away_or_is_refused(decoders: Decoders) -> None:
     plain, negative = (PipelineSampling(2, 3.5, negative_prompt=text) for text in ("", "blurry"))
-    for name in ("sd3", "sdxl", "schnell"):
+    for name in ("sd3", "sdxl", "schnell", "sana"):
         decoder = decoders[name]
         assert (pixels(decoder, plain, [1, 2, 3]) - pixels(decoder, negative, [1, 2, 3])).abs().max() > 1e-4
     with pytest.raises(ValueError, match=r"negative_prompt='blurry' has no effect: FluxPipeline makes no pass that"):

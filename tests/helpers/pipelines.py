@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -13,20 +15,33 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from lightning_modules.backbone.tiny_pipeline import tiny_autoencoder, tiny_text_parts
 
 
+def letters() -> T5Tokenizer:
+    """A tokenizer of single letters."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -1.0) for letter in string.ascii_lowercase)], extra_ids=0)
+
+
 def tiny_flux(folder: Path, distilled: bool = True) -> str:
     """FLUX.1-dev's make, where guidance is a number that the network reads, or schnell's."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    letters = [(letter, -1.0) for letter in string.ascii_lowercase]
-    tokenizer_2 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
     torch.manual_seed(0)
     t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     transformer = FluxTransformer2DModel(
@@ -36,8 +51,31 @@ def tiny_flux(folder: Path, distilled: bool = True) -> str:
     tokenizer, text = tiny_text_parts()
     vae = tiny_autoencoder(use_quant_conv=False, use_post_quant_conv=False)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=distilled)
-    parts: Any = (scheduler, vae, CLIPTextModel(text), tokenizer, t5, tokenizer_2, transformer)
+    parts: Any = (scheduler, vae, CLIPTextModel(text), tokenizer, t5, letters(), transformer)
     FluxPipeline(*parts).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_sana(folder: Path) -> str:
+    """Sana's make, but with a solver of first order."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+        sample_size=32,
+    )  # fmt: skip
+    blocks: Any = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, **blocks, encoder_block_out_channels=(4, 8),
+        decoder_block_out_channels=(4, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), scaling_factor=0.5,
+    )  # fmt: skip
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = Gemma2Model(Gemma2Config(vocab_size=64, **sizes, num_key_value_heads=2, head_dim=4))
+    flow: Any = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    scheduler = DPMSolverMultistepScheduler(**flow, solver_order=1)
+    parts: Any = (letters(), text, vae, transformer, scheduler)
+    SanaPipeline(*parts).save_pretrained(folder)
     return str(folder)
 
 

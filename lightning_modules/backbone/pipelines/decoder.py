@@ -16,12 +16,14 @@ from lightning_modules.backbone.pipelines.family import Family, pack
 from lightning_modules.backbone.pipelines.flux import Flux
 from lightning_modules.backbone.pipelines.latent_images import LatentImages
 from lightning_modules.backbone.pipelines.loading import load_pipeline, networks, pipeline_key
+from lightning_modules.backbone.pipelines.sana import Sana
 from lightning_modules.backbone.pipelines.sd3 import SD3
 from lightning_modules.backbone.pipelines.sdxl import SDXL
 from lightning_modules.cache_key import class_name
 
 FAMILIES: Mapping[str, type[Family]] = {  # by the class of the pipeline
     "FluxPipeline": Flux,
+    "SanaPipeline": Sana,
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionXLPipeline": SDXL,
 }
@@ -40,7 +42,7 @@ class PipelineSampling(DenoisingSampling):
     negative_prompt: str = ""  # what guidance leads away from
 
 
-@dataclass(frozen=True)
+@dataclass
 class Embeddings:
     """What passes read of B prompts, and of what guidance leads away from."""
 
@@ -74,6 +76,7 @@ class PipelineDecoder(DenoisingDecoder):
     """
 
     sampling_type = PipelineSampling
+    image_tokenizer: LatentImages
 
     def __init__(self, checkpoint: str, size: int, dtype: str = "float16", without: Sequence[str] = ()) -> None:
         super().__init__()
@@ -105,9 +108,8 @@ class PipelineDecoder(DenoisingDecoder):
         device, texts = self.family.network.device, [*prompts]
         prompt = torch.zeros(len(texts), 0, 0, device=device)
         if sampling.guidance > 1 and not self.family.is_distilled:
-            read = self.family.encode([sampling.negative_prompt, *texts], device)
-            rest, first = ({name: part[place] for name, part in read.items()} for place in (slice(1, None), slice(1)))
-            return Embeddings(prompt, rest, first)
+            away = self.family.encode_away(sampling.negative_prompt, device)
+            return Embeddings(prompt, self.family.encode(texts, device), away)
         if sampling.negative_prompt:
             kind = type(self.pipeline).__name__
             why = "guidance must be above 1" if sampling.guidance <= 1 else f"{kind} makes no pass that would read it"
@@ -122,7 +124,8 @@ class PipelineDecoder(DenoisingDecoder):
         cost.count_pass(len(rows), self.num_tokens)
         answer = family.denoise(rows, levels.times[step], condition.stacked(), sampling.guidance).float()
         if passes == 2:
-            answer = family.guide(*answer.chunk(2), sampling.guidance)
+            away, toward = answer.chunk(2)
+            answer = family.guide(away, toward, sampling.guidance)
         return family.prediction(latents, answer, levels, step)
 
     def decoding_bytes(self, images: int, size: int) -> float:

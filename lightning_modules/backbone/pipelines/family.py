@@ -53,6 +53,10 @@ class Family(ABC):
     def encode(self, prompts: list[str], device: Any) -> dict[str, Tensor]:
         """What the network reads of each prompt."""
 
+    def encode_away(self, prompt: str, device: Any) -> dict[str, Tensor]:
+        """What the network reads of a negative prompt, one row."""
+        return self.encode([prompt], device)
+
     @abstractmethod
     def denoise(self, latents: Tensor, time: float, read: Arguments, guidance: float) -> Tensor:
         """The network's answer to latents [R, T, D] in its precision; one that is distilled reads `guidance`."""

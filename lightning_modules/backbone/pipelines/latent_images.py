@@ -65,7 +65,8 @@ class LatentImages(ImageTokenizer):
         return (0.5 + 0.5 * images).clamp(0, 1)
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images).latent_dist.mode()
+        found = self.vae.encode(images)
+        return found.latent if "latent" in found else found.latent_dist.mode()
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents, return_dict=False)[0]

@@ -36,7 +36,7 @@ class SDXL(Family):
         return self.network.config.block_out_channels[0]
 
     def levels(self, steps: int, tokens: int, start: float) -> Levels:
-        """Those of the Euler scheduler; the network reads its latents, x_0 + sigma noise, divided by sqrt(1 + sigma²)."""
+        """Those of the Euler scheduler, whose latents x_0 + sigma noise are read divided by sqrt(1 + sigma²)."""
         self.scheduler.set_timesteps(steps)
         times, sigmas = (part.double().numpy() for part in (self.scheduler.timesteps, self.scheduler.sigmas))
         if start < 1:
@@ -49,13 +49,16 @@ class SDXL(Family):
         return Levels([*times.tolist(), 0.0], (1 / norms).tolist(), (sigmas / norms).tolist())
 
     def encode(self, prompts: list[str], device: Any) -> dict[str, Tensor]:
-        """Encode prompts; empty ones become zeros if the pipeline's config says so."""
         hidden, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=device)
-            hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         sizes = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], dtype=hidden.dtype, device=device)
         return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": sizes.repeat(len(prompts), 1)}
+
+    def encode_away(self, prompt: str, device: Any) -> dict[str, Tensor]:
+        """Encode a negative prompt; an empty one becomes zeros if the pipeline's config says so."""
+        read = self.encode([prompt], device)
+        if not prompt and self.pipeline.config.force_zeros_for_empty_prompt:
+            read |= {name: torch.zeros_like(read[name]) for name in ("encoder_hidden_states", "text_embeds")}
+        return read
 
     def denoise(self, latents: Tensor, time: float, read: Arguments, guidance: float) -> Tensor:
         hidden, added = read["encoder_hidden_states"], {name: read[name] for name in ("text_embeds", "time_ids")}
