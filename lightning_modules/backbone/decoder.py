@@ -151,6 +151,10 @@ class DecodingState(ABC):
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(k)
         return replace(self.select(rows), noise=self.noise.fork(k))
 
+    def as_candidate(self, number: int) -> Self:
+        """Draw with the noise of candidate `number` of each row from now on."""
+        return replace(self, noise=self.noise.candidate(number))
+
     def with_noise(self, noise: Any) -> Self:
         """Continue the same images with other noise."""
         return replace(self, noise=noise.to(self.tokens.device))
@@ -179,6 +183,13 @@ class Proposal:
     def select(self, rows: Tensor) -> Self:
         """Take rows `rows` [B'], in that order and as often as they occur."""
         return self._map(lambda part: part[rows], self.features and self.features.select(rows))
+
+    def put(self, rows: Tensor, other: Self) -> Self:
+        """Put the candidates of `other` in the place of those of some rows."""
+        features = self.features and other.features and self.features.put(rows, other.features)
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        changed = {name: part.index_put((rows,), getattr(other, name)) for name, part in tensors.items()}
+        return replace(self, **changed, features=features)
 
     def unfold(self) -> Self:
         """Turn k candidates of B rows into one candidate each of B * k rows."""
@@ -211,6 +222,7 @@ class Decoder(nn.Module, Keyed):
     image_tokenizer: ImageTokenizer
     feature_layers: tuple[int, ...] = ()  # layers (1 = first) after which hidden states become features for verifiers
     has_likelihood: ClassVar[bool] = False
+    candidates_share_pass: ClassVar[bool] = True  # more candidates of a step take no more passes
     sampling_type: ClassVar[type] = object  # of the settings that `begin` takes; any by default
 
     @property

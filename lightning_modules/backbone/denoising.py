@@ -28,6 +28,7 @@ class DenoisingDecoder(Decoder):
     """Prompts in, images out, all tokens at once in some steps. Tokens are vectors, latents have their shape."""
 
     sampling_type = DenoisingSampling
+    candidates_share_pass = False
 
     def steps(self, sampling: DenoisingSampling) -> int:
         return sampling.steps

@@ -145,5 +145,9 @@ class GaussianNoise:
         own = self[torch.arange(len(self.seeds)).repeat_interleave(k).to(self.initial.device)]
         return replace(own, first=own.first + torch.arange(k).repeat(len(self.seeds)))
 
+    def candidate(self, number: int) -> Self:
+        """The noise of one candidate of each row, as that of its first."""
+        return replace(self, first=self.first + number)
+
     def to(self, device: torch.device) -> Self:
         return replace(self, initial=self.initial.to(device), choice=self.choice.to(device))

@@ -29,7 +29,7 @@ from lightning_modules.ranks import uniform_rows
 _FREQUENCIES = 32  # of the embedding of time
 _LEAST_TIME = 0.05  # below this, errors of the image are not errors of the velocity
 _ESTIMATES = 4  # times an image, for `log_probs`
-_SHIFT = 3.0  # of the times at which verifiers learn; see `FlowSampling`
+_SHIFT = 5.0  # of the times at which verifiers learn; see `FlowSampling`
 
 
 @dataclass
@@ -136,6 +136,22 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
     @property
     def max_words(self) -> int:
         return self.text_tokenizer.max_words
+
+    def training_bytes(self, images: int, size: int, weight: int) -> float:
+        """Estimate the activations that wait for the backward pass."""
+        kept = self.transformer.config.saved_bytes(self.num_tokens + self.max_words, size, weight)
+        return images * kept + (self.cast_bytes(size, weight) if images else 0)
+
+    def decoding_bytes(self, images: int, size: int) -> float:
+        """Estimate a layer's hidden states, the keys and values of prompts, and all latents on the way.
+
+        Guidance, and 32 steps, are included.
+        """
+        config = self.transformer.config
+        layer = 2 * self.num_tokens * config.dim * (5 + 2 * config.mlp_ratio) * size
+        prompts = 2 * config.depth * config.dim * self.max_words * size
+        latents = 32 * self.num_tokens * self.image_tokenizer.vector_size * (4 + 2)
+        return images * (layer + prompts + latents)
 
     def latent_shape(self, sampling: FlowSampling) -> tuple[int, int]:
         return self.num_tokens, self.image_tokenizer.vector_size

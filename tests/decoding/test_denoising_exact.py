@@ -16,10 +16,12 @@ from lightning_modules.decoding.potential import Potential
 from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import RandomScores, Region
+from lightning_modules.decoding.rollover import Rollover
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded, Strategy
 from lightning_modules.decoding.verified import Verified
 from tests.helpers.mixture import MIXTURE, Above, MixtureFlow, Near
+from tests.helpers.toy import ToyDecoder
 
 FLOW, PICTURES = MixtureFlow(), MixtureFlow(grid=2)
 SDE, START = FlowSampling(16, solver="sde", eta=0.7), FlowSampling(8, solver="sde", eta=0.7, start=0.6)
@@ -64,6 +66,22 @@ def test_verified_denoising_is_above_best_of_n_at_equal_passes() -> None:
     assert rate(made(Beam(SDE, n=2, k=2, verifier="above"), n)) > rate(best) + 0.2
 
 
+def test_a_budget_that_rolls_over_is_above_the_same_number_of_candidates_at_every_step() -> None:
+    n, k = 400, 4
+    rolling = made(Rollover(SDE, k=k, verifier="above"), n)
+    drawn = rolling.stats["candidates"]
+    # A pass for each candidate but those of the last step, and the first.
+    assert rolling.cost.decoder_passes == n + int(drawn.sum()) - n and rolling.cost.verifier_calls == int(drawn.sum())
+    assert drawn.max() <= 16 * k and 1.5 * 16 < drawn.mean() < 0.9 * 16 * k
+    verified = made(Verified(SDE, k=round(float(drawn.mean()) / 16), verifier="above"), n)
+    assert (
+        rate(rolling) > rate(verified) - 0.05 and rate(rolling) > rate(made(BestOfN(Sample(SDE), k, "above"), n)) + 0.2
+    )
+    assert torch.equal(made(Rollover(SDE, k=1, verifier="above"), 20).tokens, made(Sample(SDE), 20).tokens)
+    with pytest.raises(ValueError, match="all candidates of a ToyDecoder come from one pass"):
+        Rollover(None, k=2, verifier="above").check_decoder(ToyDecoder())
+
+
 def test_pruned_paths_cost_no_further_pass() -> None:
     whole = made(Pruning(SDE, n=4, share=0.0, stride=4, verifier="above"), 60)
     pruned = made(Pruning(SDE, n=4, share=0.9, stride=4, verifier="above"), 60)
@@ -81,6 +99,7 @@ def test_pruned_paths_cost_no_further_pass() -> None:
         Verified(SDE, k=2, verifier="near"),
         Verified(SDE, k=2, stride=5, verifier="near"),
         Verified(SDE, k=3, verifier="above", choose="sample", random_stop=True),
+        Rollover(SDE, k=3, verifier="near"),
         Beam(SDE, n=2, k=2, verifier="near"),
         Particles(SDE, n=3, stride=4, verifier="near"),
         Pruning(SDE, n=3, share=0.5, stride=4, verifier="near"),

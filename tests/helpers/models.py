@@ -66,11 +66,12 @@ def make_showo(checkpointing: bool = False, **changes: Any) -> ShowO:
     return ShowO(tokenizer, Numbers(), transformer=transformer, **sizes).eval()
 
 
-def make_flow(depth: int = 2) -> FlowDecoder:
+def make_flow(depth: int = 2, image_size: int = 16) -> FlowDecoder:
     """A flow decoder of 16 tokens an image, whose head and modulations are not zero as at the start of training."""
     torch.manual_seed(0)
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
-    flow = FlowDecoder(PixelPatches(4, 16), vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
+    tokenizer = PixelPatches(4, image_size)
+    flow = FlowDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
     for weight in (flow.head.weight, flow.modulation.layers):
         torch.nn.init.normal_(weight, std=0.3)
     return flow.eval()
