@@ -50,7 +50,7 @@ from tests.helpers.wandb_runs import artifacts, history, records, settings_of, t
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
 ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffus", "decoder=sd",
-             "decoder=flux", "decoder=sana")  # fmt: skip
+             "decoder=flux", "decoder=sana", "decoder=qwen")  # fmt: skip
 PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice

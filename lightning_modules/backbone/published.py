@@ -50,6 +50,8 @@ _SIZES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "16 GB",
     "stabilityai/stable-diffusion-xl-base-1.0": "7 GB",
     "black-forest-labs/FLUX.1-dev": "34 GB",
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "10 GB",
+    "Qwen/Qwen-Image": "58 GB",
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -15,6 +16,8 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     StableDiffusionPipeline,
@@ -26,6 +29,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -76,6 +81,28 @@ def tiny_sana(folder: Path) -> str:
     scheduler = DPMSolverMultistepScheduler(**flow, solver_order=1)
     parts: Any = (letters(), text, vae, transformer, scheduler)
     SanaPipeline(*parts).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_qwen_image(folder: Path) -> str:
+    """Qwen-Image's make."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    text: Any = {**sizes, "num_key_value_heads": 2, "rope_scaling": rope, "rope_theta": 1e6, "vocab_size": 64}
+    vision: Any = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 1.5, 2.0, 2.5],
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    parts: Any = (scheduler, vae, encoder, letters(), transformer)
+    QwenImagePipeline(*parts).save_pretrained(folder)
     return str(folder)
 
 

@@ -226,7 +226,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     assert "best_of_4_oracle chooses by what it is measured by: it is a ceiling\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana", "diffusion"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana", "qwen_image", "diffusion"])
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
     config = compose_config(

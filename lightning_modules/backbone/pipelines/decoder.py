@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.denoising import DenoisingDecoder
@@ -16,6 +17,7 @@ from lightning_modules.backbone.pipelines.family import Family, pack
 from lightning_modules.backbone.pipelines.flux import Flux
 from lightning_modules.backbone.pipelines.latent_images import LatentImages
 from lightning_modules.backbone.pipelines.loading import load_pipeline, networks, pipeline_key
+from lightning_modules.backbone.pipelines.qwen_image import QwenImage
 from lightning_modules.backbone.pipelines.sana import Sana
 from lightning_modules.backbone.pipelines.sd3 import SD3
 from lightning_modules.backbone.pipelines.sdxl import SDXL
@@ -23,6 +25,7 @@ from lightning_modules.cache_key import class_name
 
 FAMILIES: Mapping[str, type[Family]] = {  # by the class of the pipeline
     "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
     "SanaPipeline": Sana,
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionXLPipeline": SDXL,
@@ -57,7 +60,14 @@ class Embeddings:
         """What all rows of a pass read, those without the prompt first."""
         if self.away is None:
             return self.read
-        return {name: torch.cat([self.away[name].expand_as(part), part]) for name, part in self.read.items()}
+        return {name: _stacked(self.away[name], part) for name, part in self.read.items()}
+
+
+def _stacked(away: Tensor, read: Tensor) -> Tensor:
+    """Rows [1, L, ...] and [B, L', ...] -> [2 B, ...]; of unequal lengths the shorter ends with zeros."""
+    longest = max(away.shape[1], read.shape[1])
+    away, read = (F.pad(part, [0, 0] * (part.ndim - 2) + [0, longest - part.shape[1]]) for part in (away, read))
+    return torch.cat([away.expand_as(read), read])
 
 
 class PipelineDecoder(DenoisingDecoder):

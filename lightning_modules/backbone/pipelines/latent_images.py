@@ -30,6 +30,7 @@ class LatentImages(ImageTokenizer):
             raise ValueError(f"decoder.size must be a multiple of {factor * patch}, not {size}")
         self.vae, self.patch, self.image_size, self.grid = vae, patch, size, size // (factor * patch)
         config = vae.config
+        self._of_videos = "z_dim" in config  # an image is a video of one frame (Qwen-Image)
         mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         std = config.get("latents_std") or [1.0]
         self._mean = torch.tensor(mean).view(-1, 1, 1)
@@ -38,8 +39,7 @@ class LatentImages(ImageTokenizer):
     @property
     def channels(self) -> int:
         """Channels of a latent."""
-        config = self.vae.config
-        return config["latent_channels"] if "latent_channels" in config else config["z_dim"]
+        return self.vae.config["z_dim" if self._of_videos else "latent_channels"]
 
     def decoding_bytes(self, size: int) -> float:
         """Estimate what decoding some images at a time takes: four maps of its last convolution's input."""
@@ -65,8 +65,10 @@ class LatentImages(ImageTokenizer):
         return (0.5 + 0.5 * images).clamp(0, 1)
 
     def _encode(self, images: Tensor) -> Tensor:
-        found = self.vae.encode(images)
-        return found.latent if "latent" in found else found.latent_dist.mode()
+        found = self.vae.encode(images[:, :, None] if self._of_videos else images)
+        latents = found.latent if "latent" in found else found.latent_dist.mode()
+        return latents[:, :, 0] if self._of_videos else latents
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents, return_dict=False)[0]
+        images = self.vae.decode(latents[:, :, None] if self._of_videos else latents, return_dict=False)[0]
+        return images[:, :, 0] if self._of_videos else images
