@@ -156,8 +156,9 @@ class GroupCollector:
         columns = {"tokens": decoded.tokens, "place": torch.tensor([place for place, _ in jobs])}
         if decoded.log_probs is not None:
             columns["recorded"] = decoded.log_probs.float()
-        if decoded.trajectory is not None:
-            columns |= {name: part for name, part in vars(decoded.trajectory).items() if part is not None}
+        if (trajectory := decoded.trajectory) is not None:
+            read = {name: getattr(trajectory, name) for name in trajectory.policy_reads}
+            columns |= {f"trajectory/{name}": part for name, part in read.items() if part is not None}
         for name in self.scores:
             judge = self.judges[name]
             if name in self.judges.oracles:

@@ -141,7 +141,7 @@ class GroupsDataModule(LightningDataModule):
         columns = {name: part[rows] for name, part in self._columns.items()}
         batch: dict[str, Any] = {
             "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
-            "tokens": columns["tokens"].long(),
+            "tokens": columns["tokens"] if columns["tokens"].is_floating_point() else columns["tokens"].long(),
             "seed": [image_seed(self.seed, step, row) for row in rows.tolist()],
             "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
@@ -151,10 +151,12 @@ class GroupsDataModule(LightningDataModule):
             batch["labels"] = {name.removeprefix("label/"): part.float() for name, part in labels.items()}
         if "recorded" in columns:
             batch["recorded"] = columns["recorded"].numpy()
-        if "fixed_at" in columns:
-            batch["trajectory"] = {name: columns[name].long() for name in ("previews", "fixed_at")}
-        if "cuts" in columns:
-            batch["cuts"] = columns["cuts"].numpy()
+        trajectory = {name: part for name, part in columns.items() if name.startswith("trajectory/")}
+        if trajectory:
+            batch["trajectory"] = {
+                name.removeprefix("trajectory/"): part.numpy() if part.is_floating_point() else part.long()
+                for name, part in trajectory.items()
+            }
         return batch
 
     def _collect(self) -> tuple[Columns, dict[str, float]]:

@@ -24,6 +24,7 @@ from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.features import STATISTICS
 from lightning_modules.backbone.sampling import image_seed
+from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.cache_key import digest
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
@@ -32,7 +33,6 @@ from lightning_modules.rewards.grounding import grounding
 from lightning_modules.rewards.registry import JudgeRegistry
 
 _HIDDEN = ("hidden", "unconditional_hidden")
-_TRAJECTORY = ("previews", "fixed_at")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class RolloutCollector:
         columns = {
             "prompt": [row["prompt"] for row in prompts],
             "metadata": [json.dumps(row) for row in prompts],
-            "tokens": decoded.tokens.cpu().numpy().astype("int32"),
+            "tokens": _stored(decoded.tokens),
             "reward": [float(verdict.correct) for verdict in verdicts],
             "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
             "grounding": [ground(self.decoder, self.labels, *each) for each in zip(prompts, found, strict=True)],
@@ -161,19 +161,27 @@ class RolloutCollector:
         return Dataset.from_dict(columns | self._features(decoded))
 
     def _features(self, decoded: Decoded) -> dict[str, Any]:
-        """Return columns of what the decoder knew of the T tokens, and of how a mask-token decoder filled the grid.
+        """Return columns of what the decoder knew of the T tokens, and of how the image came about, if there are any.
 
         An image has 2 x T x F half-precision numbers of hidden features, or none if there is a trajectory.
         """
         columns: dict[str, Any] = {}
         if (trajectory := decoded.trajectory) is not None:
-            columns = {name: getattr(trajectory, name).cpu().numpy().astype("int32") for name in _TRAJECTORY}
+            columns = {name: _stored(getattr(trajectory, name)) for name in trajectory.verifier_reads}
         elif self.store_features:
-            hidden = {name: getattr(decoded.features, name).half().cpu().numpy() for name in _HIDDEN}
-            columns = {name: [row.tobytes() for row in states] for name, states in hidden.items()}
+            columns = {name: _stored(getattr(decoded.features, name)) for name in _HIDDEN}
         if self.store_features:
             columns |= {name: getattr(decoded.features, name).cpu().numpy() for name in STATISTICS}
         return columns
+
+
+def _stored(part: Tensor) -> Any:
+    """A column of codes or numbers [B, ...], or of vectors [B, T, D]: these as bytes, for Arrow's lists take long."""
+    if not part.is_floating_point():
+        return part.cpu().numpy().astype("int32")
+    if part.ndim < 3:
+        return part.cpu().numpy()
+    return [row.tobytes() for row in part.half().cpu().numpy()]
 
 
 def _part(rows: range) -> tuple[str, Key]:
@@ -185,24 +193,29 @@ def collate(rows: pa.Table) -> dict[str, Any]:
     """Turn rollouts into a batch of `PARMModule`; tables of Arrow spare a Python object for each number."""
     column = partial(numbers, rows)
 
-    def hidden(name: str) -> Tensor:
+    def vectors(name: str) -> Tensor:
+        """Half-precision numbers of the T tokens, [B, T, F]."""
         states = np.frombuffer(b"".join(rows[name].to_pylist()), np.float16)
-        return torch.from_numpy(states.reshape(*batch["tokens"].shape, -1).astype(np.float32))
+        return torch.from_numpy(states.reshape(*shown.shape[:2], -1).astype(np.float32))
 
+    shown = column("grounding").float()
+    codes = not pa.types.is_binary(rows.schema.field("tokens").type)
     batch: dict[str, Any] = {
         "prompt": rows["prompt"].to_pylist(),
-        "tokens": column("tokens").long(),
+        "tokens": column("tokens").long() if codes else vectors("tokens"),
         "correct": column("reward").float(),
         "clauses": column("clauses").float(),
-        "grounding": column("grounding").float(),
+        "grounding": shown,
         "first_unverified": column("first_unverified"),
         "group": column("prompt_index"),
     }
     if STATISTICS[0] in rows.column_names:
-        batch["features"] = {name: hidden(name) for name in _HIDDEN if name in rows.column_names}
+        batch["features"] = {name: vectors(name) for name in _HIDDEN if name in rows.column_names}
         batch["features"] |= {name: column(name) for name in STATISTICS}
     if "previews" in rows.column_names:
-        batch["trajectory"] = {name: column(name).long() for name in _TRAJECTORY}
+        batch["trajectory"] = {name: column(name).long() for name in Trajectory.verifier_reads}
+    elif "times" in rows.column_names:
+        batch["trajectory"] = {"times": column("times")}
     return batch
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_modules.backbone.decoder import TokenDecoder
-from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.optim import OptimizerFactory
 from lightning_modules.parm import PARMObjective
 from lightning_modules.policy import PolicyModule
@@ -153,9 +152,9 @@ class GRPOModule(PolicyModule):
 
     Batches have `prompt` (B strings), `tokens` [B, T], `seed` (B numbers), `recorded`, the log-probabilities of the
     choices when they were drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where
-    images were decoded anew in part), `advantage` (an array [B, 1 or S]), and of mask-token decoders the `trajectory`
-    and its `cuts` (an array); `stats` are numbers about the groups of a step, which are logged; to refit PARM also
-    `labels`, those of `PARMObjective.losses`.
+    images were decoded anew in part), `advantage` (an array [B, 1 or S]), and the `trajectory` where there is one;
+    `stats` are numbers about the groups of a step, which are logged; to refit PARM also `labels`, those of
+    `PARMObjective.losses`.
 
     Args:
         decoder, parm, optimizer, warmup_steps, lora, refit, refit_lr: see `PolicyModule`.
@@ -200,11 +199,8 @@ class GRPOModule(PolicyModule):
         if self.objective.ratio == "likelihood":
             whole = decoder.log_probs(batch["prompt"], batch["tokens"], batch["seed"])
             return whole.float()[:, None] / decoder.num_tokens
-        trajectory = None
-        if "trajectory" in batch:
-            cuts = torch.as_tensor(batch["cuts"], device=self.device) if "cuts" in batch else None
-            trajectory = Trajectory(**batch["trajectory"], cuts=cuts)
-        steps = self.objective.steps
+        read = {name: torch.as_tensor(part, device=self.device) for name, part in batch.get("trajectory", {}).items()}
+        trajectory, steps = decoder.trajectory_type(**read) if read else None, self.objective.steps
         return decoder.policy_log_probs(batch["prompt"], batch["tokens"], self.sampling, trajectory, steps).float()
 
     @torch.no_grad()

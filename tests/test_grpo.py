@@ -74,7 +74,8 @@ def make_batch(module: GRPOModule, groups: int, size: int, first: int = 0, **sha
     images = {"prompt": [""] * len(seeds), "tokens": decoded.tokens, "recorded": decoded.log_probs.numpy()}
     images["seed"] = list(seeds)
     if (way := decoded.trajectory) is not None:
-        images |= {"trajectory": {"previews": way.previews, "fixed_at": way.fixed_at}, "cuts": way.cuts.numpy()}
+        read = {"previews": way.previews, "fixed_at": way.fixed_at, "cuts": way.cuts.numpy()}
+        images |= {"trajectory": read}
     return images | {"advantage": advantage, "stats": {}}
 
 

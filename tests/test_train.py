@@ -32,13 +32,25 @@ from lightning_modules.runs.checks import refuse_wrong_values
 from lightning_modules.tasks.run import Parts, run
 from tests.helpers.configs import composed
 from tests.helpers.launch import ENV, TRAIN, Start, command, launch_together
-from tests.helpers.overrides import BUNDLED, ROOT, SMALL, SMALL_DPO, SMALL_PARM, TINY, TINY_SHOWO, here, pair_files
+from tests.helpers.overrides import (
+    BUNDLED,
+    ROOT,
+    SMALL,
+    SMALL_DPO,
+    SMALL_PARM,
+    TINY,
+    TINY_FLOW,
+    TINY_SHOWO,
+    here,
+    pair_files,
+)
 from tests.helpers.places import read_only
 from tests.helpers.wandb_runs import artifacts, history, records, settings_of, table
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # What needs weights that tests have to make first: tests/test_geneval_tasks.py.
-ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffusion", "decoder=sd")
+ELSEWHERE = ("judges=llava_onevision", "geneval=coco", "geneval=detections", "decoder=diffus", "decoder=sd",
+             "decoder=flux", "decoder=sana", "decoder=qwen")  # fmt: skip
 PARTS = ("strategy", "scoring", "generating")  # of other groups' files
 GROUPS = [
     choice
@@ -66,6 +78,11 @@ COMPANIONS = {
     "experiment=full_decoder": [],
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
+    "decoder=shapes_flow": TINY_FLOW,
+    "strategies=flow": [*TINY_FLOW, "decoder=shapes_flow"],
+    "experiment=shapes_flow": [*TINY_FLOW, "decoder.start=null"],
+    "experiment=shapes_flow_parm": TINY_FLOW,
+    "experiment=shapes_flow_parm_start": [*TINY_FLOW, "parm.start=null"],
     "decoder=showo": TINY_SHOWO,
     "strategies=janus": ["decoder=janus_pro_1b", "+debug=tiny_janus"],
     "experiment=showo_evaluate": TINY_SHOWO,
@@ -81,6 +98,8 @@ COMPANIONS = {
     "decoder=llamagen_512": ["+debug=tiny_llamagen"],
     "experiment=llamagen_evaluate": ["+debug=tiny_llamagen"],
     "decoder=emu3": ["+debug=tiny_emu3"],
+    "strategies=diffusers": ["decoder=sd3", "+debug=tiny_sd3"],
+    "experiment=sd3_evaluate": ["+debug=tiny_sd3"],
     "fid=inception": [*TINY, "evaluator.fid=null", "fid.references.folder=somewhere"],
     "geneval=file": [*TINY, f"geneval.test_prompts.path={ROOT}/tests/golden/shapes_prompts.jsonl"],
 }
@@ -379,12 +398,15 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert not list((tmp_path / "scores").glob("unfinished-*"))
 
 
+PLAIN_STRATEGY = ["strategies.best_of_8_likelihood.n=2"]
 PRETRAINED = [
     "shapes_tokenizer",
     "shapes_decoder",
     "shapes_masked",
+    "shapes_flow",
     "shapes_parm_start",
     "shapes_masked_parm_start",
+    "shapes_flow_parm_start",
     "shapes_clip",
 ]
 
@@ -405,14 +427,20 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         overrides += ["module.codebook_images=2048", "module.codebook_iterations=1"]
     else:
         overrides += ["data.num_workers=0"]
-    if name == "shapes_masked":
-        small = [item for item in SMALL if not item.startswith("strategies")] + ["decoder.start=null"]
-    if name == "shapes_masked_parm_start":
+    if "flow" in name:
+        small = [item for item in small if item not in ("tokenizer.module.width=16", *PLAIN_STRATEGY)]
+        small.append("sampling.steps=4")
+    if name in ("shapes_masked", "shapes_flow"):
+        small = [item for item in small if item not in PLAIN_STRATEGY] + ["decoder.start=null"]
+    if name in ("shapes_masked_parm_start", "shapes_flow_parm_start"):
         overrides.append("parm.start=null")
     if "masked" in name:
         small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
     if "parm" in name:
-        small = [*small, "strategies.best_of_8_parm.n=2", "strategies.verified_best_of_4.n=2"]
+        best = "verified_best_of_2" if "flow" in name else "verified_best_of_4"
+        small = [*small, "strategies.best_of_8_parm.n=2", f"strategies.{best}.n=2"]
+    if name == "shapes_flow_parm_start":
+        small.append("callbacks.geneval.test_strategies=[sample,verified_best_of_2]")
     command(tmp_path, f"experiment={name}", *small, *overrides)
     assert "val/" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
 

@@ -1,6 +1,8 @@
 """The contract of decoders: prompts in, images out, one step at a time.
 
-A step decides one token (next-token decoders), a set of tokens (mask-token decoders) or the whole image (diffusion).
+A step decides one token (next-token decoders), a set of tokens (mask-token decoders) or takes noise off the whole image
+(denoising decoders). A token is a code of the image tokenizer, or, of denoising decoders, a vector of D numbers: where
+shapes say [B, T], theirs is [B, T, D].
 Every strategy drives every decoder by the same loop:
 
     state = decoder.begin(request, sampling, k)
@@ -91,6 +93,8 @@ class Cost:
 class DecodingState(ABC):
     """B half-decoded images, all at the same step."""
 
+    starts_alike: ClassVar[bool] = True  # before the first step, all paths of an image are the same
+
     tokens: Tensor  # [B, T]; those that are not decided yet are a preview, or anything
     step: int  # steps done
     noise: Any  # the randomness of the images, as `Decoder.noise` draws it; the defaults below expect a `Noise`
@@ -124,8 +128,11 @@ class DecodingState(ABC):
         return None
 
     @property
-    def trajectory(self) -> Trajectory | None:
-        """How grids were filled, step by step; None where tokens are decided one after the other."""
+    def trajectory(self) -> Any:
+        """How images came about, step by step; None where tokens are decided one after the other.
+
+        That is a `Trajectory` of grids, or a `LatentTrajectory` of images that are denoised.
+        """
         return None
 
     @property
@@ -144,6 +151,10 @@ class DecodingState(ABC):
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(k)
         return replace(self.select(rows), noise=self.noise.fork(k))
 
+    def as_candidate(self, number: int) -> Self:
+        """Draw with the noise of candidate `number` of each row from now on."""
+        return replace(self, noise=self.noise.candidate(number))
+
     def with_noise(self, noise: Any) -> Self:
         """Continue the same images with other noise."""
         return replace(self, noise=noise.to(self.tokens.device))
@@ -157,7 +168,7 @@ class DecodingState(ABC):
 class Proposal:
     """k candidates for the next step of B images, from one forward pass; tensors that a subclass adds are [B, k, ...].
 
-    A candidate decides the next token, [B, k, 1], or a whole image, [B, k, T], previews included.
+    A candidate decides the next token, [B, k, 1], or a whole image, [B, k, T] or [B, k, T, D], previews included.
     """
 
     tokens: Tensor
@@ -172,6 +183,13 @@ class Proposal:
     def select(self, rows: Tensor) -> Self:
         """Take rows `rows` [B'], in that order and as often as they occur."""
         return self._map(lambda part: part[rows], self.features and self.features.select(rows))
+
+    def put(self, rows: Tensor, other: Self) -> Self:
+        """Put the candidates of `other` in the place of those of some rows."""
+        features = self.features and other.features and self.features.put(rows, other.features)
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        changed = {name: part.index_put((rows,), getattr(other, name)) for name, part in tensors.items()}
+        return replace(self, **changed, features=features)
 
     def unfold(self) -> Self:
         """Turn k candidates of B rows into one candidate each of B * k rows."""
@@ -204,6 +222,7 @@ class Decoder(nn.Module, Keyed):
     image_tokenizer: ImageTokenizer
     feature_layers: tuple[int, ...] = ()  # layers (1 = first) after which hidden states become features for verifiers
     has_likelihood: ClassVar[bool] = False
+    candidates_share_pass: ClassVar[bool] = True  # more candidates of a step take no more passes
     sampling_type: ClassVar[type] = object  # of the settings that `begin` takes; any by default
 
     @property
@@ -216,6 +235,9 @@ class Decoder(nn.Module, Keyed):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read; by default any can."""
+
+    def check_candidates(self, k: int, sampling: Any) -> None:
+        """Raise ValueError if k candidates of a step would be equal; by default they are drawn."""
 
     def check_readable(self) -> None:
         """Raise ValueError if verifiers in token space have nothing to read."""
@@ -242,7 +264,7 @@ class Decoder(nn.Module, Keyed):
         """Guess the finished images, pixels [B, 3, H, W]; with a proposal, those of its candidates, [B k, 3, H, W]."""
         raise ValueError(f"{type(self).__name__} shows no image before it is finished")
 
-    def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
+    def frames(self, tokens: Tensor, trajectory: Any, most: int) -> Frames | None:
         """Up to `most` moments on the way to an image [T]; None if there are none."""
         return None
 
@@ -285,7 +307,8 @@ class TokenDecoder(HubMixin, Decoder):
     """
 
     has_likelihood = True
-    causal: ClassVar[bool]  # tokens are decided from the first to the last, one a step; otherwise grids are filled
+    causal: ClassVar[bool]  # tokens are decided from the first to the last, one a step; otherwise whole images
+    trajectory_type: ClassVar[type] = Trajectory  # of `DecodingState.trajectory`
     text_tokenizer: TextTokenizer  # of prompts
     transformer: Transformer  # the one that its tokens go through
 
@@ -358,13 +381,13 @@ class TokenDecoder(HubMixin, Decoder):
         prompts: Sequence[str],
         tokens: Tensor,
         sampling: Any,
-        trajectory: Trajectory | None = None,
+        trajectory: Any = None,
         steps: int | None = None,
     ) -> Tensor:
         """Log-probability of the choices by which images [B, T] were decoded, under `sampling`, [B, steps].
 
-        Differentiable; equals `DecodingState.log_probs` but for rounding. Grids need their `trajectory`. With `steps`
-        only those of the first so many are computed.
+        Differentiable; equals `DecodingState.log_probs` but for rounding. A `trajectory` is needed where there is one.
+        With `steps` only those of the first so many are computed.
         """
 
     @abstractmethod

@@ -1,28 +1,29 @@
-"""Text-to-image pipelines of diffusers as decoders, so that the same strategies and the same evaluation run on them.
+"""Any text-to-image pipeline of diffusers as a decoder of whole images; `pipelines` runs some of them step by step.
 
-A pipeline decides a whole image in one step, and its "tokens" are the pixels. What needs finished images only works
-with it: plain sampling, best-of-n by any reward, GenEval.
+A pipeline decides a whole image in one step here, and its "tokens" are the pixels. What needs finished images only
+works with it: plain sampling, best-of-n by any reward, GenEval.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.backbone.checkpoint_folder import from_hub
 from lightning_modules.backbone.decoder import Cost, Decoder, DecodingState, Proposal, Request
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
+from lightning_modules.backbone.pipelines.loading import load_pipeline, networks, pipeline_key
 from lightning_modules.backbone.sampling import refuse_below
-from lightning_modules.broken_files import first_line, refuse_broken_folder
-from lightning_modules.cache_key import class_name, digest, published_key
+from lightning_modules.cache_key import class_name
 
-_ONE_STEP = "pipelines of diffusers decide an image in one step: use plain sampling, or best-of-n by a reward"
+_ONE_STEP = (
+    "decoder=diffusion decides an image in one step: use plain sampling or best-of-n by a reward, or a decoder that is "
+    "run step by step (sd3, sdxl, flux)"
+)
 
 
 @dataclass(frozen=True)
@@ -77,47 +78,24 @@ class DiffusionDecoder(Decoder):
     """Any text-to-image pipeline of diffusers.
 
     Args:
-        checkpoint: a folder, or OWNER/NAME on the hub, with safetensors; code that comes with it is not run.
-        dtype: of the weights.
-        without: parts that are not loaded, such as `text_encoder_3` and `tokenizer_3` of Stable Diffusion 3.
+        checkpoint, dtype, without: see `load_pipeline`.
 
     Raises:
-        ImportError, FileNotFoundError: diffusers is not installed; there is no such checkpoint.
+        ImportError, FileNotFoundError: see `load_pipeline`.
     """
 
     sampling_type = DiffusionSampling
 
     def __init__(self, checkpoint: str, dtype: str = "float16", without: Sequence[str] = ()) -> None:
         super().__init__()
-        try:
-            from diffusers import AutoPipelineForText2Image
-        except ImportError as error:
-            raise ImportError("DiffusionDecoder needs diffusers: pip install -e '.[diffusers]'") from error
-        load: Any = AutoPipelineForText2Image.from_pretrained
-        options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **dict.fromkeys(without)}
-        try:
-            if Path(checkpoint).exists():
-                refuse_broken_folder(Path(checkpoint))
-            else:
-                from_hub(checkpoint, ["model_index.json"])  # unlike diffusers, it says what is the matter
-            self.pipeline: Any = load(checkpoint, **options)
-        except OSError as error:
-            raise FileNotFoundError(f"decoder.checkpoint: {first_line(error)}") from error
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline: Any = load_pipeline(checkpoint, dtype, without)
         self._arguments = inspect.signature(self.pipeline.__call__).parameters
-        networks = {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
-        self.networks = nn.ModuleDict(networks)  # moved, and told apart, with this module
+        self.networks = nn.ModuleDict(networks(self.pipeline))  # moved, and told apart, with this module
         self.eval().requires_grad_(False)
         self.image_tokenizer = Pixels()
 
     def cache_key(self) -> dict[str, Any]:
-        parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
-        return {
-            "class": class_name(self),
-            "pipeline": digest([class_name(self.pipeline), published_key(self.pipeline.config)]),
-            "weights": fingerprint(self),
-            "parts": {name: digest([class_name(part), _part_key(part)]) for name, part in parts.items()},
-        }
+        return {"class": class_name(self), "weights": fingerprint(self), **pipeline_key(self.pipeline)}
 
     def steps(self, sampling: DiffusionSampling) -> int:
         return sampling.steps
@@ -191,16 +169,3 @@ class DiffusionDecoder(Decoder):
     def commit(self, state: DiffusionState, proposal: Proposal, choice: Tensor) -> None:
         state.tokens = proposal.tokens[:, 0]
         state.step = 1
-
-
-def _part_key(part: Any) -> dict[str, Any]:
-    """What decides the work of a part of a pipeline beside the weights: its config, or a tokenizer's vocabulary."""
-    from diffusers import ConfigMixin
-    from transformers import PreTrainedTokenizerBase
-
-    if isinstance(part, nn.Module | ConfigMixin):
-        config: Any = part.config
-        return published_key(config if isinstance(config, Mapping) else config.to_dict())
-    if isinstance(part, PreTrainedTokenizerBase):
-        return {"vocabulary": digest(part.get_vocab()), "length": part.model_max_length}
-    return {}

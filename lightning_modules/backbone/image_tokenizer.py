@@ -1,4 +1,4 @@
-"""Image tokenizers: pixels to a grid of codes and back."""
+"""Image tokenizers: pixels to a grid of codes, or of vectors, and back."""
 
 from abc import abstractmethod
 
@@ -10,7 +10,7 @@ from lightning_modules.backbone.hub import HubMixin
 
 
 class ImageTokenizer(HubMixin, nn.Module):
-    """Turns pixels into a grid of codes and back."""
+    """Turns pixels into a grid of codes and back. Denoising decoders have vectors [B, T, D] instead of codes [B, T]."""
 
     codebook_size: int  # number of different codes
     grid: int  # codes along each side; an image has grid x grid tokens, row by row
@@ -40,6 +40,26 @@ class ImageTokenizer(HubMixin, nn.Module):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T] -> pixels [B, 3, H, W] in [0, 1]."""
+
+
+class PixelPatches(ImageTokenizer):
+    """Takes patches of pixels for tokens, vectors of numbers in [-1, 1]: red, then green, then blue, row by row."""
+
+    def __init__(self, grid: int, image_size: int) -> None:
+        super().__init__()
+        self.grid, self.image_size, self.patch = grid, image_size, patch_side(image_size, grid)
+
+    @property
+    def vector_size(self) -> int:
+        """Numbers of a token, D."""
+        return 3 * self.patch**2
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return F.pixel_unshuffle(2 * pixels - 1, self.patch).flatten(2).transpose(1, 2)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        grid = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return (0.5 + 0.5 * F.pixel_shuffle(grid, self.patch)).clamp(0, 1)
 
 
 class PatchVQ(ImageTokenizer):

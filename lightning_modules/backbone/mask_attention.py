@@ -1,4 +1,4 @@
-"""How prompts and image tokens of a mask-token decoder attend: text is causal, the image sees everything."""
+"""How prompts and image tokens of decoders of whole grids attend: text is causal, the image sees everything."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,14 @@ from lightning_modules.backbone.rotary import Rotary
 class Prefix:
     """Keys and values of G prompts, padded on the left; an `AttentionFn` in the pass over them, which fills it."""
 
-    rotary: Rotary  # of its positions; the last token of every prompt is at position max_text
+    rotary: Rotary | None  # of its positions; the last token of every prompt is at position max_text
     real: Tensor | None  # bool [G, P], False for padding, which is never attended to; None: no padding
     keys: list[Tensor] = field(default_factory=list)  # per layer, [G, heads, P, head_dim]
     values: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = self.rotary(q), self.rotary(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
         if layer == len(self.keys):  # a checkpointed layer runs again in the backward pass
             self.keys.append(k)
             self.values.append(v)
@@ -46,20 +47,21 @@ class Prefix:
 
 @dataclass
 class Grid:
-    """How soi, image and eoi attend: to their own prompt and to each other."""
+    """How the tokens of an image attend: to their own prompt and to each other."""
 
-    rotary: Rotary
+    rotary: Rotary | None  # None where no prefix has padding
     prefixes: Sequence[Prefix]  # each for an equal part of the rows; a prefix of one row serves its whole part
 
     def __post_init__(self) -> None:
-        length = self.rotary.cos.shape[0]
+        length = 0 if self.rotary is None else self.rotary.cos.shape[0]
         self.allowed: list[Tensor | None] = [  # keys that the rows of each prefix may attend to, bool [G, 1, 1, P + S]
             None if prefix.real is None else F.pad(prefix.real, (0, length), value=True)[:, None, None]
             for prefix in self.prefixes
         ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = self.rotary(q), self.rotary(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
         rows = len(q) // len(self.prefixes)
         attended = []
         parts = (x.split(rows) for x in (q, k, v))

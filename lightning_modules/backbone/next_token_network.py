@@ -290,7 +290,7 @@ class NextTokenNetwork(TokenDecoder):
         )
 
     @torch.no_grad()
-    def features_from_cache(self, prompts: Sequence[str], tokens: Tensor, **stored: Tensor) -> DecoderFeatures:
+    def features_from_cache(self, prompts: Sequence[str], tokens: Tensor, **stored: Any) -> DecoderFeatures:
         """Features `stored` while decoding images [B, T], and those that follow cheaply from prompts and tokens."""
         everywhere = torch.arange(self.num_tokens, device=tokens.device)
         embeddings = self.embed(self.code_table(), tokens, everywhere)

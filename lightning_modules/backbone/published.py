@@ -18,6 +18,7 @@ LOADERS = {
     "lightning_modules.backbone.janus_text.JanusTokenizer": ("tokenizer.json",),
     "lightning_modules.backbone.t5.T5Text": ("*.safetensors",),
     "lightning_modules.backbone.diffusion.DiffusionDecoder": ("*/*.safetensors",),
+    "lightning_modules.backbone.pipelines.decoder.PipelineDecoder": ("*/*.safetensors",),
     "lightning_modules.rewards.mask2former.Mask2FormerDetector": ("*.safetensors", "*.bin"),
     "lightning_modules.rewards.vision_language.VisionLanguageJudge": ("*.safetensors",),
 }
@@ -49,6 +50,9 @@ _SIZES = {
     "timm/vit_large_patch14_clip_224.openai": "1.7 GB",
     "stabilityai/stable-diffusion-3-medium-diffusers": "16 GB",
     "stabilityai/stable-diffusion-xl-base-1.0": "7 GB",
+    "black-forest-labs/FLUX.1-dev": "34 GB",
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "10 GB",
+    "Qwen/Qwen-Image": "58 GB",
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from lightning_modules.backbone.mask_sampling import masked_after
 @dataclass(frozen=True)
 class Trajectory:
     """How B grids were filled, in S steps."""
+
+    policy_reads: ClassVar[Sequence[str]] = ("previews", "fixed_at", "cuts")  # to find the probabilities of the steps
+    verifier_reads: ClassVar[Sequence[str]] = ("previews", "fixed_at")  # to learn from the grids on the way
 
     previews: Tensor  # the grid after each step, codes [B, S, n]; after the last it is the image
     fixed_at: Tensor  # the step after which a token did not change any more, [B, n]

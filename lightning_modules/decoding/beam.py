@@ -31,6 +31,10 @@ class Beam(VerifierStrategy):
     def __post_init__(self) -> None:
         require_positive("beam search", n=self.n, k=self.k)
 
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        decoder.check_candidates(self.k, self.sampling)
+
     @property
     def images_at_once(self) -> int:
         return self.n * self.k
@@ -40,7 +44,7 @@ class Beam(VerifierStrategy):
         paths = Paths(decoder, request, self.sampling, self.k, self.n, judges, self.verifier)
         first = paths.number[:: self.n]  # of each image's prefixes
         log_probs = torch.zeros(len(paths), 1, device=first.device)
-        alive = (paths.number % self.n == 0)[:, None]  # at first all are the same
+        alive = (paths.number % self.n == 0)[:, None] | (not paths.state.starts_alike)  # of equal ones the first
         asked = torch.zeros_like(first[0])
         parents: list[Tensor] = []
         while not paths.is_done:

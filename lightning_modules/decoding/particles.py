@@ -42,9 +42,12 @@ class Particles(StridedStrategy):
         sizes: list[Tensor] = []
         while not paths.is_done:
             proposal, noise = paths.propose(), paths.state.choice_noise[:: self.n]
-            values = paths.value(proposal).view_as(last)
+            if is_due := paths.is_due(self.stride):
+                values = paths.value(proposal).view_as(last)
+            else:
+                paths.skip(proposal)
             paths.commit(proposal)
-            if paths.state.step % self.stride == 0 and not paths.is_done:
+            if is_due and not paths.is_done:
                 gained = (values - last).masked_fill(paths.state.is_complete.view_as(last), 0.0)
                 sizes.append(effective_sample_size(self.value_weight * gained))
                 kept = redraw(self.value_weight * gained, noise)

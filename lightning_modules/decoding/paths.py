@@ -61,6 +61,11 @@ class Paths:
         """All steps are done."""
         return self.state.is_done
 
+    def is_due(self, stride: int) -> bool:
+        """The next step completes `stride` steps, or the image."""
+        step = self.state.step + 1
+        return step % stride == 0 or step == self.state.steps
+
     def propose(self, k: int = 1, distinct: bool = False) -> Proposal:
         """Draw k candidates for the next step of each path, from one forward pass."""
         return self.decoder.propose(self.state, k, distinct)

@@ -38,10 +38,13 @@ class Pruning(StridedStrategy):
         first = paths.number[:: self.n]
         while not paths.is_done:
             proposal = paths.propose()
-            values = paths.value(proposal)[:, 0]
+            if is_due := paths.is_due(self.stride):
+                # [B, n]; those that stopped before have none
+                scores = paths.spread(paths.value(proposal)[:, 0], torch.nan)
+            else:
+                paths.skip(proposal)
             paths.commit(proposal)
-            scores = paths.spread(values, torch.nan)  # [B, n]; those that stopped before have none
-            if paths.state.step % self.stride == 0 and not paths.is_done:
+            if is_due and not paths.is_done:
                 chances = scores.exp().nan_to_num(-1)
                 continues = chances >= self.share * chances.amax(1, keepdim=True)
                 paths.record_paths(scores, continues.long())

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_modules.backbone.decoder import Cost, Decoder, Request
 from lightning_modules.backbone.features import DecoderFeatures
-from lightning_modules.backbone.trajectory import Trajectory
 from lightning_modules.cache_key import Keyed, fields_key
 from lightning_modules.decoding.trace import Choice, ReflectionRound
 from lightning_modules.rewards.verifier import Ability, Judge, Rows
@@ -26,7 +25,7 @@ class Decoded:
         features: what the decoder knew about each token when it was chosen; None from decoders without features.
         cost: of the whole batch, candidates that were not kept included.
         first_unverified: token (of grids: step) from which on the decoder alone decided, [B], on the CPU.
-        trajectory: how each grid was filled; None where tokens are decided one after the other.
+        trajectory: how each image came about; None where tokens are decided one after the other.
         trace: what was chosen on the way, and what reflection did.
         stats: numbers about how each image was made, to be logged, [B] each.
         log_probs: see `DecodingState`, [B, steps]; None of images that were decoded anew in part.
@@ -36,7 +35,7 @@ class Decoded:
     features: DecoderFeatures | None
     cost: Cost
     first_unverified: Tensor
-    trajectory: Trajectory | None = None
+    trajectory: Any = None
     trace: Sequence[Choice | ReflectionRound] = ()
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     log_probs: Tensor | None = None

@@ -47,6 +47,10 @@ class Verified(StridedStrategy):
         if self.choose not in ("argmax", "sample"):
             raise ValueError(f"choose must be 'argmax' or 'sample', not {self.choose!r}")
 
+    def check_decoder(self, decoder: Decoder) -> None:
+        super().check_decoder(decoder)
+        decoder.check_candidates(self.k, self.sampling)
+
     @property
     def images_at_once(self) -> int:
         return self.k

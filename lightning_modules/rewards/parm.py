@@ -165,15 +165,14 @@ class PARM(HubMixin, nn.Module, TokenVerifier[PARMState]):
     @staticmethod
     def _statistics(features: DecoderFeatures, sums: Tensor) -> Tensor:
         """Numbers about each token, [B, S, 6]; the running `sums` [B, S, 3] include the token itself."""
-        entropy = features.entropy.repeat(1, features.candidates)
-        own = torch.stack([features.log_probs, features.unconditional_log_probs, entropy], dim=-1)
+        own = torch.stack([features.log_probs, features.unconditional_log_probs, features.own_entropy], dim=-1)
         return torch.cat([own, _SUM_SCALE * sums], dim=-1)
 
     @staticmethod
     def _increments(features: DecoderFeatures) -> Tensor:
         """The addition of each token to the running sums, [B, S, 3]."""
-        log_p, entropy = features.log_probs, features.entropy.repeat(1, features.candidates)
-        return torch.stack([log_p, log_p - features.unconditional_log_probs, log_p + entropy], dim=-1)
+        log_p = features.log_probs
+        return torch.stack([log_p, log_p - features.unconditional_log_probs, log_p + features.own_entropy], dim=-1)
 
     def forward(self, features: DecoderFeatures, trusted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Logits that the image will be right, that each clause will hold, and that a token shows what a word names.

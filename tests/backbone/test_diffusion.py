@@ -4,28 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import FlowMatchHeunDiscreteScheduler
 
 from lightning_modules.backbone.decoder import Request
 from lightning_modules.backbone.diffusion import DiffusionDecoder, DiffusionSampling
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.backbone.sampling import image_seed
-from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3, tiny_autoencoder, tiny_text_parts
+from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.decoding.best_of_n import BestOfN
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.verifier import Reward
 from tests.helpers.overrides import WITHOUT
+from tests.helpers.pipelines import tiny_flux, tiny_unet
 
 ROWS = [{"prompt": f"a photo of a {name}"} for name in ("dog", "red cup", "star")]
 
@@ -92,40 +82,6 @@ def test_what_a_pipeline_cannot_do_is_refused(
         DiffusionDecoder("no/where")
     with pytest.raises(ValueError, match=r"sampling.steps must be at least 1, not 0"):
         DiffusionSampling(steps=0, guidance=1.0, size=32)
-
-
-def tiny_flux(folder: Path) -> str:
-    """Guidance is a number that the network reads."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
-    tokenizer_2 = T5Tokenizer(vocab=[*special, *((letter, -1.0) for letter in letters)], extra_ids=0)
-    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-    tokenizer, text = tiny_text_parts()
-    vae = tiny_autoencoder(use_quant_conv=False, use_post_quant_conv=False)
-    parts = (FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(text), tokenizer, t5, tokenizer_2, transformer)
-    FluxPipeline(*parts).save_pretrained(folder)
-    return str(folder)
-
-
-def tiny_unet(folder: Path, distilled: bool) -> str:
-    """Stable Diffusion 1.5's make, with guidance in two passes or, distilled to latent consistency, as a number."""
-    unet = UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4, time_cond_proj_dim=8 if distilled else None,
-    )  # fmt: skip
-    tokenizer, text = tiny_text_parts()
-    kind = LatentConsistencyModelPipeline if distilled else StableDiffusionPipeline
-    scheduler = LCMScheduler() if distilled else PNDMScheduler(skip_prk_steps=True)
-    kind(
-        vae=tiny_autoencoder(), text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
 
 
 def passes(decoder: DiffusionDecoder, sampling: DiffusionSampling) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.image_tokenizer import PatchVQ, nearest
+from lightning_modules.backbone.image_tokenizer import PatchVQ, PixelPatches, nearest
 
 
 def blocks(n: int) -> torch.Tensor:
@@ -51,3 +51,12 @@ def test_nearest_agrees_with_the_definition_in_chunks() -> None:
     vectors, codebook = torch.randn(50, 6), torch.randn(9, 6)
     expected = torch.cdist(vectors, codebook).argmin(1)
     assert torch.equal(nearest(vectors, codebook, chunk=7), expected)
+
+
+def test_patches_of_pixels_are_the_image_itself() -> None:
+    tokenizer, pixels = PixelPatches(grid=4, image_size=16), torch.rand(2, 3, 16, 16)
+    tokens = tokenizer.encode(pixels)
+    assert tokens.shape == (2, tokenizer.num_tokens, tokenizer.vector_size) == (2, 16, 48)
+    assert torch.allclose(tokenizer.decode(tokens), pixels, atol=1e-6)
+    assert torch.equal(tokens[0, 5, :16], (2 * pixels[0, 0, 4:8, 4:8] - 1).flatten())
+    assert tokenizer.decode(3 * tokens).max() == 1

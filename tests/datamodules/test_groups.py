@@ -13,15 +13,16 @@ from torch import Tensor
 from datamodules.groups import Curriculum, GroupSpec
 from datamodules.online_groups import GroupsDataModule
 from datamodules.shapes.detector import ShapesDetector
+from lightning_modules.backbone.denoising_sampling import FlowSampling
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
-from lightning_modules.grpo import GRPOObjective
+from lightning_modules.grpo import GRPOModule, GRPOObjective
 from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.geneval_reward import GenEvalReward, to_uint8
 from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.rewards.verifier import Reward
-from tests.helpers.models import make_decoder, make_masked, make_parm
+from tests.helpers.models import make_decoder, make_flow, make_masked, make_parm
 
 PER_STEP = {"colors": 1, "counting": 2, "position": 1}
 
@@ -182,6 +183,22 @@ def test_grids_come_with_their_trajectory(rows: list) -> None:
     batch = next(iter(data.train_dataloader()))
     assert batch["recorded"].shape == (4, 4) and batch["trajectory"]["previews"].shape == (4, 4, 16)
     assert torch.equal(batch["trajectory"]["previews"][:, -1], batch["tokens"])
+
+
+def test_denoised_images_come_with_their_latents(rows: list) -> None:
+    sampling, decoder = FlowSampling(4, solver="sde", eta=0.5), make_flow(image_size=64)
+    data = make_data(rows, decoder, sampling=sampling, held_out=[])
+    batch = next(iter(data.train_dataloader()))
+    assert batch["recorded"].shape == (4, 4) and batch["trajectory"]["latents"].shape == (4, 5, 16, 768)
+    assert torch.equal(torch.as_tensor(batch["trajectory"]["latents"][:, -1]), batch["tokens"])
+    module = GRPOModule(decoder, None, torch.optim.AdamW, 1, GRPOObjective(), sampling)
+    logged: dict[str, Tensor] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign, assignment]
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign, assignment]
+    loss = module.training_step(batch, 0)
+    assert logged["train/kl_sampled"] < 1e-4  # ratios of the policy that drew them are 1
+    loss.backward()
+    assert decoder.head.weight.grad is not None and decoder.head.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from datamodules.data_sets import ArrowRows
 from datamodules.rollouts import RolloutCollector, RolloutSpec, collate
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.compact import CompactDecoder
+from lightning_modules.backbone.decoder import Request
+from lightning_modules.backbone.denoising_sampling import FlowSampling
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from tests.helpers.models import FEATURES, make_decoder
+from tests.helpers.models import FEATURES, make_decoder, make_flow
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,19 @@ def test_stored_features_are_those_of_a_decoder_pass(collect, decoder, rows) -> 
     fresh = decoder.features(batch["prompt"], batch["tokens"])
     for name in FEATURES:
         torch.testing.assert_close(getattr(stored, name), getattr(fresh, name), atol=5e-3, rtol=5e-3)
+
+
+def test_denoised_images_are_stored_as_vectors_with_the_times_of_their_steps(collect, rows) -> None:
+    flow, sampling = make_flow(image_size=64), FlowSampling(3, solver="sde", eta=0.5)
+    collected = collect(RolloutSpec(rows, 1, Sample(sampling)), 5, decoder=flow, store_features=True)
+    batch = collate(ArrowRows(collected).__getitems__([0, 7]))
+    requests = Request(rows, collected["seed"])
+    fresh = Sample(sampling).decode(flow, {}, requests)
+    torch.testing.assert_close(batch["tokens"], fresh.tokens[[0, 7]], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(batch["trajectory"]["times"], torch.tensor([sampling.times] * 2))
+    batch["first_unverified"] = torch.tensor([1, 3])
+    seen = [flow.training_features(batch).entropy[:, 0] for _ in range(20)]
+    assert all(drawn[0] <= sampling.times[1] and drawn[1] == seen[0][1] for drawn in seen)
 
 
 def test_empty_requests_are_refused(rows) -> None:

@@ -28,6 +28,7 @@ from lightning_modules.backbone.llamagen import LlamaGen
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_sampling import MaskSampling
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.pipelines.decoder import PipelineDecoder
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.showo import ShowO
 from lightning_modules.backbone.t5 import T5Text
@@ -278,6 +279,27 @@ def _(tmp_path: Path) -> Case:
     with torch.no_grad():
         next(others["weights"].parameters()).add_(1)
     return Case(decoder, others, {"moved": DiffusionDecoder(str(moved), "float32", WITHOUT)})
+
+
+@case(PipelineDecoder)
+def _(tmp_path: Path) -> Case:
+    checkpoint, moved, other = save_tiny_sd3(f"{tmp_path}/a"), tmp_path / "b", tmp_path / "c"
+    shutil.copytree(checkpoint, moved)
+    shutil.copytree(checkpoint, other)
+    scheduler = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"shift": 3.0}))
+    decoder = PipelineDecoder(checkpoint, 32, "float32", WITHOUT)
+    others = {
+        "size": PipelineDecoder(checkpoint, 64, "float32", WITHOUT),
+        "precision": PipelineDecoder(checkpoint, 32, "bfloat16", WITHOUT),
+        "scheduler": PipelineDecoder(str(other), 32, "float32", WITHOUT),
+        "weights": PipelineDecoder(checkpoint, 32, "float32", WITHOUT),
+        "autoencoder": PipelineDecoder(checkpoint, 32, "float32", WITHOUT),
+    }
+    with torch.no_grad():
+        next(others["weights"].networks.parameters()).add_(1)
+        next(others["autoencoder"].image_tokenizer.parameters()).add_(1)
+    return Case(decoder, others, {"moved": PipelineDecoder(str(moved), 32, "float32", WITHOUT)})
 
 
 @case(WordTokenizer)

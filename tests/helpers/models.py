@@ -15,7 +15,8 @@ from torch import nn
 from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.features import DecoderFeatures
-from lightning_modules.backbone.image_tokenizer import PatchVQ
+from lightning_modules.backbone.flow import FlowDecoder
+from lightning_modules.backbone.image_tokenizer import PatchVQ, PixelPatches
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
@@ -26,7 +27,7 @@ from tests.helpers.overrides import ROOT
 
 SHOWO = ROOT / "tests" / "golden" / "showo"
 SHOWO_CONFIG = json.loads((SHOWO / "config.json").read_text())
-FEATURES = [name for name in DecoderFeatures.__dataclass_fields__ if name != "undecided"]
+FEATURES = [name for name in DecoderFeatures.__dataclass_fields__ if name not in ("undecided", "passes")]
 VISION = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 41, "width": 32, "heads": 2, "layers": 1}
 
@@ -65,6 +66,17 @@ def make_showo(checkpointing: bool = False, **changes: Any) -> ShowO:
     return ShowO(tokenizer, Numbers(), transformer=transformer, **sizes).eval()
 
 
+def make_flow(depth: int = 2, image_size: int = 16) -> FlowDecoder:
+    """A flow decoder of 16 tokens an image, whose head and modulations are not zero as at the start of training."""
+    torch.manual_seed(0)
+    transformer = TransformerConfig(dim=32, depth=depth, heads=4)
+    tokenizer = PixelPatches(4, image_size)
+    flow = FlowDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
+    for weight in (flow.head.weight, flow.modulation.layers):
+        torch.nn.init.normal_(weight, std=0.3)
+    return flow.eval()
+
+
 def make_decoder(grid: int = 4, depth: int = 3) -> CompactDecoder:
     """A decoder of 16 tokens an image with sharpened random weights, so that distributions are far from uniform."""
     torch.manual_seed(0)
@@ -94,7 +106,9 @@ def make_masked(estimate: MaskEstimate | None = None) -> MaskTokenDecoder:
     return decoder.eval()
 
 
-def make_parm(decoder: CompactDecoder | MaskTokenDecoder, input_features: InputFeatures = "hidden") -> PARM:
+def make_parm(
+    decoder: CompactDecoder | MaskTokenDecoder | FlowDecoder, input_features: InputFeatures = "hidden"
+) -> PARM:
     """A PARM for one of these decoders, random weights."""
     torch.manual_seed(1)
     parm = PARM(

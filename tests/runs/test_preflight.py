@@ -156,11 +156,13 @@ def test_what_needs_whole_weights_is_not_sharded(
 
 
 SHORT = {
-    "minutes": ("compute_curve", "shapes_masked_parm"),
+    "minutes": ("compute_curve", "shapes_masked_parm", "shapes_flow_parm"),
     "minutes_pairs": ("dpo", "dpo_iterative", "dpo_guided", "shapes_masked_dpo"),
     "minutes_images": (
         "shapes_clip",
         "shapes_decoder",
+        "shapes_flow",
+        "shapes_flow_parm_start",
         "shapes_masked",
         "shapes_masked_parm_start",
         "shapes_parm_start",

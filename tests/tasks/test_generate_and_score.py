@@ -189,7 +189,7 @@ def tiny_generator(tmp_path: Path) -> list[str]:
     """Overrides that make decoder=sd3 a tiny random one."""
     return ["decoder=sd3", "geneval=shapes", "judges=shapes",
             f"decoder.checkpoint={save_tiny_sd3(f'{tmp_path}/sd3')}", "decoder.dtype=float32",
-            f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "sampling.size=64"]  # fmt: skip
+            f"decoder.without=[{','.join(WITHOUT)}]", "sampling.steps=2", "decoder.size=64"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_pipelines_of_diffusers_are_evaluated(tmp_path: Path) -> None:
     assert "best_of_4_oracle chooses by what it is measured by: it is a ceiling\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "diffusion"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "sana", "qwen_image", "diffusion"])
 def test_generators_compose(compose_config: Compose, tmp_path: Path, name: str) -> None:
     without = f"decoder.without=[{','.join(WITHOUT)}]"
     config = compose_config(
