@@ -152,8 +152,8 @@ class DecodingState(ABC):
         return replace(self.select(rows), noise=self.noise.fork(k))
 
     def as_candidate(self, number: int) -> Self:
-        """Draw with the noise of candidate `number` of each row from now on."""
-        return replace(self, noise=self.noise.candidate(number))
+        """Draw with the noise of candidate `number` of each row from now on; ValueError if candidates share a pass."""
+        raise ValueError(f"candidates of a {type(self).__name__} are not drawn one by one: they share a pass")
 
     def with_noise(self, noise: Any) -> Self:
         """Continue the same images with other noise."""

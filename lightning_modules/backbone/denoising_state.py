@@ -138,6 +138,9 @@ class DenoisingState(DecodingState):
             passed=[(latents[rows], previews[rows]) for latents, previews in self.passed],
         )
 
+    def as_candidate(self, number: int) -> Self:
+        return replace(self, noise=self.noise.candidate(number))
+
     def with_noise(self, noise: GaussianNoise) -> Self:
         """Continue the same images with other noise; before the first step that makes other images."""
         moved = super().with_noise(noise)

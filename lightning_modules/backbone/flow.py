@@ -124,6 +124,10 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def cache_key(self) -> dict[str, Any]:
+        """See `TokenDecoder`; the times that are trained decide `confidence`, and so what reflection does."""
+        return super().cache_key() | {"times": [self.time_mean, self.time_std]}
+
     def warm_start(self, name: str, stored: CheckpointReader) -> None:
         """Begin training with what a next-token decoder of the same sizes has too: Transformer, words, rows, columns.
 

@@ -67,10 +67,6 @@ class Noise:
         own = self.candidates[:, :k].flatten(0, 1)[:, None]
         return replace(self, candidates=own, choice=self.choice.repeat_interleave(k, 0))
 
-    def candidate(self, number: int) -> Self:
-        """The noise of one candidate of each row, as that of its first."""
-        return replace(self, candidates=self.candidates[:, number : number + 1])
-
     def to(self, device: torch.device) -> Self:
         return replace(self, candidates=self.candidates.to(device), choice=self.choice.to(device))
 

@@ -22,6 +22,7 @@ from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.diffusion import DiffusionDecoder
 from lightning_modules.backbone.emu3 import Emu3, Emu3Tokenizer
+from lightning_modules.backbone.flow import FlowDecoder
 from lightning_modules.backbone.janus import Janus
 from lightning_modules.backbone.janus_text import JanusTokenizer
 from lightning_modules.backbone.llamagen import LlamaGen
@@ -44,6 +45,7 @@ from lightning_modules.decoding.pruning import Pruning
 from lightning_modules.decoding.reflection import Reflection
 from lightning_modules.decoding.regions import PatchCLIPScore, RandomScores, Region, TokenConfidence, ValueGain
 from lightning_modules.decoding.remembered import Remembered
+from lightning_modules.decoding.rollover import Rollover
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.clip_score import CLIPScore
@@ -62,7 +64,7 @@ from tests.helpers.emu3 import SPECIAL as EMU3_SPECIAL
 from tests.helpers.emu3 import load_emu3
 from tests.helpers.janus import SPECIAL, make_janus
 from tests.helpers.llamagen import make_llamagen
-from tests.helpers.models import make_clip, make_decoder, make_masked, make_parm, make_showo, write_tokenizer
+from tests.helpers.models import make_clip, make_decoder, make_flow, make_masked, make_parm, make_showo, write_tokenizer
 from tests.helpers.overrides import WITHOUT
 
 NOISE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -107,6 +109,7 @@ by_fields(PLAIN, sampling=hotter)
 by_fields(Verified(SAMPLING, 4), sampling=hotter, k=2, stride=2, verifier="likelihood", distinct=True, choose="sample",
           value_weight=2.0, prior_weight=1.0, random_stop=True)  # fmt: skip
 by_fields(Beam(SAMPLING, 2, 3), sampling=hotter, n=3, k=2, verifier="likelihood", prior_weight=1.0)
+by_fields(Rollover(SAMPLING, 4), sampling=hotter, k=2, verifier="likelihood")
 by_fields(Particles(SAMPLING, 4), sampling=hotter, n=2, stride=4, verifier="likelihood", value_weight=2.0)
 by_fields(Pruning(SAMPLING, 4, 0.5), sampling=hotter, n=2, share=0.25, stride=4, verifier="likelihood")
 by_fields(Potential(MaskSampling(), 4, "a"), sampling=MaskSampling(4), n=2, judge="b", prune=False, stride=2,
@@ -159,6 +162,15 @@ def _(_: Path) -> Case:
         decoder, others, same,
         lambda: decoder.train().eval().features(prompts, torch.zeros(2, 16, dtype=torch.int64)),
     )  # fmt: skip
+
+
+@case(FlowDecoder)
+def _(_: Path) -> Case:
+    decoder, times, words, depths = (make_flow() for _ in range(4))
+    times.time_mean = 0.0
+    words.text_tokenizer = WordTokenizer(list(reversed(vocabulary())), 12)
+    depths.feature_layers = (1,)
+    return Case(decoder, {"weights": another_weight(decoder), "times": times, "words": words, "depths": depths})
 
 
 @case(MaskTokenDecoder)
