@@ -106,8 +106,8 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         transformer: TransformerConfig,
         text_depth: int,
         feature_layers: Sequence[int] = (),
-        time_mean: float = 1.6,
-        time_std: float = 1.2,
+        time_mean: float = 1.2,
+        time_std: float = 1.3,
     ) -> None:
         super().__init__(image_tokenizer, transformer.depth, feature_layers)
         self.time_mean, self.time_std = time_mean, time_std
@@ -121,8 +121,11 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         self.transformer = Transformer(transformer)
         self.norm = nn.LayerNorm(dim)
         self.head = Linear(dim, size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        # The width of the Transformer is less than a patch has numbers: edges are drawn from the noisy patch itself.
+        self.refine = nn.Sequential(Linear(dim + size, 4 * dim), nn.GELU(), Linear(4 * dim, size))
+        for layer in (self.head, self.refine[2]):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def cache_key(self) -> dict[str, Any]:
         """See `TokenDecoder`; the times that are trained decide `confidence`, and so what reflection does."""
@@ -187,7 +190,8 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
             assert isinstance(block, Block)
             x = modulated(block, x, layer, attending, modulations[layer])
             layers.append(x)
-        return self.head(self.norm(x)).float(), layers
+        read = self.norm(x)
+        return (self.head(read) + self.refine(torch.cat([read, latents], -1))).float(), layers
 
     def predict(
         self, latents: Tensor, levels: Levels, step: int, condition: PromptKeys, sampling: FlowSampling, cost: Cost
