@@ -81,7 +81,8 @@ def _plain(value: Any) -> Any:
 
 def _checked(rows: list[Metadata], place: str, official: bool, per_task: PerTask) -> list[Metadata]:
     if official and (found := differences(rows)):
-        raise ValueError(f"{place}: these are not the official prompts: {'; '.join(found)}")
+        advice = "for prompts of your own set official=false beside the path"
+        raise ValueError(f"{place}: these are not the official prompts: {'; '.join(found)}; {advice}")
     return rows if per_task is None else pick(by_task(rows), per_task)
 
 

@@ -162,7 +162,8 @@ class PreferencesDataModule(PairsDataModule):
         scores = ensemble(decoder.eval(), self.judges, self.scores, columns, self.collect_batch_size)
         pairs, dropped = make_pairs(columns["prompt_index"], columns["tokens"], scores.tolist(), surplus, self.rule)
         if not pairs:
-            raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ; nothing to learn from")
+            advice = f"take more data.{name}.samples or prompts, or add another judge to data.scores"
+            raise ValueError(f"data.{name}: no prompt has two rollouts whose scores differ: {advice}")
         rank_zero_info(f"{name}: {len(pairs)} pairs; dropped: {dict(dropped)}")
         rows = {side: [getattr(pair, side) for pair in pairs] for side in SIDES}
         shares = [pair.margin if self.rule.weigh_margins else 1.0 for pair in pairs]

@@ -115,7 +115,8 @@ def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
     )
     plain = {key for each in (before, now) for key, value in each.items() if not isinstance(value, Mapping)}
     paths = {key for each in (before, now) for key, value in each.items() if "/" in str(value)}
-    changed = sorted(key for key in plain - paths - {"ckpt_path"} if before.get(key) != now.get(key))
+    own = {"ckpt_path", "callbacks.geneval.run.overrides", "logger.wandb.id"}  # which differ in every command
+    changed = sorted(key for key in plain - paths - own if before.get(key) != now.get(key))
     return [f"{key}={now.get(key)} ({before.get(key)} until now)" for key in changed]
 
 

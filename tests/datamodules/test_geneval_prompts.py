@@ -37,7 +37,7 @@ def test_what_differs_from_the_official_prompts_is_said(tmp_path: Path, official
     reworded = [official[0] | {"prompt": "a very nice photo of a bench"}, *official[1:]]
     assert differences(reworded) == ["some have other words or clauses"]
     path = write(tmp_path / "most.jsonl", official[:-9])
-    with pytest.raises(ValueError, match=r"these are not the official prompts: 91 of 100 color_attr prompts$"):
+    with pytest.raises(ValueError, match=r"these are not the official prompts: 91 of 100 color_attr prompts; for"):
         prompts_from_file(path, official=True)
     assert len(prompts_from_file(path)) == 544
 
