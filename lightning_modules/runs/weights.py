@@ -89,8 +89,9 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -
     if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
         there, here = (kind.rpartition(".")[2] for kind in kinds)
         raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}")
-    sizes = [each.get("transformer") or {} for each in (stored, module)]
-    for name in sizes[0].keys() & sizes[1].keys() - {"checkpointing"}:
+    sizes = [each.get("transformer") for each in (stored, module)]
+    sizes = [each if isinstance(each, Mapping) else {} for each in sizes]  # yours may name theirs
+    for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:
         there, here = (each[name] for each in sizes)
         if there != here:
             said = f"was made for another model: transformer.{name} is {there} there, and {here} here"
