@@ -9,7 +9,7 @@ from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resol
 from lightning_modules.backbone.published import CLIPS, LOADERS, clip_named, named, nodes, refuse_missing
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
-from lightning_modules.runs.signatures import constant
+from lightning_modules.runs.signatures import constant, locate
 
 _OWN = "lightning_modules."
 # What is built by tasks that need no module, callbacks and data.
@@ -59,7 +59,10 @@ def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
     """Say if a part may not go with the others, which `refuse_mismatches` tells before weights are downloaded."""
     clip = clip_named(node)
     sized = key.endswith("detector") and constant(node["_target_"], "image_size", "unknown") is not None
-    return sized or (clip is not None and clip not in CLIPS)
+    network = node["module"] if isinstance(node.get("module"), Mapping) else node
+    found = locate(str(network.get("_target_"))) if isinstance(node.get("checkpoint"), str) else None
+    named = found is not None and found.inner("check_name") is not None  # says by names what is of another model
+    return sized or named or (clip is not None and clip not in CLIPS)
 
 
 def refuse_other_parm(parm: Mapping[str, Any], **wanted: tuple[str, Any]) -> None:
