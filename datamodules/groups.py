@@ -99,7 +99,8 @@ class Curriculum:
         places: list[int] = []
         while len(places) < count:
             task = spec.prompt(self.next_place)["tag"]
-            weight = self.teaches.get(task, 1.0) / max(self.teaches.values(), default=1.0)
+            best = max(self.teaches.values(), default=1.0)
+            weight = self.teaches.get(task, 1.0) / best if best else 1.0  # of a dead policy nothing tells tasks apart
             self.credit[task] = self.credit.get(task, 0.0) + max(weight, _LEAST_WEIGHT)
             if self.credit[task] >= 1:
                 self.credit[task] -= 1

@@ -86,6 +86,8 @@ def test_tasks_come_as_often_as_their_groups_teach() -> None:
     for _ in range(100):
         curriculum.learn(spec, [1], [False])
     assert any(spec.prompt(place)["tag"] == "counting" for place in curriculum.take(spec, 20))  # tried now and then
+    nothing = Curriculum(next_place=8, teaches={"colors": 0.0, "counting": 0.0})  # as small as numbers get
+    assert nothing.take(spec, 4) == [8, 9, 10, 11]
 
 
 def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
