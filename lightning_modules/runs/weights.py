@@ -45,12 +45,13 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         checkpoint = node.get("checkpoint")
         if node["_target_"] not in LOADERS or not isinstance(checkpoint, str) or on_hub(checkpoint):
             continue
-        key = defining_key(unresolved, f"{key}.checkpoint")
+        reader, key = f"{defining_key(unresolved, key)}.checkpoint", defining_key(unresolved, f"{key}.checkpoint")
+        advice = "" if reader == key else f"; {reader} is taken from there: name its own"
         if "module" in node:
-            _refuse_other_export(key, checkpoint, node["module"])
+            _refuse_other_export(key, checkpoint, node["module"], advice)
         elif not any(any(Path(checkpoint).glob(pattern)) for pattern in LOADERS[node["_target_"]]):
             files = " or ".join(LOADERS[node["_target_"]])
-            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}")
+            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}{advice}")
     if not any(_may_not_fit(key, node) for key, node in nodes(built)):
         refuse_missing_weights(built, unresolved)
 
@@ -78,7 +79,7 @@ def refuse_missing_weights(built: Mapping[str, Any], unresolved: Mapping[str, An
     refuse_missing(list({each.key: each for each in weights}.values()))
 
 
-def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -> None:
+def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], advice: str) -> None:
     """Raise for weights of this package's own format that are not there, are broken or are of another network."""
     try:
         folder = resolve(checkpoint)
@@ -91,7 +92,7 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -
     kinds = [str(each.get("_target_", "")) for each in (stored, module)]
     if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
         there, here = (kind.rpartition(".")[2] for kind in kinds)
-        raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}")
+        raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}{advice}")
     sizes = [each.get("transformer") for each in (stored, module)]
     sizes = [each if isinstance(each, Mapping) else {} for each in sizes]  # yours may name theirs
     for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:

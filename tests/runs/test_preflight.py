@@ -202,3 +202,19 @@ def test_sizes_are_compared_where_they_are_named(tmp_path: Path) -> None:
             node = {"_target_": LOADER, "checkpoint": str(tmp_path), "module": network}
             config: Any = {"task": "evaluate", "module": {"decoder": node}}
             refuse_unfit_weights(config, config)
+
+
+def test_an_exported_decoder_holds_none_of_the_parts_that_were_taken_from_its_checkpoint(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes((BUNDLED / "shapes_decoder" / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"module": {"_target_": "lightning_modules.backbone.janus.Janus"}})
+    )
+    overrides = ["experiment=janus_evaluate", f"decoder.checkpoint={tmp_path}", "trainer.accelerator=cpu"]
+    said = r"holds the weights of a Janus, not of a VQ16; tokenizer\.checkpoint is taken from there: name its own$"
+    with pytest.raises(ValueError, match=rf"^decoder\.checkpoint: .*{said}"):
+        refuse_settings(compose_config(*overrides))
+    said = r"no tokenizer\.json in .*; decoder\.module\.text_tokenizer\.checkpoint is taken from there: name its own$"
+    with pytest.raises(FileNotFoundError, match=said):
+        refuse_settings(compose_config(*overrides, "tokenizer.checkpoint=null"))
