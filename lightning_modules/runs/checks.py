@@ -129,13 +129,16 @@ def refuse_unknown_strategies(geneval: Mapping[str, Any], known: Collection[str]
 def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     """Raise ValueError for names of judges that no run has and the config does not add."""
     data, known = config.get("data") or {}, [*_JUDGES, *(config["judges"].get("rewards") or ())]
-    named = {"evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()}
+    named: dict[str, Iterable[str]] = {
+        "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
+    }
     if constant(str(data.get("_target_")), "gives", None) == "groups":  # data of yours may mean something else by these
         named |= {f"data.{name}": data.get(name) or () for name in ("rewards", "held_out")}
     for key, node in nodes(config["strategies"]):
         if str(node["_target_"]).startswith("lightning_modules."):
             found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
-            named.setdefault(f"strategies.{key.partition('.')[0]}", []).extend(found)
+            strategy = f"strategies.{key.partition('.')[0]}"
+            named[strategy] = [*named.get(strategy, ()), *found]
     for key, names in named.items():
         for name in names:
             if name not in known:

@@ -60,7 +60,8 @@ def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
     """Say if a part may not go with the others, which `refuse_mismatches` tells before weights are downloaded."""
     clip = clip_named(node)
     sized = key.endswith("detector") and constant(node["_target_"], "image_size", "unknown") is not None
-    network = node["module"] if isinstance(node.get("module"), Mapping) else node
+    network = node.get("module")
+    network = network if isinstance(network, Mapping) else node
     found = locate(str(network.get("_target_"))) if isinstance(node.get("checkpoint"), str) else None
     named = found is not None and found.inner("check_name") is not None  # says by names what is of another model
     return sized or named or (clip is not None and clip not in CLIPS)
@@ -93,8 +94,8 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
     if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
         there, here = (kind.rpartition(".")[2] for kind in kinds)
         raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}{advice}")
-    sizes = [each.get("transformer") for each in (stored, module)]
-    sizes = [each if isinstance(each, Mapping) else {} for each in sizes]  # yours may name theirs
+    named = (each.get("transformer") for each in (stored, module))
+    sizes: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in named]  # or a name of yours
     for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:
         there, here = (each[name] for each in sizes)
         if there != here:
