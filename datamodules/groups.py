@@ -144,7 +144,8 @@ class GroupCollector:
         self.decoder.train(was_training)
         parts = [part for of_rank in gather(made) for part in of_rank]
         order = torch.tensor([i for share in shares for i in share]).argsort()
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        with torch.autocast("cpu", enabled=False):  # which joins no numbers of half precision
+            return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
     @torch.no_grad()
     def _decode(self, jobs: Sequence[tuple[int, int]]) -> Columns:

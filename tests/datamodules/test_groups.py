@@ -170,6 +170,14 @@ def test_what_parm_learns_from_comes_along(rows: list) -> None:
     torch.testing.assert_close(labels["clauses"][0], torch.tensor([*map(float, verdict.clauses)]), equal_nan=True)
 
 
+def test_labels_are_joined_in_mixed_precision_on_the_cpu(rows: list) -> None:
+    decoder = make_decoder()
+    data = make_data(rows, decoder, parm=make_parm(decoder), refit=PARMObjective())
+    mixed = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    data.trainer.strategy = SimpleNamespace(precision_plugin=mixed)  # type: ignore[assignment]
+    assert data.batch(range(4))["labels"]["grounding"].shape == (4, decoder.num_tokens, decoder.max_words)
+
+
 def test_a_rank_gets_its_share_of_each_minibatch(rows: list) -> None:
     whole = [batch["tokens"] for _, batch in zip(range(3), make_data(rows).train_dataloader(), strict=False)]
     for number in range(2):
