@@ -99,7 +99,8 @@ class Curriculum:
         places: list[int] = []
         while len(places) < count:
             task = spec.prompt(self.next_place)["tag"]
-            weight = self.teaches.get(task, 1.0) / max(self.teaches.values(), default=1.0)
+            best = max(self.teaches.values(), default=1.0)
+            weight = self.teaches.get(task, 1.0) / best if best else 1.0  # of a dead policy nothing tells tasks apart
             self.credit[task] = self.credit.get(task, 0.0) + max(weight, _LEAST_WEIGHT)
             if self.credit[task] >= 1:
                 self.credit[task] -= 1
@@ -143,7 +144,8 @@ class GroupCollector:
         self.decoder.train(was_training)
         parts = [part for of_rank in gather(made) for part in of_rank]
         order = torch.tensor([i for share in shares for i in share]).argsort()
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        with torch.autocast("cpu", enabled=False):  # which joins no numbers of half precision
+            return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
     @torch.no_grad()
     def _decode(self, jobs: Sequence[tuple[int, int]]) -> Columns:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-from lightning_modules.runs.messages import defining_key, flat
+from lightning_modules.backbone.published import nodes
+from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
-from lightning_modules.runs.signatures import required, signature
+from lightning_modules.runs.signatures import constant, required, signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
@@ -128,20 +129,31 @@ def refuse_unknown_strategies(geneval: Mapping[str, Any], known: Collection[str]
 def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     """Raise ValueError for names of judges that no run has and the config does not add."""
     data, known = config.get("data") or {}, [*_JUDGES, *(config["judges"].get("rewards") or ())]
-    named = {"evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()}
-    named |= {f"data.{name}": data.get(name) or () for name in ("rewards", "held_out")}
-    for key, value in flat(config["strategies"]):
-        if key.rpartition(".")[2] in ("judge", "verifier") and isinstance(value, str):
-            named[f"strategies.{key.partition('.')[0]}"] = [value]
+    named: dict[str, Iterable[str]] = {
+        "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
+    }
+    if constant(str(data.get("_target_")), "gives", None) == "groups":  # data of yours may mean something else by these
+        named |= {f"data.{name}": data.get(name) or () for name in ("rewards", "held_out")}
+    for key, node in nodes(config["strategies"]):
+        if str(node["_target_"]).startswith("lightning_modules."):
+            found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
+            strategy = f"strategies.{key.partition('.')[0]}"
+            named[strategy] = [*named.get(strategy, ()), *found]
     for key, names in named.items():
         for name in names:
             if name not in known:
                 raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(known)}")
 
 
-def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any) -> None:
-    """Refuse names and values in a node, or in named values that are to be `inner`."""
+def _refuse_below(
+    above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any, known: bool = True
+) -> None:
+    """Refuse names and values in a node, or in named values that are to be `inner`.
+
+    What numbers mean is `known` by their names where they are given to the project's own classes, Lightning's, torch's.
+    """
     target = node["_target_"] if isinstance(node.get("_target_"), str) else ""
+    known = target.partition(".")[0] in _MADE if target else known
     takes = signature(target)
     if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):
         whose, kind = defining_key(unresolved, above[:-1]), target.rpartition(".")[2]
@@ -155,15 +167,14 @@ def _refuse_below(above: str, node: Mapping[str, Any], unresolved: Mapping[str, 
             advice = f"did you mean {guess[0]}? It" if guess else "it"
             kind, whose = target.rpartition(".")[2], defining_key(unresolved, above[:-1])
             raise ValueError(f"{place}: {kind}, which {whose} is, takes no {name}; {advice} takes {', '.join(takes)}")
-        if complaint := _useless(str(name), target.rpartition(".")[2], value) or " or ".join(
-            _unfit(value, takes.get(name, inner)) or ()
-        ):
+        useless = _useless(str(name), target.rpartition(".")[2], value) if known else None
+        if complaint := useless or " or ".join(_unfit(value, takes.get(name, inner)) or ()):
             raise ValueError(f"{place} must be {complaint}, not {_shown(value)}")
         origin = get_origin(takes.get(name))
         is_named = isinstance(origin, type) and issubclass(origin, Mapping) and "_target_" not in value
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Mapping):
-                _refuse_below(f"{above}{name}.", item, unresolved, get_args(takes[name])[1] if is_named else Any)
+                _refuse_below(f"{above}{name}.", item, unresolved, get_args(takes[name])[1] if is_named else Any, known)
 
 
 def _useless(name: str, kind: str, value: Any) -> str | None:

@@ -9,7 +9,7 @@ from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resol
 from lightning_modules.backbone.published import CLIPS, LOADERS, clip_named, named, nodes, refuse_missing
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
-from lightning_modules.runs.signatures import constant
+from lightning_modules.runs.signatures import constant, locate
 
 _OWN = "lightning_modules."
 # What is built by tasks that need no module, callbacks and data.
@@ -45,12 +45,13 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         checkpoint = node.get("checkpoint")
         if node["_target_"] not in LOADERS or not isinstance(checkpoint, str) or on_hub(checkpoint):
             continue
-        key = defining_key(unresolved, f"{key}.checkpoint")
+        reader, key = f"{defining_key(unresolved, key)}.checkpoint", defining_key(unresolved, f"{key}.checkpoint")
+        advice = "" if reader == key else f"; {reader} is taken from there: name its own"
         if "module" in node:
-            _refuse_other_export(key, checkpoint, node["module"])
+            _refuse_other_export(key, checkpoint, node["module"], advice)
         elif not any(any(Path(checkpoint).glob(pattern)) for pattern in LOADERS[node["_target_"]]):
             files = " or ".join(LOADERS[node["_target_"]])
-            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}")
+            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}{advice}")
     if not any(_may_not_fit(key, node) for key, node in nodes(built)):
         refuse_missing_weights(built, unresolved)
 
@@ -59,7 +60,11 @@ def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
     """Say if a part may not go with the others, which `refuse_mismatches` tells before weights are downloaded."""
     clip = clip_named(node)
     sized = key.endswith("detector") and constant(node["_target_"], "image_size", "unknown") is not None
-    return sized or (clip is not None and clip not in CLIPS)
+    network = node.get("module")
+    network = network if isinstance(network, Mapping) else node
+    found = locate(str(network.get("_target_"))) if isinstance(node.get("checkpoint"), str) else None
+    named = found is not None and found.inner("check_name") is not None  # says by names what is of another model
+    return sized or named or (clip is not None and clip not in CLIPS)
 
 
 def refuse_other_parm(parm: Mapping[str, Any], **wanted: tuple[str, Any]) -> None:
@@ -75,7 +80,7 @@ def refuse_missing_weights(built: Mapping[str, Any], unresolved: Mapping[str, An
     refuse_missing(list({each.key: each for each in weights}.values()))
 
 
-def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -> None:
+def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], advice: str) -> None:
     """Raise for weights of this package's own format that are not there, are broken or are of another network."""
     try:
         folder = resolve(checkpoint)
@@ -88,9 +93,10 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any]) -
     kinds = [str(each.get("_target_", "")) for each in (stored, module)]
     if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
         there, here = (kind.rpartition(".")[2] for kind in kinds)
-        raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}")
-    sizes = [each.get("transformer") or {} for each in (stored, module)]
-    for name in sizes[0].keys() & sizes[1].keys() - {"checkpointing"}:
+        raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}{advice}")
+    named = (each.get("transformer") for each in (stored, module))
+    sizes: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in named]  # or a name of yours
+    for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:
         there, here = (each[name] for each in sizes)
         if there != here:
             said = f"was made for another model: transformer.{name} is {there} there, and {here} here"

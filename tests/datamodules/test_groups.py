@@ -87,6 +87,8 @@ def test_tasks_come_as_often_as_their_groups_teach() -> None:
     for _ in range(100):
         curriculum.learn(spec, [1], [False])
     assert any(spec.prompt(place)["tag"] == "counting" for place in curriculum.take(spec, 20))  # tried now and then
+    nothing = Curriculum(next_place=8, teaches={"colors": 0.0, "counting": 0.0})  # as small as numbers get
+    assert nothing.take(spec, 4) == [8, 9, 10, 11]
 
 
 def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
@@ -167,6 +169,14 @@ def test_what_parm_learns_from_comes_along(rows: list) -> None:
     row = next(row for row in rows if row["prompt"] == batch["prompt"][0])
     (verdict,) = data.judges.geneval.verdicts([row], to_uint8(decoder.image_tokenizer.decode(tokens[:1])))
     torch.testing.assert_close(labels["clauses"][0], torch.tensor([*map(float, verdict.clauses)]), equal_nan=True)
+
+
+def test_labels_are_joined_in_mixed_precision_on_the_cpu(rows: list) -> None:
+    decoder = make_decoder()
+    data = make_data(rows, decoder, parm=make_parm(decoder), refit=PARMObjective())
+    mixed = SimpleNamespace(forward_context=lambda: torch.autocast("cpu", torch.bfloat16))
+    data.trainer.strategy = SimpleNamespace(precision_plugin=mixed)  # type: ignore[assignment]
+    assert data.batch(range(4))["labels"]["grounding"].shape == (4, decoder.num_tokens, decoder.max_words)
 
 
 def test_a_rank_gets_its_share_of_each_minibatch(rows: list) -> None:

@@ -21,7 +21,12 @@ from lightning_modules.backbone.loading import pretrained
 from lightning_modules.backbone.text import PublishedTokenizer
 from lightning_modules.files import BUNDLED
 from lightning_modules.image_reader import UnreadableImage
-from lightning_modules.runs.checks import refuse_missing_devices, refuse_unread, refuse_wrong_values
+from lightning_modules.runs.checks import (
+    refuse_missing_devices,
+    refuse_unknown_judges,
+    refuse_unread,
+    refuse_wrong_values,
+)
 from lightning_modules.runs.command_line import wrong_option, wrong_setting
 from lightning_modules.runs.messages import MENDABLE, sentence
 from tests.helpers.launch import command, launch
@@ -229,6 +234,27 @@ def test_infinity_is_fine_where_it_means_never(compose_config: Any) -> None:
         config = compose_config(*overrides)
         plain: Any = OmegaConf.to_container(config, resolve=True)
         refuse_wrong_values(plain, plain)
+
+
+@pytest.mark.parametrize("value", ["layer: -2", "depth: [2, 2, 6]", "finished: true", "steps: all", "inner: {n: 0}"])
+def test_what_names_mean_to_a_class_of_yours_is_not_known(compose_config: Any, value: str) -> None:
+    plain: Any = OmegaConf.to_container(compose_config("strategies=decoder"), resolve=True)
+    plain["judges"]["rewards"]["mine"] = {"_target_": "my_package.Mine", **OmegaConf.create(f"{{{value}}}")}
+    refuse_wrong_values(OmegaConf.to_container(OmegaConf.create(plain)), plain)  # type: ignore[arg-type]
+
+
+def test_data_and_strategies_of_yours_may_call_other_things_as_ours_call_judges(compose_config: Any) -> None:
+    plain: Any = OmegaConf.to_container(compose_config("strategies=parm"), resolve=True)
+    plain["strategies"]["mine"] = {"_target_": "my_package.Mine", "verifier": "majority"}
+    for held_out in (0.1, "eval.jsonl", ["eval.jsonl"]):
+        refuse_unknown_judges(plain | {"data": {"_target_": "my_package.Mine", "held_out": held_out}})
+
+
+def test_a_judge_that_is_not_there_is_found_wherever_a_strategy_names_it(compose_config: Any) -> None:
+    config = compose_config("strategies=parm", "+strategies.verified_best_of_4.strategy.verifier=magic")
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    with pytest.raises(ValueError, match=r"^strategies\.verified_best_of_4 names the judge 'magic'; there are: parm"):
+        refuse_unknown_judges(plain)
 
 
 def test_new_keys_that_nothing_reads_are_refused() -> None:

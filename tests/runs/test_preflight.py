@@ -1,17 +1,22 @@
 """What is refused before anything is built."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 
 from lightning_modules.backbone.published import Published
+from lightning_modules.files import BUNDLED
 from lightning_modules.runs.mismatches import refuse_mismatches
 from lightning_modules.runs.preflight import refuse_settings
+from lightning_modules.runs.weights import refuse_unfit_weights
 from tests.helpers.launch import command
 from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL_DPO, SMALL_PARM, pair_files
 
+LOADER = "lightning_modules.backbone.loading.pretrained"
 Compose = Callable[..., DictConfig]
 
 
@@ -187,3 +192,32 @@ def test_a_checkpoint_that_is_none_is_refused_with_the_settings(compose_config: 
     (tmp_path / "my.ckpt").write_text("# image-cot\n")
     with pytest.raises(ValueError, match=r"^ckpt_path: .*my\.ckpt is a text that begins with '# image-cot"):
         refuse_settings(compose_config(f"ckpt_path={tmp_path}/my.ckpt", "trainer.accelerator=cpu"))
+
+
+def test_sizes_are_compared_where_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((BUNDLED / "shapes_decoder" / "model.safetensors").read_bytes())
+    sizes: list[Any] = ["large", None, [1], {"_target_": "my_package.Sizes", "checkpointing": True}]
+    for stored in sizes:
+        export = {"module": {"_target_": "my_package.Mine", "transformer": stored}}
+        (tmp_path / "config.json").write_text(json.dumps(export))
+        for here in ("large", {"_target_": "my_package.Others", "dim": 8}):
+            network = {"_target_": "my_package.Mine", "transformer": here}
+            node = {"_target_": LOADER, "checkpoint": str(tmp_path), "module": network}
+            config: Any = {"task": "evaluate", "module": {"decoder": node}}
+            refuse_unfit_weights(config, config)
+
+
+def test_an_exported_decoder_holds_none_of_the_parts_that_were_taken_from_its_checkpoint(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes((BUNDLED / "shapes_decoder" / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"module": {"_target_": "lightning_modules.backbone.janus.Janus"}})
+    )
+    overrides = ["experiment=janus_evaluate", f"decoder.checkpoint={tmp_path}", "trainer.accelerator=cpu"]
+    said = r"holds the weights of a Janus, not of a VQ16; tokenizer\.checkpoint is taken from there: name its own$"
+    with pytest.raises(ValueError, match=rf"^decoder\.checkpoint: .*{said}"):
+        refuse_settings(compose_config(*overrides))
+    said = r"no tokenizer\.json in .*; decoder\.module\.text_tokenizer\.checkpoint is taken from there: name its own$"
+    with pytest.raises(FileNotFoundError, match=said):
+        refuse_settings(compose_config(*overrides, "tokenizer.checkpoint=null"))
