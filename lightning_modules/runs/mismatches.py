@@ -53,7 +53,8 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], built: Mapping[str, A
     """Compare the sizes of decoder, PARM and images, loading nothing; returns the side of images, if it is known."""
     parm, data = built.get("module", {}).get("parm"), built.get("data", {})
     decoder, tokenizer = (config.get(name) for name in ("decoder", "tokenizer"))
-    grid, size = None, (config.get("sampling") or {}).get("size")
+    sizes = [config[part]["size"] for part in ("sampling", "decoder") if "size" in (config.get(part) or ())]
+    grid, size = None, next(iter(sizes), None)
     if tokenizer:
         with torch.device("meta"):
             network = instantiate(tokenizer["module"], _convert_="all")
