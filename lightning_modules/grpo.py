@@ -45,7 +45,7 @@ class GRPOObjective:
         clip_low, clip_high: ratios gain nothing beyond 1 - clip_low and 1 + clip_high (arXiv 2503.14476).
         beta: weight of the KL divergence from the reference, nats a step; 0 needs no reference.
         steps: the first so many steps of decoding teach, where most is decided; null: all. Each is a pass of a
-            mask-token decoder, so fewer cost less.
+            mask-token decoder, so fewer cost less. Likelihood has no steps.
     """
 
     baseline: Baseline = "mean"

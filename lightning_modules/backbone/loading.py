@@ -33,7 +33,7 @@ class CheckpointReader:
         files = [found]
         if found.suffix == ".json":
             names = read_settings(found).get("weight_map")
-            if not isinstance(names, dict):
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise ValueError(f"{found} has no 'weight_map', which says which file holds which tensor")
             files = [folder / name for name in sorted(set(names.values()))]
         self._tensors: dict[str, Tensor] = {}  # files mapped to memory, which is filled when a tensor is read
