@@ -105,17 +105,25 @@ def test_training_and_decoding_of_next_token_decoders_take_what_is_estimated(che
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "mixed", "adapters"),
-    [(False, True, False), (True, True, False), (False, False, True), (True, False, True), (False, True, True)],
+    ("checkpointing", "mixed", "adapters", "depth"),
+    [
+        (False, True, False, 3),
+        (True, True, False, 3),
+        (False, False, True, 3),
+        (True, False, True, 3),
+        (False, True, True, 3),
+        (True, True, True, 24),  # single-precision copies of a layer's adapters weigh much beside few layers
+    ],
 )
 def test_training_in_mixed_precision_and_of_adapters_takes_what_is_estimated(
-    checkpointing: bool, mixed: bool, adapters: bool
+    checkpointing: bool, mixed: bool, adapters: bool, depth: int
 ) -> None:
-    llama, size = make_llama(dim=128, grid=12, checkpointing=checkpointing), 2 if mixed else 4
+    llama = make_llama(dim=128, depth=depth, grid=12, checkpointing=checkpointing)
+    size = 2 if mixed else 4
     if adapters:
         LoRA().inject(llama.requires_grad_(False))
     prompts, tokens, images = [" ".join(["a"] * 11)] * 8, torch.randint(0, 32, (8, 144)), range(8)
-    positions, layers = llama.prefix_length + 144, 1 if checkpointing else 3
+    positions, layers = llama.prefix_length + 144, 1 if checkpointing else depth
     beside = layers * 8 * positions * (4 * positions * size + 2 * 128 * 4)  # as above; norms are in single precision
 
     def train() -> None:
