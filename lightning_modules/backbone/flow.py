@@ -268,16 +268,6 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         cost.count_pass(_ESTIMATES * len(prompts), self.num_tokens)
         return self._bound(prompts, tokens, [0] * len(prompts))
 
-    def policy_log_probs(
-        self,
-        prompts: Sequence[str],
-        tokens: Tensor,
-        sampling: Any,
-        trajectory: LatentTrajectory | None = None,
-        steps: int | None = None,
-    ) -> Tensor:
-        return DenoisingDecoder.policy_log_probs(self, prompts, tokens, sampling, trajectory, steps)
-
     @torch.no_grad()
     def features(self, prompts: Sequence[str], tokens: Tensor, time: Tensor | None = None) -> DecoderFeatures:
         """Features of images [B, T, D] with noise of a time [B], by default of the last step; see `TokenDecoder`."""
