@@ -45,8 +45,12 @@ def resolve(checkpoint: str, advice: str | None = None) -> Path:
 
 
 def on_hub(checkpoint: str) -> tuple[str, str] | None:
-    """Split OWNER/NAME or OWNER/NAME/FILE into the first two and the file; None for what is here or has other parts."""
-    found = re.fullmatch(rf"({_NAME}/{_NAME})(?:/({_NAME}))?", checkpoint)
+    """Split OWNER/NAME or OWNER/NAME/FILE into the first two and the file; None for what is here or is neither.
+
+    A file of weights is told by how its name ends: other names with two slashes are paths.
+    """
+    endings = "|".join(map(re.escape, (*PICKLED, ".safetensors")))
+    found = re.fullmatch(rf"({_NAME}/{_NAME})(?:/({_NAME}(?:{endings})))?", checkpoint)
     return (found[1], found[2] or "") if found and not Path(checkpoint).exists() else None
 
 

@@ -63,8 +63,8 @@ def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
     network = node.get("module")
     network = network if isinstance(network, Mapping) else node
     found = locate(str(network.get("_target_"))) if isinstance(node.get("checkpoint"), str) else None
-    named = found is not None and found.inner("check_name") is not None  # says by names what is of another model
-    return sized or named or (clip is not None and clip not in CLIPS)
+    reads_names = found is not None and found.inner("check_name") is not None  # which say what is of another model
+    return sized or reads_names or (clip is not None and clip not in CLIPS)
 
 
 def refuse_other_parm(parm: Mapping[str, Any], **wanted: tuple[str, Any]) -> None:

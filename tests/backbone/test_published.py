@@ -1,9 +1,14 @@
 """The sentences on published weights that are not here."""
 
+from typing import Any
+
+import open_clip
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_modules.backbone.published import named, refuse_missing
+from lightning_modules.backbone.checkpoint_folder import on_hub
+from lightning_modules.backbone.published import CLIPS, named, refuse_missing
+from tests.helpers.overrides import ROOT
 
 
 def test_weights_of_llamagen_are_named_file_by_file(compose_config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +24,26 @@ def test_weights_of_llamagen_are_named_file_by_file(compose_config, monkeypatch:
     ) in said
     assert any(" (vq_ds16_t2i.pt, 0.3 GB): " in line and line.endswith("FOLDER/vq_ds16_t2i.pt") for line in said)
     assert any("google/flan-t5-xl (*.[js]*, 11.4 GB): `hf download" in line for line in said)
+
+
+def test_clips_are_where_open_clip_has_them() -> None:
+    for (model, tag), place in CLIPS.items():
+        assert open_clip.get_pretrained_cfg(model, tag)["hf_hub"] == place
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "wanted"),
+    [
+        ("owner/name", ("owner/name", "")),
+        ("owner/name/weights.pt", ("owner/name", "weights.pt")),
+        ("outputs/parm/export", None),
+        ("owner/name/a/b.pt", None),
+        ("tests/backbone", None),
+    ],
+)
+def test_names_on_the_hub_are_told_from_paths(checkpoint: str, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert on_hub(checkpoint) == wanted
 
 
 def test_a_file_that_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
