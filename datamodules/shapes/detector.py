@@ -27,6 +27,7 @@ Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
 SIDE = 64  # of the pictures, pixels
+CLASSES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 REFERENCES = {  # what is commonly meant by these words, sRGB
     "red": (215, 25, 35), "orange": (245, 135, 15), "yellow": (245, 220, 45), "green": (40, 155, 60),
     "blue": (40, 75, 210), "purple": (125, 45, 165), "pink": (250, 140, 185), "brown": (110, 65, 35),
@@ -88,7 +89,7 @@ class ShapesDetector(Keyed):
     A clean, slightly blurred or noisy shape scores above 0.9, half a shape, two fused or a blob far less.
     """
 
-    class_names: ClassVar[tuple[str, ...]] = tuple(INSIDE)
+    class_names: ClassVar[tuple[str, ...]] = CLASSES
     image_size: ClassVar[int | None] = SIDE
     name: ClassVar[str] = "shapes"
     batch_size: int = field(default=128, compare=False)  # images looked at together: bounds memory, changes no result

@@ -1,20 +1,14 @@
 """Janus's prompts: a chat of one turn, which ends where the image begins."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args
 
+from lightning_modules.backbone.janus_template import ROLES, Template, check_name
 from lightning_modules.backbone.text import read_tokenizer, refuse_long
-from lightning_modules.broken_files import read_settings
 from lightning_modules.cache_key import Keyed, class_name, digest
 
-Template = Literal["janus_pro", "janus"]
-
-_ROLES: dict[Template, tuple[str, str]] = {"janus_pro": ("<|User|>", "<|Assistant|>"), "janus": ("User", "Assistant")}
 _BOS, _PAD, _BOI = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>", "<begin_of_image>"
-_NAMES: dict[str, Template] = {"janus-pro": "janus_pro", "janus-1.3b": "janus"}  # parts of checkpoints' names
-_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "processor_config.json")  # of transformers' layout
 _SAMPLE = "hello world"
 
 
@@ -42,10 +36,12 @@ class JanusTokenizer(Keyed):
         ValueError: it is broken, lacks a special token, loses spaces, or is of a Janus with the other template.
     """
 
+    name_check: ClassVar[str] = "lightning_modules.backbone.janus_template.check_name"
+
     def __init__(self, checkpoint: str, template: Template = "janus_pro", max_text: int = 128) -> None:
         if template not in get_args(Template):
             raise ValueError(f"text_tokenizer.template is one of {', '.join(get_args(Template))}, not {template!r}")
-        self.check_name(checkpoint, {"template": template})
+        check_name(checkpoint, {"template": template})
         self._tokenizer = read_tokenizer(checkpoint)
         ids: list[int] = []
         for token in (_BOS, _PAD, _BOI):
@@ -59,19 +55,13 @@ class JanusTokenizer(Keyed):
         self.bos, self.pad, self.boi = ids
         self.size = self._tokenizer.get_vocab_size()
 
-    @staticmethod
-    def check_name(checkpoint: str, config: Mapping[str, Any], image_size: int | None = None) -> None:
-        """Raise ValueError if a checkpoint, by its name or its chat template, is of a Janus with another template."""
-        if (known := _known_template(checkpoint)) not in (None, template := config.get("template", "janus_pro")):
-            raise ValueError(f"text tokenizer {checkpoint!r} is of a Janus with template={known}, not {template}")
-
     def cache_key(self) -> dict[str, Any]:
         content = digest(self._tokenizer.to_str())
         return {"class": class_name(self), "tokenizer": content, "template": self.template, "max_text": self.max_text}
 
     def parse(self, prompt: str) -> EncodedPrompt:
         """Read a prompt in its template; ValueError if it is too long."""
-        user, assistant = _ROLES[self.template]
+        user, assistant = ROLES[self.template]
         text, start = prompt.strip(), len(user) + 2
         # As the original has it, an empty turn leaves out the blanks as well; transformers' template keeps them.
         chat = f"{user}: {text}\n\n{assistant}:" if text else f"{user}:{assistant}:"
@@ -94,16 +84,3 @@ class JanusTokenizer(Keyed):
 
     def spans(self, prompt: str) -> list[tuple[int, int]]:
         return self.parse(prompt).spans
-
-
-def _known_template(checkpoint: str) -> Template | None:
-    """The template of a checkpoint, as far as its name or its chat template tells."""
-    for part, template in _NAMES.items():
-        if part in Path(checkpoint).name.lower():
-            return template
-    for path in (Path(checkpoint) / name for name in _CHAT_TEMPLATES):
-        if path.is_file():
-            content = path.read_text() if path.suffix == ".jinja" else str(read_settings(path).get("chat_template"))
-            if known := [template for template, (user, _) in _ROLES.items() if user in content]:
-                return known[0]  # Pro's role has the other's in it
-    return None

@@ -5,9 +5,9 @@ their queries and keys, so they are attended to evenly; and the unconditional ro
 prompt, from an embedding that was never trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.linear import Linear
+from lightning_modules.backbone.llamagen_files import check_name, of_other_images
 from lightning_modules.backbone.loading import CheckpointReader, Layout
 from lightning_modules.backbone.next_token import NextTokenDecoder
 from lightning_modules.backbone.next_token_network import Prefix
@@ -22,7 +23,6 @@ from lightning_modules.backbone.rotary import Rotary
 from lightning_modules.backbone.t5 import T5Text
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
 
-_PUBLISHED = {"t2i_XL_stage1_256.pt": 256, "t2i_XL_stage2_512.pt": 512}  # pixels of the models, which are of one size
 _TABLE = "freqs_cis"  # what some files hold of the rotary embeddings, one row a position
 _STEMS = {  # ours -> the original names
     "caption.0": ["cls_embedding.cap_proj.fc1"],
@@ -39,11 +39,6 @@ _STEMS = {  # ours -> the original names
 }
 
 
-def _of_other_images(file: Path | str, found: str, own: str) -> ValueError:
-    wanted = f"those of tokenizer.module.config.image_size={own}"
-    return ValueError(f"{file} is for images of {found}, but {wanted}: see decoder=llamagen_256 and llamagen_512")
-
-
 class LlamaGen(NextTokenDecoder):
     """Reads the features of a caption on the left of the image; see `NextTokenNetwork` for the other arguments.
 
@@ -51,6 +46,7 @@ class LlamaGen(NextTokenDecoder):
         text_tokenizer: T5, which gives the features, of at most as many tokens as the model was trained with.
     """
 
+    name_check: ClassVar[str] = "lightning_modules.backbone.llamagen_files.check_name"
     text_tokenizer: T5Text
     unconditional: Tensor
 
@@ -88,21 +84,14 @@ class LlamaGen(NextTokenDecoder):
 
     layouts = (Layout(stored_as, f"{_TABLE}$"),)
 
-    @staticmethod
-    def check_name(checkpoint: str, config: Mapping[str, Any], image_size: int | None) -> None:
-        """Raise ValueError if a file, by its published name, is a model for images of another size."""
-        pixels = _PUBLISHED.get(Path(checkpoint).name)
-        if image_size is not None and pixels not in (None, image_size):
-            raise _of_other_images(checkpoint, f"{pixels} pixels", f"{image_size} are not")
-
     def check_tensors(self, stored: CheckpointReader, file: Path) -> None:
         """Raise ValueError if a file, by its name or its rotary table, is a model for images of another size."""
         pixels = self.image_tokenizer.image_size
-        self.check_name(file.name, {}, pixels)
+        check_name(file.name, {}, pixels)
         if _TABLE in stored.keys:
             tokens = stored.shape([_TABLE])[0] - self.text_tokenizer.max_tokens
             if tokens != self.num_tokens:
-                raise _of_other_images(file, f"{tokens} tokens", f"{pixels} have {self.num_tokens} tokens")
+                raise of_other_images(file, f"{tokens} tokens", f"{pixels} have {self.num_tokens} tokens")
 
     @property
     def max_words(self) -> int:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from lightning_modules.backbone.checkpoint_folder import on_hub
+from lightning_modules.backbone.open_clip_names import weights_of
 
 # Patterns of the files that `checkpoint` names, one of which has to be there, by the target that loads them.
 LOADERS = {
@@ -27,8 +28,6 @@ _CLIP_LOADERS = {  # the argument that names the architecture
     "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
     "open_clip.create_model": "model_name",
 }
-# Where the hub has the weights of open_clip that the configs here name, by architecture and tag.
-CLIPS = {("ViT-L-14-quickgelu", "openai"): "timm/vit_large_patch14_clip_224.openai/"}
 # Pattern of the files to download, where a repository has many others.
 _ONLY = {
     "lightning_modules.backbone.text.PublishedTokenizer": "tokenizer.json",
@@ -121,11 +120,7 @@ def clip_named(node: Mapping[str, Any]) -> tuple[str, str | None] | None:
 
 def published_clip(key: str, model: str, tag: str) -> Published | None:
     """The weights that open_clip has under a tag for an architecture; None if it has none."""
-    place = CLIPS.get((model, tag))
-    if place is None:
-        import open_clip  # takes seconds
-
-        place = open_clip.get_pretrained_cfg(model.replace("/", "-"), tag).get("hf_hub")
+    place = weights_of(model, tag).get("hf_hub")
     if not place:
         return None
     name, file = os.path.split(place)

@@ -19,7 +19,7 @@ from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.cache_key import Keyed, class_name, digest, published_key
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Detections
-from lightning_modules.rewards.open_clip_loader import how_to_download
+from lightning_modules.rewards.open_clip_weights import how_to_download
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, red, green, blue, pixels in 0..255
 GREY, MULTIPLE = 128.0, 32  # images are padded with this to a multiple of that

@@ -19,9 +19,10 @@ from lightning_modules.runs.checks import (
     refuse_unread,
     refuse_wrong_values,
 )
+from lightning_modules.runs.fitting import refuse_unfit_parts
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
-from lightning_modules.runs.weights import refuse_other_features, refuse_unfit_weights
+from lightning_modules.runs.weights import refuse_unfit_weights
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -49,7 +50,7 @@ def refuse_settings(config: DictConfig) -> None:
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
         _read_prompts(plain["geneval"])
-    refuse_other_features(plain)
+    refuse_unfit_parts(plain, unresolved)
     refuse_unfit_weights(plain, unresolved)
     if config.task == "generate":
         try:

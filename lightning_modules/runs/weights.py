@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resolve, weights_file
-from lightning_modules.backbone.published import CLIPS, LOADERS, clip_named, named, nodes, refuse_missing
+from lightning_modules.backbone.published import LOADERS, named, nodes, refuse_missing
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
-from lightning_modules.runs.signatures import constant, locate
 
 _OWN = "lightning_modules."
 # What is built by tasks that need no module, callbacks and data.
@@ -21,18 +20,6 @@ def built_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: config[name] for name in _BUILT.get(config["task"], ("module", "callbacks", "data")) if config.get(name)
     }
-
-
-def refuse_other_features(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a PARM that was made for a decoder of other features."""
-    parm, decoder = built_parts(config).get("module", {}).get("parm"), config.get("decoder")
-    if parm and decoder:
-        shows = decoder["module"]
-        refuse_other_parm(
-            parm,
-            feature_layers=("decoder.module.feature_layers", shows.get("feature_layers")),
-            decoder_dim=("the width of the decoder", shows["transformer"]["dim"]),
-        )
 
 
 def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
@@ -52,26 +39,7 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         elif not any(any(Path(checkpoint).glob(pattern)) for pattern in LOADERS[node["_target_"]]):
             files = " or ".join(LOADERS[node["_target_"]])
             raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}{advice}")
-    if not any(_may_not_fit(key, node) for key, node in nodes(built)):
-        refuse_missing_weights(built, unresolved)
-
-
-def _may_not_fit(key: str, node: Mapping[str, Any]) -> bool:
-    """Say if a part may not go with the others, which `refuse_mismatches` tells before weights are downloaded."""
-    clip = clip_named(node)
-    sized = key.endswith("detector") and constant(node["_target_"], "image_size", "unknown") is not None
-    network = node.get("module")
-    network = network if isinstance(network, Mapping) else node
-    found = locate(str(network.get("_target_"))) if isinstance(node.get("checkpoint"), str) else None
-    reads_names = found is not None and found.inner("check_name") is not None  # which say what is of another model
-    return sized or reads_names or (clip is not None and clip not in CLIPS)
-
-
-def refuse_other_parm(parm: Mapping[str, Any], **wanted: tuple[str, Any]) -> None:
-    """Raise ValueError for a PARM that was not made for the decoder: settings that have a meaning and its value."""
-    for name, (meaning, value) in wanted.items():
-        if (given := parm["module"][name]) != value:
-            raise ValueError(f"parm.module.{name}={given} does not go with {meaning}, which is {value}")
+    refuse_missing_weights(built, unresolved)
 
 
 def refuse_missing_weights(built: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_modules.backbone.checkpoint_folder import on_hub
-from lightning_modules.backbone.published import CLIPS, named, refuse_missing
+from lightning_modules.backbone.open_clip_names import architecture, architectures, tags_of, weights_of
+from lightning_modules.backbone.published import named, refuse_missing
 from tests.helpers.overrides import ROOT
 
 
@@ -26,9 +27,12 @@ def test_weights_of_llamagen_are_named_file_by_file(compose_config, monkeypatch:
     assert any("google/flan-t5-xl (*.[js]*, 11.4 GB): `hf download" in line for line in said)
 
 
-def test_clips_are_where_open_clip_has_them() -> None:
-    for (model, tag), place in CLIPS.items():
-        assert open_clip.get_pretrained_cfg(model, tag)["hf_hub"] == place
+def test_open_clips_names_are_those_that_it_has_itself() -> None:
+    assert architectures() == sorted(open_clip.list_models())
+    for model, tag in open_clip.list_pretrained():
+        assert weights_of(model, tag) == open_clip.get_pretrained_cfg(model, tag)
+        assert architecture(model) == open_clip.get_model_config(model) and tag in tags_of(model)
+    assert not weights_of("ViT-B-32", "nothing") and architecture("nothing") is None
 
 
 @pytest.mark.parametrize(

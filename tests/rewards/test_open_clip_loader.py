@@ -13,7 +13,8 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
 from lightning_modules.rewards.color import CLIPColors
-from lightning_modules.rewards.open_clip_loader import load_clip, refuse_other_network
+from lightning_modules.rewards.open_clip_loader import load_clip
+from lightning_modules.rewards.open_clip_weights import refuse_other_network
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip
 
 CONF = Path(__file__).parents[2] / "conf"

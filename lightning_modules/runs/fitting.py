@@ -1,0 +1,90 @@
+"""Checks that the parts of a config fit one another, by settings alone: torch is not imported, nothing is loaded."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from hydra.utils import instantiate
+
+from lightning_modules.backbone.published import clip_named, nodes
+from lightning_modules.rewards.open_clip_weights import refuse_other_network
+from lightning_modules.runs.messages import defining_key
+from lightning_modules.runs.signatures import constant
+from lightning_modules.runs.weights import built_parts
+
+
+def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
+    """Refuse networks, images, detectors and prompts that differ in size or words.
+
+    Raises ValueError, or FileNotFoundError for weights that open_clip does not know, naming the key.
+    """
+    built = built_parts(config)
+    parm, decoder, tokenizer = built.get("module", {}).get("parm"), config.get("decoder"), config.get("tokenizer") or {}
+    if parm and decoder:
+        shows = decoder["module"]
+        wanted = {
+            "feature_layers": ("decoder.module.feature_layers", shows.get("feature_layers")),
+            "decoder_dim": ("the width of the decoder", shows["transformer"]["dim"]),
+        }
+        if "grid" in tokenizer.get("module", {}):
+            wanted["grid"] = ("the grid of the image tokenizer", tokenizer["module"]["grid"])
+        refuse_other_parm(parm, wanted)
+    if config["task"] != "score":
+        refuse_other_images(built, unresolved, image_size(config))
+    detectors = [node for key, node in nodes(built) if key.endswith("detector")]
+    known = (constant(node["_target_"], "class_names", None) for node in detectors)
+    if names := next(filter(None, known), None):
+        refuse_unknown_classes({key: node for key, node in config["geneval"].items() if "path" in (node or {})}, names)
+    for key, node in nodes(built):
+        if clip := clip_named(node):
+            refuse_other_network(defining_key(unresolved, key), *clip)
+
+
+def refuse_other_parm(parm: Mapping[str, Any], wanted: Mapping[str, tuple[str, Any]]) -> None:
+    """Raise ValueError for a PARM that was not made for the decoder: settings that have a meaning and its value."""
+    for name, (meaning, value) in wanted.items():
+        if (given := parm["module"][name]) != value:
+            raise ValueError(f"parm.module.{name}={given} does not go with {meaning}, which is {value}")
+
+
+def image_size(config: Mapping[str, Any]) -> int | None:
+    """Return the side of the images that the decoder makes, pixels, as far as settings tell."""
+    for part, name in (("sampling", "size"), ("decoder", "size"), ("tokenizer", "image_size")):
+        node = config.get(part) or {}
+        if part == "tokenizer":
+            node = node.get("module", {})
+            node = node.get("config", node)
+        if node.get(name):
+            return int(node[name])
+    return None
+
+
+def refuse_other_images(built: Mapping[str, Any], unresolved: Mapping[str, Any], size: int | None) -> None:
+    """Raise ValueError for checkpoints and detectors that are for images of another size, if it is known.
+
+    A class that can tell from the name of a checkpoint that it is of another model names, as `name_check`, a function
+    that does: it is called with the checkpoint, its node and the size.
+    """
+    for key, node in nodes(built):
+        checkpoint, target = node.get("checkpoint"), node.get("module") or node
+        if isinstance(checkpoint, str) and isinstance(target, Mapping):
+            module, _, name = constant(str(target.get("_target_")), "name_check", "").rpartition(".")
+            if module:
+                getattr(import_module(module), name)(checkpoint, node, size)
+        if not key.endswith("detector"):
+            continue
+        wanted, kind = constant(node["_target_"], "image_size", None), node["_target_"].rpartition(".")[2]
+        if size and wanted and wanted != size:
+            said = f"{kind} looks at images of {wanted}x{wanted} pixels, and the decoder makes {size}x{size}"
+            raise ValueError(f"{defining_key(unresolved, key)}: {said}; geneval=coco judges photographs of any size")
+
+
+def refuse_unknown_classes(geneval: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Raise ValueError if a prompt asks for what the detector does not know."""
+    for name in ("train_prompts", "validation_prompts", "test_prompts"):
+        for row in instantiate(geneval[name], _convert_="all") if geneval.get(name) else ():
+            for clause in (*row["include"], *row.get("exclude", ())):
+                if clause["class"] not in class_names:
+                    said = f"{clause['class']!r}, which geneval.reward.detector does not know"
+                    known = ", ".join(class_names)
+                    raise ValueError(f"geneval.{name}: {row['prompt']!r} asks for {said}; it knows: {known}")
