@@ -1,5 +1,6 @@
 """Compose the config, check it, do its task. `python train.py --help` says what there is."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(config: DictConfig) -> None:
     unresolved: Any = OmegaConf.to_container(config)
     try:
         refuse_settings(config)
+        gc.enable()
         from lightning_modules.tasks.run import run  # imports torch and Lightning, which takes seconds
 
         run(config)
@@ -35,5 +37,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # composing makes many objects and little rubbish: to look for it takes a third of a refusal's time
     with explaining_refusals(sys.argv[1:]):
         main()

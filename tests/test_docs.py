@@ -189,8 +189,9 @@ def test_commands_compose_to_configs_that_a_run_accepts(
     page: Path, compose_config: Callable[..., DictConfig], beside_train_py: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = "lightning_modules.runs"
-    for module, name in (("preflight", "refuse_unfit_weights"), ("mismatches", "refuse_missing_weights")):
-        monkeypatch.setattr(f"{runs}.{module}.{name}", lambda config, unresolved: None)  # as if they were here
+    monkeypatch.setattr(
+        f"{runs}.preflight.refuse_unfit_weights", lambda config, unresolved: None
+    )  # as if they were here
     monkeypatch.setattr(f"{runs}.preflight.refuse_missing_devices", lambda trainer: None)
     further = [f"hydra.searchpath=[file://{beside_train_py}]"] if page.name == "adding.md" else []
     seen = [arguments for other in PAGES[: PAGES.index(page)] for _, arguments in commands(other)]

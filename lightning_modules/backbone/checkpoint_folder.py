@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from lightning_modules.broken_files import read_json
 from lightning_modules.files import BUNDLED
 
@@ -60,6 +58,8 @@ def from_hub(name: str, patterns: Sequence[str], advice: str | None = None, **op
     Without network or model it raises FileNotFoundError, with the `advice` or how to set a checkpoint to a folder. The
     options are those of `snapshot_download`.
     """
+    from huggingface_hub import snapshot_download  # takes as long as all else here
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, ValueError) as error:

@@ -3,13 +3,9 @@
 import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-from lightning_modules.backbone.checkpoint_folder import on_hub
+from lightning_modules.backbone.checkpoint_folder import from_hub, on_hub
 from lightning_modules.backbone.open_clip_names import weights_of
 
 # Patterns of the files that `checkpoint` names, one of which has to be there, by the target that loads them.
@@ -69,8 +65,8 @@ class Published:
     def is_here(self) -> bool:
         """The files are in the hub's cache on this machine."""
         try:
-            folder = Path(snapshot_download(self.name, allow_patterns=list(self.files), local_files_only=True))
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+            folder = from_hub(self.name, self.files, local_files_only=True)
+        except FileNotFoundError:
             return False
         return any(any(folder.glob(pattern)) for pattern in self.files)
 
@@ -133,9 +129,15 @@ def refuse_missing(weights: list[Published]) -> None:
 
     Weights that several keys name are named by the shortest, from which the others take them.
     """
+    absent = [each for each in weights if not each.is_here]
+    if not absent:
+        return
+    from huggingface_hub import HfApi  # takes as long as all other checks
+    from huggingface_hub.errors import HfHubHTTPError
+
     missing: list[Published] = []
     reason, reachable = "", True
-    for each in (each for each in weights if not each.is_here):
+    for each in absent:
         try:
             if reachable:
                 HfApi().model_info(each.name, timeout=10)
