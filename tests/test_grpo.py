@@ -185,7 +185,7 @@ def make_toy_masked() -> MaskTokenDecoder:
 
 def enumerated_reward(decoder: MaskTokenDecoder, noise: bool) -> Tensor:
     """The expected reward: the first step fixes the two surest of four codes or, with all noise, any two."""
-    prefix, reward = [decoder.encode([""])], torch.tensor(0.0)
+    prefix, reward = [decoder.encode_prompts([""])], torch.tensor(0.0)
     pairs = torch.tensor([*combinations(range(TOKENS), 2)])
     nothing = torch.zeros(1, TOKENS, dtype=torch.int64)
     first = decoder.code_logits(nothing, torch.ones_like(nothing, dtype=torch.bool), prefix).log_softmax(-1)

@@ -1,33 +1,32 @@
-"""A flow decoder: a Transformer that takes noise off all patches of an image at once (flow matching).
+"""A flow decoder: a mask-token network whose tokens are hidden by noise instead of a mask (flow matching).
 
-It predicts the image and is trained on the velocity: of large patches a network of this size cannot predict noise
-(arXiv 2511.13720).
+Tokens are vectors of codes. So the best guess at an image, the mean of its posterior, is a mean of code vectors, and a
+pass has to say only how probable each code is (arXiv 2211.15089, where it is called score interpolation).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_modules.backbone.decoder import Cost, TokenDecoder
+from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.denoising import DenoisingDecoder
 from lightning_modules.backbone.denoising_sampling import FlowSampling, GaussianNoise, Levels
 from lightning_modules.backbone.denoising_state import LatentTrajectory, Prediction
 from lightning_modules.backbone.features import DecoderFeatures
-from lightning_modules.backbone.image_tokenizer import PixelPatches
-from lightning_modules.backbone.linear import Linear
-from lightning_modules.backbone.loading import CheckpointReader, copy_from
-from lightning_modules.backbone.mask_attention import Grid, Prefix
-from lightning_modules.backbone.sampling import guide
-from lightning_modules.backbone.text import PromptEncoder, WordTokenizer
-from lightning_modules.backbone.transformer import Block, Transformer, TransformerConfig
+from lightning_modules.backbone.image_tokenizer import CodeVectors
+from lightning_modules.backbone.loading import CheckpointReader, copy_from, own_state
+from lightning_modules.backbone.mask_attention import Prefix
+from lightning_modules.backbone.mask_network import MaskNetwork
+from lightning_modules.backbone.text import DelimitedTokenizer
+from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.ranks import uniform_rows
 
-_FREQUENCIES = 32  # of the embedding of time
-_LEAST_TIME = 0.05  # below this, errors of the image are not errors of the velocity
+_LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
 _ESTIMATES = 4  # times an image, for `log_probs`
 _SHIFT = 5.0  # of the times at which verifiers learn; see `FlowSampling`
 
@@ -48,217 +47,182 @@ class PromptKeys:
         return PromptKeys(self.prompt[rows], self.prefix.select(rows), self.empty)
 
 
-class Modulation(nn.Module):
-    """Adaptive layer norm: scales, shifts and gates of every layer, from the time (DiT, arXiv 2212.09748).
+@dataclass
+class Pass:
+    """What a forward pass over R noisy images says, once for each of P prefixes."""
 
-    Layers share one network and have an offset each (PixArt-alpha, arXiv 2310.00426). At first it changes nothing.
-    """
-
-    def __init__(self, dim: int, depth: int) -> None:
-        super().__init__()
-        self.embed = nn.Sequential(Linear(2 * _FREQUENCIES, dim), nn.SiLU(), Linear(dim, 6 * dim))
-        self.layers = nn.Parameter(torch.zeros(depth, 6, dim))
-        nn.init.zeros_(self.embed[2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.embed[2].bias)  # type: ignore[arg-type]
-
-    def forward(self, times: Tensor) -> Tensor:
-        """Times [R] -> shift, scale and gate of attention, then of the feed-forward layer, [depth, 6, R, 1, dim]."""
-        frequencies = torch.logspace(0, 2, _FREQUENCIES, device=times.device)
-        angles = times[:, None] * frequencies
-        shared = self.embed(torch.cat([angles.cos(), angles.sin()], -1)).unflatten(-1, (6, -1)).transpose(0, 1)
-        return (self.layers[:, :, None] + shared)[..., None, :]
+    logits: list[Tensor]  # of the code of each token, single precision, P of [R, T, C]
+    layers: list[Tensor]  # hidden states after every layer, [P R, T, dim]
 
 
-def modulated(block: Block, x: Tensor, layer: int, attending: Grid, modulation: Tensor) -> Tensor:
-    """Run a layer on x [R, S, dim] with shifts, scales and gates [6, R, 1, dim]."""
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    normed = block.attention_norm(x) * (1 + scale) + shift
-    x = x + (1 + gate) * block.attention(normed, layer, attending)
-    assert block.mlp_norm is not None
-    return x + (1 + mlp_gate) * block.mlp(block.mlp_norm(x) * (1 + mlp_scale) + mlp_shift)
+class FlowDecoder(DenoisingDecoder, MaskNetwork):
+    """Reads a prompt once, and the noisy tokens of an image at every step.
 
-
-class FlowDecoder(DenoisingDecoder, TokenDecoder):
-    """Reads a prompt's encoded words once, and the noisy patches of an image at every step.
+    A noisy vector x = (1 - t) v + t noise leaves some codes v possible: by Bayes' rule p(code | x) is proportional to
+    exp(-|x - (1 - t) v|² / 2 t²), times what the other tokens say of it, which the network predicts. It reads for each
+    token the mean embedding of the codes that are possible, and the more of the mask's the less is known. So it needs
+    no time, and begins, with the weights of a mask-token decoder, as one.
 
     Args:
-        image_tokenizer: how images are cut into patches.
-        vocabulary, max_words: the words that prompts consist of; the longest prompt, words.
-        transformer: sizes of the decoder.
-        text_depth: layers of the prompt encoder, which has the decoder's width and heads.
-        feature_layers: see `TokenDecoder`; without feature layers there are no features.
+        image_tokenizer: whose code vectors are denoised.
+        text_tokenizer, max_text, transformer, rotary_dims, feature_layers: see `MaskNetwork`.
         time_mean, time_std: of log(t / (1 - t)), t being the times that are trained (logit-normal, arXiv 2403.03206).
-            Large patches of flat colours stand out of much noise, so that most is decided at high times.
+            Vectors of many numbers stand out of much noise, so that most is decided at high times.
     """
 
-    causal = False
     trajectory_type = LatentTrajectory
     sampling_type = FlowSampling
-    has_likelihood = False
-    image_tokenizer: PixelPatches
-    text_tokenizer: WordTokenizer
+    image_tokenizer: CodeVectors
 
     def __init__(
         self,
-        image_tokenizer: PixelPatches,
-        vocabulary: Sequence[str],
-        max_words: int,
+        image_tokenizer: CodeVectors,
+        text_tokenizer: DelimitedTokenizer,
+        max_text: int,
         transformer: TransformerConfig,
-        text_depth: int,
+        rotary_dims: int,
         feature_layers: Sequence[int] = (),
-        time_mean: float = 1.2,
-        time_std: float = 1.3,
+        time_mean: float = 2.0,
+        time_std: float = 1.2,
     ) -> None:
-        super().__init__(image_tokenizer, transformer.depth, feature_layers)
+        super().__init__(
+            image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, feature_layers, visual=True
+        )
         self.time_mean, self.time_std = time_mean, time_std
-        dim, size = transformer.dim, image_tokenizer.vector_size
-        self.text_tokenizer = WordTokenizer(vocabulary, max_words)
-        self.prompt_encoder = PromptEncoder(self.text_tokenizer, replace(transformer, depth=text_depth))
-        self.patch_proj = Linear(size, dim)
-        self.rows = nn.Parameter(torch.randn(image_tokenizer.grid, 1, dim) * 0.02)
-        self.columns = nn.Parameter(torch.randn(1, image_tokenizer.grid, dim) * 0.02)
-        self.modulation = Modulation(dim, transformer.depth)
-        self.transformer = Transformer(transformer)
-        self.norm = nn.LayerNorm(dim)
-        self.head = Linear(dim, size)
-        # The width of the Transformer is less than a patch has numbers: edges are drawn from the noisy patch itself.
-        self.refine = nn.Sequential(Linear(dim + size, 4 * dim), nn.GELU(), Linear(4 * dim, size))
-        for layer in (self.head, self.refine[2]):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def cache_key(self) -> dict[str, Any]:
         """See `TokenDecoder`; the times that are trained decide `confidence`, and so what reflection does."""
         return super().cache_key() | {"times": [self.time_mean, self.time_std]}
 
     def warm_start(self, name: str, stored: CheckpointReader) -> None:
-        """Begin training with what a next-token decoder of the same sizes has too: Transformer, words, rows, columns.
+        """Begin training as a mask-token decoder of the same sizes.
 
         Raises ValueError if a tensor is missing or of another shape, with it and the `name` of the weights.
         """
-        shared = ("transformer.", "prompt_encoder.", "rows", "columns")
-        targets = {key: [weight] for key, weight in self.named_parameters() if key.startswith(shared)}
+        targets = {key: [weight] for key, weight in own_state(self).items()}
         copy_from(stored, targets, f"decoder.start={name!r}")
 
-    @property
-    def max_words(self) -> int:
-        return self.text_tokenizer.max_words
-
-    def training_bytes(self, images: int, size: int, weight: int) -> float:
-        """Estimate the activations that wait for the backward pass."""
-        kept = self.transformer.config.saved_bytes(self.num_tokens + self.max_words, size, weight)
-        return images * kept + (self.cast_bytes(size, weight) if images else 0)
-
     def decoding_bytes(self, images: int, size: int) -> float:
-        """Estimate a layer's hidden states, the keys and values of prompts, and all latents on the way.
-
-        Guidance, and 32 steps, are included.
-        """
-        config = self.transformer.config
-        layer = 2 * self.num_tokens * config.dim * (5 + 2 * config.mlp_ratio) * size
-        prompts = 2 * config.depth * config.dim * self.max_words * size
-        latents = 32 * self.num_tokens * self.image_tokenizer.vector_size * (4 + 2)
-        return images * (layer + prompts + latents)
+        """Estimate what a mask-token decoder takes, the probabilities of codes, and all latents of 32 steps."""
+        vector = self.image_tokenizer.code_vectors.shape[1]
+        codes = 4 * self.num_tokens * self.vocabulary.codes * 4
+        return super().decoding_bytes(images, size) + images * (codes + 32 * self.num_tokens * vector * (4 + 2))
 
     def latent_shape(self, sampling: FlowSampling) -> tuple[int, int]:
-        return self.num_tokens, self.image_tokenizer.vector_size
+        return self.num_tokens, self.image_tokenizer.code_vectors.shape[1]
 
     def levels(self, sampling: FlowSampling) -> Levels:
         return Levels.of_flow(sampling.times)
 
-    def _read(self, prompts: Sequence[str]) -> tuple[Prefix, Tensor]:
-        """The keys and values of prompts, and their features, [B, L, 2 dim]."""
-        ids = self.text_tokenizer(prompts).to(self.rows.device)
-        encoded, prefix = self.prompt_encoder(ids), Prefix(None, None)
-        self.transformer.last(encoded, prefix)
-        return prefix, self.prompt_encoder.read(ids, encoded)
-
     def encode(self, prompts: Sequence[str], sampling: FlowSampling) -> PromptKeys:
-        prefix, read = self._read(prompts)
-        if self.feature_layers:
-            return PromptKeys(read, prefix, self._read([""])[0])
-        return PromptKeys(read[:, :0, :0], prefix, self._read([""])[0] if sampling.guidance else None)
+        prefix, read = self.encode_with_features(prompts)
+        needed = self.feature_layers or sampling.guidance
+        return PromptKeys(read, prefix, self.encode_prompts([""]) if needed else None)
 
-    def denoise(self, latents: Tensor, times: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor, list[Tensor]]:
-        """Predict the images of latents [R, T, D] at times [R]; each prefix is for an equal part of the rows.
+    def code_table(self) -> Tensor:
+        """Embeddings of all codes, [C, dim]."""
+        return self.embed.weight[self.vocabulary.first_code : self.vocabulary.mask] + self.code_features()
 
-        Returns [R, T, D] in single precision and hidden states [R, T, dim] after every layer.
-        """
-        x = self.patch_proj(latents) + (self.rows + self.columns).flatten(0, 1)
-        modulations, attending, layers = self.modulation(times), Grid(None, prefixes), []
-        for layer, block in enumerate(self.transformer.blocks):
-            assert isinstance(block, Block)
-            x = modulated(block, x, layer, attending, modulations[layer])
-            layers.append(x)
-        read = self.norm(x)
-        return (self.head(read) + self.refine(torch.cat([read, latents], -1))).float(), layers
+    def code_log_likelihoods(self, latents: Tensor, times: Tensor) -> Tensor:
+        """log p(latent | code) of latents [R, T, D] at times [R], up to a constant of each token, [R, T, C]."""
+        with torch.autocast(latents.device.type, enabled=False):  # look-alikes differ by less than bfloat16 resolves
+            vectors, t = self.image_tokenizer.code_vectors.float(), times.float()[:, None, None]
+            kept = 1 - t
+            return (kept * (latents.float() @ vectors.T) - kept**2 * vectors.square().sum(1) / 2) / t**2
+
+    def denoise(self, likelihoods: Tensor, prefixes: Sequence[Prefix]) -> Pass:
+        """A pass over images of which is known what `code_log_likelihoods` says, [R, T, C], once for each prefix."""
+        known = likelihoods.log_softmax(-1)
+        probs = known.exp()
+        certain = 1 + (probs * known).sum(-1, keepdim=True) / math.log(self.vocabulary.codes)
+        mask = self.embed.weight[self.vocabulary.mask]
+        x = mask + certain * (probs @ self.code_table() - mask) + self.places
+        ends = self.embed.weight[[self.vocabulary.soi, self.vocabulary.eoi]].expand(len(x), -1, -1)
+        x = torch.cat([ends[:, :1], x, ends[:, 1:]], 1).repeat(len(prefixes), 1, 1)
+        attending = self.attending(prefixes)
+        layers = self.transformer.run(x, attending) if self.feature_layers else [self.transformer.last(x, attending)]
+        layers = [layer[:, 1:-1] for layer in layers]
+        return Pass([self.code_head(part) for part in self.norm(layers[-1]).chunk(len(prefixes))], layers)
 
     def predict(
         self, latents: Tensor, levels: Levels, step: int, condition: PromptKeys, sampling: FlowSampling, cost: Cost
     ) -> Prediction:
         time, prefixes = levels.times[step], condition.prefixes
-        branches = len(prefixes)
-        rows = latents.repeat(branches, 1, 1)
-        cost.count_pass(len(rows), self.num_tokens)
-        images, layers = self.denoise(rows, torch.full_like(rows[:, 0, 0], time), prefixes)
-        clean, *unconditional = images.chunk(branches)
-        guided = guide(clean, unconditional[0], sampling.guidance) if unconditional else clean
-        features = None
-        if self.feature_layers:
-            features = self._features(condition.prompt, images, layers, torch.full_like(clean[:, :1, 0], time))
-        return Prediction(guided, (latents - (1 - time) * guided) / time, features)
+        cost.count_pass(len(prefixes) * len(latents), self.num_tokens)
+        likelihoods = self.code_log_likelihoods(latents, torch.full_like(latents[:, 0, 0], time))
+        made = self.denoise(likelihoods, prefixes)
+        context = made.logits[0]
+        if sampling.guidance:
+            context = torch.lerp(made.logits[1], context, 1 + sampling.guidance)
+        probs = (context + likelihoods).softmax(-1)
+        clean = probs @ self.image_tokenizer.code_vectors
+        features = self._features(condition.prompt, made, likelihoods, probs) if self.feature_layers else None
+        return Prediction(clean, (latents - (1 - time) * clean) / time, features)
 
-    def _features(self, prompt: Tensor, images: Tensor, layers: Sequence[Tensor], times: Tensor) -> DecoderFeatures:
-        """Features from a pass with each prompt, then one without any: [2 R, T, ...].
+    def _features(self, prompt: Tensor, made: Pass, likelihoods: Tensor, probs: Tensor) -> DecoderFeatures:
+        """Features from a pass with each prompt and without, of images that consist of codes by `probs` [R, T, C].
 
-        In the place of log-probabilities stands how far the image with the prompt is from that without, in that of the
-        entropy the time.
+        Log-probabilities are those of the codes that are likeliest by then.
         """
-        hidden = torch.cat([layers[depth - 1] for depth in self.feature_layers], -1).chunk(2)
-        clean, bare = images.chunk(2)
-        moved = (clean - bare).square().mean(-1)
+        log_p, unconditional = ((logits + likelihoods).log_softmax(-1) for logits in made.logits)
+        codes = probs.argmax(-1, keepdim=True)
+        hidden = torch.cat([made.layers[depth - 1] for depth in self.feature_layers], -1).chunk(2)
         return DecoderFeatures(
             prompt=prompt,
-            embeddings=self.patch_proj(clean),
+            embeddings=probs @ self.code_table(),
             hidden=hidden[0],
             unconditional_hidden=hidden[1],
-            log_probs=torch.zeros_like(moved),
-            unconditional_log_probs=-moved,
-            entropy=times.expand_as(moved),
-            undecided=torch.zeros_like(moved, dtype=torch.bool),
+            log_probs=log_p.gather(-1, codes).squeeze(-1),
+            unconditional_log_probs=unconditional.gather(-1, codes).squeeze(-1),
+            entropy=-(log_p.exp() * log_p).sum(-1),
+            undecided=torch.zeros(codes.shape[:2], dtype=torch.bool, device=codes.device),
         )
 
     def _trained_times(self, uniform: Tensor) -> Tensor:
         """Times of the logit-normal distribution from uniform numbers [B], its quantiles."""
         normal = math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-6, 1 - 1e-6) - 1)
-        return (self.time_mean + self.time_std * normal).sigmoid()
+        return (self.time_mean + self.time_std * normal).sigmoid().clamp(min=_LEAST_TIME)
 
-    def _token_errors(self, prompts: Sequence[str], tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared errors of the velocity of the tokens of images [B, T, D] at times [B], [B, T]."""
+    def _posterior(self, prompts: Sequence[str], tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """log p(code | noisy image) of images [B, T, D] at times [B], [B, T, C]."""
         t = times[:, None, None]
-        guess, _ = self.denoise((1 - t) * tokens + t * noise, times, [self._read(prompts)[0]])
-        return ((guess - tokens) / t.clamp(min=_LEAST_TIME)).square().mean(2)
+        likelihoods = self.code_log_likelihoods((1 - t) * tokens + t * noise, times)
+        made = self.denoise(likelihoods, [self.encode_prompts(prompts)])
+        return (made.logits[0] + likelihoods).log_softmax(-1)
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """The flow loss in the place of a likelihood: the mean squared error of the velocity of images [B, T, D]."""
+        """The cross-entropy of the codes of images [B, T, D] given the images with noise, nats a token."""
         times = self._trained_times(uniform_rows(len(tokens), device=tokens.device))
-        return self._token_errors(prompts, tokens, times, torch.randn_like(tokens)).mean()
+        log_p = self._posterior(prompts, tokens, times, torch.randn_like(tokens))
+        return F.nll_loss(log_p.flatten(0, 1), self.image_tokenizer.codes(tokens).flatten())
 
-    def _bound(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+    def _token_log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
         """The part of each token in the estimates of `log_probs`, [B, T]."""
+        tokenizer = self.image_tokenizer
+        tokens = tokenizer.code_vectors[tokenizer.codes(tokens)]
         noise = GaussianNoise.draw(seeds, _ESTIMATES, self.latent_shape(FlowSampling(_ESTIMATES))).to(tokens.device)
-        places = (torch.arange(_ESTIMATES, device=tokens.device) + noise.choice) / _ESTIMATES
-        times = [self._trained_times(place) for place in places.unbind(1)]
-        errors = [self._token_errors(prompts, tokens, time, noise.initial) for time in times]
-        return -0.5 * tokens.shape[2] * torch.stack(errors).mean(0)
+        strata = (torch.arange(_ESTIMATES, device=tokens.device) + noise.choice) / _ESTIMATES
+        found = []
+        for times in map(self._trained_times, strata.unbind(1)):
+            clean = self._posterior(prompts, tokens, times, noise.initial).exp() @ tokenizer.code_vectors
+            logit = times.logit()
+            density = torch.distributions.Normal(self.time_mean, self.time_std).log_prob(logit)
+            weight = (-2 * logit - density).exp()  # signal-to-noise ratio ((1 - t) / t)², by the density of times
+            found.append(-weight[:, None] * (clean - tokens).square().sum(2))
+        return torch.stack(found).mean(0)
 
     def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Estimates of the bound that stands for log p in Diffusion-DPO (arXiv 2311.12908, equation 14), nats, [B].
+        """Estimates of log p(image | prompt), nats, [B], at `_ESTIMATES` times an image; see `TokenDecoder`.
 
-        That is minus half the squared error of the velocity, at `_ESTIMATES` times an image, each from its own part of
-        those that are trained. Times and noise come from the seeds.
+        For images of codes it is minus half the squared error of the best guess, integrated over the signal-to-noise
+        ratio (arXiv 2302.03792, equation 9). Each time is from its own part of those that are trained. Times and noise
+        come from the seeds.
         """
-        return self._bound(prompts, tokens, seeds).sum(1)
+        return self._token_log_probs(prompts, tokens, seeds).sum(1)
+
+    @property
+    def likelihood_key(self) -> Any:
+        return _ESTIMATES
 
     @torch.no_grad()
     def confidence(
@@ -266,7 +230,7 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
     ) -> Tensor:
         """The part of each token in `log_probs`, with the same noise for all images; see `Decoder`."""
         cost.count_pass(_ESTIMATES * len(prompts), self.num_tokens)
-        return self._bound(prompts, tokens, [0] * len(prompts))
+        return self._token_log_probs(prompts, tokens, [0] * len(prompts))
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str], tokens: Tensor, time: Tensor | None = None) -> DecoderFeatures:
@@ -274,11 +238,11 @@ class FlowDecoder(DenoisingDecoder, TokenDecoder):
         copies, device = len(prompts) // len(tokens), tokens.device
         times = torch.full((len(tokens),), _LEAST_TIME, device=device) if time is None else time
         t = times[:, None, None]
-        latents = (1 - t) * tokens + t * torch.randn_like(tokens)
-        prefix, read = self._read(prompts)
-        rows = torch.arange(len(tokens), device=device).repeat_interleave(copies).repeat(2)
-        images, layers = self.denoise(latents[rows], times[rows], [prefix, self._read([""])[0]])
-        return self._features(read, images, layers, times[rows[: len(prompts)], None])
+        likelihoods = self.code_log_likelihoods((1 - t) * tokens + t * torch.randn_like(tokens), times)
+        likelihoods = likelihoods.repeat_interleave(copies, 0)
+        prefix, read = self.encode_with_features(prompts)
+        made = self.denoise(likelihoods, [prefix, self.encode_prompts([""])])
+        return self._features(read, made, likelihoods, (made.logits[0] + likelihoods).softmax(-1))
 
     def training_features(
         self, batch: Mapping[str, Any], last_step: float = 0.0, fraction: float | None = None

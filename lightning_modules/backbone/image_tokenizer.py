@@ -42,24 +42,31 @@ class ImageTokenizer(HubMixin, nn.Module):
         """Tokens [B, T] -> pixels [B, 3, H, W] in [0, 1]."""
 
 
-class PixelPatches(ImageTokenizer):
-    """Takes patches of pixels for tokens, vectors of numbers in [-1, 1]: red, then green, then blue, row by row."""
+class CodeVectors(ImageTokenizer):
+    """Takes the vectors of codes for tokens, [B, T, D]; any other vector is the nearest code's.
 
-    def __init__(self, grid: int, image_size: int) -> None:
+    Args:
+        tokenizer: whose codes they are; it has `code_vectors`.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
         super().__init__()
-        self.grid, self.image_size, self.patch = grid, image_size, patch_side(image_size, grid)
+        self.tokenizer = tokenizer
+        self.codebook_size, self.grid, self.image_size = tokenizer.codebook_size, tokenizer.grid, tokenizer.image_size
 
     @property
-    def vector_size(self) -> int:
-        """Numbers of a token, D."""
-        return 3 * self.patch**2
+    def code_vectors(self) -> Tensor:
+        return self.tokenizer.code_vectors
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Vectors [B, T, D] -> the nearest codes, int64 [B, T]."""
+        return nearest(tokens.flatten(0, 1), self.code_vectors).view(tokens.shape[:2])
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return F.pixel_unshuffle(2 * pixels - 1, self.patch).flatten(2).transpose(1, 2)
+        return self.code_vectors[self.tokenizer.encode(pixels)]
 
     def decode(self, tokens: Tensor) -> Tensor:
-        grid = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return (0.5 + 0.5 * F.pixel_shuffle(grid, self.patch)).clamp(0, 1)
+        return self.tokenizer.decode(self.codes(tokens))
 
 
 class PatchVQ(ImageTokenizer):

@@ -115,7 +115,7 @@ class MaskNetwork(TokenDecoder):
     def _blocks(self, prompts: Sequence[str]) -> list[list[int]]:
         return [self.vocabulary.block(text) for text in self.text_tokenizer.encode(prompts)]
 
-    def encode(self, prompts: Sequence[str]) -> Prefix:
+    def encode_prompts(self, prompts: Sequence[str]) -> Prefix:
         """The keys and values of G prompts; those of the empty prompt are the unconditional ones."""
         return self.prompt_pass(self._blocks(prompts))[0]
 
@@ -142,6 +142,11 @@ class MaskNetwork(TokenDecoder):
         """Embeddings of what each code looks like, [C, dim]."""
         return self.code_proj(self.image_tokenizer.code_vectors)
 
+    @property
+    def places(self) -> Tensor:
+        """Embeddings of the places in the grid, [n, dim]."""
+        return (self.rows + self.columns).flatten(0, 1)
+
     def _sequence(self, tokens: Tensor, unknown: Tensor) -> Tensor:
         """Codes [R, n] and which are masked -> ids of soi, image and eoi, [R, n + 2]."""
         words = self.vocabulary
@@ -154,8 +159,12 @@ class MaskNetwork(TokenDecoder):
         x = self.embed(ids)
         if self.visual:
             shown = self.code_features()[tokens].masked_fill(unknown[..., None], 0)
-            x = x + F.pad(shown + (self.rows + self.columns).flatten(0, 1), (0, 0, 1, 1))
-        return x, Grid(self._rotary(self.vocabulary.max_text + 1, ids.shape[1]), prefixes)
+            x = x + F.pad(shown + self.places, (0, 0, 1, 1))
+        return x, self.attending(prefixes)
+
+    def attending(self, prefixes: Sequence[Prefix]) -> Grid:
+        """How soi, image and eoi attend to each other and to prompts; each prefix is for an equal part of the rows."""
+        return Grid(self._rotary(self.vocabulary.max_text + 1, self.num_tokens + 2), prefixes)
 
     def grid_pass(self, tokens: Tensor, unknown: Tensor, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """Hidden states of soi, image and eoi, [R, n + 2, dim], after every layer, or just the last without features.

@@ -49,7 +49,7 @@ class MaskTokenDecoder(MaskNetwork):
         ratio = self.max_mask_ratio * torch.cos(torch.rand(batch, 1, device=device, dtype=dtype) * math.pi / 2)
         order = torch.rand(batch, length, device=device, dtype=dtype).argsort(1).argsort(1)
         masked = order < (ratio * length).round().clamp(min=1)
-        return -self.token_log_probs(self.encode(prompts), tokens, masked).sum() / masked.sum()
+        return -self.token_log_probs(self.encode_prompts(prompts), tokens, masked).sum() / masked.sum()
 
     def log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
         """Estimates by `estimate`, each image masked by its seed; see `TokenDecoder`."""
@@ -57,7 +57,7 @@ class MaskTokenDecoder(MaskNetwork):
         masked = estimate.masks(seeds, length).to(tokens.device)
         texts = list(dict.fromkeys(prompts))  # each is encoded once
         rows = torch.tensor([texts.index(text) for text in prompts], device=tokens.device).repeat(estimate.n_masks)
-        prefix, repeated = self.encode(texts).select(rows), tokens.repeat(estimate.n_masks, 1)
+        prefix, repeated = self.encode_prompts(texts).select(rows), tokens.repeat(estimate.n_masks, 1)
         total = self.token_log_probs(prefix, repeated, masked.flatten(0, 1), estimate.as_trained).sum(1)
         total = total.view(masked.shape[:2])
         return (total if estimate.as_trained else total * length / masked.sum(2)).mean(0)
@@ -79,7 +79,7 @@ class MaskTokenDecoder(MaskNetwork):
         With `sampling.score_remasked` also that the others were masked again; see `masked_again_log_probs`.
         """
         assert trajectory is not None
-        prefixes = [self.encode(prompts), *([self.encode([""])] if sampling.guidance else [])]
+        prefixes = [self.encode_prompts(prompts), *([self.encode_prompts([""])] if sampling.guidance else [])]
         branches, found = len(prefixes), []
         for step in range(sampling.steps)[:steps]:
             unknown = (trajectory.fixed_at >= step).repeat(branches, 1)
@@ -117,7 +117,7 @@ class MaskTokenDecoder(MaskNetwork):
             unknown=~fixed,
             sampling=sampling,
             temperature=torch.ones(len(prompts), 1, device=device),
-            prefixes=[prefix, *([self.encode([""])] if unconditional else [])],
+            prefixes=[prefix, *([self.encode_prompts([""])] if unconditional else [])],
         )
 
     def forward_pass(self, state: MaskState) -> tuple[list[Tensor], list[Tensor]]:
@@ -212,7 +212,7 @@ class MaskTokenDecoder(MaskNetwork):
         nothing = torch.zeros_like(tokens, dtype=torch.bool)
         unknown, undecided = (nothing if mask is None else mask for mask in (unknown, undecided))
         statistics = torch.zeros(3, *tokens.shape, device=tokens.device) if statistics is None else statistics
-        bare = self.grid_pass(tokens, unknown, [self.encode([""])])
+        bare = self.grid_pass(tokens, unknown, [self.encode_prompts([""])])
         tokens, unknown, undecided = (x.repeat_interleave(copies, 0) for x in (tokens, unknown, undecided))
         prefix, read = self.encode_with_features(prompts)
         full = self.grid_pass(tokens, unknown, [prefix])
@@ -260,7 +260,7 @@ class MaskTokenDecoder(MaskNetwork):
         self, prompts: Sequence[str], tokens: Tensor, features: DecoderFeatures | None, cost: Cost
     ) -> Tensor:
         """Log-probability given the three quarters of the image that do not share its place in squares of 2 x 2."""
-        prefix, index = self.encode(prompts), torch.arange(self.image_tokenizer.grid)
+        prefix, index = self.encode_prompts(prompts), torch.arange(self.image_tokenizer.grid)
         place = (2 * (index[:, None] % 2) + index % 2).flatten().to(tokens.device)
         cost.count_pass(4 * len(prompts), self.num_tokens)
         masks = [(place == i).expand_as(tokens) for i in range(4)]
