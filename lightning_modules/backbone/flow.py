@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost
@@ -19,6 +19,7 @@ from lightning_modules.backbone.denoising_sampling import FlowSampling, Gaussian
 from lightning_modules.backbone.denoising_state import LatentTrajectory, Prediction
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.image_tokenizer import CodeVectors
+from lightning_modules.backbone.linear import Linear
 from lightning_modules.backbone.loading import CheckpointReader, copy_from, own_state
 from lightning_modules.backbone.mask_attention import Prefix
 from lightning_modules.backbone.mask_network import MaskNetwork
@@ -26,9 +27,11 @@ from lightning_modules.backbone.text import DelimitedTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.ranks import uniform_rows
 
+_FREQUENCIES = 16  # of the embedding of time
+_OWN = ("vector_proj", "time_proj")  # layers that a mask-token decoder lacks
 _LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
 _ESTIMATES = 4  # times an image, for `log_probs`
-_SHIFT = 5.0  # of the times at which verifiers learn; see `FlowSampling`
+_SHIFT = 15.0  # of the times at which verifiers learn; see `FlowSampling`
 
 
 @dataclass
@@ -60,8 +63,9 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
 
     A noisy vector x = (1 - t) v + t noise leaves some codes v possible: by Bayes' rule p(code | x) is proportional to
     exp(-|x - (1 - t) v|² / 2 t²), times what the other tokens say of it, which the network predicts. It reads for each
-    token the mean embedding of the codes that are possible, and the more of the mask's the less is known. So it needs
-    no time, and begins, with the weights of a mask-token decoder, as one.
+    token the mean embedding of the codes that are possible, and the more of the mask's the less is known: with the
+    weights of a mask-token decoder it begins as one. What is known of a token by itself is little for long, so it reads
+    the noisy vectors, and the time, as well.
 
     Args:
         image_tokenizer: whose code vectors are denoised.
@@ -82,13 +86,17 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         transformer: TransformerConfig,
         rotary_dims: int,
         feature_layers: Sequence[int] = (),
-        time_mean: float = 2.0,
-        time_std: float = 1.2,
+        time_mean: float = 2.6,
+        time_std: float = 0.9,
     ) -> None:
         super().__init__(
             image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, feature_layers, visual=True
         )
         self.time_mean, self.time_std = time_mean, time_std
+        self.vector_proj = Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
+        self.time_proj = Linear(2 * _FREQUENCIES, transformer.dim, bias=False)
+        for name in _OWN:  # at first it is the mask-token decoder
+            nn.init.zeros_(self.get_parameter(f"{name}.weight"))
 
     def cache_key(self) -> dict[str, Any]:
         """See `TokenDecoder`; the times that are trained decide `confidence`, and so what reflection does."""
@@ -99,7 +107,7 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
 
         Raises ValueError if a tensor is missing or of another shape, with it and the `name` of the weights.
         """
-        targets = {key: [weight] for key, weight in own_state(self).items()}
+        targets = {key: [weight] for key, weight in own_state(self).items() if not key.startswith(_OWN)}
         copy_from(stored, targets, f"decoder.start={name!r}")
 
     def decoding_bytes(self, images: int, size: int) -> float:
@@ -130,13 +138,18 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
             kept = 1 - t
             return (kept * (latents.float() @ vectors.T) - kept**2 * vectors.square().sum(1) / 2) / t**2
 
-    def denoise(self, likelihoods: Tensor, prefixes: Sequence[Prefix]) -> Pass:
-        """A pass over images of which is known what `code_log_likelihoods` says, [R, T, C], once for each prefix."""
+    def denoise(self, latents: Tensor, times: Tensor, likelihoods: Tensor, prefixes: Sequence[Prefix]) -> Pass:
+        """A pass over latents [R, T, D] at times [R], once for each prefix.
+
+        The likelihoods [R, T, C] are those of `code_log_likelihoods`.
+        """
         known = likelihoods.log_softmax(-1)
         probs = known.exp()
         certain = 1 + (probs * known).sum(-1, keepdim=True) / math.log(self.vocabulary.codes)
         mask = self.embed.weight[self.vocabulary.mask]
         x = mask + certain * (probs @ self.code_table() - mask) + self.places
+        angles = times[:, None] * torch.logspace(0, 2, _FREQUENCIES, device=times.device)
+        x = x + self.vector_proj(latents) + self.time_proj(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
         ends = self.embed.weight[[self.vocabulary.soi, self.vocabulary.eoi]].expand(len(x), -1, -1)
         x = torch.cat([ends[:, :1], x, ends[:, 1:]], 1).repeat(len(prefixes), 1, 1)
         attending = self.attending(prefixes)
@@ -149,8 +162,9 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
     ) -> Prediction:
         time, prefixes = levels.times[step], condition.prefixes
         cost.count_pass(len(prefixes) * len(latents), self.num_tokens)
-        likelihoods = self.code_log_likelihoods(latents, torch.full_like(latents[:, 0, 0], time))
-        made = self.denoise(likelihoods, prefixes)
+        times = torch.full_like(latents[:, 0, 0], time)
+        likelihoods = self.code_log_likelihoods(latents, times)
+        made = self.denoise(latents, times, likelihoods, prefixes)
         context = made.logits[0]
         if sampling.guidance:
             context = torch.lerp(made.logits[1], context, 1 + sampling.guidance)
@@ -186,8 +200,9 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
     def _posterior(self, prompts: Sequence[str], tokens: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """log p(code | noisy image) of images [B, T, D] at times [B], [B, T, C]."""
         t = times[:, None, None]
-        likelihoods = self.code_log_likelihoods((1 - t) * tokens + t * noise, times)
-        made = self.denoise(likelihoods, [self.encode_prompts(prompts)])
+        latents = (1 - t) * tokens + t * noise
+        likelihoods = self.code_log_likelihoods(latents, times)
+        made = self.denoise(latents, times, likelihoods, [self.encode_prompts(prompts)])
         return (made.logits[0] + likelihoods).log_softmax(-1)
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
@@ -238,10 +253,11 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         copies, device = len(prompts) // len(tokens), tokens.device
         times = torch.full((len(tokens),), _LEAST_TIME, device=device) if time is None else time
         t = times[:, None, None]
-        likelihoods = self.code_log_likelihoods((1 - t) * tokens + t * torch.randn_like(tokens), times)
-        likelihoods = likelihoods.repeat_interleave(copies, 0)
+        latents = ((1 - t) * tokens + t * torch.randn_like(tokens)).repeat_interleave(copies, 0)
+        times = times.repeat_interleave(copies)
+        likelihoods = self.code_log_likelihoods(latents, times)
         prefix, read = self.encode_with_features(prompts)
-        made = self.denoise(likelihoods, [prefix, self.encode_prompts([""])])
+        made = self.denoise(latents, times, likelihoods, [prefix, self.encode_prompts([""])])
         return self._features(read, made, likelihoods, (made.logits[0] + likelihoods).softmax(-1))
 
     def training_features(
