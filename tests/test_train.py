@@ -39,7 +39,6 @@ from tests.helpers.overrides import (
     SMALL_DPO,
     SMALL_PARM,
     TINY,
-    TINY_FLOW,
     TINY_SHOWO,
     here,
     pair_files,
@@ -78,11 +77,9 @@ COMPANIONS = {
     "experiment=full_decoder": [],
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
-    "decoder=shapes_flow": TINY_FLOW,
-    "strategies=flow": [*TINY_FLOW, "decoder=shapes_flow"],
-    "experiment=shapes_flow": [*TINY_FLOW, "decoder.start=null"],
-    "experiment=shapes_flow_parm": TINY_FLOW,
-    "experiment=shapes_flow_parm_start": [*TINY_FLOW, "parm.start=null"],
+    "experiment=shapes_flow": [*TINY, "decoder.start=null"],
+    "experiment=shapes_flow_parm_start": [*TINY, "parm.start=null"],
+    "strategies=flow": [*TINY, "decoder=shapes_flow"],
     "decoder=showo": TINY_SHOWO,
     "strategies=janus": ["decoder=janus_pro_1b", "+debug=tiny_janus"],
     "experiment=showo_evaluate": TINY_SHOWO,
@@ -428,8 +425,8 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
     else:
         overrides += ["data.num_workers=0"]
     if "flow" in name:
-        small = [item for item in small if item not in ("tokenizer.module.width=16", *PLAIN_STRATEGY)]
-        small.append("sampling.steps=4")
+        small = [item for item in small if item not in PLAIN_STRATEGY]
+        small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     if name in ("shapes_masked", "shapes_flow"):
         small = [item for item in small if item not in PLAIN_STRATEGY] + ["decoder.start=null"]
     if name in ("shapes_masked_parm_start", "shapes_flow_parm_start"):

@@ -1,20 +1,23 @@
-"""The flow decoder: passes over patches, training, what verifiers read."""
+"""The flow decoder: passes over noisy code vectors, training, what verifiers read."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from lightning_modules.backbone.decoder import Cost, Request
 from lightning_modules.backbone.denoising_sampling import FlowSampling
 from lightning_modules.backbone.flow import FlowDecoder
-from lightning_modules.backbone.image_tokenizer import PixelPatches
 from lightning_modules.backbone.loading import export, pretrained
+from lightning_modules.backbone.mask_token import MaskTokenDecoder
+from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.verified import Verified
 from lightning_modules.rewards.verifier import Likelihood
-from tests.helpers.models import make_decoder, make_flow, make_parm
+from tests.helpers.models import make_flow, make_parm
 
 PROMPTS = ["a photo of a red star", "a photo of two blue hearts", "a photo of a green ring"]
 REQUEST = Request([{"prompt": prompt} for prompt in PROMPTS], [1, 2, 3])
@@ -28,8 +31,8 @@ def flow() -> FlowDecoder:
 
 def bare(depth: int = 2) -> FlowDecoder:
     """One without features, as it is before training."""
-    made = make_flow(depth)
-    return FlowDecoder(PixelPatches(4, 16), made.text_tokenizer.vocabulary, 12, made.transformer.config, 1)
+    made, sizes = make_flow(depth), TransformerConfig(dim=32, depth=depth, heads=4)
+    return FlowDecoder(made.image_tokenizer, made.text_tokenizer, 14, sizes, 4)
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(flow: FlowDecoder) -> None:
@@ -52,32 +55,49 @@ def test_passes_are_made_with_the_prompt_and_without_if_anything_needs_both() ->
         decoder.check_readable()
 
 
-def test_guidance_leads_away_from_the_image_without_a_prompt(flow: FlowDecoder) -> None:
+def test_a_guess_is_the_mean_of_code_vectors_by_bayes_rule(flow: FlowDecoder) -> None:
+    """p(code | noisy image) is the network's logits, guided, plus the log-density of the noisy vector."""
     latents = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
-    levels, condition = flow.levels(SDE), flow.encode(PROMPTS, SDE)
-
-    def clean(scale: float) -> Tensor:
+    levels, vectors = flow.levels(SDE), flow.image_tokenizer.code_vectors
+    time = levels.times[2]
+    for scale in (0.0, 2.0):
         sampling = FlowSampling(4, guidance=scale, shift=3.0)
-        return flow.predict(latents, levels, 1, condition, sampling, Cost()).clean
-
-    with torch.no_grad():
-        time = torch.full((3,), levels.times[1])
-        unconditional = flow.denoise(latents, time, flow.encode([""] * 3, SDE).prefixes[:1])[0]
-        assert torch.allclose(clean(2.0), clean(0.0) + 2 * (clean(0.0) - unconditional), atol=1e-4)
-        assert (clean(0.0) - unconditional).abs().max() > 0.01
-        found = flow.predict(latents, levels, 1, condition, SDE, Cost())
-        again = levels.alphas[1] * found.clean + levels.sigmas[1] * found.noise
+        condition = flow.encode(PROMPTS, sampling)
+        with torch.no_grad():
+            found = flow.predict(latents, levels, 2, condition, sampling, Cost())
+            density = Normal((1 - time) * vectors, time).log_prob(latents[:, :, None]).sum(-1)
+            likelihoods = flow.code_log_likelihoods(latents, torch.full((3,), time))
+            assert torch.allclose(density.log_softmax(-1), likelihoods.log_softmax(-1), atol=1e-4)
+            logits, bare_logits = flow.denoise(
+                latents, torch.full((3,), time), likelihoods, flow.encode(PROMPTS, SDE).prefixes
+            ).logits
+            probs = (logits + scale * (logits - bare_logits) + density).softmax(-1)
+        assert torch.allclose(found.clean, probs @ vectors, atol=1e-4)
+        again = levels.alphas[2] * found.clean + levels.sigmas[2] * found.noise
         assert torch.allclose(again, latents, atol=1e-5)
+
+
+def test_without_information_the_likelihood_is_that_of_chance_and_adds_up() -> None:
+    """A network that says nothing gives every image C^-T; the estimate integrates the error over all noise."""
+    decoder = bare()
+    with torch.no_grad():
+        for weight in (decoder.head.weight, decoder.head.bias, decoder.code_proj.weight):
+            weight.zero_()
+    codes = torch.randint(32, (1, 16), generator=torch.Generator().manual_seed(0))
+    tokens = decoder.image_tokenizer.code_vectors[codes].expand(200, -1, -1)
+    with torch.no_grad():
+        found = decoder.log_probs([PROMPTS[0]] * 200, tokens, range(200))
+    assert found.std() > 0 and abs(found.mean() / (-16 * math.log(32)) - 1) < 0.03
 
 
 def test_it_learns_to_draw_what_prompts_say() -> None:
     decoder = bare(depth=1).train()
-    names, colors = ["red star", "blue ring"], torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])
-    images = colors.repeat_interleave(16, 1)[:, None].expand(-1, 16, -1)  # of one colour each
+    names, codes = ["red star", "blue ring"], torch.tensor([[3], [7]]).expand(-1, 16)  # images of one code each
+    images = decoder.image_tokenizer.code_vectors[codes]
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     torch.manual_seed(0)
     losses = []
-    for _ in range(120):
+    for _ in range(60):
         loss = decoder.nll(names * 8, images.repeat(8, 1, 1))
         optimizer.zero_grad()
         loss.backward()
@@ -90,7 +110,7 @@ def test_it_learns_to_draw_what_prompts_say() -> None:
     made = Sample(FlowSampling(6, solver="sde", eta=0.5)).decode(
         decoder, {}, Request([{"prompt": n} for n in names], [1, 2])
     )
-    assert (made.tokens - images).abs().mean() < 0.15
+    assert torch.equal(decoder.image_tokenizer.codes(made.tokens), codes)
 
 
 def test_policy_log_probs_are_differentiable_and_those_of_decoding(flow: FlowDecoder) -> None:
@@ -98,7 +118,7 @@ def test_policy_log_probs_are_differentiable_and_those_of_decoding(flow: FlowDec
     found = flow.policy_log_probs(PROMPTS, made.tokens, SDE, made.trajectory)
     assert made.log_probs is not None and torch.allclose(made.log_probs, found, rtol=1e-4, atol=0.02)
     found.sum().backward()  # type: ignore[no-untyped-call]
-    assert flow.patch_proj.weight.grad is not None and flow.patch_proj.weight.grad.abs().sum() > 0
+    assert flow.vector_proj.weight.grad is not None and flow.vector_proj.weight.grad.abs().sum() > 0
     flow.zero_grad()
 
 
@@ -115,9 +135,7 @@ def test_verifiers_read_the_pass_of_each_candidate(flow: FlowDecoder) -> None:
     assert torch.allclose(values, each, atol=1e-5)
     choice = torch.tensor([2, 0, 1])
     flow.commit(state, proposal, choice)
-    assert state.features is not None and torch.equal(
-        state.features.entropy, torch.full((3, 16), state.levels.times[1])
-    )
+    assert state.features is not None
     assert torch.allclose(parm.values(state.features, [16])[:, 0], values[torch.arange(3), choice], atol=1e-5)
 
 
@@ -131,27 +149,41 @@ def test_verified_denoising_by_parm_takes_k_passes_a_step(flow: FlowDecoder) -> 
 
 
 def test_verifiers_learn_from_images_with_noise(flow: FlowDecoder) -> None:
-    tokens = torch.rand(3, 16, 48)
+    codes = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
+    tokens = flow.image_tokenizer.code_vectors[codes]
     batch = {"prompt": [prompt for prompt in PROMPTS for _ in range(2)], "tokens": tokens}
     torch.manual_seed(0)
     drawn = flow.training_features(batch)
     assert drawn.hidden.shape == (6, 16, 64) and drawn.prompt.shape[0] == 6
-    assert torch.equal(drawn.entropy[::2], drawn.entropy[1::2]) and len(drawn.entropy[:, 0].unique()) == 3
-    for fraction, time in ((0.5, 5 / 6), (1.0, 0.05)):
-        assert torch.allclose(flow.training_features(batch, fraction=fraction).entropy, torch.tensor(time))
-    assert (
-        flow.training_features(batch, last_step=1.0).entropy == flow.features(batch["prompt"], tokens).entropy
-    ).all()
-    same = flow.features(PROMPTS, tokens, torch.full((3,), 1e-4))
-    assert torch.allclose(same.embeddings, flow.features(PROMPTS, tokens, torch.full((3,), 1e-4)).embeddings, atol=1e-2)
+    assert len(drawn.entropy.sum(1).unique()) > 1
+    times: list[Tensor] = []
+    flow_features = flow.features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            flow, "features", lambda prompt, tokens, time: times.append(time) or flow_features(prompt, tokens, time)
+        )
+        flow.training_features(batch, fraction=0.5)
+        flow.training_features(batch, fraction=1.0)
+        flow.training_features(batch, last_step=1.0)
+        flow.training_features(batch)
+    assert torch.allclose(times[0], torch.tensor(15 / 16)) and (times[1] == 0.05).all() and (times[2] == 0.05).all()
+    assert len(times[3].unique()) == 3
+    finished = flow.features(PROMPTS, tokens)
+    assert torch.allclose(finished.embeddings, flow.code_table()[codes], atol=1e-4)  # each code is known by then
+    assert (finished.log_probs > -1e-3).all() and (finished.entropy < 1e-2).all()
 
 
-def test_it_begins_with_the_weights_of_a_next_token_decoder(tmp_path: Path) -> None:
-    start = make_decoder(depth=2)
+def test_it_begins_as_the_mask_token_decoder_whose_weights_it_takes(tmp_path: Path) -> None:
+    like, sizes = bare(), TransformerConfig(dim=32, depth=2, heads=4)
+    start = MaskTokenDecoder(like.image_tokenizer.tokenizer, like.text_tokenizer, 14, sizes, 4, visual=True).eval()
     export(start, tmp_path / "start", {"module": {}}, torch.float32)
-    begun = pretrained(make_flow(), start=str(tmp_path / "start"))
-    assert torch.equal(begun.transformer.blocks[1].mlp[0].weight, start.transformer.blocks[1].mlp[0].weight)  # type: ignore[index,union-attr]
-    assert torch.equal(begun.prompt_encoder.words.weight, start.prompt_encoder.words.weight)
+    begun = pretrained(bare(), start=str(tmp_path / "start")).eval()
+    nothing, latents = torch.ones(3, 16, dtype=torch.bool), torch.randn(3, 16, 48)
+    with torch.no_grad():
+        time = torch.ones(3)  # all is noise: all is masked
+        made = begun.denoise(latents, time, begun.code_log_likelihoods(latents, time), [begun.encode_prompts(PROMPTS)])
+        masked = start.code_logits(torch.zeros(3, 16, dtype=torch.int64), nothing, [start.encode_prompts(PROMPTS)])
+    assert torch.allclose(made.logits[0], masked, atol=1e-4)
     with pytest.raises(ValueError, match=r"decoder\.start='.*' has no tensor 'transformer\.blocks\.2"):
         pretrained(make_flow(depth=3), start=str(tmp_path / "start"))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.backbone.image_tokenizer import PatchVQ, PixelPatches, nearest
+from lightning_modules.backbone.image_tokenizer import CodeVectors, PatchVQ, nearest
 
 
 def blocks(n: int) -> torch.Tensor:
@@ -53,10 +53,12 @@ def test_nearest_agrees_with_the_definition_in_chunks() -> None:
     assert torch.equal(nearest(vectors, codebook, chunk=7), expected)
 
 
-def test_patches_of_pixels_are_the_image_itself() -> None:
-    tokenizer, pixels = PixelPatches(grid=4, image_size=16), torch.rand(2, 3, 16, 16)
+def test_any_vector_is_the_nearest_codes() -> None:
+    vq = PatchVQ(codebook_size=8, grid=4, image_size=16, width=8, blocks=1)
+    pixels = blocks(32)
+    vq.fit_codebook(pixels, 5, torch.Generator().manual_seed(0))
+    tokenizer, codes = CodeVectors(vq), vq.encode(pixels)
     tokens = tokenizer.encode(pixels)
-    assert tokens.shape == (2, tokenizer.num_tokens, tokenizer.vector_size) == (2, 16, 48)
-    assert torch.allclose(tokenizer.decode(tokens), pixels, atol=1e-6)
-    assert torch.equal(tokens[0, 5, :16], (2 * pixels[0, 0, 4:8, 4:8] - 1).flatten())
-    assert tokenizer.decode(3 * tokens).max() == 1
+    assert torch.equal(tokens, vq.code_vectors[codes]) and torch.equal(tokenizer.codes(tokens), codes)
+    near = tokens + 0.01 * torch.randn_like(tokens)
+    assert torch.equal(tokenizer.decode(near), vq.decode(codes)) and tokenizer.num_tokens == 16

@@ -16,7 +16,7 @@ from datamodules.shapes.prompts import vocabulary
 from lightning_modules.backbone.compact import CompactDecoder
 from lightning_modules.backbone.features import DecoderFeatures
 from lightning_modules.backbone.flow import FlowDecoder
-from lightning_modules.backbone.image_tokenizer import PatchVQ, PixelPatches
+from lightning_modules.backbone.image_tokenizer import CodeVectors, PatchVQ
 from lightning_modules.backbone.mask_likelihood import MaskEstimate
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.showo import ShowO
@@ -67,13 +67,19 @@ def make_showo(checkpointing: bool = False, **changes: Any) -> ShowO:
 
 
 def make_flow(depth: int = 2, image_size: int = 16) -> FlowDecoder:
-    """A flow decoder of 16 tokens an image, whose head and modulations are not zero as at the start of training."""
+    """A flow decoder of 16 tokens an image, sharpened like `make_decoder`; no layer is zero."""
     torch.manual_seed(0)
+    tokenizer = PatchVQ(codebook_size=32, grid=4, image_size=image_size, width=16, blocks=1)
+    torch.nn.init.uniform_(tokenizer.codebook)
     transformer = TransformerConfig(dim=32, depth=depth, heads=4)
-    tokenizer = PixelPatches(4, image_size)
-    flow = FlowDecoder(tokenizer, vocabulary(), 12, transformer, text_depth=1, feature_layers=[1, depth])
-    for weight in (flow.head.weight, flow.modulation.layers):
-        torch.nn.init.normal_(weight, std=0.3)
+    text = WordTokenizer(vocabulary(), 12)
+    flow = FlowDecoder(CodeVectors(tokenizer), text, 14, transformer, 4, feature_layers=[1, depth])
+    with torch.no_grad():
+        for name, weight in flow.named_parameters():
+            if name in ("vector_proj.weight", "time_proj.weight"):
+                weight.normal_(std=0.1)
+            elif weight.ndim > 1 and not name.startswith("image_tokenizer."):
+                weight.mul_(5)
     return flow.eval()
 
 

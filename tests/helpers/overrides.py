@@ -19,7 +19,6 @@ TINY = [
     "parm.module.transformer.depth=1",
     "clip.checkpoint=null",
 ]
-TINY_FLOW = TINY[1:]  # pixels as they are have no width
 SMALL = [
     *TINY,
     "logger=csv",
