@@ -66,6 +66,7 @@ def gather_results(name: str, partial: PartialResult) -> StrategyResult:
         decoder_passes=total.cost.decoder_passes / images,
         verifier_calls=total.cost.verifier_calls / images,
         tokens=total.cost.tokens / images,
+        image_decodes=total.cost.image_decodes / images,
         seconds=total.seconds / images,
         objects=total.objects / images,
         independent={judge: value / images for judge, value in total.independent.items()},

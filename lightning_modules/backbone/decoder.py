@@ -75,6 +75,7 @@ class Cost:
     decoder_passes: int = 0  # forward passes of one row; conditional and unconditional rows count alike
     verifier_calls: int = 0  # values asked of a judge
     tokens: int = 0  # image tokens that went through these passes
+    image_decodes: int = 0  # images made of tokens, finished or not, for judges to see
     seconds: float = 0.0  # of that work, what was done before, for another strategy
 
     def count_pass(self, rows: int, tokens: int) -> None:
@@ -86,6 +87,7 @@ class Cost:
         self.decoder_passes += other.decoder_passes
         self.verifier_calls += other.verifier_calls
         self.tokens += other.tokens
+        self.image_decodes += other.image_decodes
         self.seconds += other.seconds
 
 
@@ -259,6 +261,11 @@ class Decoder(nn.Module, Keyed):
     @abstractmethod
     def commit(self, state: Any, proposal: Any, choice: Tensor) -> None:
         """Take candidate `choice` [B] of each row into the state, in place."""
+
+    def pixels(self, tokens: Tensor, cost: Cost) -> Tensor:
+        """Make images of tokens [B, T] or [B, T, D] for a judge to see, [B, 3, H, W]; they are counted."""
+        cost.image_decodes += len(tokens)
+        return self.image_tokenizer.decode(tokens)
 
     def preview(self, state: Any, proposal: Any = None) -> Tensor:
         """Guess the finished images, pixels [B, 3, H, W]; with a proposal, those of its candidates, [B k, 3, H, W]."""

@@ -150,7 +150,7 @@ class DenoisingDecoder(Decoder):
 
     def preview(self, state: DenoisingState, proposal: DenoisingProposal | None = None) -> Tensor:
         """The best guesses of the passes that have been made; see `Decoder`. No further pass is made."""
-        return self.image_tokenizer.decode(state.tokens if proposal is None else proposal.tokens.flatten(0, 1))
+        return self.pixels(state.tokens if proposal is None else proposal.tokens.flatten(0, 1), state.cost)
 
     def frames(self, tokens: Tensor, trajectory: Any, most: int) -> Frames | None:
         if trajectory is None:

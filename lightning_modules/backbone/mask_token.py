@@ -246,7 +246,7 @@ class MaskTokenDecoder(MaskNetwork):
         return self.features(batch["prompt"], *trajectory.at(step), statistics)
 
     def preview(self, state: MaskState, proposal: MaskProposal | None = None) -> Tensor:
-        return self.image_tokenizer.decode(state.tokens if proposal is None else proposal.tokens.flatten(0, 1))
+        return self.pixels(state.tokens if proposal is None else proposal.tokens.flatten(0, 1), state.cost)
 
     def frames(self, tokens: Tensor, trajectory: Trajectory | None, most: int) -> Frames | None:
         if trajectory is None:

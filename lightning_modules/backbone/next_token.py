@@ -218,7 +218,7 @@ class NextTokenDecoder(NextTokenNetwork):
             position = state.position.to(tokens.device).repeat_interleave(k)[:, None]
             tokens = tokens.repeat_interleave(k, 0).scatter(1, position, proposal.tokens.flatten(0, 1))
             known = known.repeat_interleave(k, 0).scatter(1, position, True)
-        pixels, grid = self.image_tokenizer.decode(tokens), self.image_tokenizer.grid
+        pixels, grid = self.pixels(tokens, state.cost), self.image_tokenizer.grid
         known = upsample_patches(known.view(-1, grid, grid), pixels.shape[-1])
         return torch.where(known.view(-1, 1, *pixels.shape[2:]), pixels, 0.5)
 

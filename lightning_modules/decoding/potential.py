@@ -69,7 +69,7 @@ class Potential(VerifierStrategy):
         scores = torch.full_like(potential, torch.nan)
         if len(finalists := (potential >= 0.5).nonzero().squeeze(1)):
             rows = [request.rows[i] for i in (finalists // self.n).tolist()]
-            scores[finalists] = judged(judge, decoder, rows, tokens[finalists], None).to(scores)
+            scores[finalists] = judged(judge, decoder, rows, tokens[finalists], None, paths.state.cost).to(scores)
             paths.count(len(finalists))
         chosen, certainty = scores.view(-1, self.n), potential.nan_to_num(0).view(-1, self.n)
         has_finalists = ~chosen.isnan().all(1, keepdim=True)

@@ -114,7 +114,7 @@ class Reflection(Strategy):
         """Put what the judge finds wrong with images into their prompts."""
         if self.critique_template is None:
             return request
-        critiques = judge.critique(request.prompts, decoder.image_tokenizer.decode(image.tokens))
+        critiques = judge.critique(request.prompts, decoder.pixels(image.tokens, image.cost))
         pairs, told = zip(request.prompts, critiques, strict=True), self.critique_template.format
         texts = [told(prompt=prompt, critique=critique) for prompt, critique in pairs]
         return replace(request, rows=[{**row, "prompt": text} for row, text in zip(request.rows, texts, strict=True)])

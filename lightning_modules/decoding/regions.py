@@ -91,7 +91,7 @@ class PatchCLIPScore(TokenScorer):
         return [self.judge]
 
     def __call__(self, decoder: Decoder, judges: Judges, request: Request, image: Decoded) -> Tensor:
-        pixels = decoder.image_tokenizer.decode(image.tokens)
+        pixels = decoder.pixels(image.tokens, image.cost)
         scores = judges[self.judge].patches(request.prompts, pixels, self.patches)
         image.cost.verifier_calls += scores.numel()
         return upsample_patches(scores, decoder.image_tokenizer.grid)

@@ -68,7 +68,7 @@ class Decoded:
     def judged_by(self, judge: Judge[Any], decoder: Decoder, rows: Rows) -> Tensor:
         """Score the images of these prompts by a judge, [B]; the cost counts it."""
         self.cost.verifier_calls += len(self.tokens)
-        return judged(judge, decoder, rows, self.tokens, self.features)
+        return judged(judge, decoder, rows, self.tokens, self.features, self.cost)
 
 
 class Part(Keyed):
@@ -186,6 +186,13 @@ def judge_named(judges: Judges, name: str, ability: Ability | None = None) -> Ju
     return judges[name]
 
 
-def judged(judge: Judge[Any], decoder: Decoder, rows: Rows, tokens: Tensor, features: DecoderFeatures | None) -> Tensor:
-    """Score finished images [B, T] by a judge: a verifier's log-values, or rewards, [B]."""
-    return judge.of_finished(rows, features, lambda: decoder.image_tokenizer.decode(tokens))
+def judged(
+    judge: Judge[Any],
+    decoder: Decoder,
+    rows: Rows,
+    tokens: Tensor,
+    features: DecoderFeatures | None,
+    cost: Cost | None = None,
+) -> Tensor:
+    """Score finished images [B, T] by a judge: a verifier's log-values, or rewards, [B]; a cost counts the images."""
+    return judge.of_finished(rows, features, lambda: decoder.pixels(tokens, cost or Cost()))

@@ -22,6 +22,7 @@ def write_report(folder: Path, evaluation: EvaluationResult, run: RunInfo) -> No
             "tasks": result.tasks,
             **{f"{cost}_per_image": value for cost, value in result.costs().items()},
             "tokens_per_image": result.tokens,
+            "image_decodes_per_image": result.image_decodes,
             "objects_per_image": result.objects,
             "independent": result.independent,
             "stats": result.stats,

@@ -85,6 +85,7 @@ class StrategyResult:
         objects: found in an image.
         independent: mean scores of `independent_judges`, by name, and FID.
         tokens: image tokens that went through the decoder, an image.
+        image_decodes: images made for judges to see, an image.
         stats: means of what a strategy measures of its images, by name.
         traces: how the images of `thumbnails` were made.
     """
@@ -100,6 +101,7 @@ class StrategyResult:
     objects: float
     independent: dict[str, float]
     tokens: float = 0.0
+    image_decodes: float = 0.0
     stats: dict[str, float] = field(default_factory=dict)
     traces: dict[int, TraceView] = field(default_factory=dict)
 

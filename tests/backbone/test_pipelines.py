@@ -184,6 +184,7 @@ def test_particles_and_candidates_are_judged_by_previews(decoders: Decoders) -> 
         request = Request(ROWS, range(3))
         particles = Particles(sampling, 4, 2, "picky").decode(decoder, judges, request)
         assert particles.cost.decoder_passes == 3 * 4 * 4 and particles.cost.verifier_calls == 3 * 4 * 2
+        assert particles.cost.image_decodes == 3 * 4 * 2  # a preview a call
         verified = Verified(sampling, k=3, verifier="picky").decode(decoder, judges, request)
         assert verified.cost.decoder_passes == 3 * (1 + 3 * 3)
         assert not torch.allclose(verified.tokens, Sample(sampling).decode(decoder, {}, request).tokens, atol=1e-2)

@@ -238,6 +238,8 @@ def test_cost_counts_passes_and_values(decoder: CompactDecoder, rows: list, judg
     assert block.verifier_calls == 4 * batch * steps // 4
     best = BestOfN(Sample(SAMPLING), 3, "parm").decode(decoder, judges, Request(rows, SEEDS)).cost
     assert (best.decoder_passes, best.verifier_calls) == (3 * plain.decoder_passes, 3 * batch)
+    seen = BestOfN(Sample(SAMPLING), 3, "darkness").decode(decoder, {"darkness": Darkness()}, Request(rows, SEEDS))
+    assert (best.image_decodes, seen.cost.image_decodes) == (0, 3 * batch)  # PARM reads tokens
     # Particles encode the prompt once for all paths; redraws cost values, not passes.
     paths = Particles(SAMPLING, 3, stride=4).decode(decoder, judges, Request(rows, SEEDS)).cost
     assert (paths.decoder_passes, paths.verifier_calls) == (2 * batch * (3 * steps - 2), 3 * batch * steps // 4)
