@@ -238,6 +238,9 @@ class Decoder(nn.Module, Keyed):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError if a prompt cannot be read; by default any can."""
 
+    def check_sampling(self, sampling: Any) -> None:
+        """Raise ValueError for settings that it cannot draw by; by default any of its `sampling_type` will do."""
+
     def check_candidates(self, k: int, sampling: Any) -> None:
         """Raise ValueError if k candidates of a step would be equal; by default they are drawn."""
 

@@ -51,6 +51,10 @@ class DenoisingDecoder(Decoder):
     ) -> Prediction:
         """A guided forward pass at latents [R, T, D] of a step, which is counted. Differentiable."""
 
+    def check_sampling(self, sampling: DenoisingSampling) -> None:
+        if sampling.solver == "sde" and not self.levels(sampling).is_flow:
+            raise ValueError("sampling.solver: 'sde' is for flows; diffusion takes 'ddim' or 'renoise'")
+
     def check_candidates(self, k: int, sampling: DenoisingSampling) -> None:
         if k > 1 and not sampling.eta:
             raise ValueError(f"sampling.eta=0 adds no noise, so all {k} candidates of a step would be equal")
@@ -61,6 +65,7 @@ class DenoisingDecoder(Decoder):
     @torch.no_grad()
     def begin(self, request: Request, sampling: Any, k: int = 1) -> DenoisingState:
         """Encode each prompt once; no other pass is made. Images that are given begin at level `sampling.start`."""
+        self.check_sampling(sampling)
         self.check_candidates(k, sampling)
         if sampling.start < 1 and request.tokens is None:
             raise ValueError(f"sampling.start={sampling.start} begins with an image, and there is none; 1 begins anew")

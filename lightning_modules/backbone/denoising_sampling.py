@@ -96,8 +96,6 @@ class Levels:
         if not after or not sampling.eta:
             return 0.0, 0.0
         if sampling.solver == "sde":
-            if not self.is_flow:
-                raise ValueError("sampling.solver: 'sde' is for flows; diffusion takes 'ddim' or 'renoise'")
             rate = sampling.eta**2 * sigma / (1 - (after if sigma == 1 else sigma))
             return -rate / (2 * sigma) * (sigma - after), math.sqrt(rate * (sigma - after))
         std = sampling.eta * after

@@ -142,6 +142,7 @@ class PathStrategy(Strategy):
                 each.__name__ for each in (type(self.sampling), type(decoder), decoder.sampling_type)
             )
             raise ValueError(f"sampling is a {given}, and a {kind} takes a {wanted}")
+        decoder.check_sampling(self.sampling)
 
 
 class VerifierStrategy(PathStrategy):

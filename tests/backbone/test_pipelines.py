@@ -244,6 +244,8 @@ def test_what_cannot_be_run_step_by_step_is_refused(decoders: Decoders, tmp_path
         PipelineDecoder(MAKERS["sd3"](tmp_path / "sd3"), 30, "float32", WITHOUT)
     with pytest.raises(ValueError, match=r"sampling\.solver: 'sde' is for flows"):
         pixels(decoders["sdxl"], PipelineSampling(2, 1.0, "sde", 0.5), [1], ROWS[:1])
+    with pytest.raises(ValueError, match=r"sampling\.solver: 'sde' is for flows"):  # before any image is made
+        Sample(PipelineSampling(2, 1.0, "sde", 0.5)).check_decoder(decoders["sdxl"])
 
 
 def test_a_negative_prompt_leads_images_away_or_is_refused(decoders: Decoders) -> None:
