@@ -26,7 +26,11 @@ def _known_template(checkpoint: str) -> Template | None:
             return template
     for path in (Path(checkpoint) / name for name in _CHAT_TEMPLATES):
         if path.is_file():
-            content = path.read_text() if path.suffix == ".jinja" else str(read_settings(path).get("chat_template"))
+            content = (
+                path.read_text("utf-8", "replace")
+                if path.suffix == ".jinja"
+                else str(read_settings(path).get("chat_template"))
+            )
             if known := [template for template, (user, _) in ROLES.items() if user in content]:
                 return known[0]  # Pro's role has the other's in it
     return None

@@ -68,7 +68,7 @@ class Published:
             folder = from_hub(self.name, self.files, local_files_only=True)
         except FileNotFoundError:
             return False
-        return any(any(folder.glob(pattern)) for pattern in self.files)
+        return any(path.is_file() for pattern in self.files for path in folder.glob(pattern))  # links may dangle
 
     def __str__(self) -> str:
         known = _SIZES.get(self.name + self.file, _SIZES.get(self.name))
@@ -85,7 +85,7 @@ def nodes(config: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]
     items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
     for name, value in items:
         yield from nodes(value, f"{key}.{name}" if key else str(name))
-    if isinstance(config, Mapping) and "_target_" in config:
+    if isinstance(config, Mapping) and isinstance(config.get("_target_"), str):
         yield key, config
 
 

@@ -18,6 +18,8 @@ def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> N
         ValueError: there is no such architecture, or the weights were trained with another activation.
     """
     place, name = split_name(model_name)
+    if place == "local-dir" and not Path(name).is_dir():
+        raise FileNotFoundError(f"{key}: there is no folder {name}")
     if place:
         return
     sizes = architecture(name)

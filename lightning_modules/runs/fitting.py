@@ -1,6 +1,6 @@
 """Checks that the parts of a config fit one another, by settings alone: torch is not imported, nothing is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -21,20 +21,21 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
     built = built_parts(config)
     parm, decoder, tokenizer = built.get("module", {}).get("parm"), config.get("decoder"), config.get("tokenizer") or {}
     if parm and decoder:
-        shows = decoder["module"]
+        network, transformer = _settings(decoder, "module"), _settings(decoder, "module", "transformer")
+        grid = _settings(tokenizer, "module").get("grid", _settings(config, "for_parm").get("grid"))
         wanted = {
-            "feature_layers": ("decoder.module.feature_layers", shows.get("feature_layers")),
-            "decoder_dim": ("the width of the decoder", shows["transformer"]["dim"]),
+            "feature_layers": ("decoder.module.feature_layers", network.get("feature_layers")),
+            "decoder_dim": ("the width of the decoder", transformer.get("dim")),
+            "grid": ("the grid of the image tokenizer", grid),
         }
-        if "grid" in tokenizer.get("module", {}):
-            wanted["grid"] = ("the grid of the image tokenizer", tokenizer["module"]["grid"])
-        refuse_other_parm(parm, wanted)
+        refuse_other_parm(parm, {name: each for name, each in wanted.items() if each[1] is not None})
     if config["task"] != "score":
-        refuse_other_images(built, unresolved, image_size(config))
-    detectors = [node for key, node in nodes(built) if key.endswith("detector")]
-    known = (constant(node["_target_"], "class_names", None) for node in detectors)
-    if names := next(filter(None, known), None):
-        refuse_unknown_classes({key: node for key, node in config["geneval"].items() if "path" in (node or {})}, names)
+        refuse_other_images(built, unresolved, image_size(config), constant)
+        detectors = [node for key, node in nodes(built) if key.endswith("detector")]
+        known = (constant(node["_target_"], "class_names", None) for node in detectors)
+        files = {key: node for key, node in config["geneval"].items() if isinstance(node, Mapping) and "path" in node}
+        if names := next(filter(None, known), None):
+            refuse_unknown_classes(files, names)
     for key, node in nodes(built):
         if clip := clip_named(node):
             refuse_other_network(defining_key(unresolved, key), *clip)
@@ -43,40 +44,54 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
 def refuse_other_parm(parm: Mapping[str, Any], wanted: Mapping[str, tuple[str, Any]]) -> None:
     """Raise ValueError for a PARM that was not made for the decoder: settings that have a meaning and its value."""
     for name, (meaning, value) in wanted.items():
-        if (given := parm["module"][name]) != value:
+        if (given := _settings(parm, "module").get(name, value)) != value:
             raise ValueError(f"parm.module.{name}={given} does not go with {meaning}, which is {value}")
 
 
 def image_size(config: Mapping[str, Any]) -> int | None:
     """Return the side of the images that the decoder makes, pixels, as far as settings tell."""
     for part, name in (("sampling", "size"), ("decoder", "size"), ("tokenizer", "image_size")):
-        node = config.get(part) or {}
+        node = _settings(config, part)
         if part == "tokenizer":
-            node = node.get("module", {})
-            node = node.get("config", node)
+            node = _settings(node, "module")
+            node = _settings(node, "config") or node
         if node.get(name):
             return int(node[name])
     return None
 
 
-def refuse_other_images(built: Mapping[str, Any], unresolved: Mapping[str, Any], size: int | None) -> None:
+def refuse_other_images(
+    built: Mapping[str, Any], unresolved: Mapping[str, Any], size: int | None, says: Callable[[str, str, Any], Any]
+) -> None:
     """Raise ValueError for checkpoints and detectors that are for images of another size, if it is known.
 
-    A class that can tell from the name of a checkpoint that it is of another model names, as `name_check`, a function
-    that does: it is called with the checkpoint, its node and the size.
+    `says(target, name, otherwise)` is what a class says of itself. One that can tell from the name of a checkpoint that
+    it is of another model names, as `name_check`, a function that does: it is called with the checkpoint, its node and
+    the size.
     """
     for key, node in nodes(built):
         checkpoint, target = node.get("checkpoint"), node.get("module") or node
         if isinstance(checkpoint, str) and isinstance(target, Mapping):
-            module, _, name = constant(str(target.get("_target_")), "name_check", "").rpartition(".")
-            if module:
-                getattr(import_module(module), name)(checkpoint, node, size)
+            module, _, name = says(str(target.get("_target_")), "name_check", "").rpartition(".")
+            try:
+                if module:
+                    getattr(import_module(module), name)(checkpoint, node, size)
+            except ValueError as error:
+                raise ValueError(f"{defining_key(unresolved, f'{key}.checkpoint')}: {error}") from None
         if not key.endswith("detector"):
             continue
-        wanted, kind = constant(node["_target_"], "image_size", None), node["_target_"].rpartition(".")[2]
+        wanted, kind = says(node["_target_"], "image_size", None), node["_target_"].rpartition(".")[2]
         if size and wanted and wanted != size:
             said = f"{kind} looks at images of {wanted}x{wanted} pixels, and the decoder makes {size}x{size}"
             raise ValueError(f"{defining_key(unresolved, key)}: {said}; geneval=coco judges photographs of any size")
+
+
+def _settings(node: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Return the settings under some names, one in the other; none where they are left out, or something else."""
+    for name in names:
+        found = node.get(name)
+        node = found if isinstance(found, Mapping) else {}
+    return node
 
 
 def refuse_unknown_classes(geneval: Mapping[str, Any], class_names: Sequence[str]) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.backbone.published import nodes
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_config
-from lightning_modules.runs.fitting import image_size, refuse_other_images, refuse_other_parm, refuse_unknown_classes
+from lightning_modules.runs.fitting import refuse_other_images, refuse_other_parm, refuse_unknown_classes
 from lightning_modules.runs.weights import built_parts
 
 
@@ -19,14 +19,18 @@ def refuse_mismatches(config: DictConfig) -> None:
         return
     plain: Any = OmegaConf.to_container(config, resolve=True)
     built = built_parts(plain)
-    detectors = (get_class(node["_target_"]) for key, node in nodes(built) if key.endswith("detector"))
-    if known := next(filter(None, (getattr(detector, "class_names", None) for detector in detectors)), None):
-        refuse_unknown_classes(plain["geneval"], known)
     if config.task != "score":
+        detectors = (node["_target_"] for key, node in nodes(built) if key.endswith("detector"))
+        if known := next(filter(None, (_attribute(detector, "class_names", None) for detector in detectors)), None):
+            refuse_unknown_classes(plain["geneval"], known)
         _refuse_mismatched_networks(plain, OmegaConf.to_container(config))  # type: ignore[arg-type]
     if config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_config(path, plain)
+
+
+def _attribute(target: str, name: str, otherwise: Any) -> Any:
+    return getattr(get_object(target), name, otherwise)
 
 
 def _refuse_mismatched_networks(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
@@ -40,8 +44,7 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], unresolved: Mapping[s
     size = network.image_size
     if parm and config.get("decoder"):
         refuse_other_parm(parm, {"grid": ("the grid of the image tokenizer", network.grid)})
-    if image_size(config) is None:
-        refuse_other_images(built, unresolved, size)
+    refuse_other_images(built, unresolved, size, _attribute)
     if "train_images" in data:
         height, width = instantiate(data["train"], _convert_="all")[0].image.shape[:2]
         if (height, width) != (size, size):

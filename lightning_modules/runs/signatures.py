@@ -94,14 +94,13 @@ def _parameters(target: str) -> dict[str, tuple[Any, bool]]:
 
 
 def constant(target: str, name: str, otherwise: Any) -> Any:
-    """Return what a class says of itself in a plain value, or in a name of one; `otherwise` if it says nothing else."""
+    """Return what a class says of itself in a plain value, or by its name; `otherwise` if it says nothing of these."""
     found = locate(target)
     said = found and found.inner(name)
     try:
         value = said.node.value  # type: ignore[union-attr]
-        while isinstance(value, ast.Name):
-            said = locate(f"{said.module}.{value.id}")  # type: ignore[union-attr]
-            value = said.node.value  # type: ignore[union-attr]
+        if isinstance(value, ast.Name) and found.inner(value.id) is None:  # type: ignore[union-attr]
+            value = locate(f"{said.module}.{value.id}").node.value  # type: ignore[union-attr]
         return ast.literal_eval(value)
     except (AttributeError, TypeError, ValueError):
         return otherwise

@@ -11,6 +11,7 @@ from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
 
 _OWN = "lightning_modules."
+_PARM, _OF_PARM = f"{_OWN}rewards.parm.PARM", ("feature_layers", "decoder_dim", "grid")  # which decide its tensors
 # What is built by tasks that need no module, callbacks and data.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
@@ -36,9 +37,13 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         advice = "" if reader == key else f"; {reader} is taken from there: name its own"
         if "module" in node:
             _refuse_other_export(key, checkpoint, node["module"], advice)
-        elif not any(any(Path(checkpoint).glob(pattern)) for pattern in LOADERS[node["_target_"]]):
-            files = " or ".join(LOADERS[node["_target_"]])
-            raise FileNotFoundError(f"{key}: there is no {files} in {checkpoint}{advice}")
+            continue
+        patterns = LOADERS[node["_target_"]]
+        files = [path for pattern in patterns for path in sorted(Path(checkpoint).glob(pattern))]
+        if not files:
+            raise FileNotFoundError(f"{key}: there is no {' or '.join(patterns)} in {checkpoint}{advice}")
+        for path in files:
+            refuse_broken(path, key)
     refuse_missing_weights(built, unresolved)
 
 
@@ -62,6 +67,11 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
     if kinds[0] != kinds[1] and all(kind.startswith(_OWN) for kind in kinds):  # a class of yours may be one of ours
         there, here = (kind.rpartition(".")[2] for kind in kinds)
         raise ValueError(f"{key}: {checkpoint} holds the weights of a {there}, not of a {here}{advice}")
+    if kinds[0] == _PARM:
+        for name in _OF_PARM:
+            if stored.get(name) != module.get(name):
+                said = f"{name} is {stored.get(name)} there, and {module.get(name)} here"
+                raise ValueError(f"{key}: {checkpoint} was made for another decoder: {said}")
     named = (each.get("transformer") for each in (stored, module))
     sizes: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in named]  # or a name of yours
     for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.backbone.published import Published
 from lightning_modules.files import BUNDLED
 from lightning_modules.runs.mismatches import refuse_mismatches
 from lightning_modules.runs.preflight import refuse_settings
-from lightning_modules.runs.weights import refuse_unfit_weights
+from lightning_modules.runs.weights import built_parts, refuse_missing_weights, refuse_unfit_weights
 from tests.helpers.launch import command
 from tests.helpers.overrides import DECODE_NOTHING, SHARDED, SMALL_DPO, SMALL_PARM, pair_files
 
@@ -86,6 +86,32 @@ def test_parts_that_do_not_go_together_are_refused_before_weights_are_asked_for(
     assert sentence in str(refused.value)
 
 
+def test_prompts_of_files_name_what_the_detector_knows(compose_config: Compose, tmp_path: Path) -> None:
+    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    file = ["geneval=file", f"geneval.test_prompts.path={tmp_path}/prompts.jsonl"]
+    with pytest.raises(ValueError, match=r"geneval\.test_prompts: 'a photo of a dog' asks for 'dog', which"):
+        refuse_settings(compose_config("task=evaluate", *file, "geneval.test_prompts.class_names=[dog]"))
+
+
+def test_parts_of_your_own_pass_whatever_they_take(compose_config: Compose, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "own_parts.py").write_text(
+        "from datamodules.shapes.detector import ShapesDetector\n\nSIDE = 32\n\n\n"
+        "class Detector(ShapesDetector):\n    SIDE = 64\n    image_size = SIDE\n\n\n"
+        "def detector():\n    return Detector()\n\n\n"
+        "class Bare:\n    def __init__(self, module=None, checkpoint=None, **settings):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for overrides in (
+        ["geneval.reward.detector._target_=own_parts.Detector"],
+        ["geneval.reward.detector._target_=own_parts.detector"],
+        ["decoder.module._target_=own_parts.Bare", "decoder.module.transformer=small", "for_parm.decoder_dim=96"],
+    ):
+        config = compose_config("task=evaluate", "trainer.accelerator=cpu", *overrides)
+        refuse_settings(config)
+        refuse_mismatches(config)
+
+
 @pytest.mark.slow
 def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go(tmp_path: Path) -> None:
     done = command(tmp_path, "experiment=showo_evaluate", check=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
@@ -109,13 +135,18 @@ def test_all_missing_weights_are_named_at_once_with_their_size_and_where_they_go
     assert "then geneval.reward.colors.pretrained=FOLDER/open_clip_model.safetensors" in lines[4]
 
 
+def _refuse_missing(config: DictConfig) -> None:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    refuse_missing_weights(built_parts(plain), OmegaConf.to_container(config))  # type: ignore[arg-type]
+
+
 def test_weights_that_several_keys_share_are_named_once(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError) as missing:
-        refuse_mismatches(compose_config("experiment=janus_evaluate", "decoder=janus_pro_7b"))
+        _refuse_missing(compose_config("experiment=janus_evaluate", "decoder=janus_pro_7b"))
     lines = str(missing.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines if "Janus" in line] == ["decoder.checkpoint"]
     assert any("deepseek-community/Janus-Pro-7B (*.safetensors or *.bin, 14.8 GB)" in line for line in lines)
@@ -133,7 +164,7 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
     tokenizer.mkdir(parents=True)
     with pytest.raises(FileNotFoundError) as missing:
         files = [f"data.{split}.path=pairs.jsonl" for split in ("train", "validation")]
-        refuse_mismatches(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}", *files))
+        _refuse_missing(compose_config("experiment=showo_dpo", f"tokenizer.checkpoint={tokenizer}", *files))
     named = [line.split(":")[0].strip() for line in str(missing.value).splitlines()[1:]]
     assert named == [
         "decoder.module.text_tokenizer.checkpoint",  # of which only another file is there
