@@ -28,7 +28,7 @@ from lightning_modules.backbone.transformer import TransformerConfig
 from lightning_modules.ranks import uniform_rows
 
 _FREQUENCIES = 16  # of the embedding of time
-_OWN = ("vector_proj", "time_proj")  # layers that a mask-token decoder lacks
+_OWN = ("stem", "time_proj")  # layers that a mask-token decoder lacks
 _LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
 _ESTIMATES = 4  # times an image, for `log_probs`
 _SHIFT = 15.0  # of the times at which verifiers learn; see `FlowSampling`
@@ -64,8 +64,7 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
     A noisy vector x = (1 - t) v + t noise leaves some codes v possible: by Bayes' rule p(code | x) is proportional to
     exp(-|x - (1 - t) v|² / 2 t²), times what the other tokens say of it, which the network predicts. It reads for each
     token the mean embedding of the codes that are possible, and the more of the mask's the less is known: with the
-    weights of a mask-token decoder it begins as one. What is known of a token by itself is little for long, so it reads
-    the noisy vectors, and the time, as well.
+    weights of a mask-token decoder it begins as one. It reads the noisy vectors of neighbourhoods, and the time, as well.
 
     Args:
         image_tokenizer: whose code vectors are denoised.
@@ -93,9 +92,13 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
             image_tokenizer, text_tokenizer, max_text, transformer, rotary_dims, feature_layers, visual=True
         )
         self.time_mean, self.time_std = time_mean, time_std
-        self.vector_proj = Linear(image_tokenizer.code_vectors.shape[1], transformer.dim, bias=False)
-        self.time_proj = Linear(2 * _FREQUENCIES, transformer.dim, bias=False)
-        for name in _OWN:  # at first it is the mask-token decoder
+        size, dim = image_tokenizer.code_vectors.shape[1], transformer.dim
+        # What is known of a token by itself is little for long: an object is seen in a neighbourhood.
+        self.stem = nn.Sequential(
+            nn.Conv2d(size, 2 * dim, 3, padding=1), nn.GELU(), nn.Conv2d(2 * dim, dim, 3, padding=1, bias=False)
+        )
+        self.time_proj = Linear(2 * _FREQUENCIES, dim, bias=False)
+        for name in ("stem.2", "time_proj"):  # at first it is the mask-token decoder
             nn.init.zeros_(self.get_parameter(f"{name}.weight"))
 
     def cache_key(self) -> dict[str, Any]:
@@ -138,6 +141,10 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
             kept = 1 - t
             return (kept * (latents.float() @ vectors.T) - kept**2 * vectors.square().sum(1) / 2) / t**2
 
+    def _grid_of(self, tokens: Tensor) -> Tensor:
+        """Tokens [R, T, D] -> [R, D, grid, grid]."""
+        return tokens.transpose(1, 2).unflatten(2, (self.image_tokenizer.grid, -1))
+
     def denoise(self, latents: Tensor, times: Tensor, likelihoods: Tensor, prefixes: Sequence[Prefix]) -> Pass:
         """A pass over latents [R, T, D] at times [R], once for each prefix.
 
@@ -149,7 +156,11 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         mask = self.embed.weight[self.vocabulary.mask]
         x = mask + certain * (probs @ self.code_table() - mask) + self.places
         angles = times[:, None] * torch.logspace(0, 2, _FREQUENCIES, device=times.device)
-        x = x + self.vector_proj(latents) + self.time_proj(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
+        x = (
+            x
+            + self.stem(self._grid_of(latents)).flatten(2).transpose(1, 2)
+            + self.time_proj(torch.cat([angles.cos(), angles.sin()], -1))[:, None]
+        )
         ends = self.embed.weight[[self.vocabulary.soi, self.vocabulary.eoi]].expand(len(x), -1, -1)
         x = torch.cat([ends[:, :1], x, ends[:, 1:]], 1).repeat(len(prefixes), 1, 1)
         attending = self.attending(prefixes)
