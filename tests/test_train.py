@@ -78,7 +78,6 @@ COMPANIONS = {
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
     "experiment=shapes_flow": [*TINY, "decoder.start=null"],
-    "experiment=shapes_flow_parm_start": [*TINY, "parm.start=null"],
     "strategies=flow": [*TINY, "decoder=shapes_flow"],
     "decoder=showo": TINY_SHOWO,
     "strategies=janus": ["decoder=janus_pro_1b", "+debug=tiny_janus"],
@@ -403,7 +402,6 @@ PRETRAINED = [
     "shapes_flow",
     "shapes_parm_start",
     "shapes_masked_parm_start",
-    "shapes_flow_parm_start",
     "shapes_clip",
 ]
 
@@ -429,15 +427,13 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     if name in ("shapes_masked", "shapes_flow"):
         small = [item for item in small if item not in PLAIN_STRATEGY] + ["decoder.start=null"]
-    if name in ("shapes_masked_parm_start", "shapes_flow_parm_start"):
+    if name == "shapes_masked_parm_start":
         overrides.append("parm.start=null")
     if "masked" in name:
         small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
     if "parm" in name:
         best = "verified_best_of_2" if "flow" in name else "verified_best_of_4"
         small = [*small, "strategies.best_of_8_parm.n=2", f"strategies.{best}.n=2"]
-    if name == "shapes_flow_parm_start":
-        small.append("callbacks.geneval.test_strategies=[sample,verified_best_of_2]")
     command(tmp_path, f"experiment={name}", *small, *overrides)
     assert "val/" in (tmp_path / "run" / "metrics" / "metrics.csv").read_text().splitlines()[0]
 

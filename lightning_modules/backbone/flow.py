@@ -64,7 +64,7 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
     A noisy vector x = (1 - t) v + t noise leaves some codes v possible: by Bayes' rule p(code | x) is proportional to
     exp(-|x - (1 - t) v|² / 2 t²), times what the other tokens say of it, which the network predicts. It reads for each
     token the mean embedding of the codes that are possible, and the more of the mask's the less is known: with the
-    weights of a mask-token decoder it begins as one. It reads the noisy vectors of neighbourhoods, and the time, as well.
+    weights of a mask-token decoder it begins as one. It also reads the noisy vectors of a neighbourhood, and the time.
 
     Args:
         image_tokenizer: whose code vectors are denoised.

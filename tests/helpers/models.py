@@ -76,7 +76,7 @@ def make_flow(depth: int = 2, image_size: int = 16) -> FlowDecoder:
     flow = FlowDecoder(CodeVectors(tokenizer), text, 14, transformer, 4, feature_layers=[1, depth])
     with torch.no_grad():
         for name, weight in flow.named_parameters():
-            if name in ("vector_proj.weight", "time_proj.weight"):
+            if name in ("stem.2.weight", "time_proj.weight"):
                 weight.normal_(std=0.1)
             elif weight.ndim > 1 and not name.startswith("image_tokenizer."):
                 weight.mul_(5)
