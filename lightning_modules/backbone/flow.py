@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_modules.backbone.decoder import Cost
 from lightning_modules.backbone.denoising import DenoisingDecoder
@@ -30,6 +29,7 @@ from lightning_modules.ranks import uniform_rows
 _FREQUENCIES = 16  # of the embedding of time
 _OWN = ("stem", "time_proj")  # layers that a mask-token decoder lacks
 _LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
+_LOOK_ALIKE = 2.0  # distance of vectors of codes that differ no more than two of the background
 _ESTIMATES = 4  # times an image, for `log_probs`
 _SHIFT = 15.0  # of the times at which verifiers learn; see `FlowSampling`
 
@@ -217,10 +217,16 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         return (made.logits[0] + likelihoods).log_softmax(-1)
 
     def nll(self, prompts: Sequence[str], tokens: Tensor) -> Tensor:
-        """The cross-entropy of the codes of images [B, T, D] given the images with noise, nats a token."""
+        """The cross-entropy of the codes of images [B, T, D] given the images with noise, nats a token.
+
+        Codes count as right by how alike they look: most of an image is a background of a few codes that hardly differ,
+        and which of them it is would drown the rest.
+        """
         times = self._trained_times(uniform_rows(len(tokens), device=tokens.device))
         log_p = self._posterior(prompts, tokens, times, torch.randn_like(tokens))
-        return F.nll_loss(log_p.flatten(0, 1), self.image_tokenizer.codes(tokens).flatten())
+        vectors = self.image_tokenizer.code_vectors
+        likeness = -torch.cdist(vectors, vectors).square() / (2 * _LOOK_ALIKE**2)
+        return -(log_p + likeness[self.image_tokenizer.codes(tokens)]).logsumexp(-1).mean()
 
     def _token_log_probs(self, prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
         """The part of each token in the estimates of `log_probs`, [B, T]."""
