@@ -30,7 +30,7 @@ def resolve(checkpoint: str, advice: str | None = None) -> Path:
     if weights_file(folder).is_file() and (folder.is_dir() or folder.suffix in (*PICKLED, ".safetensors")):
         return folder
     if folder.suffix == ".ckpt" and folder.is_file():
-        export = f"`python train.py ... task=export ckpt_path={folder} export_dir=FOLDER`"
+        export = f"""`python train.py ... task=export "ckpt_path='{folder}'" export_dir=FOLDER`"""
         raise ValueError(f"{folder} is a checkpoint of training: {export} takes out the network, then name that folder")
     published = on_hub(checkpoint)
     if published is None:
