@@ -53,11 +53,15 @@ class FlowSampling(DenoisingSampling):
     """How a latent is denoised by a flow, at times t from 1 (or `start`) to 0."""
 
     shift: float = 1.0  # t = shift u / (1 + (shift - 1) u), u evenly spaced: above 1 more steps are at high noise
+    temperature: float = (
+        1.0  # of the probabilities of codes that the network gives; below 1 it is surer than it should be
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shift <= 0:
-            raise ValueError(f"sampling.shift must be above 0, not {self.shift}")
+        for name in ("shift", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"sampling.{name} must be above 0, not {getattr(self, name)}")
 
     @property
     def times(self) -> list[float]:

@@ -179,7 +179,7 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         context = made.logits[0]
         if sampling.guidance:
             context = torch.lerp(made.logits[1], context, 1 + sampling.guidance)
-        probs = (context + likelihoods).softmax(-1)
+        probs = (context / sampling.temperature + likelihoods).softmax(-1)
         clean = probs @ self.image_tokenizer.code_vectors
         features = self._features(condition.prompt, made, likelihoods, probs) if self.feature_layers else None
         return Prediction(clean, (latents - (1 - time) * clean) / time, features)

@@ -60,8 +60,8 @@ def test_a_guess_is_the_mean_of_code_vectors_by_bayes_rule(flow: FlowDecoder) ->
     latents = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
     levels, vectors = flow.levels(SDE), flow.image_tokenizer.code_vectors
     time = levels.times[2]
-    for scale in (0.0, 2.0):
-        sampling = FlowSampling(4, guidance=scale, shift=3.0)
+    for scale, temperature in ((0.0, 1.0), (2.0, 0.7)):
+        sampling = FlowSampling(4, guidance=scale, shift=3.0, temperature=temperature)
         condition = flow.encode(PROMPTS, sampling)
         with torch.no_grad():
             found = flow.predict(latents, levels, 2, condition, sampling, Cost())
@@ -71,7 +71,7 @@ def test_a_guess_is_the_mean_of_code_vectors_by_bayes_rule(flow: FlowDecoder) ->
             logits, bare_logits = flow.denoise(
                 latents, torch.full((3,), time), likelihoods, flow.encode(PROMPTS, SDE).prefixes
             ).logits
-            probs = (logits + scale * (logits - bare_logits) + density).softmax(-1)
+            probs = ((logits + scale * (logits - bare_logits)) / temperature + density).softmax(-1)
         assert torch.allclose(found.clean, probs @ vectors, atol=1e-4)
         again = levels.alphas[2] * found.clean + levels.sigmas[2] * found.noise
         assert torch.allclose(again, latents, atol=1e-5)
