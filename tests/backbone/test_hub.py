@@ -62,9 +62,7 @@ def test_an_export_is_pushed_as_it_is(tmp_path: Path, compose_config: Any, monke
     assert PARM.from_pretrained(tmp_path / "mine").push_to_hub("me/parm") == "me/parm"
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "hub" / file).read_bytes() == (tmp_path / "mine" / file).read_bytes()
-    monkeypatch.setattr(
-        "lightning_modules.backbone.checkpoint_folder.snapshot_download", lambda *_, **__: tmp_path / "hub"
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *_, **__: tmp_path / "hub" / "config.json")
     found = PARM.from_pretrained("me/parm", revision="main")
     for key, value in parm.state_dict().items():

@@ -142,7 +142,7 @@ def test_the_estimate_is_the_bound_it_says_it_is() -> None:
     for images, estimated in ((chosen, first), (rejected, second)):
         by_hand = torch.zeros(3, dtype=torch.float64)
         for mask in masks:
-            logits = decoder.code_logits(images, mask, [decoder.encode(PROMPTS)]).double()
+            logits = decoder.code_logits(images, mask, [decoder.encode_prompts(PROMPTS)]).double()
             log_p = logits.log_softmax(-1).gather(-1, images[..., None]).squeeze(-1)
             by_hand += (log_p * mask).sum(1) * 16 / mask.sum(1) / 3
         torch.testing.assert_close(estimated.double(), by_hand, atol=1e-4, rtol=1e-5)

@@ -192,7 +192,7 @@ def test_log_probs_among_codes_are_those_that_are_sampled_from(decoder: MaskToke
     torch.manual_seed(0)
     tokens = torch.randint(0, decoder.vocabulary.codes, (2, decoder.num_tokens))
     masked = torch.rand(2, decoder.num_tokens) < 0.5
-    prefix = decoder.encode(["1 2", ""])
+    prefix = decoder.encode_prompts(["1 2", ""])
     got = decoder.token_log_probs(prefix, tokens, masked)
     logits = decoder.code_logits(tokens, masked, [prefix])
     expected = torch.distributions.Categorical(logits=logits).log_prob(tokens)
@@ -275,7 +275,7 @@ def test_long_prompts_lose_their_end_with_one_warning(decoder: MaskTokenDecoder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for prompts in ([text, text], [text + " 8"]):
-            prefix = decoder.encode(prompts)
+            prefix = decoder.encode_prompts(prompts)
             assert prefix.keys[0].shape[2] == decoder.vocabulary.max_text + 1
     assert [str(warning.message)[:20] for warning in caught] == ["prompts of more than"]
 
@@ -295,7 +295,7 @@ def test_checkpointing_changes_memory_and_not_gradients(decoder: MaskTokenDecode
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = -model.token_log_probs(model.encode(["1 2 3", "4"]), tokens, masked).sum()
+            loss = -model.token_log_probs(model.encode_prompts(["1 2 3", "4"]), tokens, masked).sum()
         loss.backward()
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         kept.append(sum(size for pointer, size in sizes.items() if pointer not in weights))

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
-from lightning_modules.backbone import checkpoint_folder
 from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.mask2former import Mask2FormerDetector, _measure
 from lightning_modules.rewards.tiny_geneval import save_tiny_mask2former
@@ -96,7 +95,7 @@ def test_weights_that_cannot_be_had_are_named_with_all_there_is_to_do(monkeypatc
     def unreachable(*_: Any, **__: Any) -> None:
         raise OSError
 
-    monkeypatch.setattr(checkpoint_folder, "snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         Mask2FormerDetector()
     assert str(error.value) == (

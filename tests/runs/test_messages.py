@@ -96,7 +96,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
             "write 'callbacks.geneval.test_strategies=[sample, verified]'",
         ),
         ("strategy=beam", "a strategy is chosen for a name: write +strategy@strategies.NAME=beam"),
-        ("decoder.module.rotary_dims=4", "there is with decoder=shapes_masked"),
+        ("decoder.module.rotary_dims=4", "there is with decoder=shapes_flow or decoder=shapes_masked"),
         ("max_steps=5", "did you mean trainer.max_steps=5?"),
         ("lr=1e-3", "did you mean module.optimizer.lr=1e-3?"),
         ("sampling.xyz=1", "there is no key sampling.xyz; sampling has temperature, top_k, top_p, guidance"),
