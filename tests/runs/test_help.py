@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.runs.command_line import explaining_refusals, restore_tracebacks
+from lightning_modules.runs.command_line import explaining_refusals, is_single_run, restore_tracebacks
 from lightning_modules.runs.help import description, text
 from lightning_modules.runs.settings_tree import options
 from tests.helpers.overrides import ROOT
@@ -73,6 +73,20 @@ def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     assert said in done.stdout, done.stdout + done.stderr
     assert done.stdout.endswith("imported []\n")
+
+
+def test_what_may_be_a_sweep_is_left_to_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_single_run([]) and is_single_run(["experiment=dpo", "+debug=minutes", "hydra.run.dir=x"])
+    for arguments in (
+        ["-m", "seed=0,1"],
+        ["hydra.mode=MULTIRUN"],
+        ["+hydra.mode=RUN"],
+        ["hydra.searchpath=[file://x]"],
+    ):
+        assert not is_single_run(arguments)
+    (tmp_path / "mine.yaml").write_text("hydra: {mode: MULTIRUN}\n")
+    monkeypatch.setattr("lightning_modules.runs.command_line.CONF", tmp_path)
+    assert not is_single_run([])
 
 
 def test_a_stop_before_the_job_starts_ends_in_a_word(capsys: pytest.CaptureFixture[str]) -> None:
