@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
-
 BUNDLED = Path(__file__).parent / "bundled"  # the package's own weights and prompts
 _PARTIAL = re.compile(r"\.(?P<machine>.+)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _ELSEWHERE = 24 * 3600.0  # seconds after which what a process of another machine writes is taken for abandoned
@@ -64,6 +62,8 @@ def make_once(path: Path, make: Callable[[Path], object]) -> None:
     """
     if path.exists():
         return
+    from filelock import FileLock  # takes a thirtieth of the time in which a wrong command is refused
+
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")

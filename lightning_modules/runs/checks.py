@@ -84,13 +84,16 @@ def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
 
 def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
     """Raise ValueError for an override that adds a key to the unresolved config, beside `groups`, that is not read."""
-    known = [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
+    known: list[str] = []
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         top = key.partition(".")[0]
         if override.startswith("+strategy="):
             raise ValueError(f"a strategy is chosen for a name: write +strategy@strategies.NAME={override[10:]}")
-        if override[0] != "+" or re.split("[/@]", top)[0] in known or f"${{{top}" in str(config):
+        if override[0] != "+":
+            continue
+        known = known or [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
+        if re.split("[/@]", top)[0] in known or f"${{{top}" in str(config):
             continue
         guess = get_close_matches(top, known, 1, CLOSE)
         advice = f"did you mean {override.replace(top, guess[0], 1)}?" if guess else "it has no effect"

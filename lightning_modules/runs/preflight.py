@@ -20,6 +20,7 @@ from lightning_modules.runs.checks import (
     refuse_wrong_values,
 )
 from lightning_modules.runs.fitting import refuse_unfit_parts
+from lightning_modules.runs.messages import flat
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import refuse_unfit_weights
@@ -33,7 +34,7 @@ def refuse_settings(config: DictConfig) -> None:
     unresolved: Any = OmegaConf.to_container(config)
     hydra = HydraConfig.get()
     refuse_unread(hydra.overrides.task, unresolved, hydra.runtime.choices)
-    _refuse_incomplete(config)
+    _refuse_incomplete(config, unresolved)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
     try:
@@ -71,11 +72,11 @@ def _read_prompts(geneval: Mapping[str, Any]) -> None:
             instantiate({"geneval": {name: node}}, _convert_="all")
 
 
-def _refuse_incomplete(config: DictConfig) -> None:
+def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:
     task, tasks, tested = config.task, options("task"), config.test_ckpt_path
     jobs, data, auto = config.get("pipeline"), config.get("data"), config.ckpt_path == "auto"
     used = ("scoring.", "geneval.reward.") if task == "score" else ("",)
-    missing = min((key for key in OmegaConf.missing_keys(config) if key.startswith(used)), default=None)
+    missing = min((key for key, value in flat(unresolved) if value == "???" and key.startswith(used)), default=None)
     without_data = f"task={task} needs data, and here is none to train on; this config is for task=evaluate"
     for applies, complaint in (
         (task not in tasks, f"task must be one of {', '.join(tasks)}, not {task!r}"),
