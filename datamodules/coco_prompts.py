@@ -12,7 +12,7 @@ from itertools import combinations, product
 from datamodules.prompt_templates import NUMBERS, Metadata, Split, by_task, check_split, clause, make_row, position
 from lightning_modules.files import BUNDLED
 from lightning_modules.jsonl import read_jsonl
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, COLORS, RELATIONS
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, COLORS, RELATIONS
 
 OFFICIAL_FILE = BUNDLED / "geneval_prompts" / "prompts.jsonl"
 _VALIDATION = {"color": 60, "pair": 300, "triple": 2400, "count": 30}  # combinations that validation keeps to itself

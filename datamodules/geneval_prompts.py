@@ -8,7 +8,7 @@ from typing import Any
 from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
 from datamodules.prompt_templates import Metadata, PerTask, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, read_prompts, validate_metadata
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, read_prompts, validate_metadata
 
 OFFICIAL_IMAGES = 4  # of each prompt
 

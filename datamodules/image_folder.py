@@ -21,7 +21,7 @@ from lightning_modules.broken_files import read_json
 from lightning_modules.files import write_text
 from lightning_modules.image_reader import UnreadableImage, hash_image, read_image
 from lightning_modules.jsonl import read_jsonl
-from lightning_modules.rewards.geneval_rules import validate_metadata
+from lightning_modules.rewards.geneval_metadata import validate_metadata
 
 _NUMBER = "[0-9]+"  # what folders of prompts are called
 _NAMED = 5  # faulty folders that an error names

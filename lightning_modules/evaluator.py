@@ -30,8 +30,8 @@ from lightning_modules.report.results import (
     result_row,
 )
 from lightning_modules.rewards.fid import FID
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
 from lightning_modules.rewards.geneval_reward import to_uint8
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 
 Prompts = Sequence[Mapping[str, Any]]

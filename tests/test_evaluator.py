@@ -24,8 +24,8 @@ from lightning_modules.decoding.sample import Sample
 from lightning_modules.decoding.strategy import Decoded, Judges, Strategy
 from lightning_modules.evaluator import Evaluation, Evaluator
 from lightning_modules.report.results import BEFORE_TRAINING, EvaluationResult
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES
 from lightning_modules.rewards.registry import JudgeRegistry
 from tests.helpers.evaluators import make_evaluator
 from tests.helpers.models import make_parm

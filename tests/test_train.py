@@ -25,8 +25,8 @@ from datamodules.pairs import reference_log_probs
 from datamodules.shapes.scenes import ShapesStream
 from lightning_modules.decoding.strategy import Strategy
 from lightning_modules.report.results import BEFORE_TRAINING
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.geneval_rules import TASKS
 from lightning_modules.rewards.parm import PARM
 from lightning_modules.runs.checks import refuse_wrong_values
 from lightning_modules.tasks.run import Parts, run

@@ -7,10 +7,11 @@ from functools import cache
 import numpy as np
 
 from datamodules.prompt_templates import NUMBERS, Metadata, Split, change_clause, make_row
-from datamodules.shapes.prompts import ANYTHING, COLORS, RELATIONS, prompt_pool
+from datamodules.shapes.prompts import CLASSES, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
-from datamodules.shapes.world import CLASSES, SIZE
+from datamodules.shapes.world import SIZE
 from lightning_modules.backbone.text import word_spans
+from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS, RELATIONS
 from lightning_modules.rewards.geneval_rules import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.grounding import grounding
 

@@ -11,11 +11,9 @@ from itertools import combinations, product
 from typing import Any
 
 from datamodules.prompt_templates import NUMBERS, Metadata, Split, check_split, clause, make_row, pick, plural, position
-from datamodules.shapes.world import CLASSES, PALETTE
-from lightning_modules.rewards.geneval_rules import RELATIONS
-from lightning_modules.rewards.grounding import ANYTHING
+from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS, RELATIONS
 
-COLORS = tuple(PALETTE)
+CLASSES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 
 # Combinations that validation keeps to itself, and evaluation; the rest is for training.
 _HELD_OUT = {"color": (6, 10), "pair": (3, 6), "triple": (24, 50)}

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from datamodules.prompt_templates import Metadata, Split, change_clause
-from datamodules.shapes.prompts import ANYTHING, COLORS, prompt_pool
-from datamodules.shapes.world import BACKGROUNDS, CLASSES, RADII, Scene, SceneObject, place, render
+from datamodules.shapes.prompts import CLASSES, prompt_pool
+from datamodules.shapes.world import BACKGROUNDS, RADII, Scene, SceneObject, place, render
 from lightning_modules.cache_key import Keyed, fields_key
+from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS
 
 _DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and sign of the offset
 _WEIGHTS = {"single_object": 0.5, "two_object": 1, "counting": 2, "colors": 4, "position": 3, "color_attr": 4}

@@ -11,7 +11,6 @@ GRID = 8
 RADII = (8, 12)
 TRIES = 32  # placements drawn at a time, until one fits
 GAP = 4  # pixels of background that always remain between two objects
-CLASSES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 PALETTE = {
     "red": (224, 32, 32), "orange": (255, 140, 0), "yellow": (250, 225, 30), "green": (30, 160, 50),
     "blue": (30, 70, 220), "purple": (130, 40, 170), "pink": (255, 130, 190), "brown": (115, 65, 25),

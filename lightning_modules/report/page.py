@@ -21,7 +21,7 @@ from lightning_modules.report.labels import Box, place_labels
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.results import COSTS, EvaluationResult, RunInfo, StrategyResult, format_cost
 from lightning_modules.report.verdicts import plain_verdict
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 
 _LARGEST = 256  # pixels along the longer side of an image
 _MOST = 4_900_000  # bytes of the page: prompts are left out rather than that it grows larger

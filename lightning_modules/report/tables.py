@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_modules.files import whole
 from lightning_modules.report.results import COSTS, StrategyResult, format_cost
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 
 _HEADINGS = ("single", "two", "count", "colors", "position", "attr.")  # of TASKS, in its order
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.rewards.clip_score import tokenizer_key
-from lightning_modules.rewards.geneval_rules import COLORS, Detections
+from lightning_modules.rewards.geneval_metadata import COLORS
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.open_clip_loader import load_clip
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

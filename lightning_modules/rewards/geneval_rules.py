@@ -1,4 +1,4 @@
-"""GenEval's rules: what a prompt may ask, which detections count, whether an image shows what is asked.
+"""GenEval's rules: which detections count, whether an image shows what a prompt asks.
 
 The behaviour, oddities included, is that of the official evaluation (github.com/djghosh13/geneval, arXiv 2310.11513):
 scores are only comparable when the oddities agree. Any detector that fills in `Detections` can be judged.
@@ -8,31 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.jsonl import read_jsonl
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, COLORS
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 CLAUSES = ("object_1", "color_1", "object_2", "color_2", "relation", "exact_count")
-
-# COCO's 80 classes in COCO's order, three of them under GenEval's own names (computer mouse, tv remote,
-# computer keyboard): map a COCO detector's output by index, never by name.
-CLASS_NAMES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
 
 
 def _unnamed(indices: Sequence[int]) -> list[str]:
@@ -209,73 +192,3 @@ def relations(box: NDArray[np.float32], target: NDArray[np.float32], position_th
     # Image rows grow downwards, so above is the negative direction.
     holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {relation for relation, true in holds.items() if true}
-
-
-def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> list[dict[str, Any]]:
-    """Read prompts in GenEval's format, one JSON object a line, and validate them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has no prompts or a broken one; the message names file and line.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of GenEval prompts")
-    rows = []
-    for place, row in read_jsonl(path):
-        validate_metadata(row, class_names, place)
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: the file has no prompts")
-    return rows
-
-
-def validate_metadata(row: Any, class_names: Sequence[str], place: str) -> None:
-    """Refuse a prompt that `GenEvalRules` cannot judge, or would judge otherwise than its author meant.
-
-    Raises ValueError with one sentence that begins with `place` ("file:line").
-    """
-    if complaint := _complaint(row, class_names):
-        raise ValueError(f"{place}: {complaint}")
-
-
-def _complaint(row: Any, class_names: Sequence[str]) -> str:
-    """A sentence on what is wrong with a prompt, "" if nothing is."""
-    if not isinstance(row, dict):
-        return f"expected a JSON object, found {row!r}"
-    tag, prompt, include, exclude = row.get("tag"), row.get("prompt"), row.get("include"), row.get("exclude", [])
-    checks = (
-        (tag in TASKS, f"unknown tag {tag!r}, known are {', '.join(TASKS)}"),
-        (isinstance(prompt, str) and prompt.strip(), f"prompt must be a non-empty text, found {prompt!r}"),
-        (isinstance(include, list) and include, f"include must be a non-empty list, found {include!r}"),
-        (isinstance(exclude, list), f"exclude must be a list, found {exclude!r}"),
-    )
-    if complaint := next((sentence for fine, sentence in checks if not fine), ""):
-        return complaint
-    for kind, keys in (("include", ("class", "count", "color", "position")), ("exclude", ("class", "count"))):
-        for index, clause in enumerate(row.get(kind, [])):
-            if complaint := _clause_complaint(clause, keys, index, class_names):
-                return f"{kind}[{index}]: {complaint}"
-    return ""
-
-
-def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names: Sequence[str]) -> str:
-    if not isinstance(clause, dict):
-        return f"expected an object, found {clause!r}"
-    unknown = next((key for key in clause if key not in keys), None)
-    name, count, color = clause.get("class"), clause.get("count"), clause.get("color", COLORS[0])
-    classes = ", ".join([*class_names[:8], *(["..."] if len(class_names) > 8 else [])])
-    pair = clause.get("position", [RELATIONS[0], -1])
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    relation, target = pair if is_pair else (None, None)
-    is_earlier = "position" not in clause or (type(target) is int and 0 <= target < index)
-    checks = (
-        # The rules read known keys only, so a misspelt one would be ignored in silence.
-        (unknown is None, f"unknown key {unknown!r}, known are {', '.join(keys)}"),
-        (name in class_names, f"unknown class {name!r}, known are {classes}"),
-        (type(count) is int and count >= 1, f"count must be a whole number of at least 1, found {count!r}"),
-        (color in COLORS, f"unknown color {color!r}, known are {', '.join(COLORS)}"),
-        (is_pair, f"position must be [relation, index of an earlier include], found {pair!r}"),
-        (relation in RELATIONS, f"unknown relation {relation!r}, known are {', '.join(RELATIONS)}"),
-        (is_earlier, f"position must refer to an earlier include by its index, found {target!r}"),
-    )
-    return next((sentence for fine, sentence in checks if not fine), "")

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_modules.rewards.geneval_rules import COLORS, Detections
-
-ANYTHING = "shape"  # the word for an object of any class
+from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS
+from lightning_modules.rewards.geneval_rules import Detections
 
 
 @cache

@@ -18,7 +18,8 @@ from lightning_modules.backbone.checkpoint_folder import resolve
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.broken_files import refuse_broken_folder
 from lightning_modules.cache_key import Keyed, class_name, digest, published_key
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Detections
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.open_clip_weights import how_to_download
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, red, green, blue, pixels in 0..255

@@ -12,7 +12,8 @@ import numpy as np
 from lightning_modules.files import BUNDLED
 from lightning_modules.image_reader import read_image
 from lightning_modules.jsonl import read_jsonl
-from lightning_modules.rewards.geneval_rules import Verdict, validate_metadata
+from lightning_modules.rewards.geneval_metadata import validate_metadata
+from lightning_modules.rewards.geneval_rules import Verdict
 
 Judge = Callable[[Sequence[Mapping[str, Any]], Sequence[np.ndarray]], list[Verdict]]
 

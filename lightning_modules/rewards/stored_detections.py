@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.jsonl import read_jsonl
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, COLORS, Detections
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, COLORS
+from lightning_modules.rewards.geneval_rules import Detections
 
 
 class StoredDetections(Keyed):

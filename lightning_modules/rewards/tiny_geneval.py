@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_modules.files import make_once
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
 
 _CLIP: Any = {
     "embed_dim": 16,

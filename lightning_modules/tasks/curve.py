@@ -20,7 +20,7 @@ from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.report import write_report
 from lightning_modules.report.results import RunInfo
 from lightning_modules.report.tables import print_plain, write_csv
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.runs.checkpoints import load_checkpoint, read_checkpoint
 
 OnDevice = Callable[[torch.device], Evaluation]

@@ -16,7 +16,7 @@ from lightning_modules.jsonl import read_jsonl
 from lightning_modules.report.pictures import save_figure
 from lightning_modules.report.results import StrategyResult
 from lightning_modules.report.tables import print_table, write_csv
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.runs.checkpoints import quoted
 
 

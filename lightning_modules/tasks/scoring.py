@@ -19,9 +19,9 @@ from lightning_modules.files import write_text
 from lightning_modules.report.pictures import pick_prompt_indices, save_image
 from lightning_modules.report.results import StrategyResult, result_line, result_row, write_report_json
 from lightning_modules.report.sheets import contact_sheet
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, TASKS
 from lightning_modules.rewards.geneval_metric import Summary, summarize
 from lightning_modules.rewards.geneval_reward import by_size
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS
 
 
 class Scoring(LightningModule):

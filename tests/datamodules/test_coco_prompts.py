@@ -7,7 +7,7 @@ import pytest
 from datamodules.coco_prompts import official_prompts, prompt_pool
 from datamodules.geneval_prompts import differences, prompts_from_coco, prompts_from_file
 from datamodules.prompt_templates import SPLITS, make_row
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, TASKS, validate_metadata
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, TASKS, validate_metadata
 
 
 def named(rows: Any) -> tuple[set, ...]:

@@ -10,9 +10,11 @@ from scipy import ndimage
 
 from datamodules.prompt_templates import SPLITS
 from datamodules.shapes.detector import REFERENCES, ShapesDetector
+from datamodules.shapes.prompts import CLASSES
 from datamodules.shapes.scenes import CaptionedImage, ShapesStream
-from datamodules.shapes.world import CLASSES, PALETTE, Scene, SceneObject, render
-from lightning_modules.rewards.geneval_rules import COLORS, TASKS, GenEvalRules
+from datamodules.shapes.world import PALETTE, Scene, SceneObject, render
+from lightning_modules.rewards.geneval_metadata import COLORS, TASKS
+from lightning_modules.rewards.geneval_rules import GenEvalRules
 
 Images = NDArray[np.uint8]
 PER_SPLIT = 100

@@ -7,10 +7,10 @@ import pytest
 
 from datamodules.prompt_templates import SPLITS
 from datamodules.shapes.caption_pairs import CaptionPairs, altered, judge, truth
-from datamodules.shapes.prompts import prompt_pool, shapes_prompts, vocabulary
+from datamodules.shapes.prompts import CLASSES, prompt_pool, shapes_prompts, vocabulary
 from datamodules.shapes.scenes import ShapesStream
-from datamodules.shapes.world import CLASSES, GAP, PALETTE
-from lightning_modules.rewards.geneval_rules import COLORS, TASKS, validate_metadata
+from datamodules.shapes.world import GAP, PALETTE
+from lightning_modules.rewards.geneval_metadata import COLORS, TASKS, validate_metadata
 
 
 def named(split: str) -> tuple[set, set, set]:

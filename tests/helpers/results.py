@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_modules.report.drawing import TraceView
 from lightning_modules.report.results import EvaluationResult, RunInfo, StrategyResult
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 
 RUN = RunInfo("parm", ["seed=3"], "last.ckpt")
 

@@ -8,7 +8,7 @@ from PIL import ImageDraw
 
 from lightning_modules.report import sheets as module
 from lightning_modules.report.sheets import contact_sheet, sheets, side_by_side, wrapped
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 from tests.helpers.results import RUN, make_evaluation, make_result
 
 GREEN, RED = (0x17, 0x70, 0x3A), (0xB3, 0x26, 0x1E)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from lightning_modules.rewards.color import CLIPColors, crop
+from lightning_modules.rewards.geneval_metadata import COLORS
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.geneval_rules import COLORS, Detections
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "geneval"

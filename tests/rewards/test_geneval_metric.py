@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.rewards.geneval_metric import GenEvalMetric, summarize
-from lightning_modules.rewards.geneval_rules import TASKS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "geneval" / "summary_case.json.gz"
 MAIN = json.loads(gzip.decompress(GOLDEN.read_bytes()))

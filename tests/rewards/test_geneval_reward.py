@@ -13,8 +13,9 @@ from datamodules.shapes.detector import ShapesDetector
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import Scene, SceneObject, render
 from lightning_modules.files import BUNDLED
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
 from lightning_modules.rewards.geneval_reward import GenEvalReward
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES, Detections
+from lightning_modules.rewards.geneval_rules import Detections
 from lightning_modules.rewards.self_test import SelfTest
 from lightning_modules.rewards.stored_detections import StoredDetections
 from tests.helpers.stop_sign import stop_sign

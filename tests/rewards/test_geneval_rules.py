@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_modules.rewards.geneval_rules import (
-    CLASS_NAMES,
-    CLAUSES,
-    Detections,
-    GenEvalRules,
-    Verdict,
-    read_prompts,
-    relations,
-    validate_metadata,
-)
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, read_prompts, validate_metadata
+from lightning_modules.rewards.geneval_rules import CLAUSES, Detections, GenEvalRules, Verdict, relations
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "geneval"
 OPTIONS = {

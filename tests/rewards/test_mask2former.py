@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
-from lightning_modules.rewards.geneval_rules import CLASS_NAMES
+from lightning_modules.rewards.geneval_metadata import CLASS_NAMES
 from lightning_modules.rewards.mask2former import Mask2FormerDetector, _measure
 from lightning_modules.rewards.tiny_geneval import save_tiny_mask2former
 

@@ -1,4 +1,4 @@
-"""The help and refusals answer at once: they import neither torch nor Lightning."""
+"""The help and refusals answer at once: they import neither numpy nor torch nor Lightning."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ try:
     runpy.run_path("train.py", run_name="__main__")
 except SystemExit as end:
     print(end.code)
-print("imported", [name for name in ("torch", "lightning", "transformers", "datasets") if name in sys.modules])
+print("imported", [name for name in ("numpy", "torch", "lightning", "transformers", "datasets") if name in sys.modules])
 """
 
 

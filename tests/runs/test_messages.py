@@ -471,7 +471,7 @@ PLACES = {
         ["geneval.reward.self_test.folder={folder}"],
         "prompts.jsonl:1: not valid JSON: Expecting value at column 1",
     ),
-    "rewards/geneval_rules.py": (
+    "rewards/geneval_metadata.py": (
         ["geneval=file", "geneval.test_prompts.path={folder}/x.jsonl"],
         "x.jsonl:1: not valid JSON: Expecting value at column 1",
     ),

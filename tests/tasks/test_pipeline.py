@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.rewards.geneval_rules import TASKS
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.tasks.pipeline import Job, Pipeline, Row
 
 # Stands in for train.py: leaves a report in which `sample` is right in one task more than the job before it.
