@@ -55,7 +55,9 @@ def locate(target: str) -> Found | None:
         return None
     _visited.append(target)
     try:
-        return _within(locate_module(target.partition(".")[0]), target.split(".")[1:])
+        names = target.split(".")
+        inner = next((end for end in range(len(names) - 1, 1, -1) if _file(".".join(names[:end]))), 1)  # package's last
+        return _within(locate_module(".".join(names[:inner])), names[inner:])
     finally:
         _visited.pop()
 
@@ -118,10 +120,14 @@ def lineage(found: Found) -> Iterator[Found]:
 
 @cache
 def locate_module(name: str) -> Found | None:
-    """Find a module by its dotted name, without importing it or the packages around it."""
+    """Find a module by its dotted name, without importing it or the packages around it.
+
+    Those of Python itself are taken for empty: what is asked of them is asked of the modules.
+    """
     file = _file(name)
+    is_read = file and not file.is_dir() and name.partition(".")[0] not in sys.stdlib_module_names
     try:
-        return Found(name, ast.parse(b"" if file.is_dir() else file.read_bytes())) if file else None
+        return Found(name, ast.parse(file.read_bytes() if file and is_read else b"")) if file else None
     except (SyntaxError, ValueError):  # said when it is imported
         return None
 
