@@ -127,6 +127,8 @@ def _of_config(error: OmegaConfBaseException, unresolved: Mapping[str, Any]) -> 
         reference = f"${{{missing[1]}}}"
         key = next((name for name, value in flat(unresolved) if isinstance(value, str) and reference in value), key)
         return f"{key} refers to the key {missing[1]}, and there is none"
+    if inside := re.search("trying to access (.+): node `(.+)` is not a container", text):
+        return f"{inside[2]} must have settings: {inside[1]} is needed"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"there is no key {key}, which is needed"
     return f"{key}: {text}" if key else text

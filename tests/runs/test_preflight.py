@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_modules.backbone.janus_template import ROLES, check_name
 from lightning_modules.backbone.published import Published
 from lightning_modules.files import BUNDLED
 from lightning_modules.runs.mismatches import refuse_mismatches
@@ -171,6 +172,20 @@ def test_what_is_there_is_not_missing(compose_config: Compose, tmp_path: Path, m
         "geneval.reward.detector.checkpoint",
         "geneval.reward.colors.pretrained",
     ]
+    show_o = Published("decoder.checkpoint", "showlab/show-o", ("*.safetensors",))
+    assert show_o.is_here
+    link = tmp_path / "models--showlab--show-o" / "snapshots" / "abc" / "model.safetensors"
+    link.unlink()
+    link.symlink_to(tmp_path / "blobs" / "gone")
+    assert not show_o.is_here
+
+
+def test_a_chat_template_that_is_no_text_tells_nothing_of_janus(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe\x00")
+    check_name(str(tmp_path), {"template": "janus"})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff" + ROLES["janus_pro"][0].encode())
+    with pytest.raises(ValueError, match="is of a Janus with template=janus_pro, not janus"):
+        check_name(str(tmp_path), {"template": "janus"})
 
 
 @pytest.mark.parametrize(
