@@ -78,6 +78,7 @@ COMPANIONS = {
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
     "experiment=shapes_flow": [*TINY, "decoder.start=null"],
+    "experiment=shapes_flow_parm_start": [*TINY, "parm.checkpoint=null"],
     "strategies=flow": [*TINY, "decoder=shapes_flow"],
     "decoder=showo": TINY_SHOWO,
     "strategies=janus": ["decoder=janus_pro_1b", "+debug=tiny_janus"],
@@ -402,6 +403,7 @@ PRETRAINED = [
     "shapes_flow",
     "shapes_parm_start",
     "shapes_masked_parm_start",
+    "shapes_flow_parm_start",
     "shapes_clip",
 ]
 
@@ -429,6 +431,8 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         small = [item for item in small if item not in PLAIN_STRATEGY] + ["decoder.start=null"]
     if name == "shapes_masked_parm_start":
         overrides.append("parm.start=null")
+    if name == "shapes_flow_parm_start":
+        overrides += ["parm.checkpoint=null", "callbacks.geneval.test_strategies=[sample,verified_best_of_2]"]
     if "masked" in name:
         small = [*small, "decoder.module.rotary_dims=4", "sampling.steps=4"]
     if "parm" in name:

@@ -19,6 +19,7 @@ MENDABLE = (ValueError, OSError, ImportError, OmegaConfBaseException, HydraExcep
 
 _ROOT = Path(__file__).parents[2]
 _OURS = ("callbacks", "datamodules", "lightning_modules", "train.py")
+_EXTRAS = {"diffusers": "diffusers", "ftfy": "llamagen", "peft": "lora", "transformers": "showo"}  # of packages
 _WRITTEN_TO = ("hydra.run.dir", "rollouts_dir", "scores_dir", "images", "export_dir")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SYSTEM = {
@@ -48,6 +49,9 @@ def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
         node = re.search("^full_key: (.+)$", str(error), re.MULTILINE)
         place = f" (in {defining_key(unresolved, node[1])})" if node else ""
         error = error.__cause__ or error
+    said_already = _is_ours(error) and not isinstance(error, ModuleNotFoundError)
+    if not said_already and (package := _missing(error)):
+        return f"{package} is not installed: pip install -e '.[{_EXTRAS[package]}]'{place}"
     if isinstance(error, OmegaConfBaseException):
         return _of_config(error, unresolved)
     text = _of_worker(error) or (str(error) if _is_ours(error) else first_line(error))
@@ -74,6 +78,15 @@ def defining_key(config: Mapping[str, Any], key: str) -> str:
         if isinstance(node, str) and (reference := re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)\}", node)):
             return defining_key(config, ".".join([reference[1], *parts[end:]]))
     return key
+
+
+def _missing(error: BaseException | None) -> str | None:
+    """Return the package of an extra whose absence led to an error."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and (name := str(error.name).partition(".")[0]) in _EXTRAS:
+            return name
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_ours(error: BaseException) -> bool:

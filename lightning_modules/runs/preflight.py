@@ -37,6 +37,8 @@ def refuse_settings(config: DictConfig) -> None:
     _refuse_incomplete(config, unresolved)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
+    if preset and config.task == "pipeline":
+        raise ValueError("the jobs of task=pipeline do not read +debug: leave it out")
     try:
         refuse_wrong_values(plain, unresolved)
         if config.task == "pipeline":  # its jobs are checked each on its own

@@ -1,6 +1,7 @@
 """The pipeline: jobs that build on one another, run for several seeds, and one table of what they score."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,13 +78,25 @@ class Pipeline:
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             overrides.append(f"ckpt_path={quoted(last)}")
+        stopped = False
         with subprocess.Popen([sys.executable, sys.argv[0], *overrides]) as job:
+
+            def stop(*_: Any) -> None:
+                nonlocal stopped
+                stopped = True
+                job.terminate()  # it saves first
+
+            before = signal.signal(signal.SIGTERM, stop)
             try:
                 job.wait()
-            except KeyboardInterrupt:  # which the job got as well, and saves first
-                code = job.wait()
-                print(f"Pipeline: stopped in job {name} of seed {seed}; the same command goes on there", flush=True)
-                sys.exit(code)
+            except KeyboardInterrupt:  # which the job got as well
+                stopped = True
+                job.wait()
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        if stopped:
+            print(f"Pipeline: stopped in job {name} of seed {seed}; the same command goes on there", flush=True)
+            sys.exit(job.returncode if job.returncode >= 0 else 128 - job.returncode)
         if job.returncode or not self._is_done(seed, name):
             raise ValueError(f"pipeline: the job {name!r} of seed {seed} ended with {job.returncode}; see {folder}")
 

@@ -4,6 +4,7 @@ import ast
 import builtins
 import errno
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -329,6 +330,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["tokenizer.module=null"], "tokenizer.module must have settings: tokenizer.module.grid is needed"),
         (["geneval.reward._target_=null"], "Expected a callable target, got 'None'"),
         (["task=score", "geneval=file", "images=nowhere"], "images: there is no folder nowhere"),
+        (["experiment=pipeline", "+debug=minutes"], "the jobs of task=pipeline do not read +debug: leave it out"),
         (["task=pipeline"], "task=pipeline needs jobs to run: use experiment=pipeline"),
         (["trainer.devices=99", "trainer.accelerator=cpu"], "trainer.devices=99 means as many processes on the CPU"),
         (["module.objective.finished=2"], "module.objective.finished must be a number from 0 to 1, not 2"),
@@ -548,6 +550,32 @@ def test_our_messages_stay_whole_and_those_of_others_are_cut_to_a_line(tmp_path:
     assert sentence(missing, {"a": "${b}"}).startswith("TypeError: ") and sentence(missing, {"a": "${b}"}).endswith(
         "(in b)"
     )
+
+
+@pytest.mark.parametrize(
+    ("package", "node", "said"),
+    [
+        (
+            "transformers",
+            {"_target_": "lightning_modules.rewards.tiny_judge.save_tiny_judge"},
+            "transformers is not installed: pip install -e '.[showo]' (in a)",
+        ),
+        ("peft", {"_target_": "lightning_modules.backbone.lora.LoRA"}, "peft is not installed: pip install"),
+        (
+            "transformers",
+            {"_target_": "lightning_modules.backbone.emu3_vq.Emu3VQ"},
+            "Emu3VQ needs transformers: pip install -e '.[janus]' (in a)",
+        ),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, node: dict[str, Any], said: str
+) -> None:
+    module = node["_target_"].rpartition(".")[0]
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    error = raised(lambda: instantiate({"a": node | ({"folder": str(tmp_path / "x")} if "tiny" in module else {})}))
+    assert sentence(error, {}).startswith(said)
 
 
 def test_what_a_data_loaders_process_raised_is_told_as_if_raised_here(tmp_path: Path) -> None:

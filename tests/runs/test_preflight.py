@@ -213,6 +213,7 @@ SHORT = {
         "shapes_clip",
         "shapes_decoder",
         "shapes_flow",
+        "shapes_flow_parm_start",
         "shapes_masked",
         "shapes_masked_parm_start",
         "shapes_parm_start",

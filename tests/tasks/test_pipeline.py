@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lightning_modules.tasks.pipeline import Job, Pipeline, Row
 
 # Stands in for train.py: leaves a report in which `sample` is right in one task more than the job before it.
 TRAIN = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys, time
 overrides = dict(item.split("=", 1) for item in sys.argv[1:])
 folder = pathlib.Path(overrides["hydra.run.dir"].strip("'"))
 folder.mkdir(parents=True, exist_ok=True)
@@ -20,6 +21,10 @@ with (folder.parent.parent / "log").open("a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
 if (folder.parent.parent / "fail").exists():
     sys.exit(3)
+if (folder.parent.parent / "wait").exists():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
 tasks = %r
 right = int(overrides["right"])
 rows = [
@@ -70,6 +75,16 @@ def test_what_is_there_is_not_run_again_and_what_was_killed_resumes(pipeline: Pi
     pipeline.run()
     again = started(pipeline)[before:]
     assert len(again) == 1 and f"ckpt_path='{job}/checkpoints/last.ckpt'" in again[0]
+
+
+def test_who_asks_the_pipeline_to_end_ends_its_job(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    (pipeline.folder / "wait").parent.mkdir()
+    (pipeline.folder / "wait").touch()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        pipeline.run()
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert "stopped in job base of seed 0; the same command goes on there" in capsys.readouterr().out
 
 
 def test_the_table_puts_seeds_together(pipeline: Pipeline) -> None:
