@@ -75,7 +75,8 @@ def write_page(path: Path, evaluation: EvaluationResult, run: RunInfo, compute: 
 def _fitting(indices: Sequence[int], size: Callable[[int, bool], int]) -> dict[int, bool]:
     """Pick the prompts that the page has room for; those that are shown whole are True.
 
-    Where not all can be whole, those that are take half of the room, and others are shown without how they were made.
+    Where not all can be whole, those that are take half of the room, or what all others leave of it; others are shown
+    without how they were made.
 
     Args:
         indices: of the prompts.
@@ -85,7 +86,8 @@ def _fitting(indices: Sequence[int], size: Callable[[int, bool], int]) -> dict[i
     whole = _spread(indices, lambda index: size(index, True), room)
     if len(whole) == len(indices):
         return dict.fromkeys(whole, True)
-    whole = _spread(indices, lambda index: size(index, True), room // 2)
+    others_room = min(room // 2, len(indices) * size(indices[0], False))
+    whole = _spread(indices, lambda index: size(index, True), room - others_room)
     room -= sum(size(index, True) for index in whole)
     others = _spread([index for index in indices if index not in whole], lambda index: size(index, False), room)
     return {index: index in whole for index in sorted([*whole, *others])}

@@ -199,6 +199,8 @@ def test_prompts_are_left_out_before_the_page_is_too_large() -> None:
     assert sum(shown.values()) == 4 and len(shown) == 30 and list(shown) == sorted(shown)
     whole = [index for index, is_whole in shown.items() if is_whole]
     assert whole[0] == 0 and whole[-1] > 50  # from all of them
+    shown = _fitting(indices, lambda index, is_whole: 200_000 if is_whole else 10_000)
+    assert sum(shown.values()) == 21 and len(shown) == len(indices)  # the room that others leave is used
     sizes = {index: 100_000 if index == 0 else 900_000 for index in indices}
     shown = _fitting(indices, lambda index, is_whole: sizes[index])
     assert len(shown) > 3 and sum(sizes[index] for index in shown) < 4_900_000
