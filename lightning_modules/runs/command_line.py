@@ -206,6 +206,8 @@ def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     """Say what was probably meant by a key that is not there."""
     if value and not sign and tree.takes(key):
         return f"{key} is set nowhere yet: write +{key}={value}"
+    if inside := tree.within(key):
+        return f"there is no key {key}; did you mean {' or '.join(f'{sign}{each}={value}' for each in inside[:3])}?"
     if others := tree.having(key):
         return f"there is no key {key}; there is with {' or '.join(others)}"
     if guesses := tree.similar(key):

@@ -56,11 +56,19 @@ class SettingsTree:
 
     def having(self, key: str) -> list[str]:
         """List the choices of the key's group with which there is such a key."""
-        group = key.partition(".")[0]
+        group, name, *_ = [*key.split("."), ""]
         if group in GROUPS and group not in self.keys:  # the settings of some task
-            group = "task"
-        others = {other: _overrides({**self.choices, group: other}) for other in options(group)}
+            group, name = "task", group
+        texts = {other: (CONF / group / f"{other}.yaml").read_text("utf-8") for other in options(group)}
+        written = any(name in text for text in texts.values())  # others need not be composed, which takes long
+        likely = [other for other, text in texts.items() if written and (name in text or "defaults:" in text)]
+        others = {other: _overrides({**self.choices, group: other}) for other in likely}
         return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
+
+    def within(self, key: str) -> list[str]:
+        """Find keys of that name in nodes of the node that the key would be in."""
+        node, _, name = key.rpartition(".")
+        return [other for other in self.keys if node and other.startswith(f"{node}.") and other.endswith(f".{name}")]
 
     def takes(self, key: str) -> bool:
         """Say if what is built of the node around the key takes a setting of that name."""

@@ -87,6 +87,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("~data=rollouts", "~data is written without a value"),
         ("+seed=1", "seed is there already: write seed=1"),
         ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
+        ("strategies.verified_best_of_4.k=3", "did you mean strategies.verified_best_of_4.strategy.k=3?"),
         ("strategies.verified_best_of_3.n=3", "did you mean strategies.verified_best_of_4.n=3?"),
         ("generating.strategy=beam", "there is no key generating.strategy; there is with task=generate"),
         ("debug=minutes", "write +debug=minutes"),
