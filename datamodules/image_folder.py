@@ -16,6 +16,7 @@ import numpy as np
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from datamodules.prompt_folders import NUMBER, prompt_folders
 from lightning_modules.artifacts import ArtifactCache
 from lightning_modules.broken_files import read_json
 from lightning_modules.files import write_text
@@ -23,7 +24,6 @@ from lightning_modules.image_reader import UnreadableImage, hash_image, read_ima
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval_metadata import validate_metadata
 
-_NUMBER = "[0-9]+"  # what folders of prompts are called
 _NAMED = 5  # faulty folders that an error names
 
 
@@ -56,14 +56,8 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
     Raises FileNotFoundError if there is no such folder, and ValueError, naming files, if it has no prompts, or some
     without images or valid metadata.
     """
-    root = Path(images)
-    if not root.is_dir():
-        raise FileNotFoundError(f"images: there is no folder {images}")
-    folders = [path for path in root.iterdir() if path.is_dir() and re.fullmatch(_NUMBER, path.name)]
-    if not folders:
-        raise ValueError(f"images: {images} has no folders 00000, 00001, ... with metadata.jsonl and samples")
     found, complaints = [], []
-    for folder in sorted(folders, key=lambda path: (int(path.name), path.name)):
+    for folder in prompt_folders(images):
         try:
             found.append(_open(folder, class_names))
         except ValueError as error:
@@ -78,7 +72,7 @@ def scan(images: str | Path, class_names: Sequence[str]) -> list[PromptFolder]:
 def unnumbered(images: str | Path) -> list[str]:
     """Name the folders that `scan` takes for no prompts."""
     names = (path.name for path in Path(images).iterdir() if path.is_dir())
-    return sorted(name for name in names if not re.fullmatch(_NUMBER, name) and name[0] != ".")
+    return sorted(name for name in names if not re.fullmatch(NUMBER, name) and name[0] != ".")
 
 
 def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
@@ -91,7 +85,7 @@ def _open(folder: Path, class_names: Sequence[str]) -> PromptFolder:
     metadata = prompts[0]
     validate_metadata(metadata, class_names, str(file))
     names = sorted(path.name for path in samples.iterdir() if path.name[0] != ".") if samples.is_dir() else []
-    files = [name for name in names if re.fullmatch(_NUMBER + r"\.(png|jpe?g|webp)", name, re.IGNORECASE)]
+    files = [name for name in names if re.fullmatch(NUMBER + r"\.(png|jpe?g|webp)", name, re.IGNORECASE)]
     if not files:
         raise ValueError(f"{samples}: there are no images 0000.png, 0001.png, ...")
     by_number: dict[int, str] = {}

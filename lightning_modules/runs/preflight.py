@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.prompt_folders import prompt_folders
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints
@@ -60,8 +61,8 @@ def refuse_settings(config: DictConfig) -> None:
             refuse_unmarked(Path(config.images))
         except ValueError as error:
             raise ValueError(f"{error}; task=score judges what is there") from None
-    if config.task == "score" and not Path(config.images).is_dir():
-        raise FileNotFoundError(f"images: there is no folder {config.images}")
+    if config.task == "score":
+        prompt_folders(config.images)
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_broken(Path(path), "ckpt_path")

@@ -45,6 +45,8 @@ def test_every_experiment_is_described() -> None:
         (["experiment=dpo", "data=rollouts"], "module=dpo learns from pairs"),
         (["task=evaluate", "ckpt_path=nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["task=score"], "task=score needs images=DIR"),
+        (["task=score", "images=conf"], "images: conf has no folders 00000, 00001, ..."),
+        (["strategies.verified_best_of_4.k=16"], "did you mean strategies.verified_best_of_4.strategy.k=16?"),
         (["decoder.checkpoint=nowhere"], "decoder.checkpoint: checkpoint 'nowhere': no model.safetensors"),
         (["parm.checkpoint=bundled:shapes_decoder"], "holds the weights of a CompactDecoder, not of a PARM"),
         (
