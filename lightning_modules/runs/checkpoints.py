@@ -175,7 +175,8 @@ def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
     if task != "evaluate":
         raise FileNotFoundError(f"ckpt_path: {ckpt_path} is a folder; only task=evaluate takes all checkpoints of one")
     if not (found := {str(each.resolve()) for each in path.glob("*.ckpt")}):  # each once: last.ckpt is a link
-        raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}")
+        inside = f"; there are in {path / 'checkpoints'}" if any(path.glob("checkpoints/*.ckpt")) else ""
+        raise FileNotFoundError(f"ckpt_path: there are no checkpoints in the folder {ckpt_path}{inside}")
     return sorted(found)
 
 
@@ -199,6 +200,7 @@ def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
         before, now = old.get(key), new.get(key)
         if before != now and not (isinstance(before, Mapping) and isinstance(now, Mapping)):
             name = key.removeprefix("module.") if key.split(".")[1:] and key.split(".")[1] in config else key
+            before, now = ("null" if each is None else each for each in (before, now))
             raise ValueError(f"ckpt_path: {path} was made with {name}={before}, not {now}")
 
 

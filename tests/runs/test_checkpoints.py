@@ -14,6 +14,7 @@ from lightning_modules.runs.checkpoints import (
     changed_settings,
     forget_refused,
     keep_metrics,
+    named_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     refuse_other_config,
@@ -45,7 +46,7 @@ def flip(path: Path, at: bytes | float) -> None:
         (without("optimizer_states"), "evaluate", ""),
         (WHOLE | {"global_step": "many"}, "evaluate", "is no checkpoint of training: its 'global_step' is a str"),
         (WHOLE | {"hyper_parameters": "text"}, "fit", "is no checkpoint of training: its 'hyper_parameters' is a str"),
-        (WHOLE | {"hyper_parameters": {"a": 1}}, "fit", "was made with module._target_=None, not a"),
+        (WHOLE | {"hyper_parameters": {"a": 1}}, "fit", "was made with module._target_=null, not a"),
         (WHOLE, "fit", ""),
     ],
 )
@@ -136,3 +137,13 @@ def test_a_refused_run_removes_only_what_it_has_made(tmp_path: Path) -> None:
         forget_refused(folder)
     assert not made.exists() and own.is_dir() and not list(own.iterdir()) and (used / ".hydra").is_dir()
     assert linked.is_symlink()
+
+
+def test_the_folder_of_a_run_is_not_that_of_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there are no checkpoints in the folder \S+$"):
+        named_checkpoints(str(tmp_path), "evaluate")
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=f"; there are in {tmp_path}/checkpoints$"):
+        named_checkpoints(str(tmp_path), "evaluate")
+    assert named_checkpoints(f"{tmp_path}/checkpoints", "evaluate") == [f"{tmp_path}/checkpoints/last.ckpt"]
