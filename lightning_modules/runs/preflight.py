@@ -53,7 +53,7 @@ def refuse_settings(config: DictConfig) -> None:
         hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
-        _read_prompts(plain["geneval"])
+        _read_prompts(plain["geneval"], trains=bool(plain.get("data")))
     refuse_unfit_parts(plain, unresolved)
     refuse_unfit_weights(plain, unresolved)
     if config.task == "generate":
@@ -68,9 +68,11 @@ def refuse_settings(config: DictConfig) -> None:
             refuse_broken(Path(path), "ckpt_path")
 
 
-def _read_prompts(geneval: Mapping[str, Any]) -> None:
+def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
     """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
     for name, node in geneval.items():
+        if name == "train_prompts" and not trains:  # thousands, to be made for nothing
+            continue
         if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
             instantiate({"geneval": {name: node}}, _convert_="all")
 

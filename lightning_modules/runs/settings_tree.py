@@ -1,5 +1,6 @@
 """The tree of settings in conf/: which keys and choices there are, and which of them was probably meant."""
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -59,9 +60,10 @@ class SettingsTree:
         group, name, *_ = [*key.split("."), ""]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group, name = "task", group
+        # To compose takes long: only those are that set it, or take settings of others, if any sets it.
         texts = {other: (CONF / group / f"{other}.yaml").read_text("utf-8") for other in options(group)}
-        written = any(name in text for text in texts.values())  # others need not be composed, which takes long
-        likely = [other for other, text in texts.items() if written and (name in text or "defaults:" in text)]
+        sets = {other: re.search(rf"(?m)^ *(- )?/?([\w/@]+\.)?{name}\b", text) for other, text in texts.items()}
+        likely = [other for other, text in texts.items() if any(sets.values()) and (sets[other] or "defaults:" in text)]
         others = {other: _overrides({**self.choices, group: other}) for other in likely}
         return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
 
