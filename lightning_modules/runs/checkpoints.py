@@ -1,6 +1,10 @@
 """Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
+import io
+import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -193,9 +197,46 @@ def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
     To resume training, all that it depends on has to be the same: Lightning would restore the optimizer's settings from
     the checkpoint. For other tasks it is the networks, of which frozen ones are not in the checkpoint.
     """
-    task = config["task"]
-    stored = read_checkpoint(path, True, task).get("hyper_parameters", config)
-    old, new = (dict(flat(_decisive(each, task))) for each in (stored, config))
+    _refuse_other(path, read_checkpoint(path, True, config["task"]).get("hyper_parameters", config), config)
+
+
+def refuse_other_settings(path: str, config: Mapping[str, Any]) -> None:
+    """Do the same for what a checkpoint tells without torch, and leave all else that may be wrong with it to that."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            checkpoint = _WithoutTensors(io.BytesIO(archive.read(name))).load()
+        stored = checkpoint["hyper_parameters"]
+    except Exception:  # of any kind: `read_checkpoint` says what is wrong, if anything is
+        return
+    if isinstance(stored, Mapping):
+        _refuse_other(path, stored, config)
+
+
+class _StandIn:
+    """Something of torch's."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _WithoutTensors(pickle.Unpickler):
+    """Reads plain data that `torch.save` wrote with tensors; it neither imports nor runs anything of the file's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "torch":
+            return _StandIn
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> None:
+        """Leave out the numbers of a tensor."""
+
+
+def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    old, new = (dict(flat(_decisive(each, config["task"]))) for each in (stored, config))
     for key in {**new, **old}:
         before, now = old.get(key), new.get(key)
         if before != now and not (isinstance(before, Mapping) and isinstance(now, Mapping)):

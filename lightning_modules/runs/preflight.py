@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.prompt_folders import prompt_folders
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.files import refuse_unmarked
-from lightning_modules.runs.checkpoints import named_checkpoints
+from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_settings
 from lightning_modules.runs.checks import (
     refuse_missing_devices,
     refuse_unknown_judges,
@@ -66,6 +66,7 @@ def refuse_settings(config: DictConfig) -> None:
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_broken(Path(path), "ckpt_path")
+            refuse_other_settings(path, plain)
 
 
 def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:

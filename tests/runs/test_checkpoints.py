@@ -18,6 +18,7 @@ from lightning_modules.runs.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
     refuse_other_config,
+    refuse_other_settings,
     remember_found,
 )
 
@@ -53,6 +54,11 @@ def flip(path: Path, at: bytes | float) -> None:
 def test_what_a_checkpoint_lacks_is_named(tmp_path: Path, content: Any, task: str, said: str) -> None:
     path = tmp_path / "last.ckpt"
     torch.save(content, path)
+    if "was made with" in said:  # what is told without torch is the same
+        with pytest.raises(ValueError, match=f"^ckpt_path: {path} was made with "):
+            refuse_other_settings(str(path), CONFIG | {"task": task})
+    else:
+        refuse_other_settings(str(path), CONFIG | {"task": task})
     if not said:
         refuse_other_config(str(path), CONFIG | {"task": task})
         return
@@ -147,3 +153,13 @@ def test_the_folder_of_a_run_is_not_that_of_its_checkpoints(tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match=f"; there are in {tmp_path}/checkpoints$"):
         named_checkpoints(str(tmp_path), "evaluate")
     assert named_checkpoints(f"{tmp_path}/checkpoints", "evaluate") == [f"{tmp_path}/checkpoints/last.ckpt"]
+
+
+def test_settings_in_a_checkpoint_are_read_without_running_anything(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save(WHOLE | {"hyper_parameters": {"a": 1}, "more": Code()}, tmp_path / "last.ckpt")
+    refuse_other_settings(str(tmp_path / "last.ckpt"), CONFIG | {"task": "fit"})  # left to `read_checkpoint`
+    assert not (tmp_path / "ran").exists()
