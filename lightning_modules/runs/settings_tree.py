@@ -56,14 +56,13 @@ class SettingsTree:
         return [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
 
     def having(self, key: str) -> list[str]:
-        """List the choices of the key's group with which there is such a key."""
+        """List choices of the key's group with which there is such a key, two of them at most."""
         group, name, *_ = [*key.split("."), ""]
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group, name = "task", group
-        # To compose takes long: only those are that set it, or take settings of others, if any sets it.
         texts = {other: (CONF / group / f"{other}.yaml").read_text("utf-8") for other in options(group)}
-        sets = {other: re.search(rf"(?m)^ *(- )?/?([\w/@]+\.)?{name}\b", text) for other, text in texts.items()}
-        likely = [other for other, text in texts.items() if any(sets.values()) and (sets[other] or "defaults:" in text)]
+        sets = [other for other, text in texts.items() if re.search(rf"(?m)^ *(- )?/?([\w/@]+\.)?{name}\b", text)]
+        likely = sorted(sets, key=lambda other: key.rpartition(".")[2] not in texts[other])[:2]  # to compose takes long
         others = {other: _overrides({**self.choices, group: other}) for other in likely}
         return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
 
