@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from callbacks.runs import checkpoint_to_resume
+from lightning_modules.files import PROVENANCE
 from lightning_modules.runs.mismatches import refuse_mismatches
 from lightning_modules.runs.preflight import refuse_settings
 from tests.helpers.models import make_decoder
@@ -164,7 +165,8 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation tells to put beside train.py; returns that of further configs."""
     monkeypatch.chdir(tmp_path)
     for folder in FOLDERS:
-        Path(folder).mkdir()
+        Path(folder, "00000").mkdir(parents=True)  # of a prompt
+        Path(folder, PROVENANCE).write_text("{}")  # so that images may be made there as well
     for file, row in FILES.items():
         Path(file).write_text(json.dumps(row) + "\n")
     Image.new("RGB", (300, 200)).save("photos/dog.png")

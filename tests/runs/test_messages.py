@@ -7,6 +7,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -573,6 +574,8 @@ def test_a_package_that_is_not_there_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, node: dict[str, Any], said: str
 ) -> None:
     module = node["_target_"].rpartition(".")[0]
+    room, _, name = module.rpartition(".")
+    monkeypatch.delattr(import_module(room), name, raising=False)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     error = raised(lambda: instantiate({"a": node | ({"folder": str(tmp_path / "x")} if "tiny" in module else {})}))
