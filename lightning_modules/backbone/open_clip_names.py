@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 _ALIAS = "_open_clip_without_torch"
-_IMPORTS_TORCH = "safetensors.torch"  # which its table of weights can do without
+_SLOW = ("safetensors.torch", "huggingface_hub")  # packages that its table of weights can do without
 
 
 @cache
@@ -25,9 +25,8 @@ def _weights() -> ModuleType:
     """open_clip.pretrained, in a package of another name around the same files."""
     package = ModuleType(_ALIAS)
     package.__path__ = [str(_folder())]
-    modules: dict[str, ModuleType | None] = {_ALIAS: package}
-    if _IMPORTS_TORCH not in sys.modules:
-        modules[_IMPORTS_TORCH] = None  # an import of it fails
+    missing = dict.fromkeys(name for name in _SLOW if name not in sys.modules)  # an import of them fails
+    modules: dict[str, ModuleType | None] = {_ALIAS: package, **missing}
     sys.modules.update(modules)  # type: ignore[arg-type]
     try:
         return import_module(f"{_ALIAS}.pretrained")
