@@ -207,7 +207,8 @@ def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     if value and not sign and tree.takes(key):
         return f"{key} is set nowhere yet: write +{key}={value}"
     if inside := tree.within(key):
-        return f"there is no key {key}; did you mean {' or '.join(f'{sign}{each}={value}' for each in inside[:3])}?"
+        meant = [f"{sign}{each}={value}" if value else f"{sign}{each}" for each in inside[:3]]
+        return f"there is no key {key}; did you mean {' or '.join(meant)}?"
     if others := tree.having(key):
         return f"there is no key {key}; there is with {' or '.join(others)}"
     if guesses := tree.similar(key):

@@ -61,7 +61,9 @@ class SettingsTree:
         if group in GROUPS and group not in self.keys:  # the settings of some task
             group, name = "task", group
         texts = {other: (CONF / group / f"{other}.yaml").read_text("utf-8") for other in options(group)}
-        sets = [other for other, text in texts.items() if re.search(rf"(?m)^ *(- )?/?([\w/@]+\.)?{name}\b", text)]
+        sets = [
+            other for other, text in texts.items() if re.search(rf"(?m)^ *(- )?/?([\w/@]+\.)?{re.escape(name)}\b", text)
+        ]
         likely = sorted(sets, key=lambda other: key.rpartition(".")[2] not in texts[other])[:2]  # to compose takes long
         others = {other: _overrides({**self.choices, group: other}) for other in likely}
         return [f"{group}={other}" for other, overrides in others.items() if key in _composed(*overrides)]
