@@ -39,10 +39,10 @@ class RunFolder(Callback):
     """Chooses the folder when a run starts, unless `hydra.run.dir` (or `hydra.sweep.dir`) names it. Hydra calls it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _open(config, "run", lambda: run_folder(f"outputs/{config.name}", config.task, config.ckpt_path))
+        _open(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _open(config, "sweep", lambda: run_folder("multirun", config.task, None))
+        _open(config, "sweep")
         with read_write(config.hydra):  # jobs are composed anew, from overrides
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(config.hydra.sweep.dir)}")
 
@@ -127,17 +127,17 @@ def try_to_hold(folder: Path) -> bool:
     return True
 
 
-def _open(config: DictConfig, kind: Literal["run", "sweep"], choose: Callable[[], str]) -> None:
+def _open(config: DictConfig, kind: Literal["run", "sweep"]) -> None:
     """Settle on the folder of a run or of a sweep, which is one run's at a time."""
     HydraConfig.instance().set_config(config)  # names may refer to it
     held = False
     try:
         refuse_wrong_texts(OmegaConf.to_container(config))  # type: ignore[arg-type]
-        if config.hydra[kind].dir:
-            remember_found(Path(config.hydra[kind].dir))
-        else:
+        parent, resumed = (f"outputs/{config.name}", config.ckpt_path) if kind == "run" else ("multirun", None)
+        remember_found(Path(config.hydra[kind].dir or parent))
+        if not config.hydra[kind].dir:
             with read_write(config.hydra):
-                config.hydra[kind].dir = _agreed(choose)
+                config.hydra[kind].dir = _agreed(lambda: run_folder(parent, config.task, resumed))
         folder = config.hydra[kind].dir
         # Several processes may work on a pipeline, each of whose jobs is a run.
         if config.task != "pipeline" and is_first():

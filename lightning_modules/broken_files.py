@@ -1,12 +1,18 @@
 """Explains what is wrong with a file of weights or settings, before a library says so in words of its own."""
 
+import io
 import json
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import Unpickler, UnpicklingError
 from typing import Any
 
 _COPY = "copy or download it again"
+_NOT_PLAIN = (
+    "holds more than tensors and is not loaded, because that could run code: if you trust it, load it once with "
+    "`torch.load(FILE, weights_only=False)` and save its tensors alone with `torch.save`"
+)
 # What is wrong with files that begin like this, in lower case.
 _BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
     "is a git-lfs pointer: run `git lfs pull` where it comes from": b"version https://",
@@ -65,12 +71,52 @@ def read_torch(path: Path, key: str | None = None, thorough: bool = False) -> An
     except OSError:
         raise
     except UnpicklingError as error:
-        raise ValueError(
-            f"{_named(path, key)} holds more than tensors and is not loaded, because that could run code: if you trust "
-            f"it, load it once with `torch.load(FILE, weights_only=False)` and save its tensors alone with `torch.save`"
-        ) from error
+        raise ValueError(f"{_named(path, key)} {_NOT_PLAIN}") from error
     except Exception as error:  # of any kind, where bytes are not what the archive says
         raise ValueError(f"{_named(path, key)} is broken ({first_line(error)}): {_COPY}") from error
+
+
+def read_without_tensors(path: Path, key: str | None = None) -> Any:
+    """Read the plain data that `torch.save` wrote beside tensors; torch, which takes seconds, is not imported.
+
+    Nothing of the file's is imported or run. Returns None for what only `read_torch` can tell. Raises ValueError, as
+    that does, for what holds things of other packages.
+    """
+    refuse_broken(path, key)
+    reader = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            reader = _WithoutTensors(io.BytesIO(archive.read(name)))
+            return reader.load()
+    except Exception as error:  # of any kind, where bytes are not what the archive says
+        if reader is not None and reader.foreign:
+            raise ValueError(f"{_named(path, key)} {_NOT_PLAIN}") from error
+        return None
+
+
+class _StandIn:
+    """Something of torch's."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _WithoutTensors(Unpickler):
+    foreign = False  # something of a package that torch would not load from either has been met
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if package == "torch":
+            return _StandIn
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        self.foreign = package not in ("builtins", "collections", "_codecs")
+        raise UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> None:
+        """Leave out the numbers of a tensor."""
 
 
 def first_line(error: BaseException) -> str:

@@ -35,7 +35,8 @@ def resolve(checkpoint: str, advice: str | None = None) -> Path:
     published = on_hub(checkpoint)
     if published is None:
         known = ", ".join(sorted(f"bundled:{path.parent.name}" for path in BUNDLED.glob("*/model.safetensors")))
-        raise FileNotFoundError(f"checkpoint {checkpoint!r}: no model.safetensors in {folder} (there are: {known})")
+        lacking = f"no model.safetensors in {folder}" if folder.exists() else "there is no such folder"
+        raise FileNotFoundError(f"checkpoint {checkpoint!r}: {lacking} (there are: {known})")
     name, file = published
     if file:
         return from_hub(name, [file], advice) / file

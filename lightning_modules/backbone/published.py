@@ -23,6 +23,7 @@ _CLIP_LOADERS = {  # the argument that names the architecture
     "lightning_modules.rewards.color.CLIPColors": "model",
     "lightning_modules.rewards.open_clip_loader.load_clip": "model_name",
     "open_clip.create_model": "model_name",
+    "open_clip.get_tokenizer": "model_name",
 }
 # Pattern of the files to download, where a repository has many others.
 _ONLY = {

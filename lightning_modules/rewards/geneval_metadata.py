@@ -43,16 +43,17 @@ def read_prompts(path: str | Path, class_names: Sequence[str] = CLASS_NAMES) -> 
     return rows
 
 
-def validate_metadata(row: Any, class_names: Sequence[str], place: str) -> None:
+def validate_metadata(row: Any, class_names: Sequence[str] | None, place: str) -> None:
     """Refuse a prompt that `GenEvalRules` cannot judge, or would judge otherwise than its author meant.
 
-    Raises ValueError with one sentence that begins with `place` ("file:line").
+    It may name the classes `class_names` (None: any). Raises ValueError with one sentence that begins with `place`
+    ("file:line").
     """
     if complaint := _complaint(row, class_names):
         raise ValueError(f"{place}: {complaint}")
 
 
-def _complaint(row: Any, class_names: Sequence[str]) -> str:
+def _complaint(row: Any, class_names: Sequence[str] | None) -> str:
     """A sentence on what is wrong with a prompt, "" if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {row!r}"
@@ -72,12 +73,13 @@ def _complaint(row: Any, class_names: Sequence[str]) -> str:
     return ""
 
 
-def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names: Sequence[str]) -> str:
+def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names: Sequence[str] | None) -> str:
     if not isinstance(clause, dict):
         return f"expected an object, found {clause!r}"
     unknown = next((key for key in clause if key not in keys), None)
     name, count, color = clause.get("class"), clause.get("count"), clause.get("color", COLORS[0])
-    classes = ", ".join([*class_names[:8], *(["..."] if len(class_names) > 8 else [])])
+    classes = [name] if class_names is None else class_names
+    listed = ", ".join([*map(str, classes[:8]), *(["..."] if len(classes) > 8 else [])])
     pair = clause.get("position", [RELATIONS[0], -1])
     is_pair = isinstance(pair, list) and len(pair) == 2
     relation, target = pair if is_pair else (None, None)
@@ -85,7 +87,7 @@ def _clause_complaint(clause: Any, keys: Sequence[str], index: int, class_names:
     checks = (
         # The rules read known keys only, so a misspelt one would be ignored in silence.
         (unknown is None, f"unknown key {unknown!r}, known are {', '.join(keys)}"),
-        (name in class_names, f"unknown class {name!r}, known are {classes}"),
+        (name in classes, f"unknown class {name!r}, known are {listed}"),
         (type(count) is int and count >= 1, f"count must be a whole number of at least 1, found {count!r}"),
         (color in COLORS, f"unknown color {color!r}, known are {', '.join(COLORS)}"),
         (is_pair, f"position must be [relation, index of an earlier include], found {pair!r}"),

@@ -32,7 +32,7 @@ def load_clip(
         FileNotFoundError: the weights are not to be had.
         ValueError: there is no such architecture, or the weights are those of another one.
     """
-    refuse_other_network(key, model_name, pretrained)
+    refuse_other_network(key, model_name, pretrained, require_pretrained)
     try:
         return open_clip.create_model(model_name, pretrained, require_pretrained=require_pretrained)
     except _FAILURES as error:

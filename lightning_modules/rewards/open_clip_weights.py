@@ -10,12 +10,12 @@ _OPENAI = ("ViT-L-14-quickgelu", "openai")
 _QUICK = "-quickgelu"
 
 
-def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> None:
+def refuse_other_network(key: str, model_name: str, pretrained: str | None, require_pretrained: bool = False) -> None:
     """Refuse weights that were made for another architecture. Files and weights with a config pass; none are loaded.
 
     Raises:
         FileNotFoundError: `pretrained` is neither a file nor a tag of open_clip.
-        ValueError: there is no such architecture, or the weights were trained with another activation.
+        ValueError: there is no such architecture, the weights were trained with another activation, or none are named.
     """
     place, name = split_name(model_name)
     if place == "local-dir" and not Path(name).is_dir():
@@ -27,6 +27,9 @@ def refuse_other_network(key: str, model_name: str, pretrained: str | None) -> N
         close = ", ".join(get_close_matches(name, architectures())) or "open_clip.list_models() has all"
         raise ValueError(f"{key}: open_clip has no model {model_name!r}; close to it: {close}")
     if not pretrained:
+        if require_pretrained:
+            tags = ", ".join(tags_of(name))
+            raise ValueError(f"{key}.pretrained is null, which leaves the weights random: name a file or one of {tags}")
         return
     twin = name.removesuffix(_QUICK) if name.endswith(_QUICK) else name + _QUICK
     weights = weights_of(name, pretrained) or weights_of(twin, pretrained)

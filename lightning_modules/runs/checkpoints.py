@@ -1,10 +1,6 @@
 """Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
-import io
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from lightning_modules.broken_files import read_torch
+from lightning_modules.broken_files import read_torch, read_without_tensors
 from lightning_modules.files import remove, some_of
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.precision import native_precision
@@ -30,6 +26,7 @@ _LOGS = (".err", ".log", ".out", ".txt")  # what a shell or SLURM writes of a ru
 _PARTS = {"state_dict": Mapping, "global_step": int, "pytorch-lightning_version": str, "callbacks": Mapping,
           "loops": Mapping, "optimizer_states": list, "lr_schedulers": list}  # fmt: skip
 _found: dict[Path, bool] = {}  # folders that were there before this process came, and whether they were empty
+_missing: set[Path] = set()  # folders that were not
 
 LOCK = ".lock"  # in the folder of a run, held as long as it runs
 
@@ -131,7 +128,9 @@ def _has_config(folder: Path) -> bool:
 
 
 def remember_found(folder: Path) -> None:
-    """Note what is there already, the folder and those in it: `forget_refused` leaves them."""
+    """Note what is there already, the folder, those in it and those around it: `forget_refused` leaves them."""
+    folder = folder.absolute()
+    _missing.update(each for each in (folder, *folder.parents) if not each.exists())
     if folder.is_dir():
         inside = [path.resolve() for path in folder.iterdir()]
         _found.update({folder.resolve(): not inside} | dict.fromkeys(inside, False))
@@ -149,6 +148,8 @@ def forget_refused(folder: Path) -> None:
                 remove(folder / name)
         if is_own and was_empty is None:
             folder.rmdir()
+            for parent in filter(_missing.__contains__, folder.absolute().parents):
+                parent.rmdir()
 
 
 def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) -> dict[str, Any]:
@@ -156,7 +157,12 @@ def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) 
 
     Raises ValueError if it is none, holds more than plain data, or lacks what the task, if any, needs.
     """
-    checkpoint = read_torch(Path(path), "ckpt_path", thorough)
+    checkpoint: dict[str, Any] = read_torch(Path(path), "ckpt_path", thorough)
+    _refuse_incomplete(path, checkpoint, task)
+    return checkpoint
+
+
+def _refuse_incomplete(path: str, checkpoint: Any, task: str | None) -> None:
     needed = list(_PARTS)[: 2 if task is None else None if task == "fit" else 3]
     for name, kind in {**_PARTS, "hyper_parameters": Mapping}.items():
         if not isinstance(checkpoint, dict) or name not in checkpoint:
@@ -166,7 +172,6 @@ def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) 
         elif not isinstance(checkpoint[name], kind):
             found = type(checkpoint[name]).__name__
             raise ValueError(f"ckpt_path: {path} is no checkpoint of training: its {name!r} is a {found}")
-    return checkpoint
 
 
 def named_checkpoints(ckpt_path: str, task: str) -> list[str]:
@@ -202,37 +207,10 @@ def refuse_other_config(path: str, config: Mapping[str, Any]) -> None:
 
 def refuse_other_settings(path: str, config: Mapping[str, Any]) -> None:
     """Do the same for what a checkpoint tells without torch, and leave all else that may be wrong with it to that."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            checkpoint = _WithoutTensors(io.BytesIO(archive.read(name))).load()
-        stored = checkpoint["hyper_parameters"]
-    except Exception:  # of any kind: `read_checkpoint` says what is wrong, if anything is
-        return
-    if isinstance(stored, Mapping):
-        _refuse_other(path, stored, config)
-
-
-class _StandIn:
-    """Something of torch's."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _WithoutTensors(pickle.Unpickler):
-    """Reads plain data that `torch.save` wrote with tensors; it neither imports nor runs anything of the file's."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "torch":
-            return _StandIn
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> None:
-        """Leave out the numbers of a tensor."""
+    checkpoint = read_without_tensors(Path(path), "ckpt_path")
+    if checkpoint is not None:
+        _refuse_incomplete(path, checkpoint, config["task"])
+        _refuse_other(path, checkpoint.get("hyper_parameters", config), config)
 
 
 def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:

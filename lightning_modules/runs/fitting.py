@@ -31,14 +31,19 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
         refuse_other_parm(parm, {name: each for name, each in wanted.items() if each[1] is not None})
     if config["task"] != "score":
         refuse_other_images(built, unresolved, image_size(config), constant)
-        detectors = [node for key, node in nodes(built) if key.endswith("detector")]
-        known = (constant(node["_target_"], "class_names", None) for node in detectors)
         files = {key: node for key, node in config["geneval"].items() if isinstance(node, Mapping) and "path" in node}
-        if names := next(filter(None, known), None):
+        if names := class_names(built):
             refuse_unknown_classes(files, names)
     for key, node in nodes(built):
         if clip := clip_named(node):
-            refuse_other_network(defining_key(unresolved, key), *clip)
+            refuse_other_network(defining_key(unresolved, key), *clip, node.get("require_pretrained", False))
+
+
+def class_names(built: Mapping[str, Any]) -> Sequence[str] | None:
+    """Return the classes that the detector knows; None if neither its settings nor its class say it."""
+    detectors = (node for key, node in nodes(built) if key.endswith("detector"))
+    known = (node.get("class_names") or constant(node["_target_"], "class_names", None) for node in detectors)
+    return next(filter(None, known), None)
 
 
 def refuse_other_parm(parm: Mapping[str, Any], wanted: Mapping[str, tuple[str, Any]]) -> None:
@@ -94,12 +99,12 @@ def _settings(node: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return node
 
 
-def refuse_unknown_classes(geneval: Mapping[str, Any], class_names: Sequence[str]) -> None:
+def refuse_unknown_classes(geneval: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raise ValueError if a prompt asks for what the detector does not know."""
     for name in ("train_prompts", "validation_prompts", "test_prompts"):
         for row in instantiate(geneval[name], _convert_="all") if geneval.get(name) else ():
             for clause in (*row["include"], *row.get("exclude", ())):
-                if clause["class"] not in class_names:
+                if clause["class"] not in names:
                     said = f"{clause['class']!r}, which geneval.reward.detector does not know"
-                    known = ", ".join(class_names)
+                    known = ", ".join(names)
                     raise ValueError(f"geneval.{name}: {row['prompt']!r} asks for {said}; it knows: {known}")

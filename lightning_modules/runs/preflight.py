@@ -9,8 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from datamodules.prompt_folders import prompt_folders
-from lightning_modules.broken_files import refuse_broken
+from datamodules.prompt_folders import scan
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_settings
 from lightning_modules.runs.checks import (
@@ -20,11 +19,11 @@ from lightning_modules.runs.checks import (
     refuse_unread,
     refuse_wrong_values,
 )
-from lightning_modules.runs.fitting import refuse_unfit_parts
+from lightning_modules.runs.fitting import class_names, refuse_unfit_parts
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
-from lightning_modules.runs.weights import refuse_unfit_weights
+from lightning_modules.runs.weights import built_parts, refuse_unfit_weights
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -62,10 +61,9 @@ def refuse_settings(config: DictConfig) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; task=score judges what is there") from None
     if config.task == "score":
-        prompt_folders(config.images)
+        scan(config.images, class_names(built_parts(plain)))
     if config.ckpt_path not in (None, "auto"):
         for path in named_checkpoints(config.ckpt_path, config.task):
-            refuse_broken(Path(path), "ckpt_path")
             refuse_other_settings(path, plain)
 
 

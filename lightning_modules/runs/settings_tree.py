@@ -38,7 +38,8 @@ class SettingsTree:
 
     def is_added(self, group: str) -> bool:
         """Say if a file of a group is chosen by `+`: the defaults choose none."""
-        return group in GROUPS and f"hydra.runtime.choices.{group}" not in SettingsTree().keys
+        defaults = OmegaConf.select(OmegaConf.load(CONF / "train.yaml"), "defaults")
+        return group in GROUPS and not any(isinstance(each, Mapping) and group in each for each in defaults)
 
     def similar(self, name: str) -> list[str]:
         """Find keys or groups of that name elsewhere, or one that is spelt almost so; none that only Hydra reads."""
@@ -50,7 +51,8 @@ class SettingsTree:
             return sorted(elsewhere, key=lambda key: (key.count("."), len(key)))[:3]
         keys = [key for key in keys if not name.startswith(f"{key}.")]
         longer = [key for key in keys if key.startswith(name) and key.rpartition(".")[0] == parent]
-        if close := longer[:1] or get_close_matches(name, keys, 1, CLOSE):
+        alike = [key for key in keys if _is_alike(key, name)]
+        if close := longer[:1] or get_close_matches(name, alike, 1, CLOSE):
             return close
         by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
         return [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
@@ -85,6 +87,14 @@ class SettingsTree:
         below = [other.rpartition(".") for other in self.keys]
         names = [last for above, _, last in below if above == parent and last[0] != "_" and last != "hydra"]
         return (parent, names) if names or not parent else self.around(parent)
+
+
+def _is_alike(key: str, other: str) -> bool:
+    """Say if two keys have as many parts, each somewhat like its counterpart."""
+    parts, others = key.split("."), other.split(".")
+    return len(parts) == len(others) and all(
+        get_close_matches(part, [counterpart]) for part, counterpart in zip(parts, others, strict=True)
+    )
 
 
 @cache

@@ -12,7 +12,8 @@ from lightning import LightningModule, Trainer
 from tqdm import tqdm
 
 from datamodules.geneval_prompts import OFFICIAL_IMAGES, repeated, unofficial
-from datamodules.image_folder import ImageFolderDataModule, Images, ScoreStore, read, scan, unnumbered
+from datamodules.image_folder import ImageFolderDataModule, Images, ScoreStore, read
+from datamodules.prompt_folders import scan, unnumbered
 from lightning_modules.broken_files import read_json
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import write_text

@@ -1,12 +1,15 @@
 """The help and refusals answer at once: they import neither numpy nor torch nor Lightning."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from datamodules.prompt_templates import clause, make_row
 from lightning_modules.runs.command_line import explaining_refusals, is_single_run, restore_tracebacks
 from lightning_modules.runs.help import description, text
 from lightning_modules.runs.settings_tree import options
@@ -47,7 +50,7 @@ def test_every_experiment_is_described() -> None:
         (["task=score"], "task=score needs images=DIR"),
         (["task=score", "images=conf"], "images: conf has no folders 00000, 00001, ..."),
         (["strategies.verified_best_of_4.k=16"], "did you mean strategies.verified_best_of_4.strategy.k=16?"),
-        (["decoder.checkpoint=nowhere"], "decoder.checkpoint: checkpoint 'nowhere': no model.safetensors"),
+        (["decoder.checkpoint=nowhere"], "decoder.checkpoint: checkpoint 'nowhere': there is no such folder"),
         (["parm.checkpoint=bundled:shapes_decoder"], "holds the weights of a CompactDecoder, not of a PARM"),
         (
             ["decoder.module.transformer.heads=8"],
@@ -62,6 +65,8 @@ def test_every_experiment_is_described() -> None:
         (["experiment=janus_evaluate", "decoder.checkpoint=x/Janus-1.3B"], "is of a Janus with template=janus"),
         (["experiment=llamagen_evaluate"], "decoder.checkpoint: peizesun/llamagen_t2i (t2i_XL_stage1_256.pt"),
         (["judges=open_clip", "judges.rewards.clip.clip.pretrained=laion2b_s32b_b82k"], "weights need ViT-L-14, not"),
+        (["judges=open_clip", "judges.rewards.clip.clip.pretrained=null"], "leaves the weights random: name a file or"),
+        (["judges=open_clip", "judges.rewards.clip.tokenizer.model_name=x"], "tokenizer: open_clip has no model 'x'"),
         (["judges=open_clip", "judges.rewards.clip.clip.model_name=local-dir:/nope"], "there is no folder /nope"),
         (["experiment=showo_evaluate"], "decoder.checkpoint: showlab/show-o (*.safetensors or *.bin, 5.8 GB)"),
         (["evaluator.independent_judges=[magic]"], "names the judge 'magic'; there are: parm, likelihood"),
@@ -75,6 +80,32 @@ def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     assert said in done.stdout, done.stdout + done.stderr
     assert done.stdout.endswith("imported []\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "/metadata.jsonl: there is no such file"),
+        ("{", "/metadata.jsonl:1: not valid JSON"),
+        (json.dumps(make_row("single_object", clause("cat"))), "/metadata.jsonl: include[0]: unknown class 'cat'"),
+        (json.dumps(make_row("single_object", clause("star"))), "/samples: there are no images 0000.png"),
+    ],
+)
+def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "00000"
+    folder.mkdir()
+    if metadata is not None:
+        (folder / "metadata.jsonl").write_text(metadata)
+    test_answers_import_nothing_heavy(["task=score", f"images={tmp_path}"], f"images: {folder}{said}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [[1], {"state_dict": {}, "hyper_parameters": [1]}, {"state_dict": Path()}])
+def test_a_file_that_is_no_checkpoint_is_refused_at_once(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "last.ckpt")
+    arguments = ["task=evaluate", f"ckpt_path={tmp_path}/last.ckpt"]
+    test_answers_import_nothing_heavy(arguments, f"Error: ckpt_path: {tmp_path}/last.ckpt", tmp_path)
 
 
 def test_what_may_be_a_sweep_is_left_to_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
