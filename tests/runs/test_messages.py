@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -19,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datamodules.photographs import Photographs
+from datamodules.prompt_templates import clause, make_row
 from lightning_modules.backbone.loading import pretrained
 from lightning_modules.backbone.text import PublishedTokenizer
 from lightning_modules.files import BUNDLED
@@ -33,6 +35,7 @@ from lightning_modules.runs.command_line import wrong_option, wrong_setting
 from lightning_modules.runs.messages import MENDABLE, sentence
 from tests.helpers.launch import command, launch
 from tests.helpers.overrides import ROOT, TINY
+from tests.helpers.pictures import write_folder
 
 EVALUATE = ["task=evaluate", "module=evaluation", "~data", "logger=csv"]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 333\n"
@@ -492,7 +495,7 @@ PLACES = {
         ["geneval=file", "geneval.test_prompts.path={folder}/x.jsonl"],
         "x.jsonl:1: not valid JSON: Expecting value at column 1",
     ),
-    "datamodules/image_folder.py": (["task=score", "images={folder}"], "metadata.jsonl:1: not valid JSON: "),
+    "datamodules/prompt_folders.py": (["task=score", "images={folder}/a"], "metadata.jsonl:1: not valid JSON: "),
     "backbone/text.py": (
         [
             "experiment=showo_evaluate",
@@ -511,9 +514,10 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_sentence_that_was_raised_from_another_error_is_what_is_printed(tmp_path: Path, place: str) -> None:
     overrides, said = PLACES[place]
-    for name in ("x.jsonl", "prompts.jsonl", "00000/metadata.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "a" / "00000").mkdir(parents=True)
+    for name in ("x.jsonl", "prompts.jsonl", "a/00000/metadata.jsonl"):
         (tmp_path / name).write_text("nothing\n")
+    write_folder(tmp_path, [make_row("single_object", clause("cat"))], {(0, 0): np.zeros((64, 64, 3), np.uint8)})
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     given = [item.format(folder=tmp_path) for item in overrides]
