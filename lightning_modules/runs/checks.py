@@ -67,7 +67,7 @@ def refuse_wrong_values(config: Mapping[str, Any], unresolved: Mapping[str, Any]
     for name, node in config["strategies"].items() if isinstance(config.get("strategies"), Mapping) else ():
         if not (isinstance(node, Mapping) and "_target_" in node):
             chosen = f"+strategy@strategies.{name}=FILE takes one of conf/strategy"
-            raise ValueError(f"strategies.{name} must be a node with _target_, not {_shown(node)}; {chosen}")
+            raise ValueError(f"strategies.{name} must be a node with _target_, Strategy, not {_shown(node)}; {chosen}")
     made = {name: config[name] for name in _PARTS if name in config}
     if config["module"].get("parm") is None:
         made.pop("parm", None)  # settings of a debug file, for those of its jobs that have one

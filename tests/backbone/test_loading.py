@@ -91,7 +91,7 @@ def test_other_shapes_missing_and_surplus_tensors_are_named(tmp_path: Path, modu
 
 
 def test_a_missing_checkpoint_says_what_there_is() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model.safetensors in .*bundled:shapes_decoder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no such folder .*bundled:shapes_decoder"):
         resolve("bundled:shapes_painter")
 
 

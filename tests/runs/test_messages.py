@@ -201,7 +201,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         ("+strategies.verified_best_of_4.judg=parm", "did you mean judge? It takes strategy, n, judge"),
         (
             "strategies.sample=3",
-            " must be a node with _target_, not 3; +strategy@strategies.sample=FILE takes",
+            " must be a node with _target_, Strategy, not 3; +strategy@strategies.sample=FILE takes",
         ),
         ("+callbacks.more={a: 1}", " must be a node with _target_, the class that it makes, not {'a': 1}"),
         ("callbacks.geneval=5", "must be a node with _target_, the class that it makes, not 5"),
