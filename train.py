@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.runs.checkpoints import forget_refused
@@ -30,9 +31,12 @@ def main(config: DictConfig) -> None:
     except MENDABLE as error:  # HYDRA_FULL_ERROR=1 shows where it came from
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        folder = HydraConfig.get().runtime.output_dir
+        hydra_config = HydraConfig.get()
+        folder = hydra_config.runtime.output_dir
         if is_first():
             forget_refused(Path(folder))
+            if hydra_config.mode == RunMode.MULTIRUN:
+                forget_refused(Path(hydra_config.sweep.dir))
         sys.exit(f"Error: {sentence(error, unresolved | {'hydra': {'run': {'dir': folder}}})}")
 
 

@@ -63,7 +63,8 @@ class GenEvalCallback(Callback):
         if testing:
             names = self.test_strategies or list(self.evaluator.strategies)
             return Evaluation(decoder, device, self.test_prompts, names, self._untrained)
-        return Evaluation(decoder, device, self.validation_prompts, self.validation_strategies, {}, with_trace=False)
+        prompts, names = self.validation_prompts, self.validation_strategies
+        return Evaluation(decoder, device, prompts, names, {}, with_trace=False, key="geneval.validation_prompts")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         evaluation = self.evaluation(pl_module, trainer.strategy.root_device, stage == "test")

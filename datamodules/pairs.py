@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.data_sets import StoredDataModule, get_rows
+from datamodules.preference_rows import SIDES
 from lightning_modules.artifacts import Key
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint
 
-SIDES = ("chosen", "rejected")
 LABELS = {"reward": "correct", "clauses": "clauses", "grounding": "grounding"}  # of rollouts -> of a batch of PARM
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.data_sets import load_rows
-from datamodules.pairs import LABELS, SIDES, PairRule, PairsDataModule, balance, make_pairs
+from datamodules.pairs import LABELS, PairRule, PairsDataModule, balance, make_pairs
+from datamodules.preference_rows import SIDES
 from datamodules.rollouts import RolloutCollector, RolloutSpec
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.loading import fingerprint

@@ -56,6 +56,7 @@ class Evaluation:
     strategies: Sequence[str]
     untrained: Mapping[str, Any]  # verifiers as they were before training; strategies that ask one run with it as well
     with_trace: bool = True  # tell how the images of the contact sheets were made
+    key: str = "geneval.test_prompts"  # of the config, which says the prompts
 
 
 @dataclass(eq=False)
@@ -118,7 +119,10 @@ class Evaluator:
         self.refuse_unfit_strategies(evaluation.decoder, training)
         for strategy in self.strategies.values():
             strategy.cache_key()  # one that cannot say it is refused now, and not after training
-        evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
+        try:
+            evaluation.decoder.check_prompts([row["prompt"] for row in evaluation.prompts])
+        except ValueError as error:
+            raise ValueError(f"{evaluation.key}: {error}") from None
         self.judges.prepare(evaluation.device)
 
     def runs(self, evaluation: Evaluation) -> Runs:

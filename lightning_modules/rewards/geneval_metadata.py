@@ -1,6 +1,7 @@
 """GenEval's prompts: what they may ask, in the words of the official metadata (github.com/djghosh13/geneval)."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def _complaint(row: Any, class_names: Sequence[str] | None) -> str:
     if not isinstance(row, dict):
         return f"expected a JSON object, found {row!r}"
     tag, prompt, include, exclude = row.get("tag"), row.get("prompt"), row.get("include"), row.get("exclude", [])
+    known = ("tag", "prompt", "include", "exclude")
+    typos = [(key, close[0]) for key in row if key not in known and (close := get_close_matches(key, known, 1, 0.8))]
     checks = (
+        # Others may be a user's own; the rules would ignore a misspelt one in silence.
+        (not typos, "unknown key {!r}, probably {!r}".format(*typos[0]) if typos else ""),
         (tag in TASKS, f"unknown tag {tag!r}, known are {', '.join(TASKS)}"),
         (isinstance(prompt, str) and prompt.strip(), f"prompt must be a non-empty text, found {prompt!r}"),
         (isinstance(include, list) and include, f"include must be a non-empty list, found {include!r}"),

@@ -1,5 +1,6 @@
 """Files of a run, which it resumes from: checkpoints, the config they were made with, metrics, its W&B run."""
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -132,24 +133,33 @@ def remember_found(folder: Path) -> None:
     folder = folder.absolute()
     _missing.update(each for each in (folder, *folder.parents) if not each.exists())
     if folder.is_dir():
-        inside = [path.resolve() for path in folder.iterdir()]
-        _found.update({folder.resolve(): not inside} | dict.fromkeys(inside, False))
+        inside = [_real(path) for path in folder.iterdir()]
+        _found.update({_real(folder): not inside} | dict.fromkeys(inside, False))
 
 
 def forget_refused(folder: Path) -> None:
-    """Remove the folder of a run that left nothing but its config; of one that was there, only what the run put in."""
-    was_empty = _found.get(folder.resolve())
+    """Remove the folder of a run that left nothing but its config; of one that was there, only what the run put in.
+
+    So with the folder of a sweep.
+    """
+    was_empty = _found.get(_real(folder))
     with suppress(OSError):
         names = {path.name for path in folder.iterdir()}
-        foreign = names - {".hydra", LOCK, "config.yaml"} or ("config.yaml" in names and not _has_config(folder))
+        foreign = names - {".hydra", LOCK, "config.yaml", "multirun.yaml"} or (
+            "config.yaml" in names and not _has_config(folder)
+        )
         is_own = was_empty is not False and not foreign
         for name in names if is_own else names & {".hydra", LOCK}:
-            if (folder / name).resolve() not in _found:
+            if _real(folder / name) not in _found:
                 remove(folder / name)
         if is_own and was_empty is None:
             folder.rmdir()
             for parent in filter(_missing.__contains__, folder.absolute().parents):
                 parent.rmdir()
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike `resolve`, it leaves links that lead to themselves
 
 
 def read_checkpoint(path: str, thorough: bool = False, task: str | None = None) -> dict[str, Any]:

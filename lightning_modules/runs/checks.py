@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from lightning_modules.backbone.published import nodes
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
-from lightning_modules.runs.signatures import constant, required, signature
+from lightning_modules.runs.signatures import constant, locate, required, signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
@@ -29,7 +29,8 @@ _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "chec
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
 _FRACTIONS = ("prompt_dropout", "feature_dropout", "finished", "share")
 _RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val", "guidance", "beta")
-_JUDGES = ("parm", "likelihood", "geneval", "strict", "clauses")  # that a run has of itself, most of them
+_VERIFIERS = ("parm", "likelihood")  # judges that a run has of itself, most of them
+_RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
 _MORE_THAN_0 = math.ulp(0.0)
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {
@@ -50,7 +51,8 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
 # Packages whose classes are made by a node; those of others may be given as settings.
-_MADE = ("callbacks", "datamodules", "lightning_modules", "lightning", "torch")
+_OWN = ("callbacks", "datamodules", "lightning_modules")
+_MADE = (*_OWN, "lightning", "torch")
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
 
 
@@ -92,8 +94,9 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         top = key.partition(".")[0]
-        if override.startswith("+strategy="):
-            raise ValueError(f"a strategy is chosen for a name: write +strategy@strategies.NAME={override[10:]}")
+        if re.match(r"\+strategy(@strategies)?=", override):
+            chosen = override.partition("=")[2]
+            raise ValueError(f"a strategy is chosen for a name: write +strategy@strategies.NAME={chosen}")
         if override[0] != "+":
             continue
         known = known or [*GROUPS, *groups, *OmegaConf.load(CONF / "train.yaml"), "pipeline"]
@@ -110,9 +113,11 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
     several = devices.isdecimal() and int(devices) > 2
     if wanted in ("cpu", "auto") and not several:  # fits any machine
         return
-    import torch  # takes seconds
+    there = {}
+    if wanted != "cpu":
+        import torch  # takes seconds
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted in ("gpu", *there) and not there.get(wanted, any(there.values())):
         instead = "instead of devices=ddp or devices=fsdp use devices=ddp_cpu, or set trainer.accelerator=cpu"
         raise ValueError(f"trainer.accelerator={wanted} needs a GPU, and there is none here; {instead}")
@@ -121,27 +126,38 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
 
-def refuse_unknown_strategies(geneval: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise ValueError for names of the GenEval callback that are no strategy's, or are not measured."""
+def refuse_unknown_strategies(
+    geneval: Mapping[str, Any], known: Collection[str], unresolved: Mapping[str, Any] | None = None
+) -> None:
+    """Raise ValueError for names of the GenEval callback that are no strategy's, or are not measured.
+
+    With the `unresolved` config it names the keys that set them.
+    """
     measured = geneval["validation_strategies"]
     named = {"validation_strategies": measured, "test_strategies": geneval["test_strategies"] or []}
-    for key, names in {**named, "monitor": [geneval["monitor"]]}.items():
-        if unknown := [name for name in names if name not in known]:
-            said = f"names the strategy {unknown[0]!r}; there are: {', '.join(known)}"
-            raise ValueError(f"callbacks.geneval.{key} {said}")
+    keys = {name: defining_key(unresolved or {}, f"callbacks.geneval.{name}") for name in (*named, "monitor")}
+    for name, names in {**named, "monitor": [geneval["monitor"]]}.items():
+        if unknown := [each for each in names if each not in known]:
+            raise ValueError(f"{keys[name]} names the strategy {unknown[0]!r}; there are: {', '.join(known)}")
     if geneval["monitor"] not in measured:
-        raise ValueError(f"callbacks.geneval.monitor {geneval['monitor']!r} is not among validation_strategies")
+        there = f"{keys['validation_strategies']}: {', '.join(measured)}"
+        raise ValueError(f"{keys['monitor']} is {geneval['monitor']!r}, and that is not among {there}")
 
 
 def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     """Raise ValueError for names of judges that no run has and the config does not add."""
-    data, known = config.get("data") or {}, [*_JUDGES, *(config["judges"].get("rewards") or ())]
+    decodes = config["task"] != "score"
+    known = [*(_VERIFIERS if decodes else ()), *_RULES, *(config["judges"].get("rewards") or ())]
     named: dict[str, Iterable[str]] = {
         "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
     }
-    if constant(str(data.get("_target_")), "gives", None) == "groups":  # data of yours may mean something else by these
-        named |= {f"data.{name}": data.get(name) or () for name in ("rewards", "held_out")}
-    for key, node in nodes(config["strategies"]):
+    data = (decodes and config.get("data")) or {}
+    gives = constant(str(data.get("_target_")), "gives", None)  # data of yours may mean something else by these
+    for name in {"groups": ("rewards", "held_out"), "pairs": ("scores",)}.get(gives, ()):
+        named[f"data.{name}"] = data.get(name) or ()
+    if gives == "groups":
+        named["data.potentials"] = (data.get("potentials") or {}).values()
+    for key, node in nodes(config["strategies"]) if decodes else ():
         if str(node["_target_"]).startswith("lightning_modules."):
             found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
             strategy = f"strategies.{key.partition('.')[0]}"
@@ -161,6 +177,8 @@ def _refuse_below(
     """
     target = node["_target_"] if isinstance(node.get("_target_"), str) else ""
     known = target.partition(".")[0] in _MADE if target else known
+    if target.partition(".")[0] in _OWN and locate(target) is None:
+        raise ValueError(f"{defining_key(unresolved, above[:-1])}._target_: there is no {target}")
     takes = signature(target)
     if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):
         whose, kind = defining_key(unresolved, above[:-1]), target.rpartition(".")[2]
@@ -197,6 +215,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "a list of at least one name": name in ("validation_strategies", "test_strategies") and value == [],
         "images to compare with": name == "references" and value is None,
         "above 0": name == "val_check_interval" and number and value == 0,
+        "above 0, or -1 for all there are": name == "devices" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not pair,
         wanted: known and not (value is None or isinstance(value, Mapping) or in_range),
         "at least 0": not known and type(value) is int and not in_range,
@@ -233,7 +252,9 @@ def _unfit(value: Any, hint: Any) -> list[str] | None:
             hints = inner if several else inner[:1] * len(value)
             fits = fits and all(_unfit(item, each) is None for item, each in zip(value, hints, strict=False))
         example = "" if isinstance(value, list | None) else f", [{value}]"
-        words = [f"a list{f' of {len(inner)}' if several else ''}{example}"]
+        found = [_unfit(item, inner[0]) for item in value] if isinstance(value, list) and inner and not several else []
+        each = next((f", each {' or '.join(words)}" for words in found if words), "")
+        words = [f"a list{f' of {len(inner)}' if several else ''}{each or example}"]
     else:
         made = kind.__module__.partition(".")[0] in _MADE
         fits = isinstance(value, str) or (isinstance(value, Mapping) and not made)

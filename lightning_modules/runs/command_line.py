@@ -168,7 +168,8 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
         advice = "" if key in GROUPS else f"; a list is written {each}, a text {text}"
         return f"{name} has several values: add --multirun for a run of each{advice}"
     if override.package is not None or "/" in key:
-        return None
+        chosen = not override.is_delete() and override.package is not None and key in GROUPS
+        return _unknown_choice(key, name, value) if chosen else None
     if key == "strategy":
         return f"a strategy is chosen for a name: write +strategy@strategies.NAME={value}"
     if override.is_delete() and (key in tree.keys or key in GROUPS):
@@ -183,16 +184,8 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
 
 
 def _wrong_choice(group: str, name: str, value: str, tree: SettingsTree) -> str | None:
-    there = options(group)
-    if re.search(r"[({]", value):
-        return None
-    for option in re.split(r"\s*,\s*", value.strip("[]")):
-        if option == "null":
-            return f"{name}=null chooses nothing; there are: {', '.join(there)}"
-        if option not in there:
-            close = " or ".join(f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6))
-            guess = f"did you mean {close}? There" if close else "there"
-            return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
+    if complaint := _unknown_choice(group, name, value):
+        return complaint
     if name[0] == "+" and not tree.is_added(group):
         return f"{group} is chosen already: write {group}={value}"
     return (
@@ -200,6 +193,18 @@ def _wrong_choice(group: str, name: str, value: str, tree: SettingsTree) -> str 
         if name == group and tree.is_added(group)
         else None
     )
+
+
+def _unknown_choice(group: str, name: str, value: str) -> str | None:
+    there = options(group)
+    for option in re.split(r"\s*,\s*", value.strip("[]")) if not re.search(r"[({]", value) else ():
+        if option == "null":
+            return f"{name}=null chooses nothing; there are: {', '.join(there)}"
+        if option not in there:
+            close = " or ".join(f"{name}={other}" for other in get_close_matches(option, there, 3, 0.6))
+            guess = f"did you mean {close}? There" if close else "there"
+            return f"there is no {group}={option}; {guess} are: {', '.join(there)}"
+    return None
 
 
 def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:

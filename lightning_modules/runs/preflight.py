@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.preference_rows import PreferenceRows
 from datamodules.prompt_folders import scan
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_settings
@@ -24,6 +26,9 @@ from lightning_modules.runs.messages import flat
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import built_parts, refuse_unfit_weights
+
+_PREFERENCES = "datamodules.preference_files.PreferenceFile"
+_ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -45,7 +50,7 @@ def refuse_settings(config: DictConfig) -> None:
             return
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
-        _refuse_what_does_not_go_together(plain)
+        _refuse_what_does_not_go_together(plain, unresolved)
     except ValueError as error:
         hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
         others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
@@ -53,8 +58,12 @@ def refuse_settings(config: DictConfig) -> None:
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
         _read_prompts(plain["geneval"], trains=bool(plain.get("data")))
+        _read_preferences(plain.get("data") or {})
     refuse_unfit_parts(plain, unresolved)
     refuse_unfit_weights(plain, unresolved)
+    made = {"generate": "images", "export": "export_dir"}.get(config.task)
+    if made and Path(config[made]).is_file():
+        raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
     if config.task == "generate":
         try:
             refuse_unmarked(Path(config.images))
@@ -74,6 +83,18 @@ def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
             continue
         if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
             instantiate({"geneval": {name: node}}, _convert_="all")
+
+
+def _read_preferences(data: Mapping[str, Any]) -> None:
+    """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
+    for name, node in data.items():
+        if isinstance(node, Mapping) and node.get("_target_") == _PREFERENCES:
+            try:
+                rows = PreferenceRows(node["path"], node["split"], node["columns"])
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"data.{name}: {error}") from None
+            for _ in islice(rows.pairs() if rows.is_jsonl else (), _ROWS):
+                pass
 
 
 def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:
@@ -96,19 +117,21 @@ def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> Non
             raise ValueError(complaint)
 
 
-def _refuse_what_does_not_go_together(config: Mapping[str, Any]) -> None:
+def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
     """Raise ValueError for choices of which each is fine by itself."""
     module, data, callbacks = config["module"], config.get("data"), config["callbacks"]
     wandb, strategy = config["logger"].get("wandb"), config["trainer"].get("strategy")
     if wandb and wandb.get("log_model") and wandb.get("offline"):
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
+    if config["task"] == "score":
+        refuse_unknown_judges(config)
     if config["task"] in ("score", "generate", "export"):
         return
     folder = config["task"] == "evaluate" and config["ckpt_path"] and Path(config["ckpt_path"]).is_dir()
     if folder and "geneval" not in callbacks:
         raise ValueError("task=evaluate of a folder needs callbacks.geneval, and here is none")
     if callbacks.get("geneval"):
-        refuse_unknown_strategies(callbacks["geneval"], config["strategies"])
+        refuse_unknown_strategies(callbacks["geneval"], config["strategies"], unresolved)
     refuse_unknown_judges(config)
     if data:
         _refuse_other_data(module, data)

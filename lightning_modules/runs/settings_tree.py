@@ -29,7 +29,7 @@ class SettingsTree:
 
     def __init__(self, overrides: Sequence[str] = ()) -> None:
         pairs = (override.partition("=")[::2] for override in overrides)
-        self.choices = {name: option for name, option in pairs if option in options(name.lstrip("+"))}
+        self.choices = {name: option for name, option in pairs if option in options(name.lstrip("+").partition("@")[0])}
 
     @cached_property
     def keys(self) -> dict[str, Any]:
@@ -54,6 +54,9 @@ class SettingsTree:
         alike = [key for key in keys if _is_alike(key, name)]
         if close := longer[:1] or get_close_matches(name, alike, 1, CLOSE):
             return close
+        above = parent.rpartition(".")[0]
+        if above and parent in self.keys:  # the settings of the nodes beside it are theirs
+            keys = [key for key in keys if not re.match(rf"{re.escape(above)}\.\w+\.", key)]
         by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
         return [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
 

@@ -204,8 +204,8 @@ def test_what_is_no_preference_file_is_refused(
     with pytest.raises(FileNotFoundError, match=r"some/where is no folder, nor to be had from the hub: Couldn't reach"):
         PreferenceFile("some/where", "train", COLUMNS).check(decoder)
     for columns, sentence in (
-        ({"prompt": "prompt", "chosen": "chosen"}, r"data.columns must name the column for 'rejected'"),
-        (COLUMNS | {"weight": "votes"}, r"data.columns: 'weight' is none of prompt, chosen, rejected, label"),
+        ({"prompt": "prompt", "chosen": "chosen"}, r"data.train.columns must name the column for 'rejected'"),
+        (COLUMNS | {"weight": "votes"}, r"data.train.columns: 'weight' is none of prompt, chosen, rejected, label"),
     ):
         with pytest.raises(ValueError, match=sentence):
             PreferenceFile("pairs.jsonl", "train", columns)

@@ -200,6 +200,7 @@ def clause(**changes: Any) -> dict[str, Any]:
             "exclude[0]: count must be a whole number of at least 1",
         ),
         (prompt(exclude=[{"class": "cat", "count": 1, "color": "red"}]), "exclude[0]: unknown key 'color'"),
+        (prompt(exclud=[{"class": "cat", "count": 1}]), "unknown key 'exclud', probably 'exclude'"),
         (clause(colour="red"), "include[1]: unknown key 'colour', known are class, count, color, position"),
         (clause(**{"class": "mouse"}), "include[1]: unknown class 'mouse'"),
         (clause(**{"class": ["dog"]}), "include[1]: unknown class ['dog']"),

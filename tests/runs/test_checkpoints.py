@@ -132,6 +132,7 @@ def test_a_refused_run_removes_only_what_it_has_made(tmp_path: Path) -> None:
     own.mkdir()
     (used / ".hydra").mkdir(parents=True)
     linked.symlink_to(tmp_path / "own", target_is_directory=True)
+    (used / "loop").symlink_to(used / "loop")
     for folder in (made, own, used, linked):
         remember_found(folder)
     for folder in (made, own, used):

@@ -101,6 +101,14 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
 
 
 @pytest.mark.slow
+def test_a_broken_row_of_preferences_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a star", "chosen": "0.png"}\n')
+    files = [f"data.{name}.path={tmp_path}/pairs.jsonl" for name in ("train", "validation")]
+    arguments = ["experiment=dpo", "data=preference_files", *files]
+    test_answers_import_nothing_heavy(arguments, f"{tmp_path}/pairs.jsonl:1: there is no 'rejected'", tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [[1], {"state_dict": {}, "hyper_parameters": [1]}, {"state_dict": Path()}])
 def test_a_file_that_is_no_checkpoint_is_refused_at_once(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "last.ckpt")

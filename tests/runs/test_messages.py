@@ -60,6 +60,7 @@ def refusal(tmp_path: Path, *overrides: str, **env: str) -> str:
         (["ckpt_path=a=b.ckpt"], "ckpt_path=a=b.ckpt cannot be read: write 'ckpt_path=\"a=b.ckpt\"'"),
         (["-cn", "nothing"], "--config-name: there is no config nothing; there is train"),
         (["--multirun", "seed=0,1", "experiment=dpo,dpo_guide"], "there is no experiment=dpo_guide; did you mean"),
+        (["--multirun", "seed=0,1", "trainer.max_steps=-7"], "trainer.max_steps must be a whole number, -1 for no"),
         (["name=${nothing}"], "name refers to the key nothing, and there is none"),
         (["hydra.run.dir=/proc/nothing"], "hydra.run.dir: /proc/nothing: there is no such file or folder"),
     ],
@@ -93,6 +94,14 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ("strategies.verified_best_of_4.strategy.kk=3", "did you mean strategies.verified_best_of_4.strategy.k?"),
         ("strategies.verified_best_of_4.k=3", "did you mean strategies.verified_best_of_4.strategy.k=3?"),
         ("strategies.parm.nope=3", "there is no key strategies.parm.nope; strategies has sample, "),
+        (
+            "+strategy@strategies.x=verified strategies.x.n=3",
+            "no key strategies.x.n; strategies.x has sampling",
+        ),
+        (
+            "+strategy@strategies.x=verifid",
+            "no strategy=verifid; did you mean +strategy@strategies.x=verified",
+        ),
         ("decoder.modul.x=1", "there is no key decoder.modul.x; decoder has checkpoint, module"),
         (
             "judges=open_clip judges.rewards.open_clip.clip.pretrained=a",
@@ -157,6 +166,7 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
     [
         ("callbacks.geneval.test_strategies=sample", "must be a list, [sample], not 'sample'"),
         ("evaluator.independent_judges=clip", "must be a list, [clip], not 'clip'"),
+        ("evaluator.independent_judges=[1]", "must be a list, each a text, not [1]"),
         ("decoder.module.feature_layers=4", "must be a list, [4], not 4"),
         ("module.optimizer.lr=-1", "must be a number of at least 0, not -1"),
         ("module.optimizer.lr=abc", "must be a number of at least 0, not 'abc'"),
@@ -202,6 +212,10 @@ def test_settings_and_options_that_are_right_are_not_complained_about() -> None:
         (
             "strategies.sample=3",
             " must be a node with _target_, Strategy, not 3; +strategy@strategies.sample=FILE takes",
+        ),
+        (
+            "+strategies.more={_target_: lightning_modules.decoding.verified.Nope}",
+            ".more._target_: there is no lightning_modules.decoding.verified.Nope",
         ),
         ("+callbacks.more={a: 1}", " must be a node with _target_, the class that it makes, not {'a': 1}"),
         ("callbacks.geneval=5", "must be a node with _target_, the class that it makes, not 5"),
@@ -326,7 +340,16 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["task=export", "ckpt_path=."], "ckpt_path: . is a folder; only task=evaluate takes all checkpoints of one"),
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
         (["task=evaluate", "module=evaluation"], "module=evaluation has no use for data: add ~data"),
-        (["trainer.devices=0"], "`Trainer(devices=0)` value is not a valid input"),
+        (["trainer.devices=0"], "trainer.devices must be above 0, or -1 for all there are, not 0"),
+        (["monitored_strategy=best_of_8_parm"], "monitored_strategy is 'best_of_8_parm', and that is not among valid"),
+        (
+            ["experiment=dpo", "+data.scores.cliip=1"],
+            "data.scores names the judge 'cliip'; there are: parm",
+        ),
+        (["experiment=grpo", "+data.potentials.geneval=x"], "data.potentials names the judge 'x'; there are: parm"),
+        (["+strategy@strategies=verified"], "is chosen for a name: write +strategy@strategies.NAME=verified"),
+        (["task=generate", f"images={ROOT}/train.py"], "train.py is a file, and a folder is made there"),
+        (["task=score", "images=.", "evaluator.independent_judges=[parm]"], "the judge 'parm'; there are: geneval,"),
         (["module.optimizer.lr=-1"], "module.optimizer.lr must be a number of at least 0, not -1"),
         (["geneval=file"], "geneval.test_prompts.path needs a value"),
         (["+foo.bar=1"], "nothing reads the key foo.bar"),

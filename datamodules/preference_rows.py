@@ -1,0 +1,147 @@
+"""Preferences from a file, row by row: each checked for its form, which takes neither torch nor the images."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from lightning_modules.jsonl import read_jsonl
+
+if TYPE_CHECKING:  # imports numpy
+    from lightning_modules.image_reader import ImageSource
+
+SIDES = ("chosen", "rejected")
+_LARGEST_WEIGHT = 1e6  # what is larger is a mistake, and overflows sooner or later
+_ORDER = {1: 1, 0: -1, 0.5: None}  # step through (`chosen`, `rejected`) that gives the better one first, by the label
+Side: TypeAlias = (
+    "tuple[ImageSource, str] | list[int]"  # an image that has yet to be read and its name in errors, or tokens
+)
+
+
+class Pair(NamedTuple):
+    """A row of the right form, the chosen side first."""
+
+    prompt: str
+    sides: list[Side]
+    weight: float
+    decoder: str | None
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Begin the sentences of errors with the place in the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+@dataclass(frozen=True)
+class PreferenceRows:
+    """A JSONL file, a folder written by `datasets`, or a data set on the Hugging Face hub.
+
+    Images are paths (relative to the JSONL file), image columns of `datasets`, or columns of encoded images (`binary`);
+    lists of whole numbers are image tokens. A column `weight` says how much each pair counts, 1 without it.
+
+    `columns` names those for `prompt`, `chosen`, `rejected` and, if there is one, `label`: 1 where the image of the
+    column `chosen` is better, 0 where that of `rejected` is, .5 for a tie, which is left out.
+
+    Raises FileNotFoundError if there is no such file or folder, ValueError if a column is not named or a file no JSONL.
+    """
+
+    path: str  # of the file or folder, or name on the hub
+    split: str  # of a data set with several
+    columns: Mapping[str, str | None]
+
+    def __post_init__(self) -> None:
+        needed = ("prompt", *SIDES)
+        if missing := [name for name in needed if not self.columns.get(name)]:
+            raise ValueError(f"data.train.columns must name the column for {missing[0]!r}")
+        if unknown := set(self.columns) - {*needed, "label"}:
+            raise ValueError(f"data.train.columns: {min(unknown)!r} is none of {', '.join(needed)}, label")
+        on_hub = not self.is_jsonl and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.path)
+        if not on_hub and not Path(self.path).exists():
+            raise FileNotFoundError(f"there is no preference file or folder {self.path}")
+        if Path(self.path).is_file() and not self.is_jsonl:
+            raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
+
+    @property
+    def is_jsonl(self) -> bool:
+        """It is a file of text, not a data set."""
+        return self.path.endswith(".jsonl")
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """Columns that rows must have, by what they hold."""
+        return {name: column for name, column in self.columns.items() if column is not None}
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Read rows, each with its place in the file."""
+        if self.is_jsonl:
+            yield from read_jsonl(self.path)
+            return
+        from datamodules.data_sets import load_split  # takes seconds
+
+        rows = load_split(self.path, self.split)
+        for column in self._named.values():
+            if column not in rows.column_names:
+                columns = ", ".join(rows.column_names)
+                has = f"the columns are: {columns}; data.train.columns says what is read"
+                raise ValueError(f"{self.path}: there is no {column!r}; {has}")
+        used = {*self._named.values(), "weight", "decoder"}
+        rows = rows.select_columns([name for name in rows.column_names if name in used])
+        for number, row in enumerate(rows.to_iterable_dataset().decode(False)):  # so a broken image is named by its row
+            yield f"{self.path}, row {number}", row
+
+    def pairs(self) -> Iterator[tuple[str, Pair | None]]:
+        """Read pairs of the right form with their places; None for a tie. Raises ValueError, naming file and row."""
+        for place, row in self._rows():
+            with naming(place):
+                pair = self._pair(row)
+            yield place, pair
+
+    def _pair(self, row: Any) -> Pair | None:
+        """Check the form of a row."""
+        if not isinstance(row, Mapping):
+            raise ValueError(f"not an object but {short(row)}")
+        for column in self._named.values():
+            if row.get(column) is None:
+                has = f"the row has: {', '.join(row)}; data.train.columns says what is read"
+                raise ValueError(f"there is no {column!r}; {has}")
+        sides = [self._side(row, self._named[side]) for side in SIDES]
+        prompt, weight = _prompt(row[self._named["prompt"]]), row.get("weight", 1.0)
+        if not isinstance(weight, int | float) or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise ValueError(f"the weight {short(weight)} is not a number from 0 to {_LARGEST_WEIGHT:,.0f}")
+        label_column = self.columns.get("label")
+        label = row[label_column] if label_column else 1
+        if not isinstance(label, int | float) or label not in _ORDER:
+            raise ValueError(f"the label {short(label)} is not 1, 0 or .5")
+        order = _ORDER[label]
+        return None if order is None else Pair(prompt, sides[::order], float(weight), row.get("decoder"))
+
+    def _side(self, row: Mapping[str, Any], column: str) -> Side:
+        """Take the image or the tokens of a column."""
+        value = row[column]
+        if isinstance(value, list):
+            for token in value:
+                if type(token) is not int:
+                    raise ValueError(f"token {short(token)} is not a whole number")
+            return value
+        if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+        if isinstance(value, str):
+            return Path(self.path).parent / value, value
+        if isinstance(value, bytes):
+            return value, f"the image in {column!r}"
+        raise ValueError(f"{column!r} holds neither an image nor tokens but {short(value)}")
+
+
+def _prompt(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the prompt is not a text but {short(value)}")
+    if not value.strip():
+        raise ValueError("the prompt is empty")
+    return value
