@@ -24,6 +24,8 @@ class Photographs(Keyed):
     What is hidden (.name) is left out. Raises FileNotFoundError if there are none.
     """
 
+    reads = ("folder",)
+
     def __init__(self, folder: str, side: int) -> None:
         kinds = (".png", ".jpg", ".jpeg", ".webp")
         found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in kinds)

@@ -129,6 +129,8 @@ def _encode(sides: list[list[int] | np.ndarray], tokenizer: ImageTokenizer) -> l
 class PreferenceFilesDataModule(PairsDataModule):
     """Pairs from files, encoded once; the reference is the decoder as it is before training."""
 
+    has_labels = False  # of what GenEval's rules say, which PARM learns from
+
     def __init__(
         self, train: PreferenceFile, validation: PreferenceFile, folder: str, collect_batch_size: int, batch_size: int
     ) -> None:

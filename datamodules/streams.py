@@ -43,6 +43,7 @@ class StreamDataModule(LightningDataModule, Generic[Sample]):
         num_workers: processes that render; 0 renders in the main process.
     """
 
+    makes_rollouts = False
     trainer: Trainer
 
     def __init__(

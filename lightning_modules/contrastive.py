@@ -28,6 +28,9 @@ class ContrastiveModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, warmup_steps)
         self.clip, self.tokenizer, self.grids = clip, tokenizer, grids
+        side = clip.visual.image_size[0]  # type: ignore[union-attr, index]
+        if wrong := [grid for grid in grids if grid < 1 or side % grid]:
+            raise ValueError(f"module.grids: images of {side} pixels cannot be cut into {wrong[0]}x{wrong[0]} patches")
 
     def _similarities(self, batch: dict[str, Any], views: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of V views with the batch's distinct captions [V, U], and the column of each caption [2B]."""

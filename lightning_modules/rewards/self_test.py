@@ -30,6 +30,8 @@ class SelfTest:
         ValueError: a row is broken, or the list could be passed without finding anything.
     """
 
+    reads = ("folder",)
+
     def __init__(self, folder: str) -> None:
         name = folder.removeprefix("bundled:")
         self.folder = BUNDLED / name if name != folder else Path(folder)

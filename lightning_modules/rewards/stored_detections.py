@@ -34,6 +34,7 @@ class StoredDetections(Keyed):
     """
 
     image_size = None
+    reads = ("path",)
 
     def __init__(self, path: str, class_names: Sequence[str] = CLASS_NAMES) -> None:
         self.path, self.class_names = Path(path), tuple(class_names)

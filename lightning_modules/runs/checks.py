@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from lightning_modules.backbone.published import nodes
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
-from lightning_modules.runs.signatures import constant, locate, required, signature
+from lightning_modules.runs.signatures import constant, is_missing, required, signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
@@ -51,8 +51,7 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
 # Packages whose classes are made by a node; those of others may be given as settings.
-_OWN = ("callbacks", "datamodules", "lightning_modules")
-_MADE = (*_OWN, "lightning", "torch")
+_MADE = ("callbacks", "datamodules", "lightning_modules", "lightning", "torch")
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
 
 
@@ -177,7 +176,7 @@ def _refuse_below(
     """
     target = node["_target_"] if isinstance(node.get("_target_"), str) else ""
     known = target.partition(".")[0] in _MADE if target else known
-    if target.partition(".")[0] in _OWN and locate(target) is None:
+    if target and is_missing(target):
         raise ValueError(f"{defining_key(unresolved, above[:-1])}._target_: there is no {target}")
     takes = signature(target)
     if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):

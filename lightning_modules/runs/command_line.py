@@ -211,13 +211,16 @@ def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     """Say what was probably meant by a key that is not there."""
     if value and not sign and tree.takes(key):
         return f"{key} is set nowhere yet: write +{key}={value}"
+    parent = key.rpartition(".")[0]
+    if parent in tree.keys and tree.keys[parent] is None and value:
+        node = shlex.quote(f"{parent}={{{key.rpartition('.')[2]}: {value}}}")
+        return f"there is no key {key}, as {parent} is null: write {node}"
     if inside := tree.within(key):
         meant = [f"{sign}{each}={value}" if value else f"{sign}{each}" for each in inside[:3]]
         return f"there is no key {key}; did you mean {' or '.join(meant)}?"
     if others := tree.having(key):
         return f"there is no key {key}; there is with {' or '.join(others)}"
     if guesses := tree.similar(key):
-        parent = key.rpartition(".")[0]
         moved = [guess for guess in guesses if value and (guess in GROUPS or guess.rpartition(".")[0] != parent)]
         meant = [f"{guess}={value}" if guess in moved else f"{sign}{guess}" for guess in guesses]
         return f"there is no key {key}; did you mean {' or '.join(meant)}?"

@@ -142,6 +142,11 @@ def _of_config(error: OmegaConfBaseException, unresolved: Mapping[str, Any]) -> 
         return f"{key} refers to the key {missing[1]}, and there is none"
     if inside := re.search("trying to access (.+): node `(.+)` is not a container", text):
         return f"{inside[2]} must have settings: {inside[1]} is needed"
+    if name := re.search("Environment variable '(.+)' not found|Unsupported interpolation type (.+)", text):
+        word = rf"\$\{{[^}}]*\b{re.escape(name[1] or name[2])}\b"
+        found = (name for name, value in flat(unresolved) if isinstance(value, str) and re.search(word, value))
+        key = next(found, key)
+        text = text.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"there is no key {key}, which is needed"
     return f"{key}: {text}" if key else text

@@ -51,6 +51,8 @@ def refuse_settings(config: DictConfig) -> None:
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
         _refuse_what_does_not_go_together(plain, unresolved)
+        if config.task == "fit" and config.test_ckpt_path == "best" and not _keeps_best(plain["callbacks"]):
+            raise ValueError("test_ckpt_path=best needs callbacks.checkpoint_best, and here is none")
     except ValueError as error:
         hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
         others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
@@ -125,6 +127,8 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
     if config["task"] == "score":
         refuse_unknown_judges(config)
+    if config["task"] == "generate" and (name := config["generating"]["strategy"]) not in config["strategies"]:
+        raise ValueError(f"generating.strategy is {name!r}; there are: {', '.join(config['strategies'])}")
     if config["task"] in ("score", "generate", "export"):
         return
     folder = config["task"] == "evaluate" and config["ckpt_path"] and Path(config["ckpt_path"]).is_dir()
@@ -135,6 +139,9 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     refuse_unknown_judges(config)
     if data:
         _refuse_other_data(module, data)
+    if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):
+        makes = "data=rollouts, preferences or preference_files"
+        raise ValueError(f"task=rollout makes what {makes} needs before training; this data needs nothing")
     if config["task"] == "fit" and "geneval" not in callbacks and (waiting := _monitors_geneval(callbacks)):
         raise ValueError(f"without callbacks.geneval nothing measures val/geneval: add {_left_out(waiting)}")
     if not _is_sharded(strategy):
@@ -145,6 +152,11 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     if decoding := [name for name in callbacks if name == "geneval" or name in _monitors_geneval(callbacks)]:
         advice = f"add {_left_out(decoding)}, and evaluate by devices=ddp"
         raise ValueError(f"devices=fsdp cannot decode while it trains: {advice}")
+
+
+def _keeps_best(callbacks: Mapping[str, Any]) -> bool:
+    nodes = [node for node in callbacks.values() if node and node.get("monitor")]
+    return any(str(node["_target_"]).endswith("Checkpoint") for node in nodes)
 
 
 def _monitors_geneval(callbacks: Mapping[str, Any]) -> list[str]:
@@ -160,6 +172,8 @@ def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> No
     given = _says(data, "gives", wanted)
     if wanted is None:
         raise ValueError("module=evaluation has no use for data: add ~data")
+    if module.get("refit") and given == "pairs" and not _says(data, "has_labels", True):
+        raise ValueError("module.refit needs pairs made from rollouts: images from files have no labels")
     if wanted == "pairs" != given:
         raise ValueError("module=dpo learns from pairs: use experiment=dpo, or data=preferences or preference_files")
     if wanted == "rollouts" and given == "pairs":

@@ -57,7 +57,7 @@ class SettingsTree:
         above = parent.rpartition(".")[0]
         if above and parent in self.keys:  # the settings of the nodes beside it are theirs
             keys = [key for key in keys if not re.match(rf"{re.escape(above)}\.\w+\.", key)]
-        by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        by_last = {key.rpartition(".")[2]: key for key in reversed(keys) if last[0] != "_"}  # every node has _target_
         return [by_last[match] for match in get_close_matches(last, by_last, 1, CLOSE)]
 
     def having(self, key: str) -> list[str]:

@@ -62,6 +62,16 @@ def locate(target: str) -> Found | None:
         _visited.pop()
 
 
+def is_missing(target: str) -> bool:
+    """Say if there is surely nothing of a dotted name: the source of its module has none."""
+    module, _, name = target.rpartition(".")
+    found = locate_module(module) if module else None
+    if found is None or module.partition(".")[0] in sys.stdlib_module_names or found.inner(name) is not None:
+        return False
+    opaque = any(_defines(each, "__getattr__") or _imported(module, each, "*") for each in _body(found))
+    return not opaque and f"'{name}'" not in ast.dump(found.node)
+
+
 def signature(target: str) -> dict[str, Any]:
     """List what a class or function takes, with annotations; `**` if it takes any name, nothing if that is unknown.
 

@@ -9,8 +9,10 @@ from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resol
 from lightning_modules.backbone.published import LOADERS, named, nodes, refuse_missing
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
+from lightning_modules.runs.signatures import constant
 
 _OWN = "lightning_modules."
+_LOADER = f"{_OWN}backbone.loading.pretrained"
 _PARM, _OF_PARM = f"{_OWN}rewards.parm.PARM", ("feature_layers", "decoder_dim", "grid")  # which decide its tensors
 # What is built by tasks that need no module, callbacks and data.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
@@ -30,6 +32,7 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
     """
     built = built_parts(config)
     for key, node in nodes(built):
+        _refuse_missing_files(defining_key(unresolved, key), node)
         checkpoint = node.get("checkpoint")
         if node["_target_"] not in LOADERS or not isinstance(checkpoint, str) or on_hub(checkpoint):
             continue
@@ -45,6 +48,20 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         for path in files:
             refuse_broken(path, key)
     refuse_missing_weights(built, unresolved)
+
+
+def _refuse_missing_files(key: str, node: Mapping[str, Any]) -> None:
+    """Raise FileNotFoundError for a path that a class says it `reads` and that is not there."""
+    for name in constant(node["_target_"], "reads", ()):
+        path = node.get(name)
+        if isinstance(path, str) and not path.startswith("bundled:") and not Path(path).exists():
+            raise FileNotFoundError(f"{key}.{name}: there is no {path}")
+    start = node.get("start")
+    if node["_target_"] == _LOADER and isinstance(start, str) and not on_hub(start):
+        try:
+            resolve(start)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key}.start: {error}") from None
 
 
 def refuse_missing_weights(built: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:

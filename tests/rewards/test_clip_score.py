@@ -103,6 +103,8 @@ def test_reflection_looks_at_the_patches_that_score_lowest(
 def test_training_tells_captions_apart(clip: torch.nn.Module) -> None:
     pairs = CaptionPairs(ShapesStream(seed=5), 12, 8)
     batch = CaptionsDataModule.collate([(i, pairs[i]) for i in range(6)])
+    with pytest.raises(ValueError, match=r"module\.grids: images of 64 pixels cannot be cut into 3x3 patches"):
+        ContrastiveModule(clip, WordTokenizer(vocabulary(), 12), torch.optim.AdamW, 0, [2, 3])
     module = ContrastiveModule(clip, WordTokenizer(vocabulary(), 12), torch.optim.AdamW, 0, [2])
     logged: dict[str, torch.Tensor] = {}
     module.log_dict = lambda metrics, **_: logged.update(metrics)  # type: ignore[method-assign]

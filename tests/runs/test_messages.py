@@ -102,6 +102,8 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
             "+strategy@strategies.x=verifid",
             "no strategy=verifid; did you mean +strategy@strategies.x=verified",
         ),
+        ("module.refit._target_=x", "there is no key module.refit._target_; module has"),
+        ("experiment=grpo module.refit._target_=x", "as module.refit is null: write 'module.refit={_target_: x}'"),
         ("decoder.modul.x=1", "there is no key decoder.modul.x; decoder has checkpoint, module"),
         (
             "judges=open_clip judges.rewards.open_clip.clip.pretrained=a",
@@ -341,6 +343,12 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["geneval.test_prompts.split=testing"], "split must be one of train, validation, evaluation"),
         (["task=evaluate", "module=evaluation"], "module=evaluation has no use for data: add ~data"),
         (["trainer.devices=0"], "trainer.devices must be above 0, or -1 for all there are, not 0"),
+        (["experiment=shapes_clip", "test_ckpt_path=best"], "test_ckpt_path=best needs callbacks.checkpoint_best, and"),
+        (["experiment=shapes_tokenizer", "task=rollout"], "needs before training; this data needs nothing"),
+        (["task=generate", "images=new", "generating.strategy=x"], "generating.strategy is 'x'; there are: sample"),
+        (["experiment=shapes_masked", "decoder.start=bundled:x"], "decoder.start: checkpoint 'bundled:x': there is no"),
+        (["fid=inception", "fid.references.folder=/nowhere"], "fid.references.folder: there is no /nowhere"),
+        (["seed=${oc.env:NOTHING}"], "seed: Environment variable 'NOTHING' not found"),
         (["monitored_strategy=best_of_8_parm"], "monitored_strategy is 'best_of_8_parm', and that is not among valid"),
         (
             ["experiment=dpo", "+data.scores.cliip=1"],
