@@ -104,7 +104,7 @@ def test_hydras_own_answer_and_traceback_are_there_for_who_asks(tmp_path: Path) 
         ),
         ("module.refit._target_=x", "there is no key module.refit._target_; module has"),
         ("experiment=grpo module.refit._target_=x", "as module.refit is null: write 'module.refit={_target_: x}'"),
-        ("decoder.modul.x=1", "there is no key decoder.modul.x; decoder has checkpoint, module"),
+        ("decoder.modules.x=1", "there is no key decoder.modules.x; decoder has checkpoint, module"),
         (
             "judges=open_clip judges.rewards.open_clip.clip.pretrained=a",
             "did you mean judges.rewards.clip.clip.pretrained=a?",
