@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,11 +24,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from callbacks.runs import checkpoint_to_resume
+from datamodules.prompt_templates import clause, make_row
 from lightning_modules.files import PROVENANCE
 from lightning_modules.runs.mismatches import refuse_mismatches
 from lightning_modules.runs.preflight import refuse_settings
 from tests.helpers.models import make_decoder
 from tests.helpers.overrides import ROOT
+from tests.helpers.pictures import write_folder
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # What commands have in the place of something of the reader's own, and what stands for it here.
@@ -45,8 +48,8 @@ PLACEHOLDERS = {
 STAR = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}
 PAIR = {"prompt": "a photo of a star", "chosen": "a.png", "rejected": "b.png"}
 PHOTO = {"image": "dog.png", "prompt": "a photo of a dog"}
-FOLDERS = ("folder", "my_images", "my_photographs", "photos")
-FILES = {"prompts.jsonl": STAR, "pairs.jsonl": PAIR, "more.jsonl": PAIR, "file.jsonl": STAR,
+FOLDERS = ("folder", "my_images", "my_photographs", "photos", "references")
+FILES = {"prompts.jsonl": STAR, "pairs.jsonl": PAIR, "more.jsonl": PAIR, "file.jsonl": STAR, "detections.jsonl": {},
          "photos/train.jsonl": PHOTO, "photos/validation.jsonl": PHOTO}  # fmt: skip
 CHECKPOINT = {"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2", "callbacks": {}, "loops": {},
               "optimizer_states": [], "lr_schedulers": []}  # fmt: skip
@@ -165,7 +168,8 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation tells to put beside train.py; returns that of further configs."""
     monkeypatch.chdir(tmp_path)
     for folder in FOLDERS:
-        Path(folder, "00000").mkdir(parents=True)  # of a prompt
+        shown = clause("dog" if folder == "my_photographs" else "star")
+        write_folder(Path(folder), [make_row("single_object", shown)], {(0, 0): np.zeros((64, 64, 3), np.uint8)})
         Path(folder, PROVENANCE).write_text("{}")  # so that images may be made there as well
     for file, row in FILES.items():
         Path(file).write_text(json.dumps(row) + "\n")

@@ -49,7 +49,12 @@ def test_epochs_are_counted_as_the_trainer_counts_them(
         (["verified"], None, "sample", "validation_strategies names the strategy 'verified'; there are: sample, more"),
         (["sample"], ["beam"], "sample", "test_strategies names the strategy 'beam'"),
         (["sample"], None, "beam", "monitor names the strategy 'beam'"),
-        (["sample"], None, "more", "monitor 'more' is not among validation_strategies"),
+        (
+            ["sample"],
+            None,
+            "more",
+            "monitor is 'more', and that is not among callbacks.geneval.valid",
+        ),
     ],
 )
 def test_strategies_that_are_not_there_are_named(
