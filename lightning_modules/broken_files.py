@@ -9,6 +9,7 @@ from pickle import Unpickler, UnpicklingError
 from typing import Any
 
 _COPY = "copy or download it again"
+_WEIGHTS_ALONE = "holds weights alone, as safetensors; a checkpoint of training is a .ckpt file"
 _NOT_PLAIN = (
     "holds more than tensors and is not loaded, because that could run code: if you trust it, load it once with "
     "`torch.load(FILE, weights_only=False)` and save its tensors alone with `torch.save`"
@@ -61,6 +62,7 @@ def read_torch(path: Path, key: str | None = None, thorough: bool = False) -> An
     """
     import torch  # takes seconds, and most of what is refused needs it not
 
+    _refuse_safetensors(path, key)
     refuse_broken(path, key)
     try:
         if thorough:
@@ -82,6 +84,7 @@ def read_without_tensors(path: Path, key: str | None = None) -> Any:
     Nothing of the file's is imported or run. Returns None for what only `read_torch` can tell. Raises ValueError, as
     that does, for what holds things of other packages.
     """
+    _refuse_safetensors(path, key)
     refuse_broken(path, key)
     reader = None
     try:
@@ -93,6 +96,11 @@ def read_without_tensors(path: Path, key: str | None = None) -> Any:
         if reader is not None and reader.foreign:
             raise ValueError(f"{_named(path, key)} {_NOT_PLAIN}") from error
         return None
+
+
+def _refuse_safetensors(path: Path, key: str | None) -> None:
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{_named(path, key)} {_WEIGHTS_ALONE}")
 
 
 class _StandIn:
@@ -168,7 +176,7 @@ def _of_safetensors(path: Path, head: bytes) -> str | None:
 def _of_torch(path: Path, head: bytes) -> str | None:
     """Check a file that is a zip archive, whose list of contents comes last."""
     if head[8:9] == b"{" and _of_safetensors(path, head) is None:
-        return "holds weights alone, as safetensors; a checkpoint of training is a .ckpt file"
+        return _WEIGHTS_ALONE
     if head.startswith(b"\x80"):
         return "is of torch's old format: load it and save it anew with `torch.save`"
     if not head.startswith(b"PK"):

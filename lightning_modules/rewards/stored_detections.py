@@ -73,7 +73,9 @@ class StoredDetections(Keyed):
             boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(len(objects), 4)
             scores = np.array([entry["score"] for entry in objects], np.float32)
             classes = [entry["class"] for entry in objects]
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{place}: not a row of detections: there is no {error.args[0]!r}") from error
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{place}: not a row of detections: {error!r}") from error
         if unknown := set(classes) - set(self.class_names):
             raise ValueError(f"{place}: unknown class {min(unknown)!r}")

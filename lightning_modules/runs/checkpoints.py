@@ -223,6 +223,15 @@ def refuse_other_settings(path: str, config: Mapping[str, Any]) -> None:
         _refuse_other(path, checkpoint.get("hyper_parameters", config), config)
 
 
+def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> None:
+    """Do the same for the run in a folder, which is about to resume; what is broken there is passed over later."""
+    last, stored = folder / "checkpoints" / "last.ckpt", None
+    with suppress(ValueError, OSError):
+        stored = (read_without_tensors(last) or {}).get("hyper_parameters")
+    if isinstance(stored, Mapping):
+        _refuse_other(shown(last), stored, config)
+
+
 def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     old, new = (dict(flat(_decisive(each, config["task"]))) for each in (stored, config))
     for key in {**new, **old}:

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-from lightning_modules.backbone.published import nodes
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS
-from lightning_modules.runs.signatures import constant, is_missing, required, signature
+from lightning_modules.runs.signatures import is_missing, required, signature
 
 _HYDRAS_OWN = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 # Texts at the top of the config.
@@ -23,14 +22,13 @@ _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_
           "images": "a path or null"}  # fmt: skip
 _PARTS = ("trainer", "module", "decoder", "tokenizer", "judges", "evaluator")  # made by nodes
 _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
+_MAY_BE_NEGATIVE = ("stop_score", "threshold")  # log-values
 _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
 _FRACTIONS = ("prompt_dropout", "feature_dropout", "finished", "share")
 _RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val", "guidance", "beta")
-_VERIFIERS = ("parm", "likelihood")  # judges that a run has of itself, most of them
-_RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
 _MORE_THAN_0 = math.ulp(0.0)
 # Kind, least and largest value of numbers by their names, and the same in words.
 _RANGES: dict[str, tuple[Any, float, float, str]] = {
@@ -143,30 +141,6 @@ def refuse_unknown_strategies(
         raise ValueError(f"{keys['monitor']} is {geneval['monitor']!r}, and that is not among {there}")
 
 
-def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for names of judges that no run has and the config does not add."""
-    decodes = config["task"] != "score"
-    known = [*(_VERIFIERS if decodes else ()), *_RULES, *(config["judges"].get("rewards") or ())]
-    named: dict[str, Iterable[str]] = {
-        "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
-    }
-    data = (decodes and config.get("data")) or {}
-    gives = constant(str(data.get("_target_")), "gives", None)  # data of yours may mean something else by these
-    for name in {"groups": ("rewards", "held_out"), "pairs": ("scores",)}.get(gives, ()):
-        named[f"data.{name}"] = data.get(name) or ()
-    if gives == "groups":
-        named["data.potentials"] = (data.get("potentials") or {}).values()
-    for key, node in nodes(config["strategies"]) if decodes else ():
-        if str(node["_target_"]).startswith("lightning_modules."):
-            found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
-            strategy = f"strategies.{key.partition('.')[0]}"
-            named[strategy] = [*named.get(strategy, ()), *found]
-    for key, names in named.items():
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(known)}")
-
-
 def _refuse_below(
     above: str, node: Mapping[str, Any], unresolved: Mapping[str, Any], inner: Any = Any, known: bool = True
 ) -> None:
@@ -217,7 +191,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "above 0, or -1 for all there are": name == "devices" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not pair,
         wanted: known and not (value is None or isinstance(value, Mapping) or in_range),
-        "at least 0": not known and type(value) is int and not in_range,
+        "at least 0": not known and name not in _MAY_BE_NEGATIVE and type(value) is int and not in_range,
     }
     return next((needed for needed, is_so in useless.items() if is_so), None)
 

@@ -13,15 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.preference_rows import PreferenceRows
 from datamodules.prompt_folders import scan
 from lightning_modules.files import refuse_unmarked
-from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_settings
+from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_run, refuse_other_settings
 from lightning_modules.runs.checks import (
     refuse_missing_devices,
-    refuse_unknown_judges,
     refuse_unknown_strategies,
     refuse_unread,
     refuse_wrong_values,
 )
 from lightning_modules.runs.fitting import class_names, refuse_unfit_parts
+from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
@@ -73,7 +73,9 @@ def refuse_settings(config: DictConfig) -> None:
             raise ValueError(f"{error}; task=score judges what is there") from None
     if config.task == "score":
         scan(config.images, class_names(built_parts(plain)))
-    if config.ckpt_path not in (None, "auto"):
+    if config.ckpt_path == "auto":
+        refuse_other_run(Path(hydra.runtime.output_dir), plain)
+    elif config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_settings(path, plain)
 
@@ -139,6 +141,8 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     refuse_unknown_judges(config)
     if data:
         _refuse_other_data(module, data)
+        if config["task"] == "fit":
+            refuse_teaching_judges(config)
     if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):
         makes = "data=rollouts, preferences or preference_files"
         raise ValueError(f"task=rollout makes what {makes} needs before training; this data needs nothing")
@@ -180,6 +184,11 @@ def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> No
         raise ValueError("module=parm learns from rollouts, not from pairs: use data=rollouts, or module=dpo")
     if (wanted == "groups") != (given == "groups"):
         raise ValueError("module=grpo and data=groups go together: use experiment=grpo")
+    for key, node in {"groups": {"spec": data.get("spec")}, "pairs": data.get("train") or {}}.get(given, {}).items():
+        single = isinstance(node, Mapping) and node.get("samples") == 1
+        if single and (given == "groups" or len(data["train"]) == 1):
+            place = "data.spec" if given == "groups" else f"data.train.{key}"
+            raise ValueError(f"{place}.samples must be at least 2: images of one prompt are compared")
 
 
 def _says(node: Mapping[str, Any] | None, word: str, otherwise: Any) -> Any:

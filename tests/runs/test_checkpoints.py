@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from callbacks.runs import checkpoint_to_resume
 from lightning_modules.runs.checkpoints import (
@@ -19,6 +20,7 @@ from lightning_modules.runs.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
     refuse_other_config,
+    refuse_other_run,
     refuse_other_settings,
     remember_found,
 )
@@ -153,6 +155,24 @@ def test_the_folder_of_a_run_is_not_that_of_its_checkpoints(tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match=f"; there are in {tmp_path}/checkpoints$"):
         named_checkpoints(str(tmp_path), "evaluate")
     assert named_checkpoints(f"{tmp_path}/checkpoints", "evaluate") == [f"{tmp_path}/checkpoints/last.ckpt"]
+
+
+def test_a_run_that_resumes_with_other_settings_is_refused_whatever_else_is_broken(tmp_path: Path) -> None:
+    refuse_other_run(tmp_path, CONFIG)  # none yet
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.write_bytes(b"PK")
+    refuse_other_run(tmp_path, CONFIG)  # an older one may do
+    torch.save(WHOLE | {"hyper_parameters": CONFIG | {"seed": 1}}, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt was made with seed=1, not 0$"):
+        refuse_other_run(tmp_path, CONFIG)
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    for refuse in (refuse_other_settings, refuse_other_config):
+        with pytest.raises(ValueError, match=r"^ckpt_path: \S+ holds weights alone, as safetensors"):
+            refuse(str(tmp_path / "model.safetensors"), CONFIG)
 
 
 def test_settings_in_a_checkpoint_are_read_without_running_anything(tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ from lightning_modules.files import BUNDLED
 from lightning_modules.image_reader import UnreadableImage
 from lightning_modules.runs.checks import (
     refuse_missing_devices,
-    refuse_unknown_judges,
     refuse_unread,
     refuse_wrong_values,
 )
 from lightning_modules.runs.command_line import wrong_option, wrong_setting
+from lightning_modules.runs.judges import refuse_unknown_judges
 from lightning_modules.runs.messages import MENDABLE, sentence
 from tests.helpers.launch import command, launch
 from tests.helpers.overrides import ROOT, TINY
@@ -261,8 +261,9 @@ def test_a_distance_needs_references(compose_config: Any) -> None:
         refuse_wrong_values(config, config)
 
 
-def test_infinity_is_fine_where_it_means_never(compose_config: Any) -> None:
-    for overrides in (["strategies=reflection"], ["experiment=dpo", "module.max_fall=inf"]):
+def test_infinity_is_fine_where_it_means_never_and_log_values_below_0_are(compose_config: Any) -> None:
+    log_value = "strategies.verified_reflection.stop_score=-1"
+    for overrides in (["strategies=reflection"], ["experiment=dpo", "module.max_fall=inf"], [log_value]):
         config = compose_config(*overrides)
         plain: Any = OmegaConf.to_container(config, resolve=True)
         refuse_wrong_values(plain, plain)
@@ -353,6 +354,25 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (
             ["experiment=dpo", "+data.scores.cliip=1"],
             "data.scores names the judge 'cliip'; there are: parm",
+        ),
+        (
+            ["experiment=grpo", "+data.rewards.parm=1"],
+            "evaluator.independent_judges: 'parm' decides what is trained on",
+        ),
+        (["evaluator.independent_judges=[parm]"], "evaluator.independent_judges: 'parm' is trained"),
+        (
+            ["experiment=grpo", "+data.rewards.clip=1", "evaluator.independent_judges=[parm]"],
+            "data.held_out names 'clip'",
+        ),
+        (["experiment=grpo", "+data.potentials.strict=parm"], "data.potentials.strict: data.rewards has no 'strict'"),
+        (
+            ["experiment=grpo", "data.held_out=[]"],
+            "callbacks.divergence.held_out is train/held_out/clip, and data.held",
+        ),
+        (["experiment=grpo", "data.spec.samples=1"], "data.spec.samples must be at least 2: images of one prompt are"),
+        (
+            ["experiment=dpo", "data.train.plain.samples=1"],
+            "data.train.plain.samples must be at least 2: images of one",
         ),
         (["experiment=grpo", "+data.potentials.geneval=x"], "data.potentials names the judge 'x'; there are: parm"),
         (["+strategy@strategies=verified"], "is chosen for a name: write +strategy@strategies.NAME=verified"),

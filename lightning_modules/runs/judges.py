@@ -1,0 +1,62 @@
+"""Checks of the judges that a config names: there are such, and those that teach are not held out."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_modules.backbone.published import nodes
+from lightning_modules.runs.signatures import constant
+
+_VERIFIERS = ("parm", "likelihood")  # that a run has of itself, most of them
+_RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
+
+
+def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for names of judges that no run has and the config does not add."""
+    decodes = config["task"] != "score"
+    known = [*(_VERIFIERS if decodes else ()), *_RULES, *(config["judges"].get("rewards") or ())]
+    named: dict[str, Iterable[str]] = {
+        "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
+    }
+    data = (decodes and config.get("data")) or {}
+    gives = constant(str(data.get("_target_")), "gives", None)  # data of yours may mean something else by these
+    for name in {"groups": ("rewards", "held_out"), "pairs": ("scores",)}.get(gives, ()):
+        named[f"data.{name}"] = data.get(name) or ()
+    if gives == "groups":
+        named["data.potentials"] = (data.get("potentials") or {}).values()
+    for key, node in nodes(config["strategies"]) if decodes else ():
+        if str(node["_target_"]).startswith("lightning_modules."):
+            found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
+            strategy = f"strategies.{key.partition('.')[0]}"
+            named[strategy] = [*named.get(strategy, ()), *found]
+    for key, names in named.items():
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(known)}")
+
+
+def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a judge that is trained, or decides what is trained on, counts as independent or held out."""
+    module, data = config["module"], config.get("data") or {}
+    gives = constant(str(data.get("_target_")), "gives", None)
+    weights = (data.get({"groups": "rewards", "pairs": "scores"}.get(gives, "")) or {}).items()
+    teachers = {name for name, weight in weights if weight}
+    trained = {"parm"} if gives == "rollouts" or module.get("refit") else set()
+    for name in config["evaluator"].get("independent_judges") or ():
+        if name in teachers | trained:
+            said = "is trained" if name in trained else "decides what is trained on"
+            raise ValueError(f"evaluator.independent_judges: {name!r} {said}")
+    if gives == "groups":
+        _refuse_teaching_in_groups(config, teachers)
+
+
+def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) -> None:
+    data, rule = config["data"], config["callbacks"].get("divergence") or {}
+    held_out = data.get("held_out") or ()
+    if both := teachers & {*held_out}:
+        raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
+    if missing := {*(data.get("potentials") or ())} - teachers:
+        raise ValueError(f"data.potentials.{min(missing)}: data.rewards has no {min(missing)!r}")
+    read = str(rule.get("held_out") or "")
+    if read.startswith("train/held_out/") and read.rpartition("/")[2] not in held_out:
+        said = f"data.held_out does not name {read.rpartition('/')[2]!r}; ~callbacks.divergence leaves this rule out"
+        raise ValueError(f"callbacks.divergence.held_out is {read}, and {said}")
