@@ -229,7 +229,11 @@ def refuse_other_run(folder: Path, config: Mapping[str, Any]) -> None:
     with suppress(ValueError, OSError):
         stored = (read_without_tensors(last) or {}).get("hyper_parameters")
     if isinstance(stored, Mapping):
-        _refuse_other(shown(last), stored, config)
+        try:
+            _refuse_other(shown(last), stored, config)
+        except ValueError as error:
+            advice = "ckpt_path=PATH resumes an older run, and without ckpt_path a new one starts"
+            raise ValueError(f"{error}; {advice}") from None
 
 
 def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any]) -> None:

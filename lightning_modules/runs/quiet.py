@@ -23,6 +23,7 @@ _WARNED = (
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",  # torchmetrics' own code
     r"Starting from v1\.9\.0, `tensorboardX` has been removed",  # nothing here uses it
     r"Total length of `\w+` across ranks is zero",  # task=rollout predicts nothing
+    r"The dirpath has changed from",  # an evaluation writes elsewhere, and callbacks.checkpoint follows moved runs
     r"The '\w+' does not have many workers",  # rows are cheap; data.num_workers raises it
 )
 

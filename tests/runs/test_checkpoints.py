@@ -164,7 +164,7 @@ def test_a_run_that_resumes_with_other_settings_is_refused_whatever_else_is_brok
     last.write_bytes(b"PK")
     refuse_other_run(tmp_path, CONFIG)  # an older one may do
     torch.save(WHOLE | {"hyper_parameters": CONFIG | {"seed": 1}}, last)
-    with pytest.raises(ValueError, match=r"last\.ckpt was made with seed=1, not 0$"):
+    with pytest.raises(ValueError, match=r"last\.ckpt was made with seed=1, not 0; ckpt_path=PATH"):
         refuse_other_run(tmp_path, CONFIG)
 
 
