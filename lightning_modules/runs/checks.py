@@ -152,6 +152,9 @@ def _refuse_below(
     known = target.partition(".")[0] in _MADE if target else known
     if target and is_missing(target):
         raise ValueError(f"{defining_key(unresolved, above[:-1])}._target_: there is no {target}")
+    if node.get("random_stop") is True and node.get("stride", 1) != 1:
+        stride = defining_key(unresolved, f"{above}stride")
+        raise ValueError(f"{stride} must be 1 where random_stop is true, not {node['stride']}")
     takes = signature(target)
     if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):
         whose, kind = defining_key(unresolved, above[:-1]), target.rpartition(".")[2]

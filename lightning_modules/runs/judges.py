@@ -56,6 +56,9 @@ def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) ->
         raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
     if missing := {*(data.get("potentials") or ())} - teachers:
         raise ValueError(f"data.potentials.{min(missing)}: data.rewards has no {min(missing)!r}")
+    network = (config.get("decoder") or {}).get("module") or {}
+    if data.get("potentials") and not constant(str(network.get("_target_")), "causal", True):
+        raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
     read = str(rule.get("held_out") or "")
     if read.startswith("train/held_out/") and read.rpartition("/")[2] not in held_out:
         said = f"data.held_out does not name {read.rpartition('/')[2]!r}; ~callbacks.divergence leaves this rule out"

@@ -1,18 +1,22 @@
 """All checks before anything heavy is imported: what a task lacks, choices that do not go together, missing files."""
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from datamodules.preference_rows import PreferenceRows
 from datamodules.prompt_folders import scan
+from lightning_modules.backbone.published import nodes
 from lightning_modules.files import refuse_unmarked
+from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_run, refuse_other_settings
 from lightning_modules.runs.checks import (
     refuse_missing_devices,
@@ -28,6 +32,8 @@ from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import built_parts, refuse_unfit_weights
 
 _PREFERENCES = "datamodules.preference_files.PreferenceFile"
+# What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
+_OF_PIPELINE = ("experiment", "task", "name", "pipeline", "rollouts_dir", "scores_dir")
 _ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
 
 
@@ -42,8 +48,11 @@ def refuse_settings(config: DictConfig) -> None:
     _refuse_incomplete(config, unresolved)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
-    if preset and config.task == "pipeline":
-        raise ValueError("the jobs of task=pipeline do not read +debug: leave it out")
+    if config.task == "pipeline":
+        _refuse_unread_by_jobs(hydra.overrides.task, plain["pipeline"])
+    devices = str(plain["trainer"].get("devices")) if isinstance(plain.get("trainer"), Mapping) else "1"
+    if hydra.mode == RunMode.MULTIRUN and devices.isdecimal() and int(devices) > 1:
+        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
     try:
         refuse_wrong_values(plain, unresolved)
         if config.task == "pipeline":  # its jobs are checked each on its own
@@ -60,6 +69,7 @@ def refuse_settings(config: DictConfig) -> None:
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
         _read_prompts(plain["geneval"], trains=bool(plain.get("data")))
+        _refuse_unknown_tasks(plain.get("data") or {})
         _read_preferences(plain.get("data") or {})
     refuse_unfit_parts(plain, unresolved)
     refuse_unfit_weights(plain, unresolved)
@@ -80,6 +90,19 @@ def refuse_settings(config: DictConfig) -> None:
             refuse_other_settings(path, plain)
 
 
+def _refuse_unread_by_jobs(overrides: Sequence[str], pipeline: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings that the jobs of a pipeline do not get, and for rows of other jobs."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if re.split(r"[.@]", key)[0] not in _OF_PIPELINE:
+            where = "pipeline.jobs.NAME.overrides holds what a job gets"
+            raise ValueError(f"the jobs of task=pipeline do not read {key}: leave it out; {where}")
+    for title, row in pipeline["rows"].items():
+        if row["job"] not in pipeline["jobs"]:
+            there = ", ".join(pipeline["jobs"])
+            raise ValueError(f"pipeline.rows: {title!r} names the job {row['job']!r}; there are: {there}")
+
+
 def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
     """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
     for name, node in geneval.items():
@@ -87,6 +110,15 @@ def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
             continue
         if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
             instantiate({"geneval": {name: node}}, _convert_="all")
+
+
+def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers of prompts of a task that is none of GenEval's."""
+    for key, node in nodes(data, "data"):
+        for name in ("per_step", "per_round"):
+            counts = node.get(name)
+            if unknown := [task for task in counts if task not in TASKS] if isinstance(counts, Mapping) else []:
+                raise ValueError(f"{key}.{name} names the task {unknown[0]!r}; there are: {', '.join(TASKS)}")
 
 
 def _read_preferences(data: Mapping[str, Any]) -> None:
