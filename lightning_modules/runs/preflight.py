@@ -1,6 +1,7 @@
 """All checks before anything heavy is imported: what a task lacks, choices that do not go together, missing files."""
 
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -50,9 +51,8 @@ def refuse_settings(config: DictConfig) -> None:
     preset = hydra.runtime.choices.get("debug")
     if config.task == "pipeline":
         _refuse_unread_by_jobs(hydra.overrides.task, plain["pipeline"])
-    devices = str(plain["trainer"].get("devices")) if isinstance(plain.get("trainer"), Mapping) else "1"
-    if hydra.mode == RunMode.MULTIRUN and devices.isdecimal() and int(devices) > 1:
-        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
+    if hydra.mode == RunMode.MULTIRUN:
+        _refuse_several_processes(plain["trainer"])
     try:
         refuse_wrong_values(plain, unresolved)
         if config.task == "pipeline":  # its jobs are checked each on its own
@@ -88,6 +88,13 @@ def refuse_settings(config: DictConfig) -> None:
     elif config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_settings(path, plain)
+
+
+def _refuse_several_processes(trainer: Any) -> None:
+    devices = str(trainer.get("devices")) if isinstance(trainer, Mapping) else ""
+    launched = {"LOCAL_RANK", "SLURM_NTASKS"} & {*os.environ}  # each process by something else, which is fine
+    if devices.isdecimal() and int(devices) > 1 and not launched:
+        raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
 
 
 def _refuse_unread_by_jobs(overrides: Sequence[str], pipeline: Mapping[str, Any]) -> None:
