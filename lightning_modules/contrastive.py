@@ -28,7 +28,8 @@ class ContrastiveModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, warmup_steps)
         self.clip, self.tokenizer, self.grids = clip, tokenizer, grids
-        side = clip.visual.image_size[0]  # type: ignore[union-attr, index]
+        size: Any = clip.visual.image_size  # type: ignore[union-attr]
+        side = size if isinstance(size, int) else size[0]  # of a ResNet a number, of others height and width
         if wrong := [grid for grid in grids if grid < 1 or side % grid]:
             raise ValueError(f"module.grids: images of {side} pixels cannot be cut into {wrong[0]}x{wrong[0]} patches")
 

@@ -60,7 +60,8 @@ def _complaint(row: Any, class_names: Sequence[str] | None) -> str:
         return f"expected a JSON object, found {row!r}"
     tag, prompt, include, exclude = row.get("tag"), row.get("prompt"), row.get("include"), row.get("exclude", [])
     known = ("tag", "prompt", "include", "exclude")
-    typos = [(key, close[0]) for key in row if key not in known and (close := get_close_matches(key, known, 1, 0.8))]
+    absent = [key for key in known if key not in row]
+    typos = [(key, close[0]) for key in row if key not in known and (close := get_close_matches(key, absent, 1, 0.8))]
     checks = (
         # Others may be a user's own; the rules would ignore a misspelt one in silence.
         (not typos, "unknown key {!r}, probably {!r}".format(*typos[0]) if typos else ""),

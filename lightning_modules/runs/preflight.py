@@ -50,12 +50,13 @@ def refuse_settings(config: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
     if config.task == "pipeline":
-        _refuse_unread_by_jobs(hydra.overrides.task, plain["pipeline"])
+        _refuse_unread_by_jobs(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         _refuse_several_processes(plain["trainer"])
     try:
         refuse_wrong_values(plain, unresolved)
         if config.task == "pipeline":  # its jobs are checked each on its own
+            _refuse_unknown_jobs(plain["pipeline"])
             return
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
@@ -97,13 +98,16 @@ def _refuse_several_processes(trainer: Any) -> None:
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
 
 
-def _refuse_unread_by_jobs(overrides: Sequence[str], pipeline: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings that the jobs of a pipeline do not get, and for rows of other jobs."""
+def _refuse_unread_by_jobs(overrides: Sequence[str]) -> None:
+    """Raise ValueError for settings that the jobs of a pipeline do not get."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if re.split(r"[.@]", key)[0] not in _OF_PIPELINE:
             where = "pipeline.jobs.NAME.overrides holds what a job gets"
             raise ValueError(f"the jobs of task=pipeline do not read {key}: leave it out; {where}")
+
+
+def _refuse_unknown_jobs(pipeline: Mapping[str, Any]) -> None:
     for title, row in pipeline["rows"].items():
         if row["job"] not in pipeline["jobs"]:
             there = ", ".join(pipeline["jobs"])
@@ -168,7 +172,8 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
     if config["task"] == "score":
         refuse_unknown_judges(config)
-    if config["task"] == "generate" and (name := config["generating"]["strategy"]) not in config["strategies"]:
+    name = (config.get("generating") or {}).get("strategy")
+    if config["task"] == "generate" and name not in config["strategies"]:
         raise ValueError(f"generating.strategy is {name!r}; there are: {', '.join(config['strategies'])}")
     if config["task"] in ("score", "generate", "export"):
         return

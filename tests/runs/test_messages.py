@@ -398,6 +398,7 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["task=score", "geneval=file", "images=nowhere"], "images: there is no folder nowhere"),
         (["experiment=pipeline", "+debug=minutes"], "the jobs of task=pipeline do not read debug: leave it out"),
         (["experiment=pipeline", "seed=1"], "the jobs of task=pipeline do not read seed: leave it out"),
+        (["experiment=pipeline", "pipeline.rows=null"], "pipeline.rows must be named values, {a: 1}, not null"),
         (["experiment=pipeline", "~pipeline.jobs.dpo"], "pipeline.rows: 'DPO' names the job 'dpo'; there are: parm, "),
         (["experiment=grpo", "+data.spec.per_step.colour=3"], "data.spec.per_step names the task 'colour'; there are:"),
         (["experiment=shapes_masked_grpo", "+data.potentials.geneval=parm"], "only next-token decoders decide these"),
