@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.groups import Columns, Curriculum, GroupCollector, GroupSpec
 from datamodules.loaders import make_loader
+from datamodules.step_sizes import refuse_uneven_step
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import judge_named
 from lightning_modules.rewards.registry import JudgeRegistry
@@ -107,14 +108,8 @@ class GroupsDataModule(LightningDataModule):
         if stage != "fit":
             return
         self.judges.teachers |= {*self.rewards, *self.spec.strategy.judge_names}
-        images, together = self.spec.groups * self.spec.samples, self.batch_size * self.trainer.world_size
-        if images % together:
-            ranks = f" on each of {self.trainer.world_size} processes" if self.trainer.world_size > 1 else ""
-            raise ValueError(f"data.batch_size={self.batch_size}{ranks} does not divide the {images} images of a step")
-        minibatches, accumulated = images * self.inner_epochs // together, self.trainer.accumulate_grad_batches
-        if minibatches % accumulated:
-            said = f"does not divide the {minibatches} minibatches of a step: an update would mix two policies' images"
-            raise ValueError(f"trainer.accumulate_grad_batches={accumulated} {said}")
+        images, ranks = self.spec.groups * self.spec.samples, self.trainer.world_size
+        refuse_uneven_step(images, self.batch_size, ranks, self.inner_epochs, self.trainer.accumulate_grad_batches)
 
     def _check_potentials(self) -> None:
         """Raise ValueError for values along the way that there are none of."""

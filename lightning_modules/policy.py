@@ -25,6 +25,8 @@ class PolicyModule(TrainedModule):
             reads; null: it does not.
     """
 
+    exported_parts = ("decoder",)
+
     def __init__(
         self,
         decoder: TokenDecoder,
@@ -48,7 +50,7 @@ class PolicyModule(TrainedModule):
     def exported(self) -> dict[str, nn.Module]:
         if self.lora is not None:
             self.lora.merge(self.decoder)
-        return {"decoder": self.decoder} | ({"parm": self.parm} if self.refit and self.parm else {})
+        return super().exported | ({"parm": self.parm} if self.refit and self.parm else {})
 
     def trained(self) -> list[Any]:
         groups: list[dict[str, Any]] = [{"params": trainable(self.decoder)}]

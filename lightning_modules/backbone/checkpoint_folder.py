@@ -1,7 +1,8 @@
 """Folders and files of weights: where they are, and what `export` wrote beside them. Imports no torch."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,18 @@ def exported(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     module = config.get("module") if isinstance(config, dict) else None
     return module if isinstance(module, dict) else {}
+
+
+def export_folders(folder: str, parts: Sequence[str]) -> dict[str, Path]:
+    """Where `task=export` writes networks: into the folder, several into one of their name each."""
+    return {name: Path(folder) / (name if len(parts) > 1 else "") for name in parts}
+
+
+def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
+    there = [name for name in (*WEIGHTS, "config.json") if (folder / name).is_file()]
+    stored = read_json(folder / "config.json") if "config.json" in there else None
+    origin = {"checkpoint": None, "start": None}  # where weights came from decides nothing
+    same = isinstance(stored, dict) and stored | origin == json.loads(json.dumps(config)) | origin
+    if there and not same:
+        raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")

@@ -13,8 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lightning_modules.backbone.checkpoint_folder import PICKLED, WEIGHTS, exported, resolve, weights_file
-from lightning_modules.broken_files import first_line, read_json, read_settings, read_torch, refuse_broken
+from lightning_modules.backbone.checkpoint_folder import (
+    PICKLED,
+    exported,
+    refuse_other_weights,
+    resolve,
+    weights_file,
+)
+from lightning_modules.broken_files import first_line, read_settings, read_torch, refuse_broken
 from lightning_modules.files import whole, write_text
 
 _INSIDE = ("model", "module", "state_dict")  # what pickled checkpoints call their weights
@@ -158,16 +164,6 @@ def export(module: nn.Module, folder: Path, config: Mapping[str, Any], dtype: to
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")  # first: it says whose the weights are
     with whole(folder / "model.safetensors") as partial:
         partial.write_bytes(save(tensors))
-
-
-def refuse_other_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a folder holds weights, or a config of some, that are not an export of the same network."""
-    there = [name for name in (*WEIGHTS, "config.json") if (folder / name).is_file()]
-    stored = read_json(folder / "config.json") if "config.json" in there else None
-    origin = {"checkpoint": None, "start": None}  # where weights came from decides nothing
-    same = isinstance(stored, dict) and stored | origin == json.loads(json.dumps(config)) | origin
-    if there and not same:
-        raise ValueError(f"export_dir: {folder} holds {there[0]} of something else: name another folder")
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """FID: how far a set of images is from reference images, which GenEval does not see."""
 
-from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from tqdm import trange
 from lightning_modules.backbone.loading import fingerprint
 from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.rewards.clip_score import image_features, image_key
+from lightning_modules.rewards.references import refuse_few
 
 
 class CLIPFeatures(nn.Module, Keyed):
@@ -45,8 +45,7 @@ class FID(Keyed):
     def __init__(self, references: Any, count: int, feature: CLIPFeatures | int = 2048, batch_size: int = 64) -> None:
         if count < 2:
             raise ValueError(f"fid.count must be at least 2 reference images, not {count}")
-        if isinstance(references, Sized) and len(references) < count:
-            raise ValueError(f"fid.count is {count}, and there are only {len(references)} reference images")
+        refuse_few(references, count)
         self.references, self.count, self.batch_size = references, count, batch_size
         self.metric = FrechetInceptionDistance(feature, reset_real_features=False, normalize=True)
         self.feature = feature

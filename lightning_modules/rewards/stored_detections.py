@@ -4,16 +4,18 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lightning_modules.cache_key import Keyed, class_name
 from lightning_modules.jsonl import read_jsonl
 from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, COLORS
 from lightning_modules.rewards.geneval_rules import Detections
+
+if TYPE_CHECKING:  # takes seconds, and rows are checked without it
+    import torch
 
 
 class StoredDetections(Keyed):
@@ -54,7 +56,7 @@ class StoredDetections(Keyed):
         """The detections, wherever they lie, and the classes that prompts may name."""
         return {"class": class_name(self), "sha256": self._sha256, "class_names": list(self.class_names)}
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: "torch.device | str") -> Self:
         """Nothing is computed, so nothing is moved."""
         return self
 

@@ -44,10 +44,18 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
     "FID.count": (int, 2, math.inf, "a whole number of at least 2, images to compare with"),
     "quantile": (int | float, _MORE_THAN_0, math.nextafter(1, 0), "above 0 and below 1"),
     "window": (int, 2, math.inf, "a whole number of at least 2"),
+    "curriculum": (int | float, 0, math.nextafter(1, 0), "at least 0 and below 1"),
     "max_weight": (int | float, 1, math.inf, "at least 1, the average"),
     "top_p": (int | float, _MORE_THAN_0, 1, "above 0 and at most 1"),
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 4294967295"),
 }
+# Names of Lightning's.
+_LIGHTNINGS = {
+    "accelerator": "auto|cpu|cuda|gpu|mps|tpu",
+    "strategy": r"auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(true|false))?|deepspeed\w*|"
+    r"fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?",
+}
+_NAMED = {"accelerator": "cpu, cuda, gpu, mps and tpu", "strategy": "ddp, fsdp and others"}
 # Packages whose classes are made by a node; those of others may be given as settings.
 _MADE = ("callbacks", "datamodules", "lightning_modules", "lightning", "torch")
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
@@ -105,7 +113,14 @@ def refuse_unread(overrides: Sequence[str], config: Mapping[str, Any], groups: I
 
 
 def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError for a Trainer on GPUs that are not there, or with more processes than 2 and the CPU's cores."""
+    """Raise ValueError for a Trainer on GPUs that are not there, or with more processes than 2 and the CPU's cores.
+
+    So for accelerators and strategies of which Lightning has none of that name.
+    """
+    for name, known in _LIGHTNINGS.items():
+        value = trainer.get(name, "auto")
+        if isinstance(value, str) and not re.fullmatch(known, value):
+            raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are auto, {_NAMED[name]}")
     wanted, devices, cores = trainer.get("accelerator", "auto"), str(trainer.get("devices")), os.cpu_count() or 1
     several = devices.isdecimal() and int(devices) > 2
     if wanted in ("cpu", "auto") and not several:  # fits any machine
@@ -182,7 +197,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
     """Say what a value of that name must be for an object of that kind, if this one is of no use."""
     items, number = value if isinstance(value, list) else [value], type(value) in (int, float)
     broken = [each for each in items if isinstance(each, float) and not math.isfinite(each)]
-    pair = len(items) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in items)
+    numbers = len(items) == 2 and all(isinstance(share, int | float) for share in items)
     known = _RANGES.get(f"{kind}.{name}", _RANGES.get("batch_size" if name.endswith("batch_size") else name))
     kinds, least, most, wanted = known or (int, -1 if name in _MINUS_ONE else 0, math.inf, "")
     in_range = number and isinstance(value, kinds) and least <= value <= most
@@ -192,7 +207,9 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "images to compare with": name == "references" and value is None,
         "above 0": name == "val_check_interval" and number and value == 0,
         "above 0, or -1 for all there are": name == "devices" and number and value == 0,
-        "two numbers from 0 to below 1": name == "betas" and not pair,
+        "two numbers from 0 to below 1": name == "betas" and not (numbers and all(0 <= beta < 1 for beta in items)),
+        "two numbers that rise within 0 to 1": name == "shares" and not (numbers and 0 <= items[0] <= items[1] <= 1),
+        "min or max": name == "mode" and kind.endswith(("Stopping", "Checkpoint")) and value not in ("min", "max"),
         wanted: known and not (value is None or isinstance(value, Mapping) or in_range),
         "at least 0": not known and name not in _MAY_BE_NEGATIVE and type(value) is int and not in_range,
     }

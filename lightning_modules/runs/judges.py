@@ -10,10 +10,24 @@ _VERIFIERS = ("parm", "likelihood")  # that a run has of itself, most of them
 _RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
 
 
+def refuse_unlabelled(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is nothing to label images with, and some of them have to be."""
+    if config["judges"].get("geneval") is not None:
+        return
+    data = config.get("data") or {}
+    gives = constant(str(data.get("_target_")), "gives", None)
+    made = gives == "rollouts" or (gives == "pairs" and constant(str(data["_target_"]), "makes_rollouts", True))
+    if config["task"] == "score" or config["callbacks"].get("geneval") or made or gives == "groups":
+        raise ValueError("judges.geneval is null, and what is made here is labelled by it")
+
+
 def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     """Raise ValueError for names of judges that no run has and the config does not add."""
     decodes = config["task"] != "score"
-    known = [*(_VERIFIERS if decodes else ()), *_RULES, *(config["judges"].get("rewards") or ())]
+    labels = config["judges"].get("geneval") is not None
+    known = [
+        *(_VERIFIERS if decodes else ()), *(_RULES if labels else ()), *(config["judges"].get("rewards") or ()),
+    ]  # fmt: skip
     named: dict[str, Iterable[str]] = {
         "evaluator.independent_judges": config["evaluator"].get("independent_judges") or ()
     }

@@ -4,17 +4,14 @@ import ast
 import os
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from datamodules.preference_rows import PreferenceRows
-from datamodules.prompt_folders import scan
+from datamodules.step_sizes import refuse_uneven_step
 from lightning_modules.backbone.published import nodes
 from lightning_modules.files import refuse_unmarked
 from lightning_modules.rewards.geneval_metadata import TASKS
@@ -25,17 +22,17 @@ from lightning_modules.runs.checks import (
     refuse_unread,
     refuse_wrong_values,
 )
-from lightning_modules.runs.fitting import class_names, refuse_unfit_parts
-from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges
+from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_images
+from lightning_modules.runs.fitting import refuse_unfit_parts
+from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.settings_tree import options
 from lightning_modules.runs.signatures import constant, lineage, locate
-from lightning_modules.runs.weights import built_parts, refuse_unfit_weights
+from lightning_modules.runs.weights import refuse_other_exports, refuse_unfit_weights
 
-_PREFERENCES = "datamodules.preference_files.PreferenceFile"
+_GROUPS = "datamodules.online_groups.GroupsDataModule"
 # What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
 _OF_PIPELINE = ("experiment", "task", "name", "pipeline", "rollouts_dir", "scores_dir")
-_ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -69,21 +66,20 @@ def refuse_settings(config: DictConfig) -> None:
         hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
-        _read_prompts(plain["geneval"], trains=bool(plain.get("data")))
-        _refuse_unknown_tasks(plain.get("data") or {})
-        _read_preferences(plain.get("data") or {})
+        refuse_broken_rows(plain)
     refuse_unfit_parts(plain, unresolved)
     refuse_unfit_weights(plain, unresolved)
+    refuse_unfit_images(plain)
     made = {"generate": "images", "export": "export_dir"}.get(config.task)
     if made and Path(config[made]).is_file():
         raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
+    if config.task == "export":
+        refuse_other_exports(plain)
     if config.task == "generate":
         try:
             refuse_unmarked(Path(config.images))
         except ValueError as error:
             raise ValueError(f"{error}; task=score judges what is there") from None
-    if config.task == "score":
-        scan(config.images, class_names(built_parts(plain)))
     if config.ckpt_path == "auto":
         refuse_other_run(Path(hydra.runtime.output_dir), plain)
     elif config.ckpt_path is not None:
@@ -114,15 +110,6 @@ def _refuse_unknown_jobs(pipeline: Mapping[str, Any]) -> None:
             raise ValueError(f"pipeline.rows: {title!r} names the job {row['job']!r}; there are: {there}")
 
 
-def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
-    """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
-    for name, node in geneval.items():
-        if name == "train_prompts" and not trains:  # thousands, to be made for nothing
-            continue
-        if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
-            instantiate({"geneval": {name: node}}, _convert_="all")
-
-
 def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
     """Raise ValueError for numbers of prompts of a task that is none of GenEval's."""
     for key, node in nodes(data, "data"):
@@ -132,16 +119,14 @@ def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
                 raise ValueError(f"{key}.{name} names the task {unknown[0]!r}; there are: {', '.join(TASKS)}")
 
 
-def _read_preferences(data: Mapping[str, Any]) -> None:
-    """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
-    for name, node in data.items():
-        if isinstance(node, Mapping) and node.get("_target_") == _PREFERENCES:
-            try:
-                rows = PreferenceRows(node["path"], node["split"], node["columns"])
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"data.{name}: {error}") from None
-            for _ in islice(rows.pairs() if rows.is_jsonl else (), _ROWS):
-                pass
+def _refuse_uneven_steps(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Refuse minibatches that do not divide a step of groups, where the number of processes is known."""
+    devices, machines = trainer.get("devices"), trainer.get("num_nodes", 1)
+    if data.get("_target_") != _GROUPS or type(devices) is not int or devices < 1:
+        return
+    spec, accumulated = data["spec"], trainer.get("accumulate_grad_batches", 1)
+    images = sum(spec["per_step"].values()) * spec["samples"]
+    refuse_uneven_step(images, data["batch_size"], devices * machines, data["inner_epochs"], accumulated)
 
 
 def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:
@@ -171,6 +156,7 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     if wandb and wandb.get("log_model") and wandb.get("offline"):
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
     if config["task"] == "score":
+        refuse_unlabelled(config)
         refuse_unknown_judges(config)
     name = (config.get("generating") or {}).get("strategy")
     if config["task"] == "generate" and name not in config["strategies"]:
@@ -183,10 +169,13 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     if callbacks.get("geneval"):
         refuse_unknown_strategies(callbacks["geneval"], config["strategies"], unresolved)
     refuse_unknown_judges(config)
+    refuse_unlabelled(config)
+    _refuse_unknown_tasks(data or {})
     if data:
         _refuse_other_data(module, data)
         if config["task"] == "fit":
             refuse_teaching_judges(config)
+            _refuse_uneven_steps(data, config["trainer"])
     if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):
         makes = "data=rollouts, preferences or preference_files"
         raise ValueError(f"task=rollout makes what {makes} needs before training; this data needs nothing")

@@ -63,13 +63,22 @@ def locate(target: str) -> Found | None:
 
 
 def is_missing(target: str) -> bool:
-    """Say if there is surely nothing of a dotted name: the source of its module has none."""
+    """Say if there is surely nothing of a dotted name: no package, or the source of its module has none."""
     module, _, name = target.rpartition(".")
+    if module and _is_nowhere(module.partition(".")[0]):
+        return True
     found = locate_module(module) if module else None
     if found is None or module.partition(".")[0] in sys.stdlib_module_names or found.inner(name) is not None:
         return False
     opaque = any(_defines(each, "__getattr__") or _imported(module, each, "*") for each in _body(found))
     return not opaque and f"'{name}'" not in ast.dump(found.node)
+
+
+def _is_nowhere(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ValueError:  # of one that was made by hand
+        return False
 
 
 def signature(target: str) -> dict[str, Any]:

@@ -5,7 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.backbone.checkpoint_folder import exported, on_hub, resolve, weights_file
+from lightning_modules.backbone.checkpoint_folder import (
+    export_folders,
+    exported,
+    on_hub,
+    refuse_other_weights,
+    resolve,
+    weights_file,
+)
 from lightning_modules.backbone.published import LOADERS, named, nodes, refuse_missing
 from lightning_modules.broken_files import refuse_broken
 from lightning_modules.runs.messages import defining_key
@@ -48,6 +55,14 @@ def refuse_unfit_weights(config: Mapping[str, Any], unresolved: Mapping[str, Any
         for path in files:
             refuse_broken(path, key)
     refuse_missing_weights(built, unresolved)
+
+
+def refuse_other_exports(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if what `task=export` writes would replace weights of something else."""
+    module = config["module"]
+    parts = [*constant(module["_target_"], "exported_parts", ()), *(["parm"] if module.get("refit") else [])]
+    for name, folder in export_folders(config["export_dir"], parts).items():
+        refuse_other_weights(folder, config[name])
 
 
 def _refuse_missing_files(key: str, node: Mapping[str, Any]) -> None:

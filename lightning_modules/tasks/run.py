@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoint import StopBetweenBatches, best_checkpoint, say_what_is_tested
 from callbacks.runs import checkpoint_to_resume
+from lightning_modules.backbone.checkpoint_folder import export_folders
 from lightning_modules.backbone.loading import export as export_network
-from lightning_modules.backbone.loading import refuse_other_weights
 from lightning_modules.broken_files import first_line
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import some_of, write_text
@@ -205,12 +205,10 @@ def export(config: DictConfig) -> None:
     module = Parts(config).module
     load_checkpoint(module, config.ckpt_path)
     parts = module.exported
-    nodes: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=True) for name in parts}
-    folders = {name: Path(config.export_dir) / (name if len(parts) > 1 else "") for name in parts}
-    for name in parts:  # before any is written
-        refuse_other_weights(folders[name], nodes[name])
+    folders = export_folders(config.export_dir, [*parts])
     for name, part in parts.items():
-        export_network(part, folders[name], nodes[name])
+        node: Any = OmegaConf.to_container(config[name], resolve=True)
+        export_network(part, folders[name], node)
         print(f"Exported {type(part).__name__} to {folders[name]}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from datamodules.prompt_templates import clause, make_row
 from lightning_modules.runs.command_line import explaining_refusals, is_single_run, restore_tracebacks
@@ -70,16 +71,25 @@ def test_every_experiment_is_described() -> None:
         (["judges=open_clip", "judges.rewards.clip.clip.model_name=local-dir:/nope"], "there is no folder /nope"),
         (["experiment=showo_evaluate"], "decoder.checkpoint: showlab/show-o (*.safetensors or *.bin, 5.8 GB)"),
         (["evaluator.independent_judges=[magic]"], "names the judge 'magic'; there are: parm, likelihood"),
+        (["trainer.accelerator=npu"], "trainer.accelerator=npu: Lightning has none of that name; there are auto, cpu,"),
+        (["+trainer.strategy=ddpp"], "trainer.strategy=ddpp: Lightning has none of that name; there are auto, ddp"),
+        (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
+        (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
+        (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
+        (["experiment=shapes_masked_parm_start", "data.repaint.shares=[1,0]"], "must be two numbers that rise within"),
+        (["data.train.plain._target_=no_package.Spec"], "data.train.plain._target_: there is no no_package.Spec"),
         (["task=score", "images=.", "fid=shapes", "fid.count=1"], "fid.count must be a whole number of at least 2"),
     ],
 )
-def test_answers_import_nothing_heavy(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_answers_import_nothing_heavy(
+    arguments: list[str], said: str, tmp_path: Path, imported: tuple[str, ...] = ()
+) -> None:
     folder = [] if arguments[0].startswith("-") else [f"hydra.run.dir={tmp_path}/run"]
     command = [sys.executable, "-c", PROGRAM, *arguments, *folder]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=offline)
     assert said in done.stdout, done.stdout + done.stderr
-    assert done.stdout.endswith("imported []\n")
+    assert done.stdout.endswith(f"imported {[*imported]}\n")
 
 
 @pytest.mark.slow
@@ -114,6 +124,32 @@ def test_a_file_that_is_no_checkpoint_is_refused_at_once(content: object, tmp_pa
     torch.save(content, tmp_path / "last.ckpt")
     arguments = ["task=evaluate", f"ckpt_path={tmp_path}/last.ckpt"]
     test_answers_import_nothing_heavy(arguments, f"Error: ckpt_path: {tmp_path}/last.ckpt", tmp_path)
+
+
+@pytest.mark.slow
+def test_broken_detections_and_few_references_are_refused_without_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "00000"
+    (folder / "samples").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "samples" / "0000.png")
+    (folder / "metadata.jsonl").write_text(json.dumps(make_row("single_object", clause("star"))))
+    (tmp_path / "found.jsonl").write_text('{"filename": "00000/samples/0000.png"}\n')
+    score = ["task=score", f"images={tmp_path}/images"]
+    for arguments, said in (
+        (["geneval=detections", f"geneval.reward.detector.path={tmp_path}/found.jsonl"], "found.jsonl:1: not a row of"),
+        (["fid=inception", f"fid.references.folder={tmp_path}"], "fid.count is 10000, and there are only 1 reference"),
+    ):
+        test_answers_import_nothing_heavy([*score, *arguments], said, tmp_path, ("numpy",))
+
+
+@pytest.mark.slow
+def test_an_export_over_another_is_refused_at_once(tmp_path: Path) -> None:
+    parts = ["state_dict", "global_step", "pytorch-lightning_version"]
+    torch.save(dict(zip(parts, ({}, 1, "2"), strict=True)), tmp_path / "last.ckpt")
+    for name in ("decoder", "parm"):
+        (tmp_path / "to" / name).mkdir(parents=True)
+    (tmp_path / "to" / "parm" / "config.json").write_text("{}")
+    arguments = ["experiment=dpo_guided", "task=export", f"ckpt_path={tmp_path}/last.ckpt", f"export_dir={tmp_path}/to"]
+    test_answers_import_nothing_heavy(arguments, f"export_dir: {tmp_path}/to/parm holds config.json of", tmp_path)
 
 
 def test_what_may_be_a_sweep_is_left_to_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

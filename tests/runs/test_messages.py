@@ -270,9 +270,13 @@ def test_infinity_is_fine_where_it_means_never_and_log_values_below_0_are(compos
 
 
 @pytest.mark.parametrize("value", ["layer: -2", "depth: [2, 2, 6]", "finished: true", "steps: all", "inner: {n: 0}"])
-def test_what_names_mean_to_a_class_of_yours_is_not_known(compose_config: Any, value: str) -> None:
+def test_what_names_mean_to_a_class_of_yours_is_not_known(
+    compose_config: Any, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_judges.py").write_text("class Mine:\n    def __init__(self, **settings):\n        pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
     plain: Any = OmegaConf.to_container(compose_config("strategies=decoder"), resolve=True)
-    plain["judges"]["rewards"]["mine"] = {"_target_": "my_package.Mine", **OmegaConf.create(f"{{{value}}}")}
+    plain["judges"]["rewards"]["mine"] = {"_target_": "own_judges.Mine", **OmegaConf.create(f"{{{value}}}")}
     refuse_wrong_values(OmegaConf.to_container(OmegaConf.create(plain)), plain)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,64 @@
+"""Checks of the data that a config names, by its files alone: torch is not imported."""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from hydra.utils import instantiate
+
+from datamodules.preference_rows import PreferenceRows
+from datamodules.prompt_folders import scan
+from lightning_modules.rewards.references import refuse_few
+from lightning_modules.runs.fitting import class_names
+from lightning_modules.runs.weights import built_parts
+
+_PREFERENCES = "datamodules.preference_files.PreferenceFile"
+_DETECTIONS = "lightning_modules.rewards.stored_detections.StoredDetections"
+_PHOTOGRAPHS = "datamodules.photographs.Photographs"
+_ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
+
+
+def refuse_broken_rows(config: Mapping[str, Any]) -> None:
+    """Refuse prompts and preferences that are not of their form.
+
+    Raises ValueError, naming file and row, or FileNotFoundError.
+    """
+    _read_prompts(config["geneval"], trains=bool(config.get("data")))
+    _read_preferences(config.get("data") or {})
+
+
+def refuse_unfit_images(config: Mapping[str, Any]) -> None:
+    """Refuse folders of images, detections in them and references that are not of their form, or too few.
+
+    Raises ValueError or FileNotFoundError, naming the file, its row or the key.
+    """
+    if config["task"] == "score":
+        scan(config["images"], class_names(built_parts(config)))
+        detector = config["geneval"]["reward"]["detector"]
+        if detector["_target_"] == _DETECTIONS:
+            instantiate({"geneval": {"reward": {"detector": detector}}}, _convert_="all")  # errors name the key
+    fid = config["evaluator"].get("fid") or {}
+    if config["task"] != "export" and (fid.get("references") or {}).get("_target_") == _PHOTOGRAPHS:
+        made = instantiate({"fid": {"references": fid["references"]}}, _convert_="all")
+        refuse_few(made["fid"]["references"], fid["count"])
+
+
+def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
+    """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
+    for name, node in geneval.items():
+        if name == "train_prompts" and not trains:  # thousands, to be made for nothing
+            continue
+        if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
+            instantiate({"geneval": {name: node}}, _convert_="all")
+
+
+def _read_preferences(data: Mapping[str, Any]) -> None:
+    """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
+    for name, node in data.items():
+        if isinstance(node, Mapping) and node.get("_target_") == _PREFERENCES:
+            try:
+                rows = PreferenceRows(node["path"], node["split"], node["columns"])
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"data.{name}: {error}") from None
+            for _ in islice(rows.pairs() if rows.is_jsonl else (), _ROWS):
+                pass
