@@ -100,6 +100,20 @@ def test_an_image_is_what_the_pipeline_makes(decoders: Decoders, name: str, guid
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_equal_prompts_are_encoded_once(decoders: Decoders, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, sampling = decoders[name], PipelineSampling(1, 1.0)
+    asked: list[list[str]] = []
+    encode = decoder.family.encode
+    monkeypatch.setattr(decoder.family, "encode", lambda texts, device: asked.append(texts) or encode(texts, device))
+    several = decoder.encode(["a dog", "a star", "a dog"], sampling).read
+    single = decoder.encode(["a star"], sampling).read
+    assert asked == [["a dog", "a star"], ["a star"]]
+    for part, value in several.items():
+        assert torch.equal(value[0], value[2])
+        assert name == "qwen" or torch.allclose(value[1].float(), single[part][0].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_guidance_prompts_and_seeds_change_images(decoders: Decoders, name: str) -> None:
     decoder, row = decoders[name], ROWS[:1]
     images = [

@@ -114,17 +114,16 @@ class PipelineDecoder(DenoisingDecoder):
         return replace(drawn, initial=initial / self.levels(sampling).sigmas[0] if sampling.start == 1 else initial)
 
     def encode(self, prompts: Sequence[str], sampling: PipelineSampling) -> Embeddings:
-        """Encode prompts; raises ValueError if nothing would read the negative one."""
-        device, texts = self.family.network.device, [*prompts]
-        prompt = torch.zeros(len(texts), 0, 0, device=device)
+        """Encode prompts, equal ones once; raises ValueError if nothing would read the negative one."""
+        device, texts, away = self.family.network.device, list(dict.fromkeys(prompts)), None
         if sampling.guidance > 1 and not self.family.is_distilled:
             away = self.family.encode_away(sampling.negative_prompt, device)
-            return Embeddings(prompt, self.family.encode(texts, device), away)
-        if sampling.negative_prompt:
+        elif sampling.negative_prompt:
             kind = type(self.pipeline).__name__
             why = "guidance must be above 1" if sampling.guidance <= 1 else f"{kind} makes no pass that would read it"
             raise ValueError(f"sampling.negative_prompt={sampling.negative_prompt!r} has no effect: {why}")
-        return Embeddings(prompt, self.family.encode(texts, device), None)
+        encoded = Embeddings(torch.zeros(len(texts), 0, 0, device=device), self.family.encode(texts, device), away)
+        return encoded.select(torch.tensor([texts.index(prompt) for prompt in prompts], device=device))
 
     def predict(
         self, latents: Tensor, levels: Levels, step: int, condition: Embeddings, sampling: PipelineSampling, cost: Cost
