@@ -136,5 +136,6 @@ def open_folder(folder: Path, made_with: Key) -> None:
     if not isinstance(stored, dict) or not made_with.keys() <= stored.keys():
         raise ValueError(f"{folder / PROVENANCE} is not of this project, or of another version: name another folder")
     if different := [key for key in made_with if stored[key] != json.loads(json.dumps(made_with[key]))]:
-        others = " and another ".join(different)
-        raise ValueError(f"what is in {folder} was made with another {others}: name another folder")
+        raise ValueError(
+            f"what is in {folder} was made with other settings ({', '.join(different)}): name another folder"
+        )

@@ -26,7 +26,7 @@ from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_i
 from lightning_modules.runs.fitting import refuse_unfit_parts
 from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
 from lightning_modules.runs.messages import flat
-from lightning_modules.runs.settings_tree import options
+from lightning_modules.runs.settings_tree import CONF, options
 from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import refuse_other_exports, refuse_unfit_weights
 
@@ -61,9 +61,7 @@ def refuse_settings(config: DictConfig) -> None:
         if config.task == "fit" and config.test_ckpt_path == "best" and not _keeps_best(plain["callbacks"]):
             raise ValueError("test_ckpt_path=best needs callbacks.checkpoint_best, and here is none")
     except ValueError as error:
-        hint = f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names" if preset else ""
-        others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
-        hint += f": {' and '.join(others)} shorten others" if preset and preset.startswith("minutes") else ""
+        hint = _about_preset(preset, str(error), hydra.overrides.task) if preset else ""
         raise ValueError(f"{error}{hint}") from None
     if config.task not in ("score", "export"):
         refuse_broken_rows(plain)
@@ -85,6 +83,17 @@ def refuse_settings(config: DictConfig) -> None:
     elif config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_settings(path, plain)
+
+
+def _about_preset(preset: str, sentence: str, overrides: Sequence[str]) -> str:
+    """Say that a debug preset sets a key which a sentence names and the user did not type."""
+    typed = {override.lstrip("+~").partition("=")[0] for override in overrides} | {"name"}
+    given = {key for key, _ in flat(OmegaConf.to_container(OmegaConf.load(CONF / "debug" / f"{preset}.yaml")))}
+    if not (given - typed) & {*re.findall(r"\w+(?:\.\w+)*", sentence)}:
+        return ""
+    others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
+    shorten = f": {' and '.join(others)} shorten others" if preset.startswith("minutes") else ""
+    return f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names{shorten}"
 
 
 def _refuse_several_processes(trainer: Any) -> None:

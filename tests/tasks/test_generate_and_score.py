@@ -81,7 +81,7 @@ def test_generated_images_score_as_in_an_evaluation(
     del made[lost], made[empty]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert not list(images.rglob("*.partial"))
-    refused(r"was made with another strategy and another seed", "seed=4", "sampling.temperature=1")
+    refused(r"was made with other settings \(strategy, seed\)", "seed=4", "sampling.temperature=1")
     about.write_text((images / "00003" / "metadata.jsonl").read_text())
     refused(rf"00004/metadata\.jsonl is not the prompt '{json.loads(prompt)['prompt']}' any more: name another folder")
     about.write_text(prompt)
