@@ -47,9 +47,11 @@ PLACEHOLDERS = {
 # Files that commands name, as the page on own data has them.
 STAR = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"}
 PAIR = {"prompt": "a photo of a star", "chosen": "a.png", "rejected": "b.png"}
+FOUND = {"filename": "00000/samples/0000.png", "detections": []}
+REFERENCES = 5000  # that a page compares with
 PHOTO = {"image": "dog.png", "prompt": "a photo of a dog"}
 FOLDERS = ("folder", "my_images", "my_photographs", "photos", "references")
-FILES = {"prompts.jsonl": STAR, "pairs.jsonl": PAIR, "more.jsonl": PAIR, "file.jsonl": STAR, "detections.jsonl": {},
+FILES = {"prompts.jsonl": STAR, "pairs.jsonl": PAIR, "more.jsonl": PAIR, "file.jsonl": STAR, "detections.jsonl": FOUND,
          "photos/train.jsonl": PHOTO, "photos/validation.jsonl": PHOTO}  # fmt: skip
 CHECKPOINT = {"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2", "callbacks": {}, "loops": {},
               "optimizer_states": [], "lr_schedulers": []}  # fmt: skip
@@ -174,6 +176,8 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file, row in FILES.items():
         Path(file).write_text(json.dumps(row) + "\n")
     Image.new("RGB", (300, 200)).save("photos/dog.png")
+    for number in range(REFERENCES):
+        Path("references", f"{number}.png").touch()
     for file in CHECKPOINTS:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         torch.save(CHECKPOINT, file)
