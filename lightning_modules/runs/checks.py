@@ -52,7 +52,7 @@ _RANGES: dict[str, tuple[Any, float, float, str]] = {
 # Names of Lightning's.
 _LIGHTNINGS = {
     "accelerator": "auto|cpu|cuda|gpu|mps|tpu",
-    "strategy": r"auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(true|false))?|deepspeed\w*|"
+    "strategy": r"(?i)auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(true|false))?|deepspeed\w*|"
     r"fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?",
 }
 _NAMED = {"accelerator": "cpu, cuda, gpu, mps and tpu", "strategy": "ddp, fsdp and others"}

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -300,6 +302,16 @@ def test_new_keys_that_nothing_reads_are_refused() -> None:
         refuse_unread(["+foo.bar=1"], {"foo": {"bar": 1}})
     with pytest.raises(ValueError, match=r"nothing reads the key debugs; did you mean \+debug=minutes\?"):
         refuse_unread(["+debugs=minutes"], {})
+
+
+def test_all_names_of_lightnings_are_known() -> None:
+    for name in ("auto", "DDP", *StrategyRegistry.available_strategies()):
+        refuse_missing_devices({"accelerator": "cpu", "strategy": name})
+    for name in ("auto", *AcceleratorRegistry.available_accelerators()):
+        with pytest.MonkeyPatch.context() as machine:
+            machine.setattr("torch.cuda.is_available", lambda: True)
+            machine.setattr("torch.backends.mps.is_available", lambda: True)
+            refuse_missing_devices({"accelerator": name})
 
 
 def test_more_processes_than_cores_are_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
