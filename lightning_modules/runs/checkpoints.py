@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from lightning_modules.broken_files import read_torch, read_without_tensors
@@ -46,6 +47,12 @@ def wandb_id(folder: str | None) -> str | None:
 def folder_name(folder: str | None) -> str:
     """Return the last part of a path, which tells runs of one name apart; nothing where there is no folder."""
     return Path(folder or "").name
+
+
+def typed_overrides() -> list[str]:
+    """List what was typed, for the titles of pages."""
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations in them stay texts
+    return typed
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
@@ -117,7 +124,7 @@ def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
     )
     plain = {key for each in (before, now) for key, value in each.items() if not isinstance(value, Mapping)}
     paths = {key for each in (before, now) for key, value in each.items() if "/" in str(value)}
-    own = {"ckpt_path", "callbacks.geneval.run.overrides", "logger.wandb.id"}  # which differ in every command
+    own = {"ckpt_path", "logger.wandb.id"}  # which differ in every command
     changed = sorted(key for key in plain - paths - own if before.get(key) != now.get(key))
     return [f"{key}={now.get(key)} ({before.get(key)} until now)" for key in changed]
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from callbacks.runs import checkpoint_to_resume
@@ -184,3 +185,9 @@ def test_settings_in_a_checkpoint_are_read_without_running_anything(tmp_path: Pa
     with pytest.raises(ValueError, match="holds more than tensors and is not loaded"):
         refuse_other_settings(str(tmp_path / "last.ckpt"), CONFIG | {"task": "fit"})
     assert not (tmp_path / "ran").exists()
+
+
+def test_interpolations_that_were_typed_stay_texts(compose_config: Callable[..., DictConfig]) -> None:
+    typed = "+strategies.mine={_target_: lightning_modules.decoding.sample.Sample, sampling: '${sampling}'}"
+    run = instantiate(compose_config(typed).callbacks.geneval.run, _convert_="all")
+    assert typed in run.overrides
