@@ -7,6 +7,7 @@ import re
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -122,9 +123,11 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         if isinstance(value, str) and not re.fullmatch(known, value):
             raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are auto, {_NAMED[name]}")
     wanted, devices, cores = trainer.get("accelerator", "auto"), str(trainer.get("devices")), os.cpu_count() or 1
-    several = devices.isdecimal() and int(devices) > 2
-    if wanted in ("cpu", "auto") and not several:  # fits any machine
+    all_gpus, several = devices == "-1", devices.isdecimal() and int(devices) > 2
+    if wanted in ("cpu", "auto") and not (several or all_gpus):  # fits any machine
         return
+    if wanted == "tpu" and find_spec("torch_xla") is None:
+        raise ValueError("trainer.accelerator=tpu needs torch_xla, which is not installed")
     there = {}
     if wanted != "cpu":
         import torch  # takes seconds
@@ -134,6 +137,8 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         instead = "instead of devices=ddp or devices=fsdp use devices=ddp_cpu, or set trainer.accelerator=cpu"
         raise ValueError(f"trainer.accelerator={wanted} needs a GPU, and there is none here; {instead}")
     on_cpu = wanted == "cpu" or (wanted == "auto" and not any(there.values()))
+    if on_cpu and all_gpus:
+        raise ValueError("trainer.devices=-1 means all GPUs, and there is none here; a CPU takes a number of processes")
     if on_cpu and several and int(devices) > cores:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
@@ -170,6 +175,9 @@ def _refuse_below(
     if node.get("random_stop") is True and node.get("stride", 1) != 1:
         stride = defining_key(unresolved, f"{above}stride")
         raise ValueError(f"{stride} must be 1 where random_stop is true, not {node['stride']}")
+    if type(node.get("dim")) is type(node.get("heads")) is int and node["heads"] > 0 and node["dim"] % node["heads"]:
+        width = defining_key(unresolved, f"{above}dim")
+        raise ValueError(f"{width} must be a multiple of heads, {node['heads']}, not {node['dim']}")
     takes = signature(target)
     if not {"_partial_", "_args_"} & {*node} and (lacking := [name for name in required(target) if name not in node]):
         whose, kind = defining_key(unresolved, above[:-1]), target.rpartition(".")[2]
@@ -205,7 +213,10 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "finite": any(math.isnan(each) or name not in _MAY_BE_INFINITE for each in broken),
         "a list of at least one name": name in ("validation_strategies", "test_strategies") and value == [],
         "images to compare with": name == "references" and value is None,
-        "above 0": name == "val_check_interval" and number and value == 0,
+        "a fraction up to 1, or a whole number of batches": name == "val_check_interval"
+        and number
+        and (value == 0 or (isinstance(value, float) and not 0 < value <= 1)),
+        "float32, float16 or bfloat16": name == "dtype" and value not in ("float32", "float16", "bfloat16"),
         "above 0, or -1 for all there are": name == "devices" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not (numbers and all(0 <= beta < 1 for beta in items)),
         "two numbers that rise within 0 to 1": name == "shares" and not (numbers and 0 <= items[0] <= items[1] <= 1),

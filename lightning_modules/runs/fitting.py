@@ -1,5 +1,6 @@
 """Checks that the parts of a config fit one another, by settings alone: torch is not imported, nothing is loaded."""
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -9,7 +10,7 @@ from hydra.utils import instantiate
 from lightning_modules.backbone.published import clip_named, nodes
 from lightning_modules.rewards.open_clip_weights import refuse_other_network
 from lightning_modules.runs.messages import defining_key
-from lightning_modules.runs.signatures import constant
+from lightning_modules.runs.signatures import constant, lineage, locate, named_class
 from lightning_modules.runs.weights import built_parts
 
 
@@ -20,8 +21,11 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
     """
     built = built_parts(config)
     parm, decoder, tokenizer = built.get("module", {}).get("parm"), config.get("decoder"), config.get("tokenizer") or {}
+    network, transformer = _settings(decoder or {}, "module"), _settings(decoder or {}, "module", "transformer")
+    layers, depth = network.get("feature_layers"), transformer.get("depth")
+    if isinstance(layers, list) and isinstance(depth, int) and not all(1 <= layer <= depth for layer in layers):
+        raise ValueError(f"decoder.module.feature_layers={layers} must lie in 1..{depth}, the decoder's layers")
     if parm and decoder:
-        network, transformer = _settings(decoder, "module"), _settings(decoder, "module", "transformer")
         grid = _settings(tokenizer, "module").get("grid", _settings(config, "for_parm").get("grid"))
         wanted = {
             "feature_layers": ("decoder.module.feature_layers", network.get("feature_layers")),
@@ -29,6 +33,8 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
             "grid": ("the grid of the image tokenizer", grid),
         }
         refuse_other_parm(parm, {name: each for name, each in wanted.items() if each[1] is not None})
+    if decoder and config["task"] not in ("score", "export"):
+        _refuse_other_sampling(config, unresolved)
     if config["task"] != "score":
         refuse_other_images(built, unresolved, image_size(config), constant)
         files = {key: node for key, node in config["geneval"].items() if isinstance(node, Mapping) and "path" in node}
@@ -37,6 +43,19 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
     for key, node in nodes(built):
         if clip := clip_named(node):
             refuse_other_network(defining_key(unresolved, key), *clip, node.get("require_pretrained", False))
+
+
+def _refuse_other_sampling(config: Mapping[str, Any], unresolved: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of sampling in strategies that are of another kind of decoder."""
+    decoder = config["decoder"]
+    target = str((_settings(decoder, "module") or decoder).get("_target_"))
+    wanted = named_class(target, "sampling_type")
+    for key, node in nodes(config["strategies"], "strategies"):
+        given = locate(str(_settings(node, "sampling").get("_target_")))
+        if wanted and given and isinstance(given.node, ast.ClassDef) and wanted not in lineage(given):
+            names = [getattr(each.node, "name", "") for each in (given, wanted)]
+            place, kind = defining_key(unresolved, f"{key}.sampling"), target.rpartition(".")[2]
+            raise ValueError(f"{place} is a {names[0]}, and a {kind} takes a {names[1]}")
 
 
 def class_names(built: Mapping[str, Any]) -> Sequence[str] | None:

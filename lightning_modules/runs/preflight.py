@@ -26,13 +26,12 @@ from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_i
 from lightning_modules.runs.fitting import refuse_unfit_parts
 from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
 from lightning_modules.runs.messages import flat
+from lightning_modules.runs.pipeline_jobs import refuse_unfit_jobs, refuse_unread_by_jobs
 from lightning_modules.runs.settings_tree import CONF, options
 from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import refuse_other_exports, refuse_unfit_weights
 
 _GROUPS = "datamodules.online_groups.GroupsDataModule"
-# What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
-_OF_PIPELINE = ("experiment", "task", "name", "pipeline", "rollouts_dir", "scores_dir")
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -47,13 +46,13 @@ def refuse_settings(config: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
     if config.task == "pipeline":
-        _refuse_unread_by_jobs(hydra.overrides.task)
+        refuse_unread_by_jobs(hydra.overrides.task)
     if hydra.mode == RunMode.MULTIRUN:
         _refuse_several_processes(plain["trainer"])
     try:
         refuse_wrong_values(plain, unresolved)
-        if config.task == "pipeline":  # its jobs are checked each on its own
-            _refuse_unknown_jobs(plain["pipeline"])
+        if config.task == "pipeline":  # what else its jobs need is checked in each
+            refuse_unfit_jobs(plain["pipeline"])
             return
         if config.task != "export":
             refuse_missing_devices(plain["trainer"])
@@ -103,22 +102,6 @@ def _refuse_several_processes(trainer: Any) -> None:
         raise ValueError("--multirun does not go with several processes a job: use a W&B sweep, or a torchrun for each")
 
 
-def _refuse_unread_by_jobs(overrides: Sequence[str]) -> None:
-    """Raise ValueError for settings that the jobs of a pipeline do not get."""
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if re.split(r"[.@]", key)[0] not in _OF_PIPELINE:
-            where = "pipeline.jobs.NAME.overrides holds what a job gets"
-            raise ValueError(f"the jobs of task=pipeline do not read {key}: leave it out; {where}")
-
-
-def _refuse_unknown_jobs(pipeline: Mapping[str, Any]) -> None:
-    for title, row in pipeline["rows"].items():
-        if row["job"] not in pipeline["jobs"]:
-            there = ", ".join(pipeline["jobs"])
-            raise ValueError(f"pipeline.rows: {title!r} names the job {row['job']!r}; there are: {there}")
-
-
 def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
     """Raise ValueError for numbers of prompts of a task that is none of GenEval's."""
     for key, node in nodes(data, "data"):
@@ -136,6 +119,16 @@ def _refuse_uneven_steps(data: Mapping[str, Any], trainer: Mapping[str, Any]) ->
     spec, accumulated = data["spec"], trainer.get("accumulate_grad_batches", 1)
     images = sum(spec["per_step"].values()) * spec["samples"]
     refuse_uneven_step(images, data["batch_size"], devices * machines, data["inner_epochs"], accumulated)
+
+
+def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError if an epoch of images, whose number is a setting, ends before the first validation."""
+    interval, images, devices = trainer.get("val_check_interval"), data.get("train_images"), trainer.get("devices")
+    if type(interval) is type(images) is type(devices) is int and trainer.get("check_val_every_n_epoch") is not None:
+        batches = -(-images // (data["batch_size"] * abs(devices) * trainer.get("num_nodes", 1)))
+        if interval > batches:
+            said = f"is more than the {batches} batches of data.train_images={images}"
+            raise ValueError(f"trainer.val_check_interval={interval} {said} and data.batch_size={data['batch_size']}")
 
 
 def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:
@@ -185,6 +178,7 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
         if config["task"] == "fit":
             refuse_teaching_judges(config)
             _refuse_uneven_steps(data, config["trainer"])
+            _refuse_rare_validation(data, config["trainer"])
     if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):
         makes = "data=rollouts, preferences or preference_files"
         raise ValueError(f"task=rollout makes what {makes} needs before training; this data needs nothing")

@@ -127,6 +127,15 @@ def constant(target: str, name: str, otherwise: Any) -> Any:
         return otherwise
 
 
+def named_class(target: str, name: str) -> Found | None:
+    """Find the class that a class calls by a name in its body, None if its source does not tell."""
+    found = locate(target)
+    said = found and found.inner(name)
+    value = getattr(said and said.node, "value", None)
+    named = locate(f"{said.module}.{value.id}") if said and isinstance(value, ast.Name) else None
+    return named if named and isinstance(named.node, ast.ClassDef) else None
+
+
 def lineage(found: Found) -> Iterator[Found]:
     """Yield a class and those from which it inherits, depth first; those without source are left out."""
     yield found

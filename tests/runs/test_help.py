@@ -73,6 +73,26 @@ def test_every_experiment_is_described() -> None:
         (["evaluator.independent_judges=[magic]"], "names the judge 'magic'; there are: parm, likelihood"),
         (["trainer.accelerator=npu"], "trainer.accelerator=npu: Lightning has none of that name; there are auto, cpu,"),
         (["+trainer.strategy=ddpp"], "trainer.strategy=ddpp: Lightning has none of that name; there are auto, ddp"),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=-1"],
+            "trainer.devices=-1 means all GPUs, and there is none here",
+        ),
+        (["trainer.val_check_interval=1.5"], "trainer.val_check_interval must be a fraction up to 1, or a whole"),
+        (["experiment=shapes_decoder", "data.batch_size=256"], "is more than the 625 batches of data.train_images=160"),
+        (["experiment=sd3_evaluate", "decoder.dtype=fp16"], "decoder.dtype must be float32, float16 or bfloat16, not"),
+        (
+            ["decoder.module.transformer.dim=90"],
+            "decoder.module.transformer.dim must be a multiple of heads, 4, not 90",
+        ),
+        (["decoder.module.feature_layers=[4,13]"], "decoder.module.feature_layers=[4, 13] must lie in 1..12, the"),
+        (
+            ["strategies=masked"],
+            "strategies.reflection.redecoder.sampling is a MaskSampling, and a CompactDecoder takes",
+        ),
+        (
+            ["experiment=pipeline", 'pipeline.jobs.parm.overrides=["trainer.max_steps=x"]'],
+            "pipeline.jobs.parm.overrides: trainer.max_steps must be a whole number",
+        ),
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
         (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
         (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
