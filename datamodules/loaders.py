@@ -1,5 +1,8 @@
 """Data loaders that split over ranks: training pads and shuffles by epoch, evaluation sees every row exactly once."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -37,6 +40,19 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
 
+def _leave_sigterm_to_parent(_: int) -> None:
+    """Let a worker live through SIGTERM to a whole group of processes, of which the main one saves and then ends it."""
+    if hasattr(signal, "sigwaitinfo"):  # of Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def make_loader(
     dataset: Dataset[Any],
     trainer: Trainer,
@@ -64,4 +80,5 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=collate_fn,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_sigterm_to_parent,
     )
