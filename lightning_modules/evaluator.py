@@ -88,7 +88,9 @@ class Evaluator:
     def __post_init__(self) -> None:
         if self.images_per_prompt < 1:
             raise ValueError(f"evaluator.images_per_prompt must be at least 1, not {self.images_per_prompt}")
-        for name in self.strategies:  # a sheet of images is called after each
+        for name, strategy in self.strategies.items():  # a sheet of images is called after each
+            if not isinstance(strategy, Strategy):
+                raise ValueError(f"strategies.{name} is no Strategy, but a {type(strategy).__name__}")
             if name == SIDE_BY_SIDE:
                 raise ValueError(f"strategies.{name}: this is what the sheet of all is called; give it another name")
             if "/" in name or len(f"{name}{BEFORE_TRAINING}.png".encode()) > _LONGEST:

@@ -176,6 +176,8 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file, row in FILES.items():
         Path(file).write_text(json.dumps(row) + "\n")
     Image.new("RGB", (300, 200)).save("photos/dog.png")
+    for name in ("a.png", "b.png"):
+        Path(name).touch()
     for number in range(REFERENCES):
         Path("references", f"{number}.png").touch()
     for file in CHECKPOINTS:

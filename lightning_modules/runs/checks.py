@@ -123,8 +123,8 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         if isinstance(value, str) and not re.fullmatch(known, value):
             raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are auto, {_NAMED[name]}")
     wanted, devices, cores = trainer.get("accelerator", "auto"), str(trainer.get("devices")), os.cpu_count() or 1
-    all_gpus, several = devices == "-1", devices.isdecimal() and int(devices) > 2
-    if wanted in ("cpu", "auto") and not (several or all_gpus):  # fits any machine
+    ids, several = devices != "auto" and not devices.isdecimal(), devices.isdecimal() and int(devices) > 2
+    if wanted in ("cpu", "auto") and not (several or ids):  # fits any machine
         return
     if wanted == "tpu" and find_spec("torch_xla") is None:
         raise ValueError("trainer.accelerator=tpu needs torch_xla, which is not installed")
@@ -137,8 +137,8 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         instead = "instead of devices=ddp or devices=fsdp use devices=ddp_cpu, or set trainer.accelerator=cpu"
         raise ValueError(f"trainer.accelerator={wanted} needs a GPU, and there is none here; {instead}")
     on_cpu = wanted == "cpu" or (wanted == "auto" and not any(there.values()))
-    if on_cpu and all_gpus:
-        raise ValueError("trainer.devices=-1 means all GPUs, and there is none here; a CPU takes a number of processes")
+    if on_cpu and ids:
+        raise ValueError(f"trainer.devices={devices} names GPUs, and there is none here; a CPU takes a number")
     if on_cpu and several and int(devices) > cores:
         raise ValueError(f"trainer.devices={devices} means as many processes on the CPU, which has {cores} cores")
 
@@ -222,7 +222,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "two numbers that rise within 0 to 1": name == "shares" and not (numbers and 0 <= items[0] <= items[1] <= 1),
         "min or max": name == "mode" and kind.endswith(("Stopping", "Checkpoint")) and value not in ("min", "max"),
         wanted: known and not (value is None or isinstance(value, Mapping) or in_range),
-        "at least 0": not known and name not in _MAY_BE_NEGATIVE and type(value) is int and not in_range,
+        f"at least {least}": not known and name not in _MAY_BE_NEGATIVE and type(value) is int and not in_range,
     }
     return next((needed for needed, is_so in useless.items() if is_so), None)
 

@@ -5,7 +5,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 
@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from lightning_modules.runs import help
 from lightning_modules.runs.messages import MENDABLE, sentence
-from lightning_modules.runs.settings_tree import CONF, GROUPS, SettingsTree, options
+from lightning_modules.runs.settings_tree import CLOSE, CONF, GROUPS, SettingsTree, options
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _asked = "0"  # what the user has set it to
@@ -207,11 +207,19 @@ def _unknown_choice(group: str, name: str, value: str) -> str | None:
     return None
 
 
+def _may_name(numbers: object, name: str) -> bool:
+    """Say if a name belongs among named numbers, such as weights of judges, and is none of them misspelt."""
+    is_one = isinstance(numbers, Mapping) and all(isinstance(each, int | float) for each in numbers.values())
+    return is_one and not get_close_matches(name, numbers, 1, CLOSE)  # type: ignore[call-overload]
+
+
 def _missing_key(sign: str, key: str, value: str, tree: SettingsTree) -> str:
     """Say what was probably meant by a key that is not there."""
     if value and not sign and tree.takes(key):
         return f"{key} is set nowhere yet: write +{key}={value}"
-    parent = key.rpartition(".")[0]
+    parent, _, last = key.rpartition(".")
+    if value and not sign and _may_name(tree.keys.get(parent), last):
+        return f"{key} is set nowhere yet: write +{key}={value}"
     if parent in tree.keys and tree.keys[parent] is None and value:
         node = shlex.quote(f"{parent}={{{key.rpartition('.')[2]}: {value}}}")
         return f"there is no key {key}, as {parent} is null: write {node}"

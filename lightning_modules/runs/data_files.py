@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
@@ -60,5 +61,10 @@ def _read_preferences(data: Mapping[str, Any]) -> None:
                 rows = PreferenceRows(node["path"], node["split"], node["columns"])
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"data.{name}: {error}") from None
-            for _ in islice(rows.pairs() if rows.is_jsonl else (), _ROWS):
-                pass
+            pairs = [*islice(rows.pairs(), _ROWS)] if rows.is_jsonl else [("", None)]
+            if not pairs:
+                raise ValueError(f"{node['path']} has no rows")
+            for place, pair in pairs:
+                for picture, shown in (side for side in (pair.sides if pair else ()) if isinstance(side, tuple)):
+                    if isinstance(picture, Path) and not picture.exists():
+                        raise ValueError(f"{place}: {shown} cannot be read: No such file or directory")

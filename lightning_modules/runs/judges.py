@@ -38,14 +38,21 @@ def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     if gives == "groups":
         named["data.potentials"] = (data.get("potentials") or {}).values()
     for key, node in nodes(config["strategies"]) if decodes else ():
-        if str(node["_target_"]).startswith("lightning_modules."):
-            found = [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
-            strategy = f"strategies.{key.partition('.')[0]}"
-            named[strategy] = [*named.get(strategy, ()), *found]
+        strategy = f"strategies.{key.partition('.')[0]}"
+        named[strategy] = [*named.get(strategy, ()), *_choosing(node)]
+    for key, node in nodes(data, "data") if gives else ():
+        named[key] = _choosing(node)
     for key, names in named.items():
         for name in names:
             if name not in known:
                 raise ValueError(f"{key} names the judge {name!r}; there are: {', '.join(known)}")
+
+
+def _choosing(node: Mapping[str, Any]) -> list[str]:
+    """The judges that a strategy names; one of yours may mean something else."""
+    if not str(node["_target_"]).startswith("lightning_modules.decoding."):
+        return []
+    return [value for name in ("judge", "verifier") if isinstance(value := node.get(name), str)]
 
 
 def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
@@ -54,6 +61,8 @@ def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
     gives = constant(str(data.get("_target_")), "gives", None)
     weights = (data.get({"groups": "rewards", "pairs": "scores"}.get(gives, "")) or {}).items()
     teachers = {name for name, weight in weights if weight}
+    if gives == "groups":
+        teachers |= {name for _, node in nodes(data["spec"], "spec") for name in _choosing(node)}
     trained = {"parm"} if gives == "rollouts" or module.get("refit") else set()
     for name in config["evaluator"].get("independent_judges") or ():
         if name in teachers | trained:

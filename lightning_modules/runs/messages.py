@@ -55,6 +55,8 @@ def sentence(error: BaseException, unresolved: Mapping[str, Any]) -> str:
     if isinstance(error, OmegaConfBaseException):
         return _of_config(error, unresolved)
     text = _of_worker(error) or (str(error) if _is_ours(error) else first_line(error))
+    if text.startswith("Error loading") and error.__cause__:  # Hydra's, of a class whose module fails
+        text = f"{text}: {type(error.__cause__).__name__}: {first_line(error.__cause__)}"
     if isinstance(error, OSError):
         text = _of_system(error, text, unresolved)
     elif not isinstance(error, MENDABLE) and type(error).__name__ != "MisconfigurationException":  # Lightning's own

@@ -16,6 +16,7 @@ from lightning_modules.runs.checks import refuse_unread, refuse_wrong_values
 from lightning_modules.runs.settings_tree import CONF
 
 # What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
+_BEFORE_TRAINING = "_before_training"  # ends the names of rows of untrained verifiers
 _OF_PIPELINE = ("experiment", "task", "name", "pipeline", "rollouts_dir", "scores_dir")
 
 
@@ -34,14 +35,23 @@ def refuse_unfit_jobs(pipeline: Mapping[str, Any]) -> None:
         if row["job"] not in pipeline["jobs"]:
             there = ", ".join(pipeline["jobs"])
             raise ValueError(f"pipeline.rows: {title!r} names the job {row['job']!r}; there are: {there}")
+    measured: dict[str, list[str]] = {}
     for name, job in pipeline["jobs"].items():
+        if unknown := set(re.findall(r"<(\w+)>", " ".join(job["overrides"]))) - {*pipeline["jobs"]}:
+            there = ", ".join(pipeline["jobs"])
+            raise ValueError(f"pipeline.jobs.{name}.overrides names the job <{min(unknown)}>; there are: {there}")
         try:
-            _refuse_unfit(job["overrides"])
+            measured[name] = _measured(job["overrides"])
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"pipeline.jobs.{name}.overrides: {first_line(error)}") from None
+    for title, row in pipeline["rows"].items():
+        if row["strategy"].removesuffix(_BEFORE_TRAINING) not in measured[row["job"]]:
+            said = f"which the job {row['job']} does not measure: {', '.join(measured[row['job']])}"
+            raise ValueError(f"pipeline.rows: {title!r} names the strategy {row['strategy']!r}, {said}")
 
 
-def _refuse_unfit(overrides: Sequence[str]) -> None:
+def _measured(overrides: Sequence[str]) -> list[str]:
+    """Return the strategies that a job measures; raises ValueError if its settings cannot be."""
     inside = GlobalHydra().is_initialized()  # of a run, which Hydra has started
     with nullcontext() if inside else initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", [*overrides])
@@ -49,3 +59,5 @@ def _refuse_unfit(overrides: Sequence[str]) -> None:
     refuse_unread(overrides, unresolved)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     refuse_wrong_values(plain, unresolved)
+    measures = plain["callbacks"].get("geneval") or {"test_strategies": []}
+    return [*(plain["strategies"] if measures["test_strategies"] is None else measures["test_strategies"])]

@@ -140,6 +140,7 @@ def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> Non
     for applies, complaint in (
         (task not in tasks, f"task must be one of {', '.join(tasks)}, not {task!r}"),
         (task == "pipeline" and jobs is None, "task=pipeline needs jobs to run: use experiment=pipeline"),
+        (task != "pipeline" and jobs is not None, f"experiment=pipeline is for task=pipeline, not for task={task}"),
         (task == "export" and config.ckpt_path is None, "task=export needs ckpt_path, the checkpoint to export"),
         (task in ("fit", "rollout") and "_target_" not in (data or {}), without_data),
         (task in ("score", "generate") and config.images is None, f"task={task} needs images=DIR, the folder"),

@@ -65,9 +65,9 @@ def locate(target: str) -> Found | None:
 def is_missing(target: str) -> bool:
     """Say if there is surely nothing of a dotted name: no package, or the source of its module has none."""
     module, _, name = target.rpartition(".")
-    if module and _is_nowhere(module.partition(".")[0]):
+    if not module or _is_nowhere(module.partition(".")[0]):
         return True
-    found = locate_module(module) if module else None
+    found = locate_module(module)
     if found is None or module.partition(".")[0] in sys.stdlib_module_names or found.inner(name) is not None:
         return False
     opaque = any(_defines(each, "__getattr__") or _imported(module, each, "*") for each in _body(found))

@@ -74,6 +74,11 @@ def build(node: DictConfig | None, **shared: Any) -> Any:
     return instantiate(node, _convert_="all")
 
 
+def _refuse_other_kind(key: str, part: Any, kind: type) -> None:
+    if not isinstance(part, kind):
+        raise ValueError(f"{key} is no {kind.__name__}, but a {type(part).__name__}")
+
+
 class Parts:
     """The parts of a run, each built once, when it is first asked for."""
 
@@ -100,11 +105,17 @@ class Parts:
 
     @cached_property
     def callbacks(self) -> dict[str, Any]:
-        return {name: self.build(node) for name, node in self.config.callbacks.items() if node is not None}
+        built = {name: self.build(node) for name, node in self.config.callbacks.items() if node is not None}
+        for name, callback in built.items():
+            _refuse_other_kind(f"callbacks.{name}", callback, Callback)
+        return built
 
     @cached_property
     def data(self) -> LightningDataModule | None:
-        return self.build(self.config.get("data"))
+        data = self.build(self.config.get("data"))
+        if data is not None:
+            _refuse_other_kind("data", data, LightningDataModule)
+        return data
 
     @cached_property
     def trainer(self) -> Trainer:

@@ -75,7 +75,7 @@ def test_every_experiment_is_described() -> None:
         (["+trainer.strategy=ddpp"], "trainer.strategy=ddpp: Lightning has none of that name; there are auto, ddp"),
         (
             ["trainer.accelerator=cpu", "trainer.devices=-1"],
-            "trainer.devices=-1 means all GPUs, and there is none here",
+            "trainer.devices=-1 names GPUs, and there is none here",
         ),
         (["trainer.val_check_interval=1.5"], "trainer.val_check_interval must be a fraction up to 1, or a whole"),
         (["experiment=shapes_decoder", "data.batch_size=256"], "is more than the 625 batches of data.train_images=160"),

@@ -319,7 +319,7 @@ def test_more_processes_than_cores_are_refused_on_the_cpu(monkeypatch: pytest.Mo
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         for fine in (1, most, str(most), "auto"):
             refuse_missing_devices({"accelerator": "cpu", "devices": fine})
-        with pytest.raises(ValueError, match=r"trainer\.devices=-1 means all GPUs, and there is none here"):
+        with pytest.raises(ValueError, match=r"trainer\.devices=-1 names GPUs, and there is none here"):
             refuse_missing_devices({"accelerator": "cpu", "devices": -1})
         with monkeypatch.context() as gpus:
             gpus.setattr("torch.cuda.is_available", lambda: True)
