@@ -122,7 +122,11 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
         value = trainer.get(name, "auto")
         if isinstance(value, str) and not re.fullmatch(known, value):
             raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are auto, {_NAMED[name]}")
-    wanted, devices, cores = trainer.get("accelerator", "auto"), str(trainer.get("devices")), os.cpu_count() or 1
+    wanted, devices, cores = (
+        trainer.get("accelerator", "auto"),
+        str(trainer.get("devices") or "auto"),
+        os.cpu_count() or 1,
+    )
     ids, several = devices != "auto" and not devices.isdecimal(), devices.isdecimal() and int(devices) > 2
     if wanted in ("cpu", "auto") and not (several or ids):  # fits any machine
         return
