@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.backbone.checkpoint_folder import from_hub
 from lightning_modules.backbone.transformer import Transformer, TransformerConfig
+from lightning_modules.backbone.words import known_words
 from lightning_modules.broken_files import first_line, refuse_broken
 from lightning_modules.cache_key import Keyed, class_name, digest
 
@@ -129,12 +130,7 @@ class WordTokenizer(Keyed):
         """Word ids, int64 [B, max_words]; ValueError for unknown words, or more than `max_words`."""
         rows = []
         for prompt in prompts:
-            words = prompt.split()
-            if unknown := [word for word in words if word not in self._ids]:
-                names = ", ".join(map(repr, dict.fromkeys(unknown)))
-                raise ValueError(f"prompt {prompt!r} has words outside the vocabulary: {names}")
-            if len(words) > self.max_words:
-                raise ValueError(f"prompt {prompt!r} has {len(words)} words, at most {self.max_words} are allowed")
+            words = known_words(prompt, self._ids, self.max_words)
             rows.append([self._ids[word] for word in words] + [0] * (self.max_words - len(words)))
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.max_words)
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hydra.utils import instantiate
 
-from datamodules.preference_rows import PreferenceRows
+from datamodules.preference_rows import PreferenceRows, naming
 from datamodules.prompt_folders import scan
+from lightning_modules.backbone.words import known_words
 from lightning_modules.rewards.references import refuse_few
 from lightning_modules.runs.fitting import class_names
 from lightning_modules.runs.weights import built_parts
@@ -16,6 +17,7 @@ from lightning_modules.runs.weights import built_parts
 _PREFERENCES = "datamodules.preference_files.PreferenceFile"
 _DETECTIONS = "lightning_modules.rewards.stored_detections.StoredDetections"
 _PHOTOGRAPHS = "datamodules.photographs.Photographs"
+_Words: TypeAlias = tuple[frozenset[str], int]  # that the decoder knows, and how many it takes
 _ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
 
 
@@ -24,8 +26,9 @@ def refuse_broken_rows(config: Mapping[str, Any]) -> None:
 
     Raises ValueError, naming file and row, or FileNotFoundError.
     """
-    _read_prompts(config["geneval"], trains=bool(config.get("data")))
-    _read_preferences(config.get("data") or {})
+    words = _words_of(config.get("decoder") or {})
+    _read_prompts(config["geneval"], bool(config.get("data")), words)
+    _read_preferences(config.get("data") or {}, words)
 
 
 def refuse_unfit_images(config: Mapping[str, Any]) -> None:
@@ -44,16 +47,30 @@ def refuse_unfit_images(config: Mapping[str, Any]) -> None:
         refuse_few(made["fid"]["references"], fid["count"])
 
 
-def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
+def _words_of(decoder: Mapping[str, Any]) -> _Words | None:
+    """The words that a decoder of this project knows by heart, if it does, and how many it takes."""
+    network = decoder.get("module") or {}
+    vocabulary, most = network.get("vocabulary"), network.get("max_words")
+    if not str(network.get("_target_")).startswith("lightning_modules.") or vocabulary is None or type(most) is not int:
+        return None
+    made = instantiate({"decoder": {"module": {"vocabulary": vocabulary}}}, _convert_="all")
+    return frozenset(made["decoder"]["module"]["vocabulary"]), most
+
+
+def _read_prompts(geneval: Mapping[str, Any], trains: bool, words: _Words | None) -> None:
     """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
     for name, node in geneval.items():
         if name == "train_prompts" and not trains:  # thousands, to be made for nothing
             continue
         if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
-            instantiate({"geneval": {name: node}}, _convert_="all")
+            made = instantiate({"geneval": {name: node}}, _convert_="all")["geneval"][name]
+            if words:
+                for row in made:
+                    with naming(f"geneval.{name}"):
+                        known_words(row["prompt"], *words)
 
 
-def _read_preferences(data: Mapping[str, Any]) -> None:
+def _read_preferences(data: Mapping[str, Any], words: _Words | None) -> None:
     """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
     for name, node in data.items():
         if isinstance(node, Mapping) and node.get("_target_") == _PREFERENCES:
@@ -65,6 +82,9 @@ def _read_preferences(data: Mapping[str, Any]) -> None:
             if not pairs:
                 raise ValueError(f"{node['path']} has no rows")
             for place, pair in pairs:
+                with naming(place):
+                    if pair and words:
+                        known_words(pair.prompt, *words)
                 for picture, shown in (side for side in (pair.sides if pair else ()) if isinstance(side, tuple)):
                     if isinstance(picture, Path) and not picture.exists():
                         raise ValueError(f"{place}: {shown} cannot be read: No such file or directory")

@@ -50,12 +50,18 @@ def _refuse_other_sampling(config: Mapping[str, Any], unresolved: Mapping[str, A
     decoder = config["decoder"]
     target = str((_settings(decoder, "module") or decoder).get("_target_"))
     wanted = named_class(target, "sampling_type")
+    grid = _settings(config, "tokenizer", "module").get("grid")
     for key, node in nodes(config["strategies"], "strategies"):
         given = locate(str(_settings(node, "sampling").get("_target_")))
         if wanted and given and isinstance(given.node, ast.ClassDef) and wanted not in lineage(given):
             names = [getattr(each.node, "name", "") for each in (given, wanted)]
             place, kind = defining_key(unresolved, f"{key}.sampling"), target.rpartition(".")[2]
             raise ValueError(f"{place} is a {names[0]}, and a {kind} takes a {names[1]}")
+        stride = node.get("stride")
+        steps = _settings(node, "sampling").get("steps") or (grid**2 if type(grid) is int else None)
+        if type(stride) is type(steps) is int and stride > steps:
+            said = f"{stride} is more than the {steps} steps of an image"
+            raise ValueError(f"{defining_key(unresolved, f'{key}.stride')}={said}")
 
 
 def class_names(built: Mapping[str, Any]) -> Sequence[str] | None:

@@ -70,6 +70,13 @@ def refuse_settings(config: DictConfig) -> None:
     made = {"generate": "images", "export": "export_dir"}.get(config.task)
     if made and Path(config[made]).is_file():
         raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
+    for key in ("rollouts_dir", "scores_dir", *([made] if made else [])):
+        folder = Path(config[key]).absolute()
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        if not there.is_dir():
+            raise ValueError(f"{key}: {config[key]}: it is below a file, not a folder")
+        if key == made and not os.access(there, os.W_OK):
+            raise ValueError(f"{key}: {config[key]}: there is no permission")
     if config.task == "export":
         refuse_other_exports(plain)
     if config.task == "generate":

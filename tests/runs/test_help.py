@@ -93,6 +93,21 @@ def test_every_experiment_is_described() -> None:
             ["experiment=pipeline", 'pipeline.jobs.parm.overrides=["trainer.max_steps=x"]'],
             "pipeline.jobs.parm.overrides: trainer.max_steps must be a whole number",
         ),
+        (["strategies.verified.stride=100"], "strategies.verified.stride=100 is more than the 64 steps of an image"),
+        (["rollouts_dir=train.py/rollouts"], "rollouts_dir: train.py/rollouts: it is below a file, not a folder"),
+        (
+            ["experiment=shapes_decoder", "decoder.module.max_words=3"],
+            "prompt 'a photo of a cross' has 5 words, at most",
+        ),
+        (
+            ["experiment=expert_iteration", "data.spec.strategy.judge=x"],
+            "data.spec.strategy names the judge 'x'; there",
+        ),
+        (["experiment=pipeline", "task=fit"], "experiment=pipeline is for task=pipeline, not for task=fit"),
+        (
+            ["experiment=pipeline", "pipeline.rows.DPO.strategy=verified"],
+            "pipeline.rows: 'DPO' names the strategy 'verified', which the job dpo does not measure: sample, verified_be",
+        ),
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
         (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
         (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
@@ -131,11 +146,20 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
 
 
 @pytest.mark.slow
-def test_a_broken_row_of_preferences_is_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a star", "chosen": "0.png"}\n')
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a star", "chosen": "0.png"}\n', ":1: there is no 'rejected'"),
+        ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
+        ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
+        ("\n", " has no rows"),
+    ],
+)
+def test_a_broken_row_of_preferences_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(text)
     files = [f"data.{name}.path={tmp_path}/pairs.jsonl" for name in ("train", "validation")]
     arguments = ["experiment=dpo", "data=preference_files", *files]
-    test_answers_import_nothing_heavy(arguments, f"{tmp_path}/pairs.jsonl:1: there is no 'rejected'", tmp_path)
+    test_answers_import_nothing_heavy(arguments, f"{tmp_path}/pairs.jsonl{said}", tmp_path)
 
 
 @pytest.mark.slow
