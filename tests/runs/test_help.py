@@ -106,7 +106,7 @@ def test_every_experiment_is_described() -> None:
         (["experiment=pipeline", "task=fit"], "experiment=pipeline is for task=pipeline, not for task=fit"),
         (
             ["experiment=pipeline", "pipeline.rows.DPO.strategy=verified"],
-            "pipeline.rows: 'DPO' names the strategy 'verified', which the job dpo does not measure: sample, verified_be",
+            "pipeline.rows: 'DPO' names the strategy 'verified', which the job dpo does not measure: sample, ver",
         ),
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
         (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
