@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from hydra.utils import instantiate
 
-from datamodules.preference_rows import PreferenceRows, naming
+from datamodules.preference_rows import Pair, PreferenceRows, naming
 from datamodules.prompt_folders import scan
 from lightning_modules.backbone.words import known_words
 from lightning_modules.rewards.references import refuse_few
@@ -73,18 +73,26 @@ def _read_prompts(geneval: Mapping[str, Any], trains: bool, words: _Words | None
 def _read_preferences(data: Mapping[str, Any], words: _Words | None) -> None:
     """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
     for name, node in data.items():
-        if isinstance(node, Mapping) and node.get("_target_") == _PREFERENCES:
-            try:
-                rows = PreferenceRows(node["path"], node["split"], node["columns"])
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"data.{name}: {error}") from None
-            pairs = [*islice(rows.pairs(), _ROWS)] if rows.is_jsonl else [("", None)]
-            if not pairs:
-                raise ValueError(f"{node['path']} has no rows")
-            for place, pair in pairs:
+        if not isinstance(node, Mapping) or node.get("_target_") != _PREFERENCES:
+            continue
+        try:
+            rows = PreferenceRows(node["path"], node["split"], node["columns"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"data.{name}: {error}") from None
+        if not rows.is_jsonl:  # a data set takes seconds to open
+            continue
+        pairs = [*islice(rows.pairs(), _ROWS)]
+        if not pairs:
+            raise ValueError(f"{node['path']} has no rows")
+        for place, pair in pairs:
+            if pair:
                 with naming(place):
-                    if pair and words:
-                        known_words(pair.prompt, *words)
-                for picture, shown in (side for side in (pair.sides if pair else ()) if isinstance(side, tuple)):
-                    if isinstance(picture, Path) and not picture.exists():
-                        raise ValueError(f"{place}: {shown} cannot be read: No such file or directory")
+                    _refuse_unfit_pair(pair, words)
+
+
+def _refuse_unfit_pair(pair: Pair, words: _Words | None) -> None:
+    if words:
+        known_words(pair.prompt, *words)
+    for side in pair.sides:
+        if isinstance(side, tuple) and isinstance(side[0], Path) and not side[0].exists():
+            raise ValueError(f"{side[1]} cannot be read: No such file or directory")

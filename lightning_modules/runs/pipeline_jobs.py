@@ -15,8 +15,8 @@ from lightning_modules.broken_files import first_line
 from lightning_modules.runs.checks import refuse_unread, refuse_wrong_values
 from lightning_modules.runs.settings_tree import CONF
 
-# What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
 _BEFORE_TRAINING = "_before_training"  # ends the names of rows of untrained verifiers
+# What a pipeline may be given; the folders are those of all runs, and its jobs use the usual ones.
 _OF_PIPELINE = ("experiment", "task", "name", "pipeline", "rollouts_dir", "scores_dir")
 
 
