@@ -26,9 +26,20 @@ def refuse_broken_rows(config: Mapping[str, Any]) -> None:
 
     Raises ValueError, naming file and row, or FileNotFoundError.
     """
+    _read_prompts(config["geneval"], bool(config.get("data")))
+    _read_preferences(config.get("data") or {}, _words_of(config.get("decoder") or {}))
+
+
+def refuse_unknown_words(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for prompts of files, to be evaluated on, with words that the decoder does not know."""
     words = _words_of(config.get("decoder") or {})
-    _read_prompts(config["geneval"], bool(config.get("data")), words)
-    _read_preferences(config.get("data") or {}, words)
+    if words is None or not config["callbacks"].get("geneval"):
+        return
+    for name in ("validation_prompts", "test_prompts"):
+        if isinstance(node := config["geneval"].get(name), Mapping) and "path" in node:
+            for row in instantiate(node, _convert_="all"):
+                with naming(f"geneval.{name}"):
+                    known_words(row["prompt"], *words)
 
 
 def refuse_unfit_images(config: Mapping[str, Any]) -> None:
@@ -57,17 +68,13 @@ def _words_of(decoder: Mapping[str, Any]) -> _Words | None:
     return frozenset(made["decoder"]["module"]["vocabulary"]), most
 
 
-def _read_prompts(geneval: Mapping[str, Any], trains: bool, words: _Words | None) -> None:
+def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
     """Read prompts of files, and those of which numbers are given by task; raises what their functions raise."""
     for name, node in geneval.items():
         if name == "train_prompts" and not trains:  # thousands, to be made for nothing
             continue
         if isinstance(node, Mapping) and ("path" in node or isinstance(node.get("per_task"), Mapping)):
-            made = instantiate({"geneval": {name: node}}, _convert_="all")["geneval"][name]
-            if words:
-                for row in made:
-                    with naming(f"geneval.{name}"):
-                        known_words(row["prompt"], *words)
+            instantiate({"geneval": {name: node}}, _convert_="all")
 
 
 def _read_preferences(data: Mapping[str, Any], words: _Words | None) -> None:

@@ -22,7 +22,7 @@ from lightning_modules.runs.checks import (
     refuse_unread,
     refuse_wrong_values,
 )
-from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_images
+from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_images, refuse_unknown_words
 from lightning_modules.runs.fitting import refuse_unfit_parts
 from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
 from lightning_modules.runs.messages import flat
@@ -65,6 +65,8 @@ def refuse_settings(config: DictConfig) -> None:
     if config.task not in ("score", "export"):
         refuse_broken_rows(plain)
     refuse_unfit_parts(plain, unresolved)
+    if config.task in ("fit", "evaluate"):
+        refuse_unknown_words(plain)
     refuse_unfit_weights(plain, unresolved)
     refuse_unfit_images(plain)
     made = {"generate": "images", "export": "export_dir"}.get(config.task)

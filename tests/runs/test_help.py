@@ -96,10 +96,6 @@ def test_every_experiment_is_described() -> None:
         (["strategies.verified.stride=100"], "strategies.verified.stride=100 is more than the 64 steps of an image"),
         (["rollouts_dir=train.py/rollouts"], "rollouts_dir: train.py/rollouts: it is below a file, not a folder"),
         (
-            ["experiment=shapes_decoder", "decoder.module.max_words=3"],
-            "prompt 'a photo of a cross' has 5 words, at most",
-        ),
-        (
             ["experiment=expert_iteration", "data.spec.strategy.judge=x"],
             "data.spec.strategy names the judge 'x'; there",
         ),
@@ -168,6 +164,15 @@ def test_a_file_that_is_no_checkpoint_is_refused_at_once(content: object, tmp_pa
     torch.save(content, tmp_path / "last.ckpt")
     arguments = ["task=evaluate", f"ckpt_path={tmp_path}/last.ckpt"]
     test_answers_import_nothing_heavy(arguments, f"Error: ckpt_path: {tmp_path}/last.ckpt", tmp_path)
+
+
+@pytest.mark.slow
+def test_an_unknown_word_is_refused_at_once(tmp_path: Path) -> None:
+    row = make_row("single_object", clause("star")) | {"prompt": "a photo of a big star"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row))
+    arguments = ["task=evaluate", "geneval=file", f"geneval.test_prompts.path={tmp_path}/prompts.jsonl"]
+    said = "geneval.test_prompts: prompt 'a photo of a big star' has words outside the vocabulary: 'big'"
+    test_answers_import_nothing_heavy(arguments, said, tmp_path)
 
 
 @pytest.mark.slow
