@@ -265,7 +265,7 @@ def _unfit(value: Any, hint: Any) -> list[str] | None:
         words = [f"a list{f' of {len(inner)}' if several else ''}{each or example}"]
     else:
         made = kind.__module__.partition(".")[0] in _MADE
-        fits = isinstance(value, str) or (isinstance(value, Mapping) and not made)
+        fits = isinstance(value, str | Mapping) and not made
         words = [f"a node with _target_, {kind.__name__}"]
     return None if fits else words
 

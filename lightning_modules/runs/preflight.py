@@ -59,6 +59,11 @@ def refuse_settings(config: DictConfig) -> None:
         _refuse_what_does_not_go_together(plain, unresolved)
         if config.task == "fit" and config.test_ckpt_path == "best" and not _keeps_best(plain["callbacks"]):
             raise ValueError("test_ckpt_path=best needs callbacks.checkpoint_best, and here is none")
+        for key in ("max_steps", "max_epochs") if config.task == "fit" and config.test_ckpt_path == "best" else ():
+            if plain["trainer"].get(key) == 0:
+                raise ValueError(
+                    f"trainer.{key}=0 trains nothing, and test_ckpt_path=best needs weights to choose from"
+                )
     except ValueError as error:
         hint = _about_preset(preset, str(error), hydra.overrides.task) if preset else ""
         raise ValueError(f"{error}{hint}") from None
@@ -69,28 +74,37 @@ def refuse_settings(config: DictConfig) -> None:
         refuse_unknown_words(plain)
     refuse_unfit_weights(plain, unresolved)
     refuse_unfit_images(plain)
-    made = {"generate": "images", "export": "export_dir"}.get(config.task)
-    if made and Path(config[made]).is_file():
-        raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
-    for key in ("rollouts_dir", "scores_dir", *([made] if made else [])):
-        folder = Path(config[key]).absolute()
-        there = next(each for each in (folder, *folder.parents) if each.exists())
-        if not there.is_dir():
-            raise ValueError(f"{key}: {config[key]}: it is below a file, not a folder")
-        if key == made and not os.access(there, os.W_OK):
-            raise ValueError(f"{key}: {config[key]}: there is no permission")
+    _refuse_unfit_folders(plain)
     if config.task == "export":
         refuse_other_exports(plain)
-    if config.task == "generate":
-        try:
-            refuse_unmarked(Path(config.images))
-        except ValueError as error:
-            raise ValueError(f"{error}; task=score judges what is there") from None
     if config.ckpt_path == "auto":
         refuse_other_run(Path(hydra.runtime.output_dir), plain)
     elif config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_settings(path, plain)
+
+
+def _refuse_unfit_folders(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for folders to be written to that cannot be, or that hold something else."""
+    made = {"generate": "images", "export": "export_dir"}.get(config["task"])
+    if made and Path(config[made]).is_file():
+        raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
+    folders = {key: config[key] for key in ("rollouts_dir", "scores_dir", *([made] if made else []))}
+    folders |= {
+        f"callbacks.{key}.dirpath": node["dirpath"] for key, node in nodes(config["callbacks"]) if "dirpath" in node
+    }
+    for key, folder in folders.items():
+        path = Path(str(folder)).absolute()
+        there = next(each for each in (path, *path.parents) if each.exists())
+        if not there.is_dir():
+            raise ValueError(f"{key}: {folder}: it is below a file, not a folder")
+        if key == made and not os.access(there, os.W_OK):
+            raise ValueError(f"{key}: {folder}: there is no permission")
+    if config["task"] == "generate":
+        try:
+            refuse_unmarked(Path(config["images"]))
+        except ValueError as error:
+            raise ValueError(f"{error}; task=score judges what is there") from None
 
 
 def _about_preset(preset: str, sentence: str, overrides: Sequence[str]) -> str:

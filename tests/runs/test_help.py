@@ -104,6 +104,12 @@ def test_every_experiment_is_described() -> None:
             ["experiment=pipeline", "pipeline.rows.DPO.strategy=verified"],
             "pipeline.rows: 'DPO' names the strategy 'verified', which the job dpo does not measure: sample, ver",
         ),
+        (["experiment=dpo", "module.lora=LoRA"], "module.lora must be a node with _target_, LoRA, not 'LoRA'"),
+        (
+            ["experiment=dpo", "trainer.max_epochs=0"],
+            "trainer.max_epochs=0 trains nothing, and test_ckpt_path=best needs",
+        ),
+        (["callbacks.checkpoint_last.dirpath=train.py"], "callbacks.checkpoint_last.dirpath: train.py: it is below a"),
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
         (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
         (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
