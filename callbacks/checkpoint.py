@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -30,10 +30,18 @@ class MovableCheckpoint(ModelCheckpoint):
     A run that resumes in another folder brings along the best weights of up to there, by the scores written in them.
     """
 
+    _has_warned = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless what is monitored was not measured yet since the run began or resumed."""
-        if self.monitor is None or self.monitor in trainer.callback_metrics:
+        measured = trainer.callback_metrics
+        if self.monitor is None or self.monitor in measured:
             super().on_validation_end(trainer, pl_module)
+        elif not (self._has_warned or trainer.sanity_checking or self.monitor == "val/geneval"):  # which is rare
+            self._has_warned = True
+            there = ", ".join(name for name in measured if name.startswith("val/"))
+            said = f"no weights are kept as the best before it is; validation has measured: {there}"
+            rank_zero_warn(f"monitor={self.monitor} is not measured yet, and {said}")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key)

@@ -131,6 +131,12 @@ def test_the_best_weights_stay_the_best_wherever_a_run_resumes(tmp_path: Path) -
     assert read_checkpoint(str(old / "best.ckpt"))["global_step"] == 4
 
 
+def test_it_warns_of_a_name_that_validation_has_not_measured(tmp_path: Path) -> None:
+    best = MovableCheckpoint(dirpath=tmp_path, filename="best", monitor="val/scroe", save_on_train_epoch_end=False)
+    with pytest.warns(UserWarning, match="monitor=val/scroe is not measured yet, .* has measured: val/score$"):
+        train(tmp_path, 2, best, model=Scored([0.1]), max_epochs=1)
+
+
 def test_the_best_weights_are_of_an_epoch_that_was_measured(tmp_path: Path) -> None:
     """A run resumes before an epoch in which nothing is measured."""
     assert score(tmp_path, [None, 0.5]) == (pytest.approx(0.5), 4)
