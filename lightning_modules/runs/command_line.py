@@ -176,6 +176,10 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
         return f"~{key} is written without a value" if value else None
     if key in GROUPS:
         return _wrong_choice(key, name, value, tree)
+    given, there = override.value(), tree.keys.get(key)
+    if isinstance(given, Mapping) and isinstance(there, Mapping):  # these are merged
+        new = [] if line[0] == "+" else [name for name in given if name not in there]
+        return f"{key} has no {new[0]} yet: write +{line}" if new else None
     if override.is_add():
         return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
     if override.is_force_add() or key in tree.keys:
