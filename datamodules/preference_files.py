@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datamodules.data_sets import load_rows
 from datamodules.images import as_pixels
 from datamodules.pairs import PairsDataModule
-from datamodules.preference_rows import Pair, PreferenceRows, Side, naming
+from datamodules.preference_rows import Pair, PreferenceRows, Side, naming, refuse_equal, refuse_other_tokens
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
@@ -40,7 +40,8 @@ class PreferenceFile(PreferenceRows):
                     if pair.decoder not in (None, policy):
                         raise ValueError("this pair was made for another decoder")
                     decoder.check_prompts([pair.prompt])
-                    _check_tokens(pair.sides, decoder.image_tokenizer)
+                    tokenizer = decoder.image_tokenizer
+                    refuse_other_tokens(pair.sides, tokenizer.num_tokens, tokenizer.codebook_size)
                 weights.append(pair.weight)
             yield place, pair
         if not weights:
@@ -90,26 +91,8 @@ class PreferenceFile(PreferenceRows):
         columns = {"prompt": prompts, "weight": weights, "chosen": tokens[::2], "rejected": tokens[1::2]}
         for place, *sides in zip(places, columns["chosen"], columns["rejected"], strict=True):
             with naming(place):
-                _refuse_equal(sides)
+                refuse_equal(sides)
         return Dataset.from_dict(columns)
-
-
-def _check_tokens(sides: list[Side], tokenizer: ImageTokenizer) -> None:
-    """Check those sides of a pair that are tokens."""
-    lists = [side for side in sides if isinstance(side, list)]
-    for tokens in lists:
-        if len(tokens) != tokenizer.num_tokens:
-            raise ValueError(f"{len(tokens)} tokens, where an image has {tokenizer.num_tokens}")
-        for token in tokens:
-            if not 0 <= token < tokenizer.codebook_size:
-                raise ValueError(f"token {token} is not in 0..{tokenizer.codebook_size - 1}")
-    if len(lists) == len(sides):
-        _refuse_equal(lists)
-
-
-def _refuse_equal(sides: list[list[int]]) -> None:
-    if sides[0] == sides[1]:
-        raise ValueError("chosen and rejected are the same image, token by token")
 
 
 def _content(side: Side, image_size: int) -> list[int] | np.ndarray:

@@ -1,13 +1,14 @@
 """Preferences from a file, row by row: each checked for its form, which takes neither torch nor the images."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from datamodules.data_set_folder import refuse_other_folder
 from lightning_modules.jsonl import read_jsonl
 
 if TYPE_CHECKING:  # imports numpy
@@ -67,6 +68,8 @@ class PreferenceRows:
             raise FileNotFoundError(f"there is no preference file or folder {self.path}")
         if Path(self.path).is_file() and not self.is_jsonl:
             raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
+        if not self.is_jsonl:
+            refuse_other_folder(self.path, self.split)
 
     @property
     def is_jsonl(self) -> bool:
@@ -145,3 +148,22 @@ def _prompt(value: Any) -> str:
     if not value.strip():
         raise ValueError("the prompt is empty")
     return value
+
+
+def refuse_other_tokens(sides: Sequence[Side], number: int, codebook_size: int) -> None:
+    """Raise ValueError for sides that are tokens, but not as many as an image has, of other codes, or the same ones."""
+    lists = [side for side in sides if isinstance(side, list)]
+    for tokens in lists:
+        if len(tokens) != number:
+            raise ValueError(f"{len(tokens)} tokens, where an image has {number}")
+        for token in tokens:
+            if not 0 <= token < codebook_size:
+                raise ValueError(f"token {token} is not in 0..{codebook_size - 1}")
+    if len(lists) == len(sides):
+        refuse_equal(lists)
+
+
+def refuse_equal(sides: Sequence[list[int]]) -> None:
+    """Raise ValueError if both sides are the same image."""
+    if sides[0] == sides[1]:
+        raise ValueError("chosen and rejected are the same image, token by token")

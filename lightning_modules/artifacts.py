@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.broken_files import read_json
-from lightning_modules.files import PROVENANCE, make_once, refuse_unmarked, refuse_unwritable
+from lightning_modules.files import PROVENANCE, make_once, refuse_other_provenance, refuse_unmarked, refuse_unwritable
 
 PROJECT = Path(__file__).parents[1]
 _ROOMS = ("callbacks", "datamodules", "lightning_modules")  # folders of the project's own modules
@@ -135,7 +135,4 @@ def open_folder(folder: Path, made_with: Key) -> None:
     stored = read_json(folder / PROVENANCE)
     if not isinstance(stored, dict) or not made_with.keys() <= stored.keys():
         raise ValueError(f"{folder / PROVENANCE} is not of this project, or of another version: name another folder")
-    if different := [key for key in made_with if stored[key] != json.loads(json.dumps(made_with[key]))]:
-        raise ValueError(
-            f"what is in {folder} was made with other settings ({', '.join(different)}): name another folder"
-        )
+    refuse_other_provenance(folder, [key for key in made_with if stored[key] != json.loads(json.dumps(made_with[key]))])

@@ -92,6 +92,13 @@ def refuse_unmarked(folder: Path) -> None:
         raise ValueError(f"{folder} holds {some_of(found)}, and {said}: name another folder")
 
 
+def refuse_other_provenance(folder: Path, different: Sequence[str]) -> None:
+    """Raise ValueError if what is in a folder was made with other settings, whose names are given."""
+    if different:
+        said = f"was made with other settings ({', '.join(different)})"
+        raise ValueError(f"what is in {folder} {said}: name another folder")
+
+
 def some_of(names: Sequence[str]) -> str:
     """List the first of some names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -1,18 +1,22 @@
 """Checks of the data that a config names, by its files alone: torch is not imported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hydra.utils import instantiate
 
-from datamodules.preference_rows import Pair, PreferenceRows, naming
-from datamodules.prompt_folders import scan
+from datamodules.preference_rows import Pair, PreferenceRows, naming, refuse_other_tokens
+from datamodules.prompt_folders import PromptFolder, scan
 from lightning_modules.backbone.words import known_words
 from lightning_modules.rewards.references import refuse_few
 from lightning_modules.runs.fitting import class_names
 from lightning_modules.runs.weights import built_parts
+
+if TYPE_CHECKING:
+    from lightning_modules.rewards.stored_detections import StoredDetections
 
 _PREFERENCES = "datamodules.preference_files.PreferenceFile"
 _DETECTIONS = "lightning_modules.rewards.stored_detections.StoredDetections"
@@ -27,16 +31,16 @@ def refuse_broken_rows(config: Mapping[str, Any]) -> None:
     Raises ValueError, naming file and row, or FileNotFoundError.
     """
     _read_prompts(config["geneval"], bool(config.get("data")))
-    _read_preferences(config.get("data") or {}, _words_of(config.get("decoder") or {}))
+    _read_preferences(config.get("data") or {}, _words_of(config.get("decoder") or {}), config.get("tokenizer") or {})
 
 
 def refuse_unknown_words(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for prompts of files, to be evaluated on, with words that the decoder does not know."""
+    """Raise ValueError for prompts, to be evaluated on, with words that the decoder does not know, or too many."""
     words = _words_of(config.get("decoder") or {})
     if words is None or not config["callbacks"].get("geneval"):
         return
     for name in ("validation_prompts", "test_prompts"):
-        if isinstance(node := config["geneval"].get(name), Mapping) and "path" in node:
+        if isinstance(node := config["geneval"].get(name), Mapping):
             for row in instantiate(node, _convert_="all"):
                 with naming(f"geneval.{name}"):
                     known_words(row["prompt"], *words)
@@ -48,14 +52,29 @@ def refuse_unfit_images(config: Mapping[str, Any]) -> None:
     Raises ValueError or FileNotFoundError, naming the file, its row or the key.
     """
     if config["task"] == "score":
-        scan(config["images"], class_names(built_parts(config)))
+        folders = scan(config["images"], class_names(built_parts(config)))
         detector = config["geneval"]["reward"]["detector"]
         if detector["_target_"] == _DETECTIONS:
-            instantiate({"geneval": {"reward": {"detector": detector}}}, _convert_="all")  # errors name the key
+            made = instantiate({"geneval": {"reward": {"detector": detector}}}, _convert_="all")  # errors name the key
+            _refuse_undetected(made["geneval"]["reward"]["detector"], folders)
     fid = config["evaluator"].get("fid") or {}
     if config["task"] != "export" and (fid.get("references") or {}).get("_target_") == _PHOTOGRAPHS:
         made = instantiate({"fid": {"references": fid["references"]}}, _convert_="all")
         refuse_few(made["fid"]["references"], fid["count"])
+
+
+def _refuse_undetected(detector: "StoredDetections", folders: Sequence[PromptFolder]) -> None:
+    """Raise ValueError for the first image that has no detections and can be read; others are left out of scores."""
+    from lightning_modules.image_reader import UnreadableImage, read_image  # imports numpy
+
+    for folder in folders:
+        for file in folder.files:
+            try:
+                detector.of([folder.name(file)])
+            except ValueError:
+                with suppress(UnreadableImage):
+                    read_image(folder.path / "samples" / file, file)
+                    raise
 
 
 def _words_of(decoder: Mapping[str, Any]) -> _Words | None:
@@ -77,7 +96,7 @@ def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
             instantiate({"geneval": {name: node}}, _convert_="all")
 
 
-def _read_preferences(data: Mapping[str, Any], words: _Words | None) -> None:
+def _read_preferences(data: Mapping[str, Any], words: _Words | None, tokenizer: Mapping[str, Any]) -> None:
     """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
     for name, node in data.items():
         if not isinstance(node, Mapping) or node.get("_target_") != _PREFERENCES:
@@ -94,12 +113,15 @@ def _read_preferences(data: Mapping[str, Any], words: _Words | None) -> None:
         for place, pair in pairs:
             if pair:
                 with naming(place):
-                    _refuse_unfit_pair(pair, words)
+                    _refuse_unfit_pair(pair, words, tokenizer.get("module") or {})
 
 
-def _refuse_unfit_pair(pair: Pair, words: _Words | None) -> None:
+def _refuse_unfit_pair(pair: Pair, words: _Words | None, tokenizer: Mapping[str, Any]) -> None:
     if words:
         known_words(pair.prompt, *words)
+    grid, codes = tokenizer.get("grid"), tokenizer.get("codebook_size")
+    if type(grid) is type(codes) is int:
+        refuse_other_tokens(pair.sides, grid**2, codes)
     for side in pair.sides:
         if isinstance(side, tuple) and isinstance(side[0], Path) and not side[0].exists():
             raise ValueError(f"{side[1]} cannot be read: No such file or directory")

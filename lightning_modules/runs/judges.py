@@ -1,10 +1,11 @@
 """Checks of the judges that a config names: there are such, and those that teach are not held out."""
 
+import ast
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_modules.backbone.published import nodes
-from lightning_modules.runs.signatures import constant
+from lightning_modules.runs.signatures import constant, locate
 
 _VERIFIERS = ("parm", "likelihood")  # that a run has of itself, most of them
 _RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
@@ -79,6 +80,9 @@ def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) ->
         raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
     if missing := {*(data.get("potentials") or ())} - teachers:
         raise ValueError(f"data.potentials.{min(missing)}: data.rewards has no {min(missing)!r}")
+    for name, by in (data.get("potentials") or {}).items():
+        if _values_no_prefixes(by, config["judges"].get("rewards") or {}):
+            raise ValueError(f"data.potentials.{name}: the judge {by!r} values no prefixes; parm and likelihood do")
     network = (config.get("decoder") or {}).get("module") or {}
     if data.get("potentials") and not constant(str(network.get("_target_")), "causal", True):
         raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
@@ -86,3 +90,11 @@ def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) ->
     if read.startswith("train/held_out/") and read.rpartition("/")[2] not in held_out:
         said = f"data.held_out does not name {read.rpartition('/')[2]!r}; ~callbacks.divergence leaves this rule out"
         raise ValueError(f"callbacks.divergence.held_out is {read}, and {said}")
+
+
+def _values_no_prefixes(judge: str, rewards: Mapping[str, Any]) -> bool:
+    """Say if a judge surely values finished images alone; classes of yours may say what they can in other ways."""
+    found = locate(str((rewards.get(judge) or {}).get("_target_")))
+    abilities = found and found.inner("abilities")
+    is_ours = abilities is not None and abilities.module.startswith("lightning_modules.")
+    return judge in _RULES or (is_ours and "PREFIXES" not in ast.dump(abilities.node))  # type: ignore[union-attr]

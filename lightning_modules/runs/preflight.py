@@ -9,11 +9,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from datamodules.step_sizes import refuse_uneven_step
 from lightning_modules.backbone.published import nodes
-from lightning_modules.files import refuse_unmarked
 from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_run, refuse_other_settings
 from lightning_modules.runs.checks import (
@@ -24,6 +24,7 @@ from lightning_modules.runs.checks import (
 )
 from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_images, refuse_unknown_words
 from lightning_modules.runs.fitting import refuse_unfit_parts
+from lightning_modules.runs.folders import refuse_unfit_folders
 from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.pipeline_jobs import refuse_unfit_jobs, refuse_unread_by_jobs
@@ -32,6 +33,7 @@ from lightning_modules.runs.signatures import constant, lineage, locate
 from lightning_modules.runs.weights import refuse_other_exports, refuse_unfit_weights
 
 _GROUPS = "datamodules.online_groups.GroupsDataModule"
+_ROLLOUTS = "datamodules.rollouts.RolloutsDataModule"
 
 
 def refuse_settings(config: DictConfig) -> None:
@@ -74,7 +76,7 @@ def refuse_settings(config: DictConfig) -> None:
         refuse_unknown_words(plain)
     refuse_unfit_weights(plain, unresolved)
     refuse_unfit_images(plain)
-    _refuse_unfit_folders(plain)
+    refuse_unfit_folders(plain)
     if config.task == "export":
         refuse_other_exports(plain)
     if config.ckpt_path == "auto":
@@ -82,29 +84,6 @@ def refuse_settings(config: DictConfig) -> None:
     elif config.ckpt_path is not None:
         for path in named_checkpoints(config.ckpt_path, config.task):
             refuse_other_settings(path, plain)
-
-
-def _refuse_unfit_folders(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for folders to be written to that cannot be, or that hold something else."""
-    made = {"generate": "images", "export": "export_dir"}.get(config["task"])
-    if made and Path(config[made]).is_file():
-        raise ValueError(f"{made}: {config[made]} is a file, and a folder is made there: name another one")
-    folders = {key: config[key] for key in ("rollouts_dir", "scores_dir", *([made] if made else []))}
-    folders |= {
-        f"callbacks.{key}.dirpath": node["dirpath"] for key, node in nodes(config["callbacks"]) if "dirpath" in node
-    }
-    for key, folder in folders.items():
-        path = Path(str(folder)).absolute()
-        there = next(each for each in (path, *path.parents) if each.exists())
-        if not there.is_dir():
-            raise ValueError(f"{key}: {folder}: it is below a file, not a folder")
-        if key == made and not os.access(there, os.W_OK):
-            raise ValueError(f"{key}: {folder}: there is no permission")
-    if config["task"] == "generate":
-        try:
-            refuse_unmarked(Path(config["images"]))
-        except ValueError as error:
-            raise ValueError(f"{error}; task=score judges what is there") from None
 
 
 def _about_preset(preset: str, sentence: str, overrides: Sequence[str]) -> str:
@@ -145,13 +124,18 @@ def _refuse_uneven_steps(data: Mapping[str, Any], trainer: Mapping[str, Any]) ->
 
 
 def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError if an epoch of images, whose number is a setting, ends before the first validation."""
-    interval, images, devices = trainer.get("val_check_interval"), data.get("train_images"), trainer.get("devices")
-    if type(interval) is type(images) is type(devices) is int and trainer.get("check_val_every_n_epoch") is not None:
-        batches = -(-images // (data["batch_size"] * abs(devices) * trainer.get("num_nodes", 1)))
-        if interval > batches:
-            said = f"is more than the {batches} batches of data.train_images={images}"
-            raise ValueError(f"trainer.val_check_interval={interval} {said} and data.batch_size={data['batch_size']}")
+    """Raise ValueError if an epoch of images or rollouts, whose number is set, ends before the first validation."""
+    interval, devices, size = trainer.get("val_check_interval"), trainer.get("devices"), data.get("batch_size")
+    if not type(interval) is type(devices) is type(size) is int or trainer.get("check_val_every_n_epoch") is None:
+        return
+    images, said = data.get("train_images"), f"data.train_images={data.get('train_images')}"
+    if images is None and data["_target_"] == _ROLLOUTS:
+        first = [node for node in data["train"].values() if not node.get("from_epoch")]
+        images = sum(node["samples"] * len(instantiate(node["prompts"], _convert_="all")) for node in first)
+        said = f"the {images} rollouts of data.train"
+    if images is not None and interval > (batches := -(-images // (size * abs(devices) * trainer.get("num_nodes", 1)))):
+        given = f"{said} and data.batch_size={size}"
+        raise ValueError(f"trainer.val_check_interval={interval} is more than the {batches} batches of {given}")
 
 
 def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:

@@ -67,11 +67,18 @@ def is_missing(target: str) -> bool:
     module, _, name = target.rpartition(".")
     if not module or _is_nowhere(module.partition(".")[0]):
         return True
+    return module.partition(".")[0] not in sys.stdlib_module_names and not _may_have(module, name)
+
+
+def _may_have(module: str, name: str, follow: bool = True) -> bool:
+    """Say if a module may have a name; `follow` looks into the modules from which it takes all names."""
     found = locate_module(module)
-    if found is None or module.partition(".")[0] in sys.stdlib_module_names or found.inner(name) is not None:
-        return False
-    opaque = any(_defines(each, "__getattr__") or _imported(module, each, "*") for each in _body(found))
-    return not opaque and f"'{name}'" not in ast.dump(found.node)
+    if found is None or found.inner(name) is not None or f"'{name}'" in ast.dump(found.node):
+        return True
+    if any(_defines(each, "__getattr__") for each in _body(found)):
+        return True
+    starred = [origin.removesuffix(".*") for each in _body(found) if (origin := _imported(module, each, "*"))]
+    return any(_may_have(origin, name, follow=False) for origin in starred) if follow else bool(starred)
 
 
 def _is_nowhere(package: str) -> bool:

@@ -90,6 +90,8 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
     try:
         folder = resolve(checkpoint)
         refuse_broken(weights_file(folder))
+        if (folder / "config.json").is_file():
+            refuse_broken(folder / "config.json")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}: {error}") from None
     except ValueError as error:
@@ -106,8 +108,9 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
                 raise ValueError(f"{key}: {checkpoint} was made for another decoder: {said}")
     named = (each.get("transformer") for each in (stored, module))
     sizes: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in named]  # or a name of yours
-    for name in sizes[0].keys() & sizes[1].keys() - {"_target_", "checkpointing"}:
-        there, here = (each[name] for each in sizes)
-        if there != here:
-            said = f"was made for another model: transformer.{name} is {there} there, and {here} here"
-            raise ValueError(f"{key}: {checkpoint} {said}")
+    numbers = {name: value for name, value in module.items() if type(value) is int and kinds[0].startswith(_OWN)}
+    for place, before, now in (("", stored, numbers), ("transformer.", sizes[0], sizes[1])):
+        for name in before.keys() & now.keys() - {"_target_", "checkpointing"}:
+            if before[name] != now[name]:
+                said = f"was made for another model: {place}{name} is {before[name]} there, and {now[name]} here"
+                raise ValueError(f"{key}: {checkpoint} {said}")

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from PIL import Image
 
 from datamodules.prompt_templates import clause, make_row
+from lightning_modules.cache_key import digest
+from lightning_modules.files import BUNDLED
 from lightning_modules.runs.command_line import explaining_refusals, is_single_run, restore_tracebacks
 from lightning_modules.runs.help import description, text
 from lightning_modules.runs.settings_tree import options
@@ -116,6 +122,18 @@ def test_every_experiment_is_described() -> None:
         (["experiment=shapes_masked_parm_start", "data.repaint.shares=[1,0]"], "must be two numbers that rise within"),
         (["data.train.plain._target_=no_package.Spec"], "data.train.plain._target_: there is no no_package.Spec"),
         (["task=score", "images=.", "fid=shapes", "fid.count=1"], "fid.count must be a whole number of at least 2"),
+        (["trainer._target_=lightning.Trainr"], "trainer._target_: there is no lightning.Trainr"),
+        (
+            ["decoder.module.max_words=3"],
+            "geneval.validation_prompts: prompt 'a photo of a cross' has 5 words, at most",
+        ),
+        (["decoder.module.max_words=20"], "was made for another model: max_words is 12 there, and 20 here"),
+        (
+            ["experiment=grpo", "+data.potentials.geneval=strict"],
+            "data.potentials.geneval: the judge 'strict' values no",
+        ),
+        (["experiment=grpo", "data.potentials={geneval: parm}"], "data.potentials has no geneval yet: write +data.pot"),
+        (["trainer.val_check_interval=500"], "is more than the 71 batches of the 4500 rollouts of data.train and data"),
     ],
 )
 def test_answers_import_nothing_heavy(
@@ -154,6 +172,7 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
         ('{"prompt": "a star", "chosen": "0.png"}\n', ":1: there is no 'rejected'"),
         ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
         ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
+        ('{"prompt": "a star", "chosen": [1], "rejected": [2]}', ":1: 1 tokens, where an image has 64"),
         ("\n", " has no rows"),
     ],
 )
@@ -162,6 +181,59 @@ def test_a_broken_row_of_preferences_is_refused_at_once(text: str, said: str, tm
     files = [f"data.{name}.path={tmp_path}/pairs.jsonl" for name in ("train", "validation")]
     arguments = ["experiment=dpo", "data=preference_files", *files]
     test_answers_import_nothing_heavy(arguments, f"{tmp_path}/pairs.jsonl{said}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("notes.txt", "", " is no whole folder written by `datasets`: it has neither state.json nor dataset_dict.json"),
+        ("dataset_dict.json", '{"splits": ["test"]}', " has no split 'train'; there are: test"),
+    ],
+)
+def test_a_folder_that_is_no_data_set_is_refused_at_once(file: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    files = [f"data.{name}.path={tmp_path}" for name in ("train", "validation")]
+    test_answers_import_nothing_heavy(
+        ["experiment=dpo", "data=preference_files", *files], f"{tmp_path}{said}", tmp_path
+    )
+
+
+@pytest.mark.slow
+def test_broken_settings_beside_weights_are_refused_at_once(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED / "shapes_parm_start", tmp_path / "parm")
+    (tmp_path / "parm" / "config.json").write_text("{")
+    said = f"parm.checkpoint: {tmp_path}/parm/config.json is not valid JSON"
+    test_answers_import_nothing_heavy([f"parm.checkpoint={tmp_path}/parm"], said, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["seed=1"], "was made with other settings (seed): name another folder"),
+        (
+            ["strategies.verified_best_of_4.n=3", "geneval.test_prompts.per_task=2"],
+            "settings (strategy, prompts)",
+        ),
+        (
+            ["sampling.guidance=1"],
+            "was made with other settings (strategy): name",
+        ),
+        (["generating.strategy=sample"], "was made with other settings (strategy): name"),
+    ],
+)
+def test_images_made_with_other_settings_are_refused_at_once(
+    changes: list[str], said: str, tmp_path: Path, compose_config: Callable[..., DictConfig]
+) -> None:
+    config = compose_config("task=generate", "generating.strategy=verified_best_of_4", "images=x")
+    strategy = instantiate(config.strategies.verified_best_of_4)
+    rows = instantiate(config.geneval.test_prompts)
+    stored = {"strategy": strategy.cache_key(), "prompts": digest(rows), "samples": 4, "seed": 0}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "provenance.json").write_text(json.dumps(stored))
+    arguments = ["task=generate", "generating.strategy=verified_best_of_4", f"images={tmp_path}/images"]
+    test_answers_import_nothing_heavy([*arguments, *changes], said, tmp_path)
 
 
 @pytest.mark.slow
@@ -187,11 +259,17 @@ def test_broken_detections_and_few_references_are_refused_without_torch(tmp_path
     (folder / "samples").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "samples" / "0000.png")
     (folder / "metadata.jsonl").write_text(json.dumps(make_row("single_object", clause("star"))))
+    Image.new("RGB", (64, 64)).save(folder / "samples" / "0001.png")
     (tmp_path / "found.jsonl").write_text('{"filename": "00000/samples/0000.png"}\n')
+    (tmp_path / "some.jsonl").write_text('{"filename": "00000/samples/0000.png", "detections": []}\n')
     score = ["task=score", f"images={tmp_path}/images"]
     for arguments, said in (
         (["geneval=detections", f"geneval.reward.detector.path={tmp_path}/found.jsonl"], "found.jsonl:1: not a row of"),
-        (["fid=inception", f"fid.references.folder={tmp_path}"], "fid.count is 10000, and there are only 1 reference"),
+        (
+            ["geneval=detections", f"geneval.reward.detector.path={tmp_path}/some.jsonl"],
+            "some.jsonl: has no detections of 00000/samples/0001.png",
+        ),
+        (["fid=inception", f"fid.references.folder={tmp_path}"], "fid.count is 10000, and there are only 2 reference"),
     ):
         test_answers_import_nothing_heavy([*score, *arguments], said, tmp_path, ("numpy",))
 
