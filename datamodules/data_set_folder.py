@@ -1,22 +1,31 @@
 """The folder of a data set that `datasets` has written, checked without importing it, which takes seconds."""
 
 from pathlib import Path
+from typing import Any
 
-from lightning_modules.broken_files import read_json
+from lightning_modules.broken_files import read_settings
 
 
-def refuse_other_folder(path: str, split: str) -> None:
-    """Refuse a folder that `datasets` has not written (FileNotFoundError), or without such a split (ValueError).
+def stored_columns(path: str, split: str) -> list[str] | None:
+    """Check a folder that `datasets` has written and return its columns; None for what may be a data set on the hub.
 
-    What is no folder may be a data set on the Hugging Face hub.
+    Raises FileNotFoundError if another program has written it or a file is missing, ValueError if a file is broken, or
+    there is no such split, or there are no rows.
     """
-    if not Path(path).is_dir():
-        return
-    splits = Path(path, "dataset_dict.json")
-    if not any(file.is_file() for file in (splits, Path(path, "state.json"))):
-        lacking = "it has neither state.json nor dataset_dict.json"
-        raise FileNotFoundError(f"{path} is no whole folder written by `datasets`: {lacking}")
-    named = read_json(splits) if splits.is_file() else None
-    there = named.get("splits") if isinstance(named, dict) else None
-    if isinstance(there, list) and split not in there:
-        raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, there))}")
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_settings(folder / "dataset_dict.json").get("splits", [])
+        if split not in splits:
+            raise ValueError(f"{path} has no split {split!r}; there are: {', '.join(map(str, splits))}")
+        folder /= split
+    if missing := [name for name in ("state.json", "dataset_info.json") if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{path} is no whole folder written by `datasets`: there is no {folder / missing[0]}")
+    files: list[dict[str, Any]] = read_settings(folder / "state.json").get("_data_files", [])
+    for file in files:
+        if not (folder / file["filename"]).is_file():
+            raise FileNotFoundError(f"{path} is no whole folder: there is no {folder / file['filename']}")
+    if not files:
+        raise ValueError(f"{path} has no rows")
+    return [*read_settings(folder / "dataset_info.json").get("features", {})]

@@ -25,7 +25,7 @@ def load_split(path: str, split: str) -> Dataset:
     is_folder = Path(path).is_dir()
     try:
         found = datasets.load_from_disk(path) if is_folder else datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         wanted = "no whole folder written by `datasets`" if is_folder else "no folder, nor to be had from the hub"
         raise FileNotFoundError(f"{path} is {wanted}: {first_line(error)}") from None
     if not isinstance(found, Dataset):
@@ -50,7 +50,7 @@ def load_rows(folder: Path) -> Dataset:
     """Load what `get_rows` has stored; raises ValueError, naming the folder, if a file of it is broken."""
     try:
         return datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} is broken ({first_line(error)}): remove it, and it is made again") from error
 
 

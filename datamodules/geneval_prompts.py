@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
-from datamodules.data_set_folder import refuse_other_folder
+from datamodules.data_set_folder import stored_columns
 from datamodules.prompt_templates import Metadata, PerTask, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, read_prompts, validate_metadata
@@ -54,7 +54,7 @@ def prompts_from_dataset(
         split: of a data set with several.
         class_names, official, per_task: see `prompts_from_file`, also for what is raised.
     """
-    refuse_other_folder(path, split)
+    stored_columns(path, split)  # raises
     from datamodules.data_sets import load_split  # takes seconds
 
     rows = []

@@ -15,7 +15,15 @@ from tqdm import tqdm
 from datamodules.data_sets import load_rows
 from datamodules.images import as_pixels
 from datamodules.pairs import PairsDataModule
-from datamodules.preference_rows import Pair, PreferenceRows, Side, naming, refuse_equal, refuse_other_tokens
+from datamodules.preference_rows import (
+    Pair,
+    PreferenceRows,
+    Side,
+    naming,
+    refuse_equal,
+    refuse_other_tokens,
+    refuse_useless,
+)
 from lightning_modules.backbone.decoder import TokenDecoder
 from lightning_modules.backbone.image_tokenizer import ImageTokenizer
 from lightning_modules.backbone.loading import fingerprint
@@ -44,10 +52,7 @@ class PreferenceFile(PreferenceRows):
                     refuse_other_tokens(pair.sides, tokenizer.num_tokens, tokenizer.codebook_size)
                 weights.append(pair.weight)
             yield place, pair
-        if not weights:
-            raise ValueError(f"{self.path} has no rows" + (f" but {ties} ties" if ties else ""))
-        if not any(weights):
-            raise ValueError(f"{self.path}: all weights are 0, so nothing would be learned")
+        refuse_useless(self.path, weights, ties)
 
     def check(self, decoder: TokenDecoder) -> str:
         """Check every row but for its images, and hash all that pairs are made of, bytes of images included.

@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from datamodules.data_set_folder import refuse_other_folder
+from datamodules.data_set_folder import stored_columns
 from lightning_modules.jsonl import read_jsonl
 
 if TYPE_CHECKING:  # imports numpy
@@ -68,8 +68,8 @@ class PreferenceRows:
             raise FileNotFoundError(f"there is no preference file or folder {self.path}")
         if Path(self.path).is_file() and not self.is_jsonl:
             raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
-        if not self.is_jsonl:
-            refuse_other_folder(self.path, self.split)
+        if not self.is_jsonl and (columns := stored_columns(self.path, self.split)) is not None:
+            self._refuse_without(columns)
 
     @property
     def is_jsonl(self) -> bool:
@@ -81,6 +81,13 @@ class PreferenceRows:
         """Columns that rows must have, by what they hold."""
         return {name: column for name, column in self.columns.items() if column is not None}
 
+    def _refuse_without(self, columns: Sequence[str]) -> None:
+        """Raise ValueError if a data set lacks a column."""
+        for column in self._named.values():
+            if column not in columns:
+                has = f"the columns are: {', '.join(columns)}; data.train.columns says what is read"
+                raise ValueError(f"{self.path}: there is no {column!r}; {has}")
+
     def _rows(self) -> Iterator[tuple[str, Any]]:
         """Read rows, each with its place in the file."""
         if self.is_jsonl:
@@ -89,11 +96,7 @@ class PreferenceRows:
         from datamodules.data_sets import load_split  # takes seconds
 
         rows = load_split(self.path, self.split)
-        for column in self._named.values():
-            if column not in rows.column_names:
-                columns = ", ".join(rows.column_names)
-                has = f"the columns are: {columns}; data.train.columns says what is read"
-                raise ValueError(f"{self.path}: there is no {column!r}; {has}")
+        self._refuse_without(rows.column_names)
         used = {*self._named.values(), "weight", "decoder"}
         rows = rows.select_columns([name for name in rows.column_names if name in used])
         for number, row in enumerate(rows.to_iterable_dataset().decode(False)):  # so a broken image is named by its row
@@ -150,6 +153,14 @@ def _prompt(value: Any) -> str:
     return value
 
 
+def refuse_useless(path: str, weights: Sequence[float], ties: int) -> None:
+    """Raise ValueError for a file whose pairs, of these weights and as many ties, teach nothing."""
+    if not weights:
+        raise ValueError(f"{path} has no rows" + (f" but {ties} ties" if ties else ""))
+    if not any(weights):
+        raise ValueError(f"{path}: all weights are 0, so nothing would be learned")
+
+
 def refuse_other_tokens(sides: Sequence[Side], number: int, codebook_size: int) -> None:
     """Raise ValueError for sides that are tokens, but not as many as an image has, of other codes, or the same ones."""
     lists = [side for side in sides if isinstance(side, list)]
@@ -163,7 +174,7 @@ def refuse_other_tokens(sides: Sequence[Side], number: int, codebook_size: int) 
         refuse_equal(lists)
 
 
-def refuse_equal(sides: Sequence[list[int]]) -> None:
+def refuse_equal(sides: Sequence[Side]) -> None:
     """Raise ValueError if both sides are the same image."""
     if sides[0] == sides[1]:
         raise ValueError("chosen and rejected are the same image, token by token")

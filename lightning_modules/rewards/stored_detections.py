@@ -75,14 +75,16 @@ class StoredDetections(Keyed):
             boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(len(objects), 4)
             scores = np.array([entry["score"] for entry in objects], np.float32)
             classes = [entry["class"] for entry in objects]
+            named = {entry.get("color", COLORS[0]) for entry in objects}
+            unknown = set(classes) - set(self.class_names), named - set(COLORS)
         except KeyError as error:
             raise ValueError(f"{place}: not a row of detections: there is no {error.args[0]!r}") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{place}: not a row of detections: {error!r}") from error
-        if unknown := set(classes) - set(self.class_names):
-            raise ValueError(f"{place}: unknown class {min(unknown)!r}")
-        if unknown := {entry.get("color", COLORS[0]) for entry in objects} - set(COLORS):
-            raise ValueError(f"{place}: unknown color {min(map(str, unknown))!r}, known are {', '.join(COLORS)}")
+        if unknown[0]:
+            raise ValueError(f"{place}: unknown class {min(map(str, unknown[0]))!r}")
+        if unknown[1]:
+            raise ValueError(f"{place}: unknown color {min(map(str, unknown[1]))!r}, known are {', '.join(COLORS)}")
         if not np.isfinite(scores).all() or not (np.rint(boxes[:, :2]) < np.rint(boxes[:, 2:])).all():
             raise ValueError(f"{place}: a box must be [x1, y1, x2, y2], at least a pixel, with a finite score")
         if key in self._found:

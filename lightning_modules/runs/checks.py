@@ -24,7 +24,7 @@ _TEXTS = {"name": "a text", "task": "a text", "scores_dir": "a path", "rollouts_
 _PARTS = ("trainer", "module", "decoder", "tokenizer", "judges", "evaluator")  # made by nodes
 _MAY_BE_INFINITE = ("stop_score", "max_fall")  # which nothing reaches then
 _MAY_BE_NEGATIVE = ("stop_score", "threshold")  # log-values
-_MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps", "val_check_interval")  # it means all there are
+_MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps")  # it means all there are
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
@@ -173,6 +173,8 @@ def _refuse_below(
     What numbers mean is `known` by their names where they are given to the project's own classes, Lightning's, torch's.
     """
     target = node["_target_"] if isinstance(node.get("_target_"), str) else ""
+    if node.get("_target_") == "":
+        raise ValueError(f"{defining_key(unresolved, above[:-1])}._target_ must name a class, not ''")
     known = target.partition(".")[0] in _MADE if target else known
     if target and is_missing(target):
         raise ValueError(f"{defining_key(unresolved, above[:-1])}._target_: there is no {target}")
@@ -219,7 +221,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "images to compare with": name == "references" and value is None,
         "a fraction up to 1, or a whole number of batches": name == "val_check_interval"
         and number
-        and (value == 0 or (isinstance(value, float) and not 0 < value <= 1)),
+        and (value <= 0 or (isinstance(value, float) and value > 1)),
         "float32, float16 or bfloat16": name == "dtype" and value not in ("float32", "float16", "bfloat16"),
         "above 0, or -1 for all there are": name == "devices" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not (numbers and all(0 <= beta < 1 for beta in items)),

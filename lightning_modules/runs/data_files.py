@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hydra.utils import instantiate
 
-from datamodules.preference_rows import Pair, PreferenceRows, naming, refuse_other_tokens
+from datamodules.preference_rows import Pair, PreferenceRows, naming, refuse_equal, refuse_other_tokens, refuse_useless
 from datamodules.prompt_folders import PromptFolder, scan
 from lightning_modules.backbone.words import known_words
 from lightning_modules.rewards.references import refuse_few
@@ -108,8 +108,9 @@ def _read_preferences(data: Mapping[str, Any], words: _Words | None, tokenizer: 
         if not rows.is_jsonl:  # a data set takes seconds to open
             continue
         pairs = [*islice(rows.pairs(), _ROWS)]
-        if not pairs:
-            raise ValueError(f"{node['path']} has no rows")
+        weights = [pair.weight for _, pair in pairs if pair]
+        if len(pairs) < _ROWS:
+            refuse_useless(node["path"], weights, ties=len(pairs) - len(weights))
         for place, pair in pairs:
             if pair:
                 with naming(place):
@@ -123,5 +124,7 @@ def _refuse_unfit_pair(pair: Pair, words: _Words | None, tokenizer: Mapping[str,
     if type(grid) is type(codes) is int:
         refuse_other_tokens(pair.sides, grid**2, codes)
     for side in pair.sides:
-        if isinstance(side, tuple) and isinstance(side[0], Path) and not side[0].exists():
-            raise ValueError(f"{side[1]} cannot be read: No such file or directory")
+        if isinstance(side, tuple) and isinstance(side[0], Path) and not side[0].is_file():
+            lacks = "it is no file" if side[0].exists() else "No such file or directory"
+            raise ValueError(f"{side[1]} cannot be read: {lacks}")
+    refuse_equal(pair.sides)

@@ -12,7 +12,7 @@ from lightning_modules.backbone.published import nodes
 from lightning_modules.broken_files import read_json
 from lightning_modules.cache_key import digest, key_of
 from lightning_modules.files import PROVENANCE, refuse_other_provenance, refuse_unmarked
-from lightning_modules.runs.signatures import constant, locate
+from lightning_modules.runs.signatures import locate
 
 
 def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
@@ -25,15 +25,16 @@ def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
     folders |= {
         f"callbacks.{key}.dirpath": node["dirpath"] for key, node in nodes(config["callbacks"]) if "dirpath" in node
     }
-    stores = task in ("fit", "rollout") and constant(str(data.get("_target_")), "makes_rollouts", False)
-    used = {"rollouts_dir": stores, "scores_dir": task == "score"}
+    stores = task in ("fit", "rollout") and data.get("folder") == config["rollouts_dir"]
+    if_new = {"rollouts_dir": stores, "scores_dir": task == "score", "images": task == "generate"}
+    written = {"export_dir"} if task == "export" else {key for key in folders if task == "fit" and "dirpath" in key}
     for key, folder in folders.items():
         path = Path(str(folder)).absolute()
         there = next(each for each in (path, *path.parents) if each.exists())
         if not there.is_dir():
             raise ValueError(f"{key}: {folder}: it is below a file, not a folder")
-        is_used = key == made or (not path.exists() and used.get(key))  # what is there may be all that is needed
-        if is_used and not os.access(there, os.W_OK):
+        is_new = not path.exists() and if_new.get(key)  # what is there may be all that is needed
+        if (key in written or is_new) and not os.access(there, os.W_OK):
             raise ValueError(f"{key}: {folder}: there is no permission")
     if task == "generate":
         try:

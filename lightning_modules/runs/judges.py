@@ -1,14 +1,28 @@
 """Checks of the judges that a config names: there are such, and those that teach are not held out."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lightning_modules.backbone.published import nodes
+from lightning_modules.runs.settings_tree import CONF
 from lightning_modules.runs.signatures import constant, locate
 
 _VERIFIERS = ("parm", "likelihood")  # that a run has of itself, most of them
 _RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
+
+
+def refuse_same_names(overrides: Sequence[str]) -> None:
+    """Raise ValueError for `judges=[A,B]` where both files of conf/judges add a judge of the same name."""
+    chosen = [override.partition("=")[2].strip("[]") for override in overrides if override.startswith("judges=")]
+    added: dict[str, str] = {}
+    for file in [name.strip() for names in chosen for name in names.split(",")]:
+        path = CONF / "judges" / f"{file}.yaml"
+        for judge in map(str, OmegaConf.load(path) if path.is_file() else ()):
+            if judge != "defaults" and added.setdefault(judge, file) != file:
+                raise ValueError(f"judges={added[judge]} and judges={file} both add the judge {judge!r}: choose one")
 
 
 def refuse_unlabelled(config: Mapping[str, Any]) -> None:

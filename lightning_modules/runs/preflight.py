@@ -25,7 +25,12 @@ from lightning_modules.runs.checks import (
 from lightning_modules.runs.data_files import refuse_broken_rows, refuse_unfit_images, refuse_unknown_words
 from lightning_modules.runs.fitting import refuse_unfit_parts
 from lightning_modules.runs.folders import refuse_unfit_folders
-from lightning_modules.runs.judges import refuse_teaching_judges, refuse_unknown_judges, refuse_unlabelled
+from lightning_modules.runs.judges import (
+    refuse_same_names,
+    refuse_teaching_judges,
+    refuse_unknown_judges,
+    refuse_unlabelled,
+)
 from lightning_modules.runs.messages import flat
 from lightning_modules.runs.pipeline_jobs import refuse_unfit_jobs, refuse_unread_by_jobs
 from lightning_modules.runs.settings_tree import CONF, options
@@ -44,6 +49,7 @@ def refuse_settings(config: DictConfig) -> None:
     unresolved: Any = OmegaConf.to_container(config)
     hydra = HydraConfig.get()
     refuse_unread(hydra.overrides.task, unresolved, hydra.runtime.choices)
+    refuse_same_names(hydra.overrides.task)
     _refuse_incomplete(config, unresolved)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     preset = hydra.runtime.choices.get("debug")
@@ -129,7 +135,10 @@ def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any])
     if not type(interval) is type(devices) is type(size) is int or trainer.get("check_val_every_n_epoch") is None:
         return
     images, said = data.get("train_images"), f"data.train_images={data.get('train_images')}"
-    if images is None and data["_target_"] == _ROLLOUTS:
+    if data.get("_target_") == _GROUPS:
+        images = data["steps"] * data["inner_epochs"] * sum(data["spec"]["per_step"].values()) * data["spec"]["samples"]
+        said = f"data.steps={data['steps']}"
+    if data.get("_target_") == _ROLLOUTS:
         first = [node for node in data["train"].values() if not node.get("from_epoch")]
         images = sum(node["samples"] * len(instantiate(node["prompts"], _convert_="all")) for node in first)
         said = f"the {images} rollouts of data.train"

@@ -13,6 +13,7 @@ from typing import Any
 
 _PLAIN = {"dataclass", "final", "staticmethod", "classmethod"}  # decorators that leave a signature as it is
 _ABSTRACT = ("ABC", "Protocol", "Generic", "object")
+_OWN_ROOMS = ("callbacks", "datamodules", "lightning_modules")  # in which all there is can be found
 _visited: list[str] = []  # names and aliases that are being followed
 _unfolded: list[str] = []
 
@@ -66,6 +67,8 @@ def is_missing(target: str) -> bool:
     """Say if there is surely nothing of a dotted name: no package, or the source of its module has none."""
     module, _, name = target.rpartition(".")
     if not module or _is_nowhere(module.partition(".")[0]):
+        return True
+    if module.partition(".")[0] in _OWN_ROOMS and locate(module) is None:
         return True
     return module.partition(".")[0] not in sys.stdlib_module_names and not _may_have(module, name)
 

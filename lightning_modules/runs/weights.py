@@ -14,13 +14,14 @@ from lightning_modules.backbone.checkpoint_folder import (
     weights_file,
 )
 from lightning_modules.backbone.published import LOADERS, named, nodes, refuse_missing
-from lightning_modules.broken_files import refuse_broken
+from lightning_modules.broken_files import read_settings, refuse_broken
 from lightning_modules.runs.messages import defining_key
 from lightning_modules.runs.signatures import constant
 
 _OWN = "lightning_modules."
 _LOADER = f"{_OWN}backbone.loading.pretrained"
 _PARM, _OF_PARM = f"{_OWN}rewards.parm.PARM", ("feature_layers", "decoder_dim", "grid")  # which decide its tensors
+_KINDS = ("input_features", "causal")  # of PARM, other networks
 # What is built by tasks that need no module, callbacks and data.
 _BUILT = {"score": ("scoring",), "generate": ("generating",), "export": ("module",)}
 
@@ -91,7 +92,7 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
         folder = resolve(checkpoint)
         refuse_broken(weights_file(folder))
         if (folder / "config.json").is_file():
-            refuse_broken(folder / "config.json")
+            read_settings(folder / "config.json")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}: {error}") from None
     except ValueError as error:
@@ -108,7 +109,8 @@ def _refuse_other_export(key: str, checkpoint: str, module: Mapping[str, Any], a
                 raise ValueError(f"{key}: {checkpoint} was made for another decoder: {said}")
     named = (each.get("transformer") for each in (stored, module))
     sizes: list[Mapping[str, Any]] = [each if isinstance(each, Mapping) else {} for each in named]  # or a name of yours
-    numbers = {name: value for name, value in module.items() if type(value) is int and kinds[0].startswith(_OWN)}
+    own = module.items() if kinds[0].startswith(_OWN) else ()
+    numbers = {name: value for name, value in own if type(value) is int or name in _KINDS}
     for place, before, now in (("", stored, numbers), ("transformer.", sizes[0], sizes[1])):
         for name in before.keys() & now.keys() - {"_target_", "checkpointing"}:
             if before[name] != now[name]:

@@ -122,6 +122,12 @@ def test_every_experiment_is_described() -> None:
         (["experiment=shapes_masked_parm_start", "data.repaint.shares=[1,0]"], "must be two numbers that rise within"),
         (["data.train.plain._target_=no_package.Spec"], "data.train.plain._target_: there is no no_package.Spec"),
         (["task=score", "images=.", "fid=shapes", "fid.count=1"], "fid.count must be a whole number of at least 2"),
+        (["judges=[shapes,open_clip]"], "judges=shapes and judges=open_clip both add the judge 'clip': choose one"),
+        (["trainer._target_="], "trainer._target_ must name a class, not ''"),
+        (["module._target_=lightning_modules.prm.PARMModule"], "module._target_: there is no lightning_modules.prm.PA"),
+        (["parm.module.input_features=embeddings"], "input_features is hidden there, and embeddings here"),
+        (["trainer.val_check_interval=-1"], "must be a fraction up to 1, or a whole number of batches, not -1"),
+        (["experiment=grpo", "trainer.val_check_interval=41"], "is more than the 40 batches of data.steps=10 and data"),
         (["trainer._target_=lightning.Trainr"], "trainer._target_: there is no lightning.Trainr"),
         (
             ["decoder.module.max_words=3"],
@@ -172,6 +178,8 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
         ('{"prompt": "a star", "chosen": "0.png"}\n', ":1: there is no 'rejected'"),
         ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
         ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
+        ('{"prompt": "a star", "chosen": ".", "rejected": "1.png"}', ":1: . cannot be read: it is no file"),
+        (json.dumps({"prompt": "a star", "chosen": [1], "rejected": [2], "weight": 0}), ": all weights are 0, so noth"),
         ('{"prompt": "a star", "chosen": [1], "rejected": [2]}', ":1: 1 tokens, where an image has 64"),
         ("\n", " has no rows"),
     ],
@@ -187,12 +195,15 @@ def test_a_broken_row_of_preferences_is_refused_at_once(text: str, said: str, tm
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("notes.txt", "", " is no whole folder written by `datasets`: it has neither state.json nor dataset_dict.json"),
+        ("notes.txt", "", " is no whole folder written by `datasets`: there is no "),
+        ("state.json", "{", "/state.json is not valid JSON: "),
         ("dataset_dict.json", '{"splits": ["test"]}', " has no split 'train'; there are: test"),
     ],
 )
 def test_a_folder_that_is_no_data_set_is_refused_at_once(file: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(text)
+    if file == "state.json":
+        (tmp_path / "dataset_info.json").write_text("{}")
     files = [f"data.{name}.path={tmp_path}" for name in ("train", "validation")]
     test_answers_import_nothing_heavy(
         ["experiment=dpo", "data=preference_files", *files], f"{tmp_path}{said}", tmp_path
