@@ -66,11 +66,12 @@ def locate(target: str) -> Found | None:
 def is_missing(target: str) -> bool:
     """Say if there is surely nothing of a dotted name: no package, or the source of its module has none."""
     module, _, name = target.rpartition(".")
-    if not module or _is_nowhere(module.partition(".")[0]):
+    top = module.partition(".")[0]
+    if not module or _is_nowhere(top):
         return True
-    if module.partition(".")[0] in _OWN_ROOMS and locate(module) is None:
-        return True
-    return module.partition(".")[0] not in sys.stdlib_module_names and not _may_have(module, name)
+    if top in sys.stdlib_module_names:
+        return False
+    return (top in _OWN_ROOMS and locate(module) is None) or not (_may_have(module, name) or _is_set(module, name))
 
 
 def _may_have(module: str, name: str, follow: bool = True) -> bool:
@@ -81,7 +82,26 @@ def _may_have(module: str, name: str, follow: bool = True) -> bool:
     if any(_defines(each, "__getattr__") for each in _body(found)):
         return True
     starred = [origin.removesuffix(".*") for each in _body(found) if (origin := _imported(module, each, "*"))]
-    return any(_may_have(origin, name, follow=False) for origin in starred) if follow else bool(starred)
+    there = [origin for origin in starred if any(_beside(origin))]  # others are imported under a condition
+    return any(_may_have(origin, name, follow=False) for origin in there) if follow else bool(there)
+
+
+def _is_set(module: str, name: str) -> bool:
+    """Say if some module of the package around it may set a name of a module, as Lightning does with its old names."""
+    files = (file for each in _beside(".".join(module.split(".")[:2])) for file in (each, *each.rglob("*.py")))
+    texts = (file.read_text("utf-8", errors="replace") for file in files if file.suffix == ".py")
+    return any("setattr(" in text and f'"{name}"' in text for text in texts)
+
+
+def _beside(module: str) -> Iterator[Path]:
+    """Yield the files and folders that a module may consist of, compiled or not."""
+    package, _, last = module.rpartition(".")
+    if package:
+        file = _file(package)
+        folder = file.parent if file and file.name == "__init__.py" else file
+        yield from folder.glob(f"{last}*") if folder else ()
+    elif file := _file(module):
+        yield file.parent
 
 
 def _is_nowhere(package: str) -> bool:

@@ -198,7 +198,7 @@ def test_what_is_no_preference_file_is_refused(
         with pytest.raises(ValueError, match=rf"{name} is no \.jsonl file; preferences are one JSON object a line"):
             PreferenceFile(name, "train", COLUMNS)
     Path("folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"folder is no whole folder written by `datasets`: it has neither"):
+    with pytest.raises(FileNotFoundError, match=r"folder is no whole folder written by `datasets`: there is no"):
         PreferenceFile("folder", "train", COLUMNS)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"some/where is no folder, nor to be had from the hub: Couldn't reach"):

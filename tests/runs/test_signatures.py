@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_modules.runs.checks import refuse_wrong_values
-from lightning_modules.runs.signatures import constant, required, signature
+from lightning_modules.runs.signatures import constant, is_missing, required, signature
 from tests.helpers.overrides import ROOT
 
 NAMED = {
@@ -124,3 +124,17 @@ def test_nothing_heavy_is_imported() -> None:
         text=True,
     )
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["strategies", "plugins", "callbacks", "loggers", "accelerators", ""])
+def test_no_name_of_lightnings_is_taken_for_missing(module: str) -> None:
+    """Some are set by other modules, others imported under a condition."""
+    name = "lightning.pytorch" + f".{module}" * bool(module)
+    there = [each for each in dir(pydoc.locate(name)) if not each.startswith("_")]
+    assert not [each for each in there if is_missing(f"{name}.{each}")]
+    assert is_missing(f"{name}.Trainr")
+
+
+def test_a_module_of_the_project_that_is_not_there_is_missing() -> None:
+    assert is_missing("lightning_modules.prm.PARM") and is_missing("nowhere.PARM") and is_missing("PARM")
+    assert not is_missing("lightning_modules.rewards.parm.PARM") and not is_missing("torch.relu")
