@@ -234,6 +234,13 @@ def test_experiments_of_the_shapes_world_have_a_short_version(
     assert config.trainer.max_steps == 20
 
 
+def test_pairs_of_files_have_a_short_version(compose_config: Compose, tmp_path: Path) -> None:
+    overrides = ["experiment=dpo", "data=preference_files", "+debug=minutes_files", *pair_files(tmp_path)]
+    config = compose_config(*overrides, "trainer.accelerator=cpu")
+    refuse_settings(config)
+    assert config.trainer.max_steps == 20
+
+
 def test_a_checkpoint_that_is_none_is_refused_with_the_settings(compose_config: Compose, tmp_path: Path) -> None:
     (tmp_path / "my.ckpt").write_text("# image-cot\n")
     with pytest.raises(ValueError, match=r"^ckpt_path: .*my\.ckpt is a text that begins with '# image-cot"):
