@@ -54,18 +54,19 @@ class RunFolder(Callback):
             slurm.requeue.forget()
             _note_end(config.hydra.runtime.output_dir)
             if config.task in ("fit", "evaluate", "score", "pipeline"):  # which leave their results there
-                print(last_line(Path(config.hydra.runtime.output_dir), config.hydra.overrides.task))
+                tested = config.test_ckpt_path or "last"
+                print(last_line(Path(config.hydra.runtime.output_dir), config.hydra.overrides.task, tested))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         _note_end(config.hydra.sweep.dir)
 
 
-def last_line(folder: Path, overrides: Sequence[str]) -> str:
-    """Say where the results of a run are, and what to do next."""
+def last_line(folder: Path, overrides: Sequence[str], tested: str) -> str:
+    """Say where the results of a run are, and how the weights that were `tested` are evaluated again."""
     line = f"Results in {shown(folder)}"
     if (folder / "page.html").is_file():
         line += "; page.html shows the images"
-    if (checkpoint := folder / "checkpoints" / "last.ckpt").is_file():
+    if (checkpoint := folder / "checkpoints" / f"{tested}.ckpt").is_file():
         last = {override.partition("=")[0]: override for override in overrides}  # which counts, of several
         kept = [override for key, override in last.items() if key not in ("task", "ckpt_path")]
         again = shlex.join([*kept, "task=evaluate", f"ckpt_path={shown(checkpoint)}"])

@@ -161,8 +161,10 @@ def test_a_slurm_job_resumes_from_its_own_checkpoint_alone(tmp_path: Path, slurm
 
 def test_the_last_line_repeats_what_counted(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
-    line = last_line(tmp_path, ["seed=1", "task=fit", "name='a b'", "seed=2"])
+    for name in ("last.ckpt", "best.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    line = last_line(tmp_path, ["seed=1", "task=fit", "name='a b'", "seed=2"], "last")
+    assert line.endswith("checkpoints/last.ckpt") and last_line(tmp_path, [], "best").endswith("checkpoints/best.ckpt")
     assert "python train.py seed=2 'name='" in line and "seed=1" not in line and "task=fit" not in line
 
 
