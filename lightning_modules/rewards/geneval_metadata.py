@@ -65,6 +65,7 @@ def _complaint(row: Any, class_names: Sequence[str] | None) -> str:
     checks = (
         # Others may be a user's own; the rules would ignore a misspelt one in silence.
         (not typos, "unknown key {!r}, probably {!r}".format(*typos[0]) if typos else ""),
+        (tag is not None, f"there is no tag; it is one of {', '.join(TASKS)}"),
         (tag in TASKS, f"unknown tag {tag!r}, known are {', '.join(TASKS)}"),
         (isinstance(prompt, str) and prompt.strip(), f"prompt must be a non-empty text, found {prompt!r}"),
         (isinstance(include, list) and include, f"include must be a non-empty list, found {include!r}"),
