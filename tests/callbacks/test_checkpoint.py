@@ -132,8 +132,8 @@ def test_the_best_weights_stay_the_best_wherever_a_run_resumes(tmp_path: Path) -
 
 
 def test_it_warns_of_a_name_that_validation_has_not_measured(tmp_path: Path) -> None:
-    best = MovableCheckpoint(dirpath=tmp_path, filename="best", monitor="val/scroe", save_on_train_epoch_end=False)
-    with pytest.warns(UserWarning, match="monitor=val/scroe is not measured yet, .* has measured: val/score$"):
+    best = MovableCheckpoint(dirpath=tmp_path, filename="best", monitor="val/result", save_on_train_epoch_end=False)
+    with pytest.warns(UserWarning, match="monitor=val/result is not measured yet, .* has measured: val/score$"):
         train(tmp_path, 2, best, model=Scored([0.1]), max_epochs=1)
 
 

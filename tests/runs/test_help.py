@@ -179,7 +179,7 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
         ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
         ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
         ('{"prompt": "a star", "chosen": ".", "rejected": "1.png"}', ":1: . cannot be read: it is no file"),
-        (json.dumps({"prompt": "a star", "chosen": [1], "rejected": [2], "weight": 0}), ": all weights are 0, so noth"),
+        (json.dumps({"prompt": "a star", "chosen": [1], "rejected": [2], "weight": 0}), ": all weights are 0, so"),
         ('{"prompt": "a star", "chosen": [1], "rejected": [2]}', ":1: 1 tokens, where an image has 64"),
         ("\n", " has no rows"),
     ],
