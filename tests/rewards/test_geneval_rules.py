@@ -187,6 +187,7 @@ def clause(**changes: Any) -> dict[str, Any]:
     ("row", "complaint"),
     [
         (["cat"], "expected a JSON object, found ['cat']"),
+        (prompt(tag=None), "there is no tag; it is one of single_object,"),
         (prompt(tag="positions"), "unknown tag 'positions'"),
         (prompt(tag=["position"]), "unknown tag ['position']"),
         (prompt(prompt=" "), "prompt must be a non-empty text, found ' '"),
