@@ -37,9 +37,12 @@ def refuse_unfit_parts(config: Mapping[str, Any], unresolved: Mapping[str, Any])
         _refuse_other_sampling(config, unresolved)
     if config["task"] != "score":
         refuse_other_images(built, unresolved, image_size(config), constant)
-        files = {key: node for key, node in config["geneval"].items() if isinstance(node, Mapping) and "path" in node}
+        evaluates = config["task"] in ("fit", "evaluate") and config["callbacks"].get("geneval")
+        measured = ("validation_prompts", "test_prompts") if evaluates else ()
+        prompts = {key: node for key, node in config["geneval"].items() if isinstance(node, Mapping)}
         if names := class_names(built):
-            refuse_unknown_classes(files, names)
+            read = {key: node for key, node in prompts.items() if "path" in node or key in measured}
+            refuse_unknown_classes(read, names)
     for key, node in nodes(built):
         if clip := clip_named(node):
             refuse_other_network(defining_key(unresolved, key), *clip, node.get("require_pretrained", False))
