@@ -37,6 +37,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {
     "outputs/parm/<time>": "run",
     "outputs/parm/TIME": "run",
+    "outputs/shapes_parm_start/TIME": "run",
     "$RUN": "run",
     "=...": "=anything",
     "=DIR": "=folder",
