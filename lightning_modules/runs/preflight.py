@@ -124,9 +124,12 @@ def _refuse_uneven_steps(data: Mapping[str, Any], trainer: Mapping[str, Any]) ->
     devices, machines = trainer.get("devices"), trainer.get("num_nodes", 1)
     if data.get("_target_") != _GROUPS or type(devices) is not int or devices < 1:
         return
-    spec, accumulated = data["spec"], trainer.get("accumulate_grad_batches", 1)
-    images = sum(spec["per_step"].values()) * spec["samples"]
+    images, accumulated = _images_of_a_step(data["spec"]), trainer.get("accumulate_grad_batches", 1)
     refuse_uneven_step(images, data["batch_size"], devices * machines, data["inner_epochs"], accumulated)
+
+
+def _images_of_a_step(spec: Mapping[str, Any]) -> int:
+    return int(sum(spec["per_step"].values()) * spec["samples"])
 
 
 def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
@@ -136,7 +139,7 @@ def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any])
         return
     images, said = data.get("train_images"), f"data.train_images={data.get('train_images')}"
     if data.get("_target_") == _GROUPS:
-        images = data["steps"] * data["inner_epochs"] * sum(data["spec"]["per_step"].values()) * data["spec"]["samples"]
+        images = data["steps"] * data["inner_epochs"] * _images_of_a_step(data["spec"])
         said = f"data.steps={data['steps']}"
     if data.get("_target_") == _ROLLOUTS:
         first = [node for node in data["train"].values() if not node.get("from_epoch")]
