@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datamodules.coco_prompts import OFFICIAL_FILE, official_prompts, prompt_pool
-from datamodules.data_set_folder import stored_columns
+from datamodules.data_set_folder import stored_split
 from datamodules.prompt_templates import Metadata, PerTask, Split, by_task, pick
 from datamodules.shapes.prompts import shapes_prompts as prompts_from_shapes  # noqa: F401  # for configs
 from lightning_modules.rewards.geneval_metadata import CLASS_NAMES, read_prompts, validate_metadata
@@ -54,13 +54,17 @@ def prompts_from_dataset(
         split: of a data set with several.
         class_names, official, per_task: see `prompts_from_file`, also for what is raised.
     """
-    stored_columns(path, split)  # raises
-    from datamodules.data_sets import load_split  # takes seconds
+    stored = stored_split(path, split)
+    if stored is not None and stored.is_plain(stored.features):
+        found: Iterable[Any] = stored.rows(stored.features)
+    else:
+        from datamodules.data_sets import load_split  # takes seconds
 
+        found = load_split(path, split)
     rows = []
-    for number, stored in enumerate(load_split(path, split)):
+    for number, columns in enumerate(found):
         place = f"{path}, row {number}"
-        row = _plain(stored)
+        row = _plain(columns)
         if "metadata" in row:
             try:
                 row = json.loads(row["metadata"])

@@ -1,14 +1,14 @@
 """Preferences from a file, row by row: each checked for its form, which takes neither torch nor the images."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from datamodules.data_set_folder import stored_columns
+from datamodules.data_set_folder import StoredSplit, stored_split
 from lightning_modules.jsonl import read_jsonl
 
 if TYPE_CHECKING:  # imports numpy
@@ -68,8 +68,8 @@ class PreferenceRows:
             raise FileNotFoundError(f"there is no preference file or folder {self.path}")
         if Path(self.path).is_file() and not self.is_jsonl:
             raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
-        if not self.is_jsonl and (columns := stored_columns(self.path, self.split)) is not None:
-            self._refuse_without(columns)
+        if (stored := self._stored) is not None:
+            self._refuse_without([*stored.features])
 
     @property
     def is_jsonl(self) -> bool:
@@ -77,9 +77,23 @@ class PreferenceRows:
         return self.path.endswith(".jsonl")
 
     @property
+    def takes_datasets(self) -> bool:
+        """Rows are read by `datasets`, whose import takes seconds."""
+        return not self.is_jsonl and not ((stored := self._stored) and stored.is_plain(self._used))
+
+    @property
+    def _stored(self) -> StoredSplit | None:
+        return None if self.is_jsonl else stored_split(self.path, self.split)
+
+    @property
     def _named(self) -> dict[str, str]:
         """Columns that rows must have, by what they hold."""
         return {name: column for name, column in self.columns.items() if column is not None}
+
+    @property
+    def _used(self) -> set[str]:
+        """Columns that are read, where there are such."""
+        return {*self._named.values(), "weight", "decoder"}
 
     def _refuse_without(self, columns: Sequence[str]) -> None:
         """Raise ValueError if a data set lacks a column."""
@@ -93,14 +107,21 @@ class PreferenceRows:
         if self.is_jsonl:
             yield from read_jsonl(self.path)
             return
-        from datamodules.data_sets import load_split  # takes seconds
+        if (stored := self._stored) and stored.is_plain(self._used):
+            rows: Iterable[Any] = stored.rows(self._used)
+        else:
+            rows = self._loaded()
+        for number, row in enumerate(rows):
+            yield f"{self.path}, row {number}", row
+
+    def _loaded(self) -> Iterable[Any]:
+        """Read rows with `datasets`, from the hub or a folder."""
+        from datamodules.data_sets import load_split
 
         rows = load_split(self.path, self.split)
         self._refuse_without(rows.column_names)
-        used = {*self._named.values(), "weight", "decoder"}
-        rows = rows.select_columns([name for name in rows.column_names if name in used])
-        for number, row in enumerate(rows.to_iterable_dataset().decode(False)):  # so a broken image is named by its row
-            yield f"{self.path}, row {number}", row
+        rows = rows.select_columns([name for name in rows.column_names if name in self._used])
+        return rows.to_iterable_dataset().decode(False)  # so a broken image is named by its row
 
     def pairs(self) -> Iterator[tuple[str, Pair | None]]:
         """Read pairs of the right form with their places; None for a tie. Raises ValueError, naming file and row."""

@@ -1,8 +1,8 @@
 """Checks of the data that a config names, by its files alone: torch is not imported."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,7 +22,7 @@ _PREFERENCES = "datamodules.preference_files.PreferenceFile"
 _DETECTIONS = "lightning_modules.rewards.stored_detections.StoredDetections"
 _PHOTOGRAPHS = "datamodules.photographs.Photographs"
 _Words: TypeAlias = tuple[frozenset[str], int]  # that the decoder knows, and how many it takes
-_ROWS = 1000  # of preferences, which are read in an instant; all are before training starts
+_SECONDS = 0.5  # of reading a file of preferences; one that takes longer is read to its end before training starts
 
 
 def refuse_broken_rows(config: Mapping[str, Any]) -> None:
@@ -53,24 +53,34 @@ def refuse_unfit_images(config: Mapping[str, Any]) -> None:
     """
     if config["task"] == "score":
         folders = scan(config["images"], class_names(built_parts(config)))
-        detector = config["geneval"]["reward"]["detector"]
-        if detector["_target_"] == _DETECTIONS:
-            made = instantiate({"geneval": {"reward": {"detector": detector}}}, _convert_="all")  # errors name the key
-            _refuse_undetected(made["geneval"]["reward"]["detector"], folders)
+        reward = config["geneval"]["reward"]
+        if reward["detector"]["_target_"] == _DETECTIONS:
+            made = instantiate({"geneval": {"reward": {"detector": reward["detector"]}}}, _convert_="all")
+            _refuse_undetected(reward, made["geneval"]["reward"]["detector"], folders)  # errors of `made` name the key
     fid = config["evaluator"].get("fid") or {}
     if config["task"] != "export" and (fid.get("references") or {}).get("_target_") == _PHOTOGRAPHS:
         made = instantiate({"fid": {"references": fid["references"]}}, _convert_="all")
         refuse_few(made["fid"]["references"], fid["count"])
 
 
-def _refuse_undetected(detector: "StoredDetections", folders: Sequence[PromptFolder]) -> None:
-    """Raise ValueError for the first image that has no detections and can be read; others are left out of scores."""
-    from lightning_modules.image_reader import UnreadableImage, read_image  # imports numpy
+def _refuse_undetected(
+    reward: Mapping[str, Any], detector: "StoredDetections", folders: Sequence[PromptFolder]
+) -> None:
+    """Raise ValueError for the first image whose detections do not suffice and that can be read.
 
+    Images that cannot be read are left out of scores.
+    """
+    from lightning_modules.image_reader import UnreadableImage, read_image  # imports numpy
+    from lightning_modules.rewards.geneval_rules import GenEvalRules
+
+    rules = GenEvalRules.with_options(detector.class_names, reward.get("options") or {})
     for folder in folders:
+        asks_colors = any("color" in clause for clause in folder.metadata["include"])
         for file in folder.files:
             try:
-                detector.of([folder.name(file)])
+                [found] = detector.of([folder.name(file)])
+                if asks_colors and not reward.get("colors"):
+                    rules.evaluate(folder.metadata, found)
             except ValueError:
                 with suppress(UnreadableImage):
                     read_image(folder.path / "samples" / file, file)
@@ -97,24 +107,31 @@ def _read_prompts(geneval: Mapping[str, Any], trains: bool) -> None:
 
 
 def _read_preferences(data: Mapping[str, Any], words: _Words | None, tokenizer: Mapping[str, Any]) -> None:
-    """Read the first preferences of files; raises ValueError, naming file and row, for one that is not of the form."""
+    """Read preferences, as many as there is time for; raises ValueError, naming file and row."""
     for name, node in data.items():
         if not isinstance(node, Mapping) or node.get("_target_") != _PREFERENCES:
             continue
         try:
             rows = PreferenceRows(node["path"], node["split"], node["columns"])
+            if not rows.takes_datasets:
+                _read(rows, words, tokenizer.get("module") or {})
         except FileNotFoundError as error:
             raise FileNotFoundError(f"data.{name}: {error}") from None
-        if not rows.is_jsonl:  # a data set takes seconds to open
-            continue
-        pairs = [*islice(rows.pairs(), _ROWS)]
-        weights = [pair.weight for _, pair in pairs if pair]
-        if len(pairs) < _ROWS:
-            refuse_useless(node["path"], weights, ties=len(pairs) - len(weights))
-        for place, pair in pairs:
-            if pair:
-                with naming(place):
-                    _refuse_unfit_pair(pair, words, tokenizer.get("module") or {})
+
+
+def _read(rows: PreferenceRows, words: _Words | None, tokenizer: Mapping[str, Any]) -> None:
+    until = time.monotonic() + _SECONDS
+    weights, ties = [], 0
+    for place, pair in rows.pairs():
+        if pair is None:
+            ties += 1
+        else:
+            weights.append(pair.weight)
+            with naming(place):
+                _refuse_unfit_pair(pair, words, tokenizer)
+        if time.monotonic() > until:
+            return
+    refuse_useless(rows.path, weights, ties)
 
 
 def _refuse_unfit_pair(pair: Pair, words: _Words | None, tokenizer: Mapping[str, Any]) -> None:

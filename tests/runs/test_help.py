@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
@@ -179,16 +180,35 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
         ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
         ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
         ('{"prompt": "a star", "chosen": ".", "rejected": "1.png"}', ":1: . cannot be read: it is no file"),
-        (json.dumps({"prompt": "a star", "chosen": [1], "rejected": [2], "weight": 0}), ": all weights are 0, so"),
+        (
+            json.dumps({"prompt": "a star", "chosen": [1] * 64, "rejected": [2] * 64, "weight": 0}),
+            ": all weights are 0, so",
+        ),
         ('{"prompt": "a star", "chosen": [1], "rejected": [2]}', ":1: 1 tokens, where an image has 64"),
         ("\n", " has no rows"),
     ],
 )
 def test_a_broken_row_of_preferences_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(text)
-    files = [f"data.{name}.path={tmp_path}/pairs.jsonl" for name in ("train", "validation")]
-    arguments = ["experiment=dpo", "data=preference_files", *files]
-    test_answers_import_nothing_heavy(arguments, f"{tmp_path}/pairs.jsonl{said}", tmp_path)
+    test_answers_import_nothing_heavy(_own_pairs(tmp_path / "pairs.jsonl"), f"{tmp_path}/pairs.jsonl{said}", tmp_path)
+
+
+def _own_pairs(path: Path) -> list[str]:
+    return ["experiment=dpo", "data=preference_files", f"data.train.path={path}", f"data.validation.path={path}"]
+
+
+@pytest.mark.slow
+def test_broken_rows_of_a_data_set_are_refused_without_datasets(tmp_path: Path) -> None:
+    pair, row = {"prompt": "a star", "chosen": [1] * 64, "rejected": [2] * 64}, make_row("counting", clause("star"))
+    Dataset.from_list([pair] * 2000 + [pair | {"prompt": " "}]).save_to_disk(tmp_path / "pairs")
+    Dataset.from_list([row, row | {"tag": "count"}]).save_to_disk(tmp_path / "prompts")
+    prompts = ["geneval=file", f"geneval.test_prompts.path={tmp_path}/prompts"]
+    prompts.append("geneval.test_prompts._target_=datamodules.geneval_prompts.prompts_from_dataset")
+    for arguments, said in (
+        (_own_pairs(tmp_path / "pairs"), "pairs, row 2000: the prompt is empty"),
+        (["task=evaluate", *prompts], "prompts, row 1: unknown tag 'count'"),
+    ):
+        test_answers_import_nothing_heavy(arguments, f"{tmp_path}/{said}", tmp_path, ("numpy",))
 
 
 @pytest.mark.slow
@@ -204,10 +224,7 @@ def test_a_folder_that_is_no_data_set_is_refused_at_once(file: str, text: str, s
     (tmp_path / file).write_text(text)
     if file == "state.json":
         (tmp_path / "dataset_info.json").write_text("{}")
-    files = [f"data.{name}.path={tmp_path}" for name in ("train", "validation")]
-    test_answers_import_nothing_heavy(
-        ["experiment=dpo", "data=preference_files", *files], f"{tmp_path}{said}", tmp_path
-    )
+    test_answers_import_nothing_heavy(_own_pairs(tmp_path), f"{tmp_path}{said}", tmp_path)
 
 
 @pytest.mark.slow
@@ -269,10 +286,11 @@ def test_broken_detections_and_few_references_are_refused_without_torch(tmp_path
     folder = tmp_path / "images" / "00000"
     (folder / "samples").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "samples" / "0000.png")
-    (folder / "metadata.jsonl").write_text(json.dumps(make_row("single_object", clause("star"))))
+    (folder / "metadata.jsonl").write_text(json.dumps(make_row("colors", clause("star", color="red"))))
     Image.new("RGB", (64, 64)).save(folder / "samples" / "0001.png")
-    (tmp_path / "found.jsonl").write_text('{"filename": "00000/samples/0000.png"}\n')
-    (tmp_path / "some.jsonl").write_text('{"filename": "00000/samples/0000.png", "detections": []}\n')
+    star = {"class": "star", "score": 1, "bbox": [0, 0, 9, 9]}
+    for file, row in (("found", {}), ("some", {"detections": []}), ("uncolored", {"detections": [star]})):
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps({"filename": "00000/samples/0000.png", **row}))
     score = ["task=score", f"images={tmp_path}/images"]
     for arguments, said in (
         (["geneval=detections", f"geneval.reward.detector.path={tmp_path}/found.jsonl"], "found.jsonl:1: not a row of"),
@@ -280,6 +298,15 @@ def test_broken_detections_and_few_references_are_refused_without_torch(tmp_path
             ["geneval=detections", f"geneval.reward.detector.path={tmp_path}/some.jsonl"],
             "some.jsonl: has no detections of 00000/samples/0001.png",
         ),
+        (
+            [
+                "geneval=detections",
+                f"geneval.reward.detector.path={tmp_path}/uncolored.jsonl",
+                "+geneval.reward.detector.class_names=[star]",
+            ],
+            "uncolored.jsonl:1: an object has no color, the prompt asks for it, and geneval.reward.colors is null",
+        ),
+        (["+geneval.reward.options={confidence: 1}"], "geneval.reward.options: unknown option 'confidence', known are"),
         (["fid=inception", f"fid.references.folder={tmp_path}"], "fid.count is 10000, and there are only 2 reference"),
     ):
         test_answers_import_nothing_heavy([*score, *arguments], said, tmp_path, ("numpy",))
