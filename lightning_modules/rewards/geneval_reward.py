@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -69,10 +69,7 @@ class GenEvalReward(Reward):
         if kind not in get_args(Kind):
             raise ValueError(f"a GenEval reward is one of {', '.join(get_args(Kind))}, not {kind!r}")
         self.detector, self.colors, self.self_test = detector, colors, self_test
-        known = [field.name for field in fields(GenEvalRules) if field.name != "class_names"]
-        if unknown := set(options or {}) - set(known):
-            raise ValueError(f"geneval.reward.options: unknown option {min(unknown)!r}, known are {', '.join(known)}")
-        self.rules = GenEvalRules(class_names=detector.class_names, **options or {})
+        self.rules = GenEvalRules.with_options(detector.class_names, options or {})
         self.kind = kind
 
     def cache_key(self) -> dict[str, Any]:

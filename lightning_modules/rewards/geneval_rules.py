@@ -6,9 +6,9 @@ scores are only comparable when the oddities agree. Any detector that fills in `
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,19 @@ class GenEvalRules:
     max_objects: int = 16  # kept per class, so a larger count can never be met
     max_overlap: float = 1.0  # IoU from which the less confident of two boxes of a class is dropped; 1 drops none
     position_threshold: float = 0.1  # share of the summed box sizes by which two centres must differ for it to count
+
+    @classmethod
+    def with_options(cls, class_names: Sequence[str], options: Mapping[str, Any]) -> Self:
+        """Return rules with those of `geneval.reward.options`; raises ValueError for one that is not known."""
+        known = [field.name for field in fields(cls) if field.name != "class_names"]
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(f"geneval.reward.options: unknown option {name!r}, known are {', '.join(known)}")
+            whole = name == "max_objects"
+            if type(value) is not int and (whole or type(value) is not float):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"geneval.reward.options.{name} must be {kind}, not {value!r}")
+        return cls(class_names, **options)
 
     def colors_asked(self, metadata: Mapping[str, Any], detections: Detections) -> list[int]:
         """Indices of the detections whose colours `evaluate` will ask for, to be named beforehand in one pass."""

@@ -2,17 +2,21 @@
 
 import ast
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 
+from datamodules.geneval_prompts import sample_path
 from lightning_modules.backbone.published import nodes
 from lightning_modules.broken_files import read_json
 from lightning_modules.cache_key import digest, key_of
 from lightning_modules.files import PROVENANCE, refuse_other_provenance, refuse_unmarked
 from lightning_modules.runs.signatures import locate
+
+_STORED = re.compile(r".+-[0-9a-f]{20}(\..+)?")  # names that `ArtifactCache` gives
 
 
 def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
@@ -26,15 +30,16 @@ def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
         f"callbacks.{key}.dirpath": node["dirpath"] for key, node in nodes(config["callbacks"]) if "dirpath" in node
     }
     stores = task in ("fit", "rollout") and data.get("folder") == config["rollouts_dir"]
-    if_new = {"rollouts_dir": stores, "scores_dir": task == "score", "images": task == "generate"}
+    if_lacking = {"rollouts_dir": stores, "scores_dir": task == "score", "images": task == "generate"}
     written = {"export_dir"} if task == "export" else {key for key in folders if task == "fit" and "dirpath" in key}
     for key, folder in folders.items():
         path = Path(str(folder)).absolute()
         there = next(each for each in (path, *path.parents) if each.exists())
         if not there.is_dir():
             raise ValueError(f"{key}: {folder}: it is below a file, not a folder")
-        is_new = not path.exists() and if_new.get(key)  # what is there may be all that is needed
-        if (key in written or is_new) and not os.access(there, os.W_OK):
+        if os.access(there, os.W_OK):
+            continue
+        if key in written or (if_lacking.get(key) and _lacks_something(key, path, config)):
             raise ValueError(f"{key}: {folder}: there is no permission")
     if task == "generate":
         try:
@@ -44,19 +49,34 @@ def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
         _refuse_other_images(Path(config["images"]), config)
 
 
+def _lacks_something(key: str, folder: Path, config: Mapping[str, Any]) -> bool:
+    """Say if a folder that is only read where all is there surely lacks something."""
+    if key == "images":
+        files = [sample_path(i, j) for i in range(len(_prompts(config))) for j in range(_samples(config))]
+        return not all((folder / file).is_file() for file in files)
+    return not any(_STORED.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ()))
+
+
 def _refuse_other_images(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError for a folder of images made with other settings, as far as they tell; weights may differ too."""
     stored = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
     if not isinstance(stored, dict):
         return
-    prompts = instantiate({"geneval": {"test_prompts": config["generating"]["prompts"]}}, _convert_="all")
-    rows = list(prompts["geneval"]["test_prompts"])
-    evaluator = config["evaluator"]
-    made_with = {"prompts": digest(rows), "samples": evaluator["images_per_prompt"], "seed": evaluator["seed"]}
+    made_with = {"prompts": digest(_prompts(config)), "samples": _samples(config), "seed": config["evaluator"]["seed"]}
     different = [name for name, value in made_with.items() if stored.get(name, value) != value]
     if _differs(stored.get("strategy"), config["strategies"][config["generating"]["strategy"]]):
         different.insert(0, "strategy")
     refuse_other_provenance(folder, different)
+
+
+def _prompts(config: Mapping[str, Any]) -> list[Any]:
+    """The prompts of images to be made; errors name the key that they are usually set by."""
+    prompts = instantiate({"geneval": {"test_prompts": config["generating"]["prompts"]}}, _convert_="all")
+    return list(prompts["geneval"]["test_prompts"])
+
+
+def _samples(config: Mapping[str, Any]) -> int:
+    return int(config["evaluator"]["images_per_prompt"])
 
 
 def _differs(key: Any, node: Any) -> bool:

@@ -11,6 +11,7 @@ from lightning_modules.runs.settings_tree import CONF
 from lightning_modules.runs.signatures import constant, locate
 
 _VERIFIERS = ("parm", "likelihood")  # that a run has of itself, most of them
+_REWARD = "lightning_modules.rewards.geneval_reward.GenEvalReward"
 _RULES = ("geneval", "strict", "clauses")  # and those that it has of GenEval
 
 
@@ -34,6 +35,15 @@ def refuse_unlabelled(config: Mapping[str, Any]) -> None:
     made = gives == "rollouts" or (gives == "pairs" and constant(str(data["_target_"]), "makes_rollouts", True))
     if config["task"] == "score" or config["callbacks"].get("geneval") or made or gives == "groups":
         raise ValueError("judges.geneval is null, and what is made here is labelled by it")
+
+
+def refuse_unknown_options(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that GenEval's rules do not have, or that are no numbers."""
+    reward = config["geneval"].get("reward") or {}
+    if reward.get("_target_") == _REWARD and (options := reward.get("options")):
+        from lightning_modules.rewards.geneval_rules import GenEvalRules  # imports numpy
+
+        GenEvalRules.with_options((), options)
 
 
 def refuse_unknown_judges(config: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from lightning_modules.runs.judges import (
     refuse_same_names,
     refuse_teaching_judges,
     refuse_unknown_judges,
+    refuse_unknown_options,
     refuse_unlabelled,
 )
 from lightning_modules.runs.messages import flat
@@ -177,6 +178,8 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     wandb, strategy = config["logger"].get("wandb"), config["trainer"].get("strategy")
     if wandb and wandb.get("log_model") and wandb.get("offline"):
         raise ValueError("logger.wandb.log_model needs logger.wandb.offline=false: Lightning sends none offline")
+    if config["task"] != "export":
+        refuse_unknown_options(config)
     if config["task"] == "score":
         refuse_unlabelled(config)
         refuse_unknown_judges(config)

@@ -40,6 +40,10 @@ def test_kinds_share_their_detector() -> None:
         GenEvalReward(ShapesDetector(), kind="dense")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"geneval.reward.options: unknown option 'confidence', known are threshold, "):
         GenEvalReward(ShapesDetector(), options={"confidence": 0.5})
+    with pytest.raises(ValueError, match=r"geneval.reward.options.threshold must be a number, not 'high'"):
+        GenEvalReward(ShapesDetector(), options={"threshold": "high"})
+    with pytest.raises(ValueError, match=r"geneval.reward.options.max_objects must be a whole number, not 1.5"):
+        GenEvalReward(ShapesDetector(), options={"max_objects": 1.5})
 
 
 def test_images_of_any_sizes_keep_their_order() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.runs.folders import refuse_unfit_folders
@@ -16,11 +17,16 @@ from lightning_modules.runs.folders import refuse_unfit_folders
     [
         (["rollouts_dir=FOLDER/new"], "rollouts_dir: "),
         (["rollouts_dir=FOLDER/new", "task=rollout"], "rollouts_dir: "),
+        (["rollouts_dir=FOLDER/empty"], "rollouts_dir: "),
         (["rollouts_dir=FOLDER"], "callbacks.checkpoint_"),  # all that is needed may be there
         (["rollouts_dir=FOLDER/new", "experiment=shapes_decoder"], "callbacks.checkpoint_"),
         (["rollouts_dir=FOLDER/new", "task=evaluate"], None),
         (["task=generate", "images=FOLDER/new"], "images: "),
-        (["task=generate", "images=FOLDER"], None),
+        (["task=score", "images=FOLDER", "scores_dir=FOLDER/empty"], "scores_dir: "),
+        (["task=score", "images=FOLDER", "scores_dir=FOLDER"], None),
+        (["task=generate", "images=FOLDER/empty"], "images: "),
+        (["task=generate", "images=FOLDER/made", "evaluator.images_per_prompt=1"], None),
+        (["task=generate", "images=FOLDER/made", "evaluator.images_per_prompt=2"], "images: "),
         (["task=export", "ckpt_path=x", "export_dir=FOLDER"], "export_dir: "),
     ],
 )
@@ -34,7 +40,15 @@ def test_without_permission_what_has_to_be_written_is_refused(
     config: Any = OmegaConf.to_container(
         compose_config(*(each.replace("FOLDER", str(tmp_path)) for each in overrides)), resolve=True
     )
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "validation-0123456789abcdef0123").mkdir()
+    for number in range(len(instantiate(config["geneval"]["test_prompts"]))):
+        samples = tmp_path / "made" / f"{number:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples / "0000.png").touch()
+    (tmp_path / "made" / "provenance.json").write_text("{}")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
     if refused is None:
         refuse_unfit_folders(config)
     else:
