@@ -47,7 +47,7 @@ def prompts_from_dataset(
     """Read the prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
 
     Its columns are the keys of GenEval's format (`tag`, `include`, `exclude`, `prompt`), or it has one column,
-    `metadata`, with their JSON.
+    `metadata`, with their JSON or a column for each.
 
     Args:
         path: of the folder, or name on the hub.
@@ -65,7 +65,9 @@ def prompts_from_dataset(
     for number, columns in enumerate(found):
         place = f"{path}, row {number}"
         row = _plain(columns)
-        if "metadata" in row:
+        if isinstance(row.get("metadata"), Mapping):
+            row = row["metadata"]
+        elif "metadata" in row:
             try:
                 row = json.loads(row["metadata"])
             except ValueError as error:

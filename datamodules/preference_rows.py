@@ -1,6 +1,5 @@
 """Preferences from a file, row by row: each checked for its form, which takes neither torch nor the images."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from datamodules.data_set_folder import StoredSplit, stored_split
+from datamodules.data_set_folder import StoredSplit, has_name_on_hub, stored_split
 from lightning_modules.jsonl import read_jsonl
 
 if TYPE_CHECKING:  # imports numpy
@@ -63,9 +62,9 @@ class PreferenceRows:
             raise ValueError(f"data.train.columns must name the column for {missing[0]!r}")
         if unknown := set(self.columns) - {*needed, "label"}:
             raise ValueError(f"data.train.columns: {min(unknown)!r} is none of {', '.join(needed)}, label")
-        on_hub = not self.is_jsonl and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.path)
-        if not on_hub and not Path(self.path).exists():
-            raise FileNotFoundError(f"there is no preference file or folder {self.path}")
+        there = self.path and Path(self.path).exists()
+        if not there and (self.is_jsonl or not has_name_on_hub(self.path)):
+            raise FileNotFoundError(f"there is no preference file or folder {self.path or repr('')}")
         if Path(self.path).is_file() and not self.is_jsonl:
             raise ValueError(f"{self.path} is no .jsonl file; preferences are one JSON object a line, or a data set")
         if (stored := self._stored) is not None:
@@ -135,7 +134,9 @@ class PreferenceRows:
         if not isinstance(row, Mapping):
             raise ValueError(f"not an object but {short(row)}")
         for column in self._named.values():
-            if row.get(column) is None:
+            if column in row and row[column] is None:
+                raise ValueError(f"{column!r} is null")
+            if column not in row:
                 has = f"the row has: {', '.join(row)}; data.train.columns says what is read"
                 raise ValueError(f"there is no {column!r}; {has}")
         sides = [self._side(row, self._named[side]) for side in SIDES]
@@ -195,7 +196,7 @@ def refuse_other_tokens(sides: Sequence[Side], number: int, codebook_size: int) 
         refuse_equal(lists)
 
 
-def refuse_equal(sides: Sequence[Side]) -> None:
+def refuse_equal(sides: Sequence[Any]) -> None:
     """Raise ValueError if both sides are the same image."""
     if sides[0] == sides[1]:
         raise ValueError("chosen and rejected are the same image, token by token")

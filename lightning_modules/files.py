@@ -83,6 +83,15 @@ def refuse_unwritable(folder: Path) -> None:
             pass
 
 
+def is_writable(folder: Path) -> bool:
+    """Say if files can be made in a folder that is there, by making one without a name."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def refuse_unmarked(folder: Path) -> None:
     """Raise ValueError if a folder holds more than hidden files, and no provenance.json that says what made them."""
     found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []

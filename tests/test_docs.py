@@ -178,7 +178,7 @@ def beside_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(file).write_text(json.dumps(row) + "\n")
     Image.new("RGB", (300, 200)).save("photos/dog.png")
     for name in ("a.png", "b.png"):
-        Path(name).touch()
+        Path(name).write_text("a file that is not read")
     for number in range(REFERENCES):
         Path("references", f"{number}.png").touch()
     for file in CHECKPOINTS:

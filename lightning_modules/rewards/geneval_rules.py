@@ -65,15 +65,17 @@ class GenEvalRules:
 
     @classmethod
     def with_options(cls, class_names: Sequence[str], options: Mapping[str, Any]) -> Self:
-        """Return rules with those of `geneval.reward.options`; raises ValueError for one that is not known."""
+        """Return rules with those of `geneval.reward.options`; raises ValueError for a wrong one."""
         known = [field.name for field in fields(cls) if field.name != "class_names"]
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"geneval.reward.options: unknown option {name!r}, known are {', '.join(known)}")
-            whole = name == "max_objects"
-            if type(value) is not int and (whole or type(value) is not float):
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"geneval.reward.options.{name} must be {kind}, not {value!r}")
+            if name == "max_objects":
+                fits, wanted = type(value) is int and value >= 1, "a whole number of at least 1"
+            else:
+                fits, wanted = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
+            if not fits:
+                raise ValueError(f"geneval.reward.options.{name} must be {wanted}, not {value!r}")
         return cls(class_names, **options)
 
     def colors_asked(self, metadata: Mapping[str, Any], detections: Detections) -> list[int]:

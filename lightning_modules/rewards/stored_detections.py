@@ -80,7 +80,8 @@ class StoredDetections(Keyed):
         except KeyError as error:
             raise ValueError(f"{place}: not a row of detections: there is no {error.args[0]!r}") from error
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{place}: not a row of detections: {error!r}") from error
+            wanted = "a list of objects, each with a class, a score (a number) and a bbox (four numbers)"
+            raise ValueError(f"{place}: not a row of detections: they are {wanted}") from error
         if unknown[0]:
             raise ValueError(f"{place}: unknown class {min(map(str, unknown[0]))!r}")
         if unknown[1]:
@@ -92,6 +93,9 @@ class StoredDetections(Keyed):
         masks = [entry.get("mask") for entry in objects]
         if any(masks) and not all(isinstance(mask, dict) and isinstance(mask.get("counts"), list) for mask in masks):
             raise ValueError(f"{place}: masks must be uncompressed run lengths, of all objects or of none")
+        for mask in filter(None, masks):
+            if sum(mask["counts"]) != np.prod(mask.get("size", 0)):
+                raise ValueError(f"{place}: the run lengths of a mask do not add up to the pixels of its size")
         colors = partial(_colors, [entry.get("color") for entry in objects], place)
         self._found[key] = Detections(classes, scores, boxes, colors, partial(_masks, masks) if any(masks) else None)
 

@@ -29,6 +29,8 @@ _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "chec
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
 _FRACTIONS = ("prompt_dropout", "feature_dropout", "finished", "share")
+_BATCHES = ("val_check_interval", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches",
+            "limit_predict_batches")  # fmt: skip
 _RATES = ("lr", "refit_lr", "weight_decay", "gradient_clip_val", "guidance", "beta")
 _MORE_THAN_0 = math.ulp(0.0)
 # Kind, least and largest value of numbers by their names, and the same in words.
@@ -55,8 +57,11 @@ _LIGHTNINGS = {
     "accelerator": "auto|cpu|cuda|gpu|mps|tpu",
     "strategy": r"(?i)auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(true|false))?|deepspeed\w*|"
     r"fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?",
+    "profiler": "(?i)simple|advanced|pytorch|xla",
+    "gradient_clip_algorithm": "(?i)norm|value",
 }
-_NAMED = {"accelerator": "cpu, cuda, gpu, mps and tpu", "strategy": "ddp, fsdp and others"}
+_NAMED = {"accelerator": "auto, cpu, cuda, gpu, mps and tpu", "strategy": "auto, ddp, fsdp and others",
+          "profiler": "simple, advanced, pytorch and xla", "gradient_clip_algorithm": "norm and value"}  # fmt: skip
 # Packages whose classes are made by a node; those of others may be given as settings.
 _MADE = ("callbacks", "datamodules", "lightning_modules", "lightning", "torch")
 _WORDS = {bool: ["true or false"], int: ["a whole number"], float: ["a number"], str: ["a text"], type(None): []}
@@ -90,6 +95,8 @@ def refuse_wrong_texts(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a name or a path at the top of the config that is none; interpolations count as texts."""
     for key, wanted in _TEXTS.items():
         value = config.get(key, key)
+        if key == "name" and ".." in str(value).split("/"):
+            raise ValueError(f"name={value} leads out of the folder of all runs: leave out the ..")
         if not (isinstance(value, str) and value) and not (value is None and wanted.endswith("null")):
             raise ValueError(f"{key} must be {wanted}, not {_shown(value)}")
 
@@ -119,9 +126,9 @@ def refuse_missing_devices(trainer: Mapping[str, Any]) -> None:
     So for accelerators and strategies of which Lightning has none of that name.
     """
     for name, known in _LIGHTNINGS.items():
-        value = trainer.get(name, "auto")
+        value = trainer.get(name)
         if isinstance(value, str) and not re.fullmatch(known, value):
-            raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are auto, {_NAMED[name]}")
+            raise ValueError(f"trainer.{name}={value}: Lightning has none of that name; there are {_NAMED[name]}")
     wanted, devices, cores = (
         trainer.get("accelerator", "auto"),
         str(trainer.get("devices") or "auto"),
@@ -219,9 +226,9 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         "finite": any(math.isnan(each) or name not in _MAY_BE_INFINITE for each in broken),
         "a list of at least one name": name in ("validation_strategies", "test_strategies") and value == [],
         "images to compare with": name == "references" and value is None,
-        "a fraction up to 1, or a whole number of batches": name == "val_check_interval"
-        and number
-        and (value <= 0 or (isinstance(value, float) and value > 1)),
+        "a list of at least one seed": name == "seeds" and value == [],
+        "a fraction up to 1, or a whole number of batches": number
+        and ((name == "val_check_interval" and value <= 0) or (name in _BATCHES and _is_no_fraction(value))),
         "float32, float16 or bfloat16": name == "dtype" and value not in ("float32", "float16", "bfloat16"),
         "above 0, or -1 for all there are": name == "devices" and number and value == 0,
         "two numbers from 0 to below 1": name == "betas" and not (numbers and all(0 <= beta < 1 for beta in items)),
@@ -231,6 +238,10 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
         f"at least {least}": not known and name not in _MAY_BE_NEGATIVE and type(value) is int and not in_range,
     }
     return next((needed for needed, is_so in useless.items() if is_so), None)
+
+
+def _is_no_fraction(value: float) -> bool:
+    return isinstance(value, float) and not 0 <= value <= 1
 
 
 def _unfit(value: Any, hint: Any) -> list[str] | None:
@@ -253,7 +264,9 @@ def _unfit(value: Any, hint: Any) -> list[str] | None:
     elif issubclass(kind, Mapping):
         plain = [item for item in value.values() if not isinstance(item, Mapping)] if isinstance(value, Mapping) else []
         fits = isinstance(value, Mapping) and all(_unfit(item, inner[1]) is None for item in plain if inner)
-        words = ["named values, {a: 1}"]
+        found = [_unfit(item, inner[1]) for item in plain] if inner else []
+        each = next((f", each {' or '.join(words)}" for words in found if words), "")
+        words = [f"named values, {{a: 1}}{each}"]
     elif issubclass(kind, Iterable):
         several = origin is tuple and Ellipsis not in inner
         fits = isinstance(value, list) and (not several or len(value) == len(inner))

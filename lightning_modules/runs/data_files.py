@@ -1,5 +1,7 @@
 """Checks of the data that a config names, by its files alone: torch is not imported."""
 
+import os
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,7 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hydra.utils import instantiate
 
-from datamodules.preference_rows import Pair, PreferenceRows, naming, refuse_equal, refuse_other_tokens, refuse_useless
+from datamodules.preference_rows import (
+    Pair,
+    PreferenceRows,
+    Side,
+    naming,
+    refuse_equal,
+    refuse_other_tokens,
+    refuse_useless,
+)
 from datamodules.prompt_folders import PromptFolder, scan
 from lightning_modules.backbone.words import known_words
 from lightning_modules.rewards.references import refuse_few
@@ -16,6 +26,7 @@ from lightning_modules.runs.fitting import class_names
 from lightning_modules.runs.weights import built_parts
 
 if TYPE_CHECKING:
+    from lightning_modules.image_reader import ImageSource
     from lightning_modules.rewards.stored_detections import StoredDetections
 
 _PREFERENCES = "datamodules.preference_files.PreferenceFile"
@@ -52,11 +63,14 @@ def refuse_unfit_images(config: Mapping[str, Any]) -> None:
     Raises ValueError or FileNotFoundError, naming the file, its row or the key.
     """
     if config["task"] == "score":
-        folders = scan(config["images"], class_names(built_parts(config)))
-        reward = config["geneval"]["reward"]
+        reward, names, detections = config["geneval"]["reward"], class_names(built_parts(config)), None
         if reward["detector"]["_target_"] == _DETECTIONS:
             made = instantiate({"geneval": {"reward": {"detector": reward["detector"]}}}, _convert_="all")
-            _refuse_undetected(reward, made["geneval"]["reward"]["detector"], folders)  # errors of `made` name the key
+            detections = made["geneval"]["reward"]["detector"]  # errors of `made` name the key
+            names = detections.class_names
+        folders = scan(config["images"], names)
+        if detections:
+            _refuse_undetected(reward, detections, folders)
     fid = config["evaluator"].get("fid") or {}
     if config["task"] != "export" and (fid.get("references") or {}).get("_target_") == _PHOTOGRAPHS:
         made = instantiate({"fid": {"references": fid["references"]}}, _convert_="all")
@@ -115,8 +129,11 @@ def _read_preferences(data: Mapping[str, Any], words: _Words | None, tokenizer: 
             rows = PreferenceRows(node["path"], node["split"], node["columns"])
             if not rows.takes_datasets:
                 _read(rows, words, tokenizer.get("module") or {})
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"data.{name}: {error}") from None
+        except (FileNotFoundError, ValueError) as error:
+            if str(error).startswith("data."):
+                raise
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"data.{name}: {error}") from None
 
 
 def _read(rows: PreferenceRows, words: _Words | None, tokenizer: Mapping[str, Any]) -> None:
@@ -141,7 +158,27 @@ def _refuse_unfit_pair(pair: Pair, words: _Words | None, tokenizer: Mapping[str,
     if type(grid) is type(codes) is int:
         refuse_other_tokens(pair.sides, grid**2, codes)
     for side in pair.sides:
-        if isinstance(side, tuple) and isinstance(side[0], Path) and not side[0].is_file():
-            lacks = "it is no file" if side[0].exists() else "No such file or directory"
+        if isinstance(side, tuple) and (lacks := _lacks(side[0])):
             raise ValueError(f"{side[1]} cannot be read: {lacks}")
-    refuse_equal(pair.sides)
+    refuse_equal([_content(side) for side in pair.sides])
+
+
+def _content(side: Side) -> Any:
+    """What makes two sides the same image for sure: tokens, bytes, or the path of a file."""
+    source = side[0] if isinstance(side, tuple) else side
+    return os.path.abspath(source) if isinstance(source, Path) else source
+
+
+def _lacks(source: "ImageSource") -> str:
+    """Say why an image surely cannot be read, without reading it; "" if it may be fine."""
+    if isinstance(source, bytes):
+        return "" if source else "the file is empty"
+    try:
+        found = os.stat(source)
+    except OSError as error:
+        return str(error.strerror)
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no file"
+    if not found.st_size:
+        return "the file is empty"
+    return "" if os.access(source, os.R_OK) else "Permission denied"

@@ -1,4 +1,4 @@
-"""Checks of the folders that a run writes to: torch is not imported, nothing is created."""
+"""Checks of the folders that a run writes to: torch is not imported, nothing is left there."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from datamodules.geneval_prompts import sample_path
 from lightning_modules.backbone.published import nodes
 from lightning_modules.broken_files import read_json
 from lightning_modules.cache_key import digest, key_of
-from lightning_modules.files import PROVENANCE, refuse_other_provenance, refuse_unmarked
+from lightning_modules.files import PROVENANCE, is_writable, refuse_other_provenance, refuse_unmarked
 from lightning_modules.runs.signatures import locate
 
 _STORED = re.compile(r".+-[0-9a-f]{20}(\..+)?")  # names that `ArtifactCache` gives
@@ -37,9 +37,8 @@ def refuse_unfit_folders(config: Mapping[str, Any]) -> None:
         there = next(each for each in (path, *path.parents) if each.exists())
         if not there.is_dir():
             raise ValueError(f"{key}: {folder}: it is below a file, not a folder")
-        if os.access(there, os.W_OK):
-            continue
-        if key in written or (if_lacking.get(key) and _lacks_something(key, path, config)):
+        lacking = key in written or (if_lacking.get(key) and _lacks_something(key, path, config))
+        if lacking and not is_writable(there):
             raise ValueError(f"{key}: {folder}: there is no permission")
     if task == "generate":
         try:

@@ -154,7 +154,7 @@ def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any])
 def _refuse_incomplete(config: DictConfig, unresolved: Mapping[str, Any]) -> None:
     task, tasks, tested = config.task, options("task"), config.test_ckpt_path
     jobs, data, auto = config.get("pipeline"), config.get("data"), config.ckpt_path == "auto"
-    used = ("scoring.", "geneval.reward.") if task == "score" else ("",)
+    used = ("scoring.", "geneval.reward.", "fid.") if task == "score" else ("",)
     missing = min((key for key, value in flat(unresolved) if value == "???" and key.startswith(used)), default=None)
     without_data = f"task={task} needs data, and here is none to train on; this config is for task=evaluate"
     for applies, complaint in (
@@ -196,6 +196,9 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
     refuse_unknown_judges(config)
     refuse_unlabelled(config)
     _refuse_unknown_tasks(data or {})
+    for key, node in nodes(data or {}, "data") if config["task"] in ("fit", "rollout") else ():
+        if node.get("prompts") == []:
+            raise ValueError(f"{key}.prompts is empty: there is nothing to decode")
     if data:
         _refuse_other_data(module, data)
         if config["task"] == "fit":

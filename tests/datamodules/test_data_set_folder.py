@@ -50,3 +50,32 @@ def test_splits_and_broken_files_are_named(tmp_path: Path) -> None:
         list(stored.rows(["prompt"]))
     with pytest.raises(ValueError, match=r"has no split 'validation'; there are: train, test"):
         stored_split(str(tmp_path), "validation")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("state.json", "{}", "is not as `datasets` writes it"),
+        ("state.json", '{"_data_files": [{}]}', "is not as `datasets` writes it"),
+        ("state.json", '{"_data_files": ["x"]}', "is not as `datasets` writes it"),
+        ("state.json", '{"_data_files": []}', "has no rows"),
+        ("dataset_info.json", '{"features": null}', "is not as `datasets` writes it"),
+        ("dataset_info.json", '{"features": {"prompt": "string"}}', "is not as `datasets` writes it"),
+        ("dataset_dict.json", '{"splits": "train"}', "lists no splits"),
+    ],
+)
+def test_settings_of_another_form_are_refused(file: str, text: str, said: str, tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}.*{said}$"):
+        stored_split(str(tmp_path), "train")
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(tmp_path: Path) -> None:
+    assert stored_split("OWNER/NAME", "train") is None
+    (tmp_path / "x.jsonl").touch()
+    for path, said in (("", "does not exist"), ("gone", "does not exist"), (f"{tmp_path}/x.jsonl", "is a file")):
+        with pytest.raises(
+            FileNotFoundError, match=f"^'{path}' {said}: a data set is a folder written by `datasets`, "
+        ):
+            stored_split(path, "train")

@@ -109,7 +109,7 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
     for label, shown in ((0.7, "0.7"), (float("nan"), "nan")):
         with pytest.raises(ValueError, match=rf"hub, row 1: the label {shown} is not 1, 0 or .5"):
             PreferenceFile(hub(tmp_path, [1.0, label]), "train", LABELLED).check(decoder)
-    with pytest.raises(ValueError, match=r"hub, row 1: there is no 'label_0'"):
+    with pytest.raises(ValueError, match=r"hub, row 1: 'label_0' is null"):
         PreferenceFile(hub(tmp_path, [1.0, None]), "train", LABELLED).check(decoder)
     with pytest.raises(ValueError, match=r"hub has no rows but 2 ties$"):
         PreferenceFile(hub(tmp_path, [0.5, 0.5]), "train", LABELLED).encode(decoder, 2)
@@ -145,7 +145,7 @@ def test_a_label_says_which_image_of_a_data_set_is_chosen(
                 (True, "True"),
             )
         ),
-        (PAIR | {"prompt": None}, r"there is no 'prompt'; the row has: prompt, chosen, rejected"),
+        (PAIR | {"prompt": None}, r"'prompt' is null"),
         (PAIR | {"prompt": ""}, r"the prompt is empty"),
         (PAIR | {"prompt": " \u3000\n"}, r"the prompt is empty"),
         (PAIR | {"prompt": "a \ud83d star"}, r"not valid JSON: '\\ud83d' is half a character, whose other half is "),
@@ -190,9 +190,9 @@ def test_what_is_no_preference_file_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"pairs\.jsonl has no rows$"):
         write(tmp_path).encode(decoder, 8)
-    for path in ("nowhere.jsonl", "some/nowhere.jsonl", "nowhere", "nowhere.csv", "/no/where", "./no/where"):
+    for path in ("nowhere.jsonl", "some/nowhere.jsonl", "nowhere", "nowhere.csv", "/no/where", "./no/where", "''"):
         with pytest.raises(FileNotFoundError, match=rf"there is no preference file or folder {path}$"):
-            PreferenceFile(path, "train", COLUMNS)
+            PreferenceFile(path.strip("'"), "train", COLUMNS)
     for name in ("pairs.json", "pairs.csv", "pairs.jsonl.gz", "pairs"):
         Path(name).write_text("[]")
         with pytest.raises(ValueError, match=rf"{name} is no \.jsonl file; preferences are one JSON object a line"):

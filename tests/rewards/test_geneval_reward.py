@@ -40,9 +40,9 @@ def test_kinds_share_their_detector() -> None:
         GenEvalReward(ShapesDetector(), kind="dense")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"geneval.reward.options: unknown option 'confidence', known are threshold, "):
         GenEvalReward(ShapesDetector(), options={"confidence": 0.5})
-    with pytest.raises(ValueError, match=r"geneval.reward.options.threshold must be a number, not 'high'"):
+    with pytest.raises(ValueError, match=r"geneval.reward.options.threshold must be a number from 0 to 1, not 'high'"):
         GenEvalReward(ShapesDetector(), options={"threshold": "high"})
-    with pytest.raises(ValueError, match=r"geneval.reward.options.max_objects must be a whole number, not 1.5"):
+    with pytest.raises(ValueError, match=r"geneval.reward.options.max_objects must be a whole number of at least"):
         GenEvalReward(ShapesDetector(), options={"max_objects": 1.5})
 
 

@@ -1,6 +1,5 @@
 """Folders to be written to are refused before anything is made in them."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,7 @@ def test_without_permission_what_has_to_be_written_is_refused(
         samples.mkdir(parents=True)
         (samples / "0000.png").touch()
     (tmp_path / "made" / "provenance.json").write_text("{}")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    monkeypatch.setattr("lightning_modules.runs.folders.is_writable", lambda _: False)
     if refused is None:
         refuse_unfit_folders(config)
     else:

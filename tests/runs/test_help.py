@@ -140,6 +140,12 @@ def test_every_experiment_is_described() -> None:
             "data.potentials.geneval: the judge 'strict' values no",
         ),
         (["experiment=grpo", "data.potentials={geneval: parm}"], "data.potentials has no geneval yet: write +data.pot"),
+        (["+trainer.limit_val_batches=1.5"], "must be a fraction up to 1, or a whole number of batches, not 1.5"),
+        (["+trainer.profiler=simpel"], "trainer.profiler=simpel: Lightning has none of that name; there are simple, "),
+        (["data.validation.prompts=[]"], "data.validation.prompts is empty: there is nothing to decode"),
+        (["experiment=pipeline", "pipeline.seeds=[]"], "pipeline.seeds must be a list of at least one seed, not []"),
+        (["name=../x"], "name=../x leads out of the folder of all runs: leave out the .."),
+        (["rollouts_dir=/proc"], "rollouts_dir: /proc: there is no permission"),
         (["trainer.val_check_interval=500"], "is more than the 71 batches of the 4500 rollouts of data.train and data"),
     ],
 )
@@ -180,6 +186,8 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
         ('{"prompt": "a star", "chosen": "0.png", "rejected": "1.png"}', ":1: 0.png cannot be read: No such file"),
         ('{"prompt": "a zebra", "chosen": [1], "rejected": [2]}', ":1: prompt 'a zebra' has words outside the vocab"),
         ('{"prompt": "a star", "chosen": ".", "rejected": "1.png"}', ":1: . cannot be read: it is no file"),
+        ('{"prompt": "a star", "chosen": "empty", "rejected": "1.png"}', ":1: empty cannot be read: the file is empty"),
+        ('{"prompt": "a star", "chosen": "a.png", "rejected": "./a.png"}', ":1: chosen and rejected are the same"),
         (
             json.dumps({"prompt": "a star", "chosen": [1] * 64, "rejected": [2] * 64, "weight": 0}),
             ": all weights are 0, so",
@@ -190,6 +198,8 @@ def test_a_broken_folder_of_images_is_refused_at_once(metadata: str | None, said
 )
 def test_a_broken_row_of_preferences_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(text)
+    (tmp_path / "empty").touch()
+    (tmp_path / "a.png").write_text("not read yet")
     test_answers_import_nothing_heavy(_own_pairs(tmp_path / "pairs.jsonl"), f"{tmp_path}/pairs.jsonl{said}", tmp_path)
 
 
@@ -292,18 +302,22 @@ def test_broken_detections_and_few_references_are_refused_without_torch(tmp_path
     for file, row in (("found", {}), ("some", {"detections": []}), ("uncolored", {"detections": [star]})):
         (tmp_path / f"{file}.jsonl").write_text(json.dumps({"filename": "00000/samples/0000.png", **row}))
     score = ["task=score", f"images={tmp_path}/images"]
+    stored = ["geneval=detections", "+geneval.reward.detector.class_names=[star]"]
     for arguments, said in (
-        (["geneval=detections", f"geneval.reward.detector.path={tmp_path}/found.jsonl"], "found.jsonl:1: not a row of"),
         (
             ["geneval=detections", f"geneval.reward.detector.path={tmp_path}/some.jsonl"],
+            f"images: {folder}/metadata.jsonl: include[0]: unknown class 'star', known are person,",
+        ),
+        (
+            [*stored, f"geneval.reward.detector.path={tmp_path}/found.jsonl"],
+            "found.jsonl:1: not a row of",
+        ),
+        (
+            [*stored, f"geneval.reward.detector.path={tmp_path}/some.jsonl"],
             "some.jsonl: has no detections of 00000/samples/0001.png",
         ),
         (
-            [
-                "geneval=detections",
-                f"geneval.reward.detector.path={tmp_path}/uncolored.jsonl",
-                "+geneval.reward.detector.class_names=[star]",
-            ],
+            [*stored, f"geneval.reward.detector.path={tmp_path}/uncolored.jsonl"],
             "uncolored.jsonl:1: an object has no color, the prompt asks for it, and geneval.reward.colors is null",
         ),
         (["+geneval.reward.options={confidence: 1}"], "geneval.reward.options: unknown option 'confidence', known are"),
