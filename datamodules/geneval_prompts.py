@@ -47,7 +47,7 @@ def prompts_from_dataset(
     """Read the prompts of a data set on the Hugging Face hub, or of a folder written by `datasets`.
 
     Its columns are the keys of GenEval's format (`tag`, `include`, `exclude`, `prompt`), or it has one column,
-    `metadata`, with their JSON or a column for each.
+    `metadata`, that holds the row, as JSON or as a struct.
 
     Args:
         path: of the folder, or name on the hub.
