@@ -16,7 +16,7 @@ from PIL import Image
 
 from lightning_modules.files import write_text
 from lightning_modules.report.compute_plot import compute_svg
-from lightning_modules.report.drawing import Curve, Section, format_score, format_scores, png, shrunk
+from lightning_modules.report.drawing import Curve, format_score, format_scores, png, shrunk
 from lightning_modules.report.labels import Box, place_labels
 from lightning_modules.report.pictures import pick_prompt_indices
 from lightning_modules.report.results import COSTS, EvaluationResult, RunInfo, StrategyResult, format_cost
@@ -110,7 +110,7 @@ def _prompt(results: Sequence[StrategyResult], index: int, is_whole: bool) -> di
     row = results[0].row_of(index)
     panels = [_panel(result, index) for result in results]
     for panel in [] if is_whole else panels:
-        panel["sections"] = [Section("Left out", [], note="The page would be larger than 5 MB.")]
+        panel["sections"] = []
     for judge in dict.fromkeys(judge for panel in panels for judge in panel["scores"]):
         own = [panel for panel in panels if judge in panel["scores"]]
         for panel, text in zip(own, format_scores([panel["scores"][judge] for panel in own]), strict=True):

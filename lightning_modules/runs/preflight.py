@@ -99,8 +99,10 @@ def _about_preset(preset: str, sentence: str, overrides: Sequence[str]) -> str:
     given = {key for key, _ in flat(OmegaConf.to_container(OmegaConf.load(CONF / "debug" / f"{preset}.yaml")))}
     if not (given - typed) & {*re.findall(r"\w+(?:\.\w+)*", sentence)}:
         return ""
-    others = [f"+debug={name}" for name in options("debug") if name.startswith("minutes") and name != preset]
-    shorten = f": {' and '.join(others)} shorten others" if preset.startswith("minutes") else ""
+    others = [name for name in options("debug") if name.startswith("minutes_") and name != preset]
+    jobs = [re.findall(r"experiment=\w+|data=\w+", (CONF / "debug" / f"{name}.yaml").read_text()) for name in others]
+    listed = ", ".join(f"{' '.join(job)} +debug={name}" for name, job in zip(others, jobs, strict=True))
+    shorten = f"; for others: {listed}" if preset.startswith("minutes") else ""
     return f"; +debug={preset} sets keys too, for the job that conf/debug/{preset}.yaml names{shorten}"
 
 

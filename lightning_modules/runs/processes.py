@@ -13,3 +13,12 @@ def is_first() -> bool:
     if rank is None:
         rank = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)
     return rank == 0
+
+
+def about_load(threads: int) -> str | None:
+    """Say what to do about other programs that keep this machine busy; they slow one with several threads tenfold."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]  # of the last minute
+    if threads < 2 or load < 0.5 or load + threads <= cores + 0.5:
+        return None
+    busy = f"Other programs use this machine (load {load:.1f}, {cores} cores)"
+    return f"{busy}: with OMP_NUM_THREADS=1 before the command it may be several times faster"

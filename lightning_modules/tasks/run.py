@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -26,9 +27,15 @@ from lightning_modules.broken_files import first_line
 from lightning_modules.evaluator import Evaluator
 from lightning_modules.files import some_of, write_text
 from lightning_modules.rewards.registry import JudgeRegistry
-from lightning_modules.runs.checkpoints import changed_settings, keep_metrics, load_checkpoint, named_checkpoints
+from lightning_modules.runs.checkpoints import (
+    changed_settings,
+    keep_metrics,
+    load_checkpoint,
+    named_checkpoints,
+    read_checkpoint,
+)
 from lightning_modules.runs.mismatches import refuse_mismatches
-from lightning_modules.runs.processes import is_first
+from lightning_modules.runs.processes import about_load, is_first
 from lightning_modules.runs.quiet import quieten
 from lightning_modules.tasks.curve import CheckpointCurve
 
@@ -48,6 +55,8 @@ def run(config: DictConfig) -> None:
     refuse_mismatches(config)
     seed_everything(config.seed, workers=True, verbose=False)
     if is_first():
+        if not torch.cuda.is_available() and (said := about_load(torch.get_num_threads())):
+            print(said, flush=True)
         if config.ckpt_path and (changed := changed_settings(folder, OmegaConf.to_container(config, resolve=True))):  # type: ignore[arg-type]
             print(f"It goes on with other settings: {some_of(changed)}", flush=True)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
@@ -169,6 +178,9 @@ def fit(config: DictConfig) -> None:
     if tested == "":
         raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
     rank_zero_only(print)("Stage 2 of 2: GenEval", flush=True)
+    if config.ckpt_path and trainer.global_step == read_checkpoint(config.ckpt_path).get("global_step"):
+        said = f"Training had come to its end, step {trainer.global_step}, before: GenEval is measured anew"
+        rank_zero_only(print)(said, flush=True)
     say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
     trainer.test(module, data, ckpt_path=tested, verbose=False)
 
@@ -203,6 +215,11 @@ def generate(config: DictConfig) -> None:
     generating = parts.build(config.generating)
     if config.ckpt_path is not None:
         load_checkpoint(parts.module, config.ckpt_path)
+        trained, used = {*parts.module.exported}, {"decoder", *generating.strategy.judge_names}
+        if trained and not trained & used:
+            strategy = f"generating.strategy={config.generating.strategy}"
+            said = f"ckpt_path changes no image: it trained {' and '.join(trained)}, and {strategy} does not ask it"
+            rank_zero_only(print)(said, flush=True)
     generating.run(trainer_of(config))
 
 

@@ -122,6 +122,10 @@ def test_a_requeued_job_resumes_and_tests_its_last_weights(tmp_path: Path, dirs:
     for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(ends[1][part], ends[0][part], rtol=0, atol=0)
     assert (run / "results.jsonl").read_bytes() == (tmp_path / "straight" / "results.jsonl").read_bytes()
+    if dirs:
+        again = launch([*small, "ckpt_path=auto", *dirs], tmp_path)
+        said = "Training had come to its end, step 5, before: GenEval is measured anew"
+        assert said in again.stdout and said not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from datamodules.shapes.world import render
 from lightning_modules.backbone.tiny_pipeline import save_tiny_sd3
 from lightning_modules.rewards.mask2former import Mask2FormerDetector
 from lightning_modules.rewards.tiny_geneval import save_tiny_clip, save_tiny_mask2former
+from lightning_modules.tasks import run
+from lightning_modules.tasks.generating import Generating
 from tests.helpers.launch import Start, command, launch_together
 from tests.helpers.overrides import TINY, WITHOUT
 from tests.helpers.pictures import HUGE, write_folder
@@ -301,6 +303,19 @@ def test_images_and_references_are_read_as_they_are_seen(tmp_path: Path) -> None
     refused = command(tmp_path, *score, "fid.count=13", check=False).stderr.strip().splitlines()[-1]
     sentence = "deep.png has the mode I;16, more than 8 bits a pixel and colour"
     assert refused == f"Error: fid.references.folder: {references}/{sentence}"
+
+
+def test_a_checkpoint_that_changes_no_image_is_told_of(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("load_checkpoint", "trainer_of"):
+        monkeypatch.setattr(run, name, lambda *_: None)
+    monkeypatch.setattr(Generating, "run", lambda *_: None)
+    said = "ckpt_path changes no image: it trained parm, and generating.strategy=sample does not ask it\n"
+    for strategy, told in (("sample", said), ("verified", "")):
+        wanted = [f"images={tmp_path}/images", "ckpt_path=x", f"generating.strategy={strategy}"]
+        run.generate(compose_config(*GENERATE, *wanted))
+        assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize(
