@@ -20,10 +20,7 @@ def is_first() -> bool:
 
 def about_load(threads: int) -> str | None:
     """Say what to do about other programs that keep this machine busy; they slow one with several threads tenfold."""
-    cores, load = (
-        os.cpu_count() or 1,
-        os.getloadavg()[0],
-    )  # of the last minute, in which a run of one's own may have ended
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]  # of the last minute: a run of one's own may have ended in it
     if threads < 2 or load < 0.5 or load + threads <= cores + 0.5 or not _others_run():
         return None
     busy = f"Other programs use this machine (load {load:.1f}, {cores} cores)"
