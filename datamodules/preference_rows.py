@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -80,7 +81,7 @@ class PreferenceRows:
         """Rows are read by `datasets`, whose import takes seconds."""
         return not self.is_jsonl and not ((stored := self._stored) and stored.is_plain(self._used))
 
-    @property
+    @cached_property
     def _stored(self) -> StoredSplit | None:
         return None if self.is_jsonl else stored_split(self.path, self.split)
 
