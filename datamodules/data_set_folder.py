@@ -95,5 +95,5 @@ def _is_plain(feature: Any) -> bool:
     if kind is None:  # a column of columns
         return all(_is_plain(part) for part in feature.values())
     if kind in ("List", "LargeList"):
-        return _is_plain(feature["feature"])
+        return _is_plain(feature.get("feature"))
     return kind in ("Value", "ClassLabel", "Image")

@@ -84,12 +84,12 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Say if files can be made in a folder that is there, by making one without a name."""
+    """Say if files can be made in a folder that is there."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        refuse_unwritable(folder)
     except OSError:
         return False
+    return True
 
 
 def refuse_unmarked(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Detections made elsewhere, by any detector, read from JSON lines."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -93,9 +94,8 @@ class StoredDetections(Keyed):
         masks = [entry.get("mask") for entry in objects]
         if any(masks) and not all(isinstance(mask, dict) and isinstance(mask.get("counts"), list) for mask in masks):
             raise ValueError(f"{place}: masks must be uncompressed run lengths, of all objects or of none")
-        for mask in filter(None, masks):
-            if sum(mask["counts"]) != np.prod(mask.get("size", 0)):
-                raise ValueError(f"{place}: the run lengths of a mask do not add up to the pixels of its size")
+        if not all(_adds_up(mask) for mask in masks if mask):
+            raise ValueError(f"{place}: the run lengths of a mask do not add up to the pixels of its size")
         colors = partial(_colors, [entry.get("color") for entry in objects], place)
         self._found[key] = Detections(classes, scores, boxes, colors, partial(_masks, masks) if any(masks) else None)
 
@@ -110,6 +110,13 @@ def _colors(colors: Sequence[str | None], place: str, indices: Sequence[int]) ->
     if None in named:
         raise ValueError(f"{place}: an object has no color, the prompt asks for it, and geneval.reward.colors is null")
     return [color for color in named if color is not None]
+
+
+def _adds_up(mask: dict[str, Any]) -> bool:
+    try:
+        return sum(mask["counts"]) == math.prod(mask["size"])
+    except (KeyError, TypeError):
+        return False
 
 
 def _masks(masks: Sequence[Any], indices: Sequence[int]) -> NDArray[np.bool_]:

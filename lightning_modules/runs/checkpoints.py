@@ -249,8 +249,9 @@ def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any
         before, now = old.get(key), new.get(key)
         if before != now and not (isinstance(before, Mapping) and isinstance(now, Mapping)):
             name = key.removeprefix("module.") if key.split(".")[1:] and key.split(".")[1] in config else key
-            before, now = ("settings" if isinstance(each, Mapping) else each for each in (before, now))
-            before, now = ("null" if each is None else each for each in (before, now))
+            before, now = (
+                "null" if each is None else "settings" if isinstance(each, Mapping) else each for each in (before, now)
+            )
             raise ValueError(f"ckpt_path: {path} was made with {name}={before}, not {now}")
 
 

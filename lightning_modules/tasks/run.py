@@ -179,7 +179,7 @@ def fit(config: DictConfig) -> None:
         raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
     rank_zero_only(print)("Stage 2 of 2: GenEval", flush=True)
     if config.ckpt_path and trainer.global_step == read_checkpoint(config.ckpt_path).get("global_step"):
-        said = f"Training had come to its end, step {trainer.global_step}, before: GenEval is measured anew"
+        said = f"Training had already ended, at step {trainer.global_step}: GenEval is measured again"
         rank_zero_only(print)(said, flush=True)
     say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
     trainer.test(module, data, ckpt_path=tested, verbose=False)

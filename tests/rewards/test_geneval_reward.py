@@ -180,6 +180,9 @@ def test_detections_made_elsewhere_are_looked_up_by_file(tmp_path: Path) -> None
         ({"score": float("nan")}, ":2: a box must be"),
         ({"color": "teal"}, ":2: unknown color 'teal'"),
         ({"mask": "QkP1"}, ":2: masks must be uncompressed run lengths"),
+        ({"mask": {"size": [2, 3], "counts": [1, 2]}}, ":2: the run lengths of a mask do not add up to the pixels"),
+        ({"mask": {"size": [2, 3], "counts": ["6"]}}, ":2: the run lengths of a mask do not add up to the pixels"),
+        ({"mask": {"counts": [6]}}, ":2: the run lengths of a mask do not add up to the pixels"),
         ({}, ":3: 00001/samples/0000.png occurs twice"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_requeued_job_resumes_and_tests_its_last_weights(tmp_path: Path, dirs:
     assert (run / "results.jsonl").read_bytes() == (tmp_path / "straight" / "results.jsonl").read_bytes()
     if dirs:
         again = launch([*small, "ckpt_path=auto", *dirs], tmp_path)
-        said = "Training had come to its end, step 5, before: GenEval is measured anew"
+        said = "Training had already ended, at step 5: GenEval is measured again"
         assert said in again.stdout and said not in done.stdout
 
 
