@@ -91,6 +91,7 @@ class Curriculum:
     """
 
     next_place: int = 0
+    taken: int = 0  # places so far, less those that were passed over
     teaches: dict[str, float] = field(default_factory=dict)  # fraction of a task's groups, the latest counting most
     credit: dict[str, float] = field(default_factory=dict)  # of a task; a group costs 1
 
@@ -106,6 +107,7 @@ class Curriculum:
                 self.credit[task] -= 1
                 places.append(self.next_place)
             self.next_place += 1
+        self.taken += count
         return places
 
     def learn(self, spec: GroupSpec, places: Sequence[int], taught: Sequence[bool]) -> None:

@@ -192,7 +192,8 @@ class GroupsDataModule(LightningDataModule):
     def _describe(self, columns: Columns, teaches: Tensor) -> dict[str, float]:
         """Describe all groups that a step has made, those without a lesson included."""
         tasks = [self.spec.prompt(place)["tag"] for place in columns["place"].tolist()]
-        stats = {"dropped": 1 - float(teaches.float().mean()), "objects": float(columns["objects"].float().mean())}
+        stats = {"images_made": float(self._curriculum.taken * self.spec.samples)}  # since training began
+        stats |= {"dropped": 1 - float(teaches.float().mean()), "objects": float(columns["objects"].float().mean())}
         if "recorded" in columns:  # nats a token, an estimate from what was drawn
             stats["entropy"] = -float(columns["recorded"].sum() / columns["tokens"].numel())
         for name in self.rewards:

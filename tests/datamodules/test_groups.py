@@ -104,7 +104,9 @@ def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
     assert stats["dropped"] == pytest.approx(1 / 5) and stats["reward/dark/colors"] == pytest.approx(0.5)
     assert stats["held_out/likelihood"] < 0 and stats["entropy"] > 0
     assert "held_out/dark" not in stats and {"reward/dark", "spread/dark", "objects"} <= stats.keys()
-    assert next(loader)["stats"] is not stats  # of the next step
+    assert stats["images_made"] == 15  # 5 groups of 3
+    later = next(loader)["stats"]  # of the next step
+    assert later["images_made"] == pytest.approx(15 + 12 / (1 - later["dropped"]))
 
 
 def test_what_cannot_be_replaced_stays_without_advantage(rows: list) -> None:
