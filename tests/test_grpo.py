@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_modules.backbone.decoder import Request
@@ -14,6 +15,7 @@ from lightning_modules.backbone.lora import LoRA
 from lightning_modules.backbone.mask_sampling import MaskSampling, masked_again_log_probs
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.next_token import NextTokenDecoder
+from lightning_modules.backbone.published import nodes
 from lightning_modules.backbone.sampling import Sampling
 from lightning_modules.backbone.text import WordTokenizer
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -23,6 +25,7 @@ from lightning_modules.grpo import GRPOModule, GRPOObjective, k3
 from lightning_modules.optim import trainable
 from lightning_modules.parm import PARMObjective
 from lightning_modules.rewards.geneval_rules import CLAUSES
+from tests.helpers.configs import composed
 from tests.helpers.models import make_decoder, make_parm
 from tests.helpers.toy import IMAGES, TOKENS, Identity, ToyDecoder, ToyState
 
@@ -284,6 +287,13 @@ def test_rejection_sampling_learns_from_what_is_right_alone() -> None:
     torch.testing.assert_close(gradient(module, batch), wanted.flatten())
     positive = GRPOObjective(positive_only=True).advantages({"right": rewards}, WEIGHTS, {})
     assert positive[0, :, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("experiment", ["rejection_sampling", "expert_iteration"])
+def test_images_whose_likelihood_is_learnt_are_drawn_as_they_are_learnt(experiment: str) -> None:
+    config: Any = OmegaConf.to_container(composed(f"experiment={experiment}").data.spec.strategy, resolve=True)
+    drawn = [node for _, node in nodes(config) if node["_target_"].endswith(".Sampling")]
+    assert [(node["guidance"], node["temperature"]) for node in drawn] == [(0.0, 1.0)]
 
 
 def test_images_without_a_record_have_no_ratio() -> None:
