@@ -1,12 +1,12 @@
 """Rendered images with a true caption and a minimally altered one: what PARM learns from before any rollout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from datamodules.prompt_templates import NUMBERS, Metadata, Split, change_clause, make_row
+from datamodules.prompt_templates import NUMBERS, Metadata, change_clause, make_row
 from datamodules.shapes.prompts import CLASSES, prompt_pool
 from datamodules.shapes.scenes import Scene, ShapesStream
 from datamodules.shapes.world import SIZE
@@ -15,6 +15,7 @@ from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS, RELATIO
 from lightning_modules.rewards.geneval_rules import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.grounding import grounding
 
+CHANGES = ("class", "color", "relation", "count", "order")  # what `altered` can change
 _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
 
@@ -70,17 +71,20 @@ def _train_prompts() -> frozenset[str]:
     return frozenset(row["prompt"] for row in (*rows, *vague))
 
 
-def altered(row: Metadata, split: Split, rng: np.random.Generator) -> Metadata:
+def altered(row: Metadata, stream: ShapesStream, changes: Sequence[str], rng: np.random.Generator) -> Metadata:
     """Return a prompt with another class, colour, count or relation, or with its objects in another order.
 
-    From a training prompt it makes another one, never a held-out one. The kind of change is drawn first, then the
-    change: relations have fewer alternatives than classes and matter as much.
+    From a training prompt it makes another one, never a held-out one, and it names no relation that the stream does
+    not. The kind of change is drawn first, then the change: relations have fewer alternatives than classes and matter
+    as much. Of a prompt that allows none of `changes` it makes any other change.
     """
     kinds: dict[str, list[Metadata]] = {}
     for kind, other in _changes(row):
-        if other["prompt"] != row["prompt"] and (split != "train" or other["prompt"] in _train_prompts()):
+        known = stream.split != "train" or other["prompt"] in _train_prompts()
+        if other["prompt"] != row["prompt"] and known and stream.may_name(other):
             kinds.setdefault(kind, []).append(other)
-    options = list(kinds.values())[rng.integers(len(kinds))]
+    wanted = [kinds[kind] for kind in kinds if kind in changes] or list(kinds.values())
+    options = wanted[rng.integers(len(wanted))]
     return options[rng.integers(len(options))]
 
 
@@ -101,10 +105,15 @@ class CaptionPairs:
     stream: ShapesStream
     max_words: int  # of the longest prompt
     grid: int  # image tokens along each side
+    changes: Sequence[str] = CHANGES  # kinds from which that of the altered caption is drawn
+
+    def __post_init__(self) -> None:
+        if not self.changes or not set(self.changes) <= set(CHANGES):
+            raise ValueError(f"changes must be some of {', '.join(CHANGES)}, not {list(self.changes)}")
 
     def __getitem__(self, index: int) -> CaptionPair:
         sample = self.stream[index]
         rng = np.random.Generator(np.random.Philox(key=np.array([self.stream.seed + 2**32, index], np.uint64)))
-        captions = (sample.metadata, altered(sample.metadata, self.stream.split, rng))
+        captions = (sample.metadata, altered(sample.metadata, self.stream, self.changes, rng))
         true, other = (labels(truth(sample.scene), row, self.max_words, self.grid) for row in captions)
         return CaptionPair(sample.image, captions, (true[0], other[0]), (true[1], other[1]))

@@ -1,6 +1,6 @@
 """From a prompt to a scene that fulfils it, and the endless deterministic stream of captioned images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from datamodules.prompt_templates import Metadata, Split, change_clause
 from datamodules.shapes.prompts import CLASSES, prompt_pool
 from datamodules.shapes.world import BACKGROUNDS, RADII, Scene, SceneObject, place, render
 from lightning_modules.cache_key import Keyed, fields_key
-from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS
+from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS, RELATIONS
 
 _DIRECTION = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and sign of the offset
 _WEIGHTS = {"single_object": 0.5, "two_object": 1, "counting": 2, "colors": 4, "position": 3, "color_attr": 4}
@@ -74,17 +74,27 @@ class ShapesStream(Keyed):
     seed: int = 0
     task_weights: Mapping[str, float] = field(default_factory=_WEIGHTS.copy)  # how often each occurs, if it is named
     vagueness: Mapping[str, float] = field(default_factory=dict)  # by task, the fraction of vague prompts
+    relations: Sequence[str] = RELATIONS  # those that prompts may name
 
     def cache_key(self) -> dict[str, Any]:
         """Its fields; tasks are drawn in the order of their weights."""
         return {**fields_key(self), "task_weights": [list(each) for each in self.task_weights.items()]}
+
+    def __post_init__(self) -> None:
+        if not self.relations or not set(self.relations) <= set(RELATIONS):
+            raise ValueError(f"relations must be some of {', '.join(RELATIONS)}, not {list(self.relations)}")
+
+    def may_name(self, row: Metadata) -> bool:
+        """Tell whether a prompt has only relations that the stream may name."""
+        return all(clause["position"][0] in self.relations for clause in row["include"] if "position" in clause)
 
     def __getitem__(self, index: int) -> CaptionedImage:
         rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))
         pool = prompt_pool(self.split)
         bounds = np.cumsum(list(self.task_weights.values()))
         task = list(self.task_weights)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
-        metadata = pool[task][rng.integers(len(pool[task]))]
+        rows = [row for row in pool[task] if self.may_name(row)]
+        metadata = rows[rng.integers(len(rows))]
         if task in self.vagueness and rng.random() < self.vagueness[task]:
             metadata = vague(metadata, rng)
         scene = scene_for(metadata, rng)

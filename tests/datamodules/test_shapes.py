@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datamodules.prompt_templates import SPLITS
-from datamodules.shapes.caption_pairs import CaptionPairs, altered, judge, truth
+from datamodules.shapes.caption_pairs import CHANGES, CaptionPairs, altered, judge, truth
 from datamodules.shapes.prompts import CLASSES, prompt_pool, shapes_prompts, vocabulary
 from datamodules.shapes.scenes import ShapesStream
 from datamodules.shapes.world import GAP, PALETTE
@@ -129,16 +129,45 @@ def test_every_prompt_of_a_small_split_can_be_altered(split) -> None:
     rng = np.random.default_rng(0)
     for rows in prompt_pool(split).values():
         for row in rows:
-            assert altered(row, split, rng)["prompt"] != row["prompt"]
+            assert altered(row, ShapesStream(split), CHANGES, rng)["prompt"] != row["prompt"]
 
 
 def test_altering_changes_everything_that_can_change() -> None:
     rng = np.random.default_rng(0)
     row = next(r for r in prompt_pool("train")["position"])
-    relations = {altered(row, "train", rng)["include"][1]["position"][0] for _ in range(100)}
-    classes = {altered(row, "train", rng)["include"][0]["class"] for _ in range(100)}
+    others = [altered(row, ShapesStream(), CHANGES, rng) for _ in range(200)]
+    relations = {other["include"][1]["position"][0] for other in others}
+    classes = {other["include"][0]["class"] for other in others}
     assert len(relations) > 2
     assert len(classes) > 3
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_stream_names_only_its_relations(split) -> None:
+    """Neither do altered captions; each of them turns the image's relation round, where the split has such a prompt."""
+    positions = {task: float(task == "position") for task in TASKS}
+    stream = ShapesStream(split, seed=7, task_weights=positions, relations=["left of", "right of"])
+    pairs = CaptionPairs(stream, max_words=12, grid=8, changes=["relation", "order"])
+    said, turned = set(), 0
+    for index in range(200):
+        pair = pairs[index]
+        true, other = ([clause["class"] for clause in row["include"]] for row in pair.captions)
+        said |= {row["include"][1]["position"][0] for row in pair.captions}
+        turned += {*true} == {*other} and not pair.verdicts[1].correct
+    assert said == {"left of", "right of"}
+    assert turned > 150
+
+
+@pytest.mark.parametrize("relations", [[], ["left"], ["above", "next to"]])
+def test_unknown_relations_are_refused(relations) -> None:
+    with pytest.raises(ValueError, match="relations must be some of left of, right of, above, below, not "):
+        ShapesStream(relations=relations)
+
+
+@pytest.mark.parametrize("changes", [[], ["colour"], ["class", "size"]])
+def test_unknown_changes_are_refused(changes) -> None:
+    with pytest.raises(ValueError, match="changes must be some of class, color, relation, count, order, not "):
+        CaptionPairs(ShapesStream(), max_words=12, grid=8, changes=changes)
 
 
 def test_tasks_can_have_numbers_of_prompts_of_their_own() -> None:

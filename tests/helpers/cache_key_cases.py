@@ -127,7 +127,7 @@ by_fields(TokenConfidence())
 by_fields(RandomScores())
 by_fields(PairRule(), per_prompt=None, min_margin=0.5, surplus_penalty=0.5, weigh_margins=True, max_weight=2.0)
 by_fields(ShapesDetector(), free={"batch_size": 3})
-by_fields(ShapesStream(), split="test", seed=1, vagueness={"colors": 0.5},
+by_fields(ShapesStream(), split="test", seed=1, vagueness={"colors": 0.5}, relations=["above"],
           task_weights=dict(reversed(ShapesStream().task_weights.items())))  # fmt: skip
 
 
