@@ -75,6 +75,7 @@ COMPANIONS = {
     "task=score": [*TINY, "images=somewhere"],
     "decoder=full": [],
     "experiment=full_decoder": [],
+    "experiment=shapes_parm_left_right": [*TINY, "parm.checkpoint=null"],
     "experiment=shapes_masked": [*TINY, "decoder.start=null"],
     "experiment=shapes_masked_parm_start": [*TINY, "parm.start=null"],
     "experiment=shapes_flow": [*TINY, "decoder.start=null"],
@@ -402,6 +403,7 @@ PRETRAINED = [
     "shapes_masked",
     "shapes_flow",
     "shapes_parm_start",
+    "shapes_parm_left_right",
     "shapes_masked_parm_start",
     "shapes_flow_parm_start",
     "shapes_clip",
@@ -429,6 +431,8 @@ def test_pretraining_experiments_run(tmp_path: Path, name: str) -> None:
         small += ["decoder.module.rotary_dims=4", "sampling.steps=4"]
     if name in ("shapes_masked", "shapes_flow"):
         small = [item for item in small if item not in PLAIN_STRATEGY] + ["decoder.start=null"]
+    if name == "shapes_parm_left_right":
+        overrides.append("parm.checkpoint=null")
     if name == "shapes_masked_parm_start":
         overrides.append("parm.start=null")
     if name == "shapes_flow_parm_start":

@@ -120,6 +120,11 @@ def test_every_experiment_is_described() -> None:
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
         (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
         (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
+        (
+            ["experiment=shapes_parm_left_right", "data.train.stream.relations=[left]"],
+            "data.train.stream: relations must be some of left of, right of, above, below, not ['left']",
+        ),
+        (["experiment=shapes_parm_left_right", "data.train.changes=[colour]"], "data.train: changes must be some of"),
         (["experiment=shapes_masked_parm_start", "data.repaint.shares=[1,0]"], "must be two numbers that rise within"),
         (["data.train.plain._target_=no_package.Spec"], "data.train.plain._target_: there is no no_package.Spec"),
         (["task=score", "images=.", "fid=shapes", "fid.count=1"], "fid.count must be a whole number of at least 2"),

@@ -216,6 +216,7 @@ SHORT = {
         "shapes_flow_parm_start",
         "shapes_masked",
         "shapes_masked_parm_start",
+        "shapes_parm_left_right",
         "shapes_parm_start",
         "shapes_tokenizer",
     ),
