@@ -38,6 +38,7 @@ PLACEHOLDERS = {
     "outputs/parm/<time>": "run",
     "outputs/parm/TIME": "run",
     "outputs/shapes_parm_start/TIME": "run",
+    "outputs/shapes_parm_left_right/TIME": "run",
     "$RUN": "run",
     "=...": "=anything",
     "=DIR": "=folder",
