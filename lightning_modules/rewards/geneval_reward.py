@@ -139,7 +139,13 @@ class GenEvalReward(Reward):
         return self.judge(prompts, self.detect(images, files))
 
     def judge(self, prompts: Sequence[Mapping[str, Any]], found: Sequence[Detections]) -> list[Verdict]:
-        """Apply the rules to the detections of images; colours that take a network are named in one pass."""
+        """Apply the rules to the detections of images; colours that take a network are named in one pass.
+
+        Raises:
+            ValueError: a prompt has no `tag`.
+        """
+        if (bare := next((row for row in prompts if "tag" not in row), None)) is not None:
+            raise ValueError(f"GenEval cannot judge the prompt {bare.get('prompt')!r}: it has no tag and no include")
         pairs = list(zip(prompts, found, strict=True))
         lazy = [(each.colors, row, each) for row, each in pairs if isinstance(each.colors, LazyColors)]
         name_colors([(colors, self.rules.colors_asked(row, each)) for colors, row, each in lazy])

@@ -128,6 +128,12 @@ def test_nothing_is_judged_before_the_self_test_is_passed() -> None:
     assert not GenEvalReward(Blind()).verdicts([image.metadata], [image.image])[0].correct  # skipped by name
 
 
+def test_a_prompt_without_what_it_asks_for_is_refused() -> None:
+    complaint = "GenEval cannot judge the prompt 'a photo of a star': it has no tag and no include"
+    with pytest.raises(ValueError, match=complaint):
+        GenEvalReward(ShapesDetector())([{"prompt": "a photo of a star"}], torch.zeros(1, 3, 64, 64))
+
+
 def test_a_self_test_that_cannot_fail_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no .*picture.png"):
         SelfTest(str(tmp_path))
