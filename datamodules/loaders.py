@@ -12,13 +12,12 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 
 class _BatchesFrom(BatchSampler):
-    """Batches of indices, of which the next epoch leaves out the first `start`."""
+    """Batches of indices without the first `start`."""
 
     start = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        start, self.start = self.start, 0
-        return islice(super().__iter__(), start, None)
+        return islice(super().__iter__(), self.start, None)
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -35,7 +34,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._served = self.batch_sampler.start
-        for batch in super().__iter__():
+        batches = super().__iter__()  # reads the batch sampler twice where workers load
+        self.batch_sampler.start = 0
+        for batch in batches:
             self._served += 1
             yield batch
 
