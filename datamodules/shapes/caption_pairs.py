@@ -3,19 +3,21 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 
 from datamodules.prompt_templates import NUMBERS, Metadata, change_clause, make_row
 from datamodules.shapes.prompts import CLASSES, prompt_pool
-from datamodules.shapes.scenes import Scene, ShapesStream
+from datamodules.shapes.scenes import Scene, ShapesStream, names_only
 from datamodules.shapes.world import SIZE
 from lightning_modules.backbone.text import word_spans
 from lightning_modules.rewards.geneval_metadata import ANYTHING, COLORS, RELATIONS
 from lightning_modules.rewards.geneval_rules import Detections, GenEvalRules, Verdict
 from lightning_modules.rewards.grounding import grounding
 
-CHANGES = ("class", "color", "relation", "count", "order")  # what `altered` can change
+Change = Literal["class", "color", "relation", "count", "order"]
+CHANGES: tuple[Change, ...] = get_args(Change)
 _RULES = GenEvalRules(class_names=(*CLASSES, ANYTHING))
 
 
@@ -71,7 +73,7 @@ def _train_prompts() -> frozenset[str]:
     return frozenset(row["prompt"] for row in (*rows, *vague))
 
 
-def altered(row: Metadata, stream: ShapesStream, changes: Sequence[str], rng: np.random.Generator) -> Metadata:
+def altered(row: Metadata, stream: ShapesStream, changes: Sequence[Change], rng: np.random.Generator) -> Metadata:
     """Return a prompt with another class, colour, count or relation, or with its objects in another order.
 
     From a training prompt it makes another one, never a held-out one, and it names no relation that the stream does
@@ -81,7 +83,7 @@ def altered(row: Metadata, stream: ShapesStream, changes: Sequence[str], rng: np
     kinds: dict[str, list[Metadata]] = {}
     for kind, other in _changes(row):
         known = stream.split != "train" or other["prompt"] in _train_prompts()
-        if other["prompt"] != row["prompt"] and known and stream.may_name(other):
+        if other["prompt"] != row["prompt"] and known and names_only(other, stream.relations):
             kinds.setdefault(kind, []).append(other)
     wanted = [kinds[kind] for kind in kinds if kind in changes] or list(kinds.values())
     options = wanted[rng.integers(len(wanted))]
@@ -105,10 +107,11 @@ class CaptionPairs:
     stream: ShapesStream
     max_words: int  # of the longest prompt
     grid: int  # image tokens along each side
-    changes: Sequence[str] = CHANGES  # kinds from which that of the altered caption is drawn
+    changes: Sequence[Change] = CHANGES  # kinds from which the altered caption's is drawn, if its prompt allows one
 
     def __post_init__(self) -> None:
-        if not self.changes or not set(self.changes) <= set(CHANGES):
+        object.__setattr__(self, "changes", tuple(self.changes))  # OmegaConf's lists are slow
+        if not self.changes or not {*self.changes} <= {*CHANGES}:
             raise ValueError(f"changes must be some of {', '.join(CHANGES)}, not {list(self.changes)}")
 
     def __getitem__(self, index: int) -> CaptionPair:

@@ -28,6 +28,7 @@ _MINUS_ONE = ("devices", "save_top_k", "num_sanity_val_steps")  # it means all t
 _SIZES = ("batch_size", "images_per_prompt", "sheet_prompts", "num_nodes", "check_val_every_n_epoch", "every_n_epochs",
           "samples", "dim", "depth", "heads", "n", "k", "stride", "rounds", "validation_images", "train_images",
           "accumulate_grad_batches", "per_prompt", "n_masks", "steps", "inner_epochs")  # fmt: skip
+_NOT_EMPTY = ("validation_strategies", "test_strategies", "relations", "changes")
 _FRACTIONS = ("prompt_dropout", "feature_dropout", "finished", "share")
 _BATCHES = ("val_check_interval", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches",
             "limit_predict_batches")  # fmt: skip
@@ -224,7 +225,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
     in_range = number and isinstance(value, kinds) and least <= value <= most
     useless = {
         "finite": any(math.isnan(each) or name not in _MAY_BE_INFINITE for each in broken),
-        "a list of at least one name": name in ("validation_strategies", "test_strategies") and value == [],
+        "a list of at least one name": name in _NOT_EMPTY and value == [],
         "images to compare with": name == "references" and value is None,
         "a list of at least one seed": name == "seeds" and value == [],
         "a fraction up to 1, or a whole number of batches": number

@@ -46,7 +46,8 @@ def _refuse_mismatched_networks(config: Mapping[str, Any], unresolved: Mapping[s
         refuse_other_parm(parm, {"grid": ("the grid of the image tokenizer", network.grid)})
     refuse_other_images(built, unresolved, size, _attribute)
     if "train_images" in data:
-        height, width = instantiate(data["train"], _convert_="all")[0].image.shape[:2]
+        train = instantiate({"data": {"train": data["train"]}}, _convert_="all")["data"]["train"]  # errors name it so
+        height, width = train[0].image.shape[:2]
         if (height, width) != (size, size):
             said = f"images of {width}x{height} pixels, and the image tokenizer reads {size}x{size}"
             raise ValueError(f"data.train gives {said}: point data.train and data.validation at images of that size")

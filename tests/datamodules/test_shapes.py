@@ -152,6 +152,7 @@ def test_a_stream_names_only_its_relations(split) -> None:
     for index in range(200):
         pair = pairs[index]
         true, other = ([clause["class"] for clause in row["include"]] for row in pair.captions)
+        assert pair.captions[0]["prompt"] != pair.captions[1]["prompt"]
         said |= {row["include"][1]["position"][0] for row in pair.captions}
         turned += {*true} == {*other} and not pair.verdicts[1].correct
     assert said == {"left of", "right of"}
@@ -162,6 +163,22 @@ def test_a_stream_names_only_its_relations(split) -> None:
 def test_unknown_relations_are_refused(relations) -> None:
     with pytest.raises(ValueError, match="relations must be some of left of, right of, above, below, not "):
         ShapesStream(relations=relations)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"task_weights": {"shape": 1}}, "are of single_object, .*, not of 'shape'"),
+        ({"vagueness": {"color": 0.5}}, "are of single_object, .*, not of 'color'"),
+        ({"task_weights": {"colors": 0, "counting": 0.0}}, "task_weights must be at least 0, and one more than that"),
+        ({"task_weights": {"colors": 2, "counting": -1}}, "task_weights must be at least 0, and one more than that"),
+        ({"task_weights": {}}, "task_weights must be at least 0, and one more than that"),
+        ({"vagueness": {"colors": 1.5}}, "vagueness must be from 0 to 1, not {'colors': 1.5}"),
+    ],
+)
+def test_weights_and_vagueness_that_mean_nothing_are_refused(wrong, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        ShapesStream(**wrong)
 
 
 @pytest.mark.parametrize("changes", [[], ["colour"], ["class", "size"]])
