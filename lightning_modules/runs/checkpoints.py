@@ -136,11 +136,14 @@ def _has_config(folder: Path) -> bool:
 
 
 def remember_found(folder: Path) -> None:
-    """Note what is there already, the folder, those in it and those around it: `forget_refused` leaves them."""
+    """Note what is there already, the folder, those in it and those around it: `forget_refused` leaves them.
+
+    Where runs are in it, which one resumes is not known yet: what a run puts into its folder is noted of all.
+    """
     folder = folder.absolute()
     _missing.update(each for each in (folder, *folder.parents) if not each.exists())
     if folder.is_dir():
-        inside = [_real(path) for path in folder.iterdir()]
+        inside = [_real(path) for pattern in ("*", "*/.hydra", f"*/{LOCK}") for path in folder.glob(pattern)]
         _found.update({_real(folder): not inside} | dict.fromkeys(inside, False))
 
 

@@ -148,6 +148,19 @@ def test_a_refused_run_removes_only_what_it_has_made(tmp_path: Path) -> None:
     assert (used / ".hydra").is_dir() and linked.is_symlink()
 
 
+def test_a_refused_resume_leaves_the_run_that_it_found(tmp_path: Path) -> None:
+    found, made = tmp_path / "found", tmp_path / "made"
+    (found / ".hydra").mkdir(parents=True)
+    (found / LOCK).touch()
+    (found / "config.yaml").write_text("rollouts_dir: rollouts\n")
+    remember_found(tmp_path)  # `outputs/NAME`: the run has no name of its own yet
+    (made / ".hydra").mkdir(parents=True)
+    for folder in (found, made):
+        forget_refused(folder)
+    assert {path.name for path in found.iterdir()} == {".hydra", LOCK, "config.yaml"}
+    assert not made.exists()
+
+
 def test_the_folder_of_a_run_is_not_that_of_its_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there are no checkpoints in the folder \S+$"):
