@@ -15,16 +15,16 @@ class Divergence(Callback):
     errors.
 
     Args:
-        reward, held_out: names of the logged metrics.
+        reward, independent: names of the logged metrics.
         window: steps at each end, at least 2; of a step that learns in several minibatches the metrics count once.
         errors: standard errors of a difference.
     """
 
-    def __init__(self, reward: str, held_out: str, window: int, errors: float) -> None:
+    def __init__(self, reward: str, independent: str, window: int, errors: float) -> None:
         if window < 2:
             raise ValueError(f"callbacks.divergence.window must be at least 2, not {window}")
-        self.reward, self.held_out, self.window, self.errors = reward, held_out, window, errors
-        self.seen: list[tuple[float, float]] = []  # reward and held-out score of each step
+        self.reward, self.independent, self.window, self.errors = reward, independent, window, errors
+        self.seen: list[tuple[float, float]] = []  # reward and independent score of each round
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": list(self.seen)}
@@ -36,21 +36,21 @@ class Divergence(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         metrics = trainer.callback_metrics
-        if missing := {self.reward, self.held_out} - {*metrics}:
+        if missing := {self.reward, self.independent} - {*metrics}:
             known = ", ".join(sorted(name for name in metrics if name.startswith("train/")))
             out = "~callbacks.divergence leaves this rule out"
             raise ValueError(f"callbacks.divergence reads {min(missing)}, which is not logged ({known} are); {out}")
-        now = float(metrics[self.reward]), float(metrics[self.held_out])
+        now = float(metrics[self.reward]), float(metrics[self.independent])
         if self.seen[-1:] == [now]:
             return
         self.seen.append(now)
         if len(self.seen) < 2 * self.window or trainer.should_stop:
             return
-        reward, held_out = (self._change(list(values)) for values in zip(*self.seen, strict=True))
-        if reward > self.errors and held_out < -self.errors:
+        reward, independent = (self._change(list(values)) for values in zip(*self.seen, strict=True))
+        if reward > self.errors and independent < -self.errors:
             trainer.should_stop = True
             rise = f"{self.reward} has risen by {reward:.1f} standard errors"
-            rank_zero_info(f"Training stops: {rise}, and {self.held_out} has fallen by {-held_out:.1f}")
+            rank_zero_info(f"Training stops: {rise}, and {self.independent} has fallen by {-independent:.1f}")
 
     def _change(self, values: list[float]) -> float:
         """The last steps' mean minus the first ones', in standard errors."""

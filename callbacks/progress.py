@@ -35,9 +35,9 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin at the step from which training resumes."""
-        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        steps = trainer.estimated_stepping_batches  # the least that `max_steps` and `max_epochs` allow
         self._bar = tqdm(
-            total=None if math.isinf(steps) else int(steps),
+            total=int(steps) if 0 < steps < math.inf else None,
             initial=trainer.global_step,
             desc="Training",
             unit="step",

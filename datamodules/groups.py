@@ -30,17 +30,17 @@ class GroupSpec:
     Attributes:
         prompts: GenEval metadata.
         strategy: decodes the images.
-        per_step: groups of each task that a step takes from the stream, which mixes tasks evenly; 0 leaves a task out.
+        per_round: groups of each task that a round takes from the stream, which mixes tasks evenly; 0: none.
         samples: images of a group.
-        refills: how often a step replaces groups that teach nothing (all of whose images are equally good) by those of
+        refills: how often a round replaces groups that teach nothing (all of whose images are equally good) by those of
             the next prompts; what is still missing then is filled up with such groups.
         curriculum: how fast the weights of tasks follow the fraction of their groups that teach: each group counts this
-            much against all before it. 0: all tasks come as `per_step` says.
+            much against all before it. 0: all tasks come as `per_round` says.
     """
 
     prompts: Sequence[Mapping[str, Any]]
     strategy: Strategy
-    per_step: Mapping[str, int]
+    per_round: Mapping[str, int]
     samples: int
     refills: int
     curriculum: float = 0.0
@@ -52,20 +52,20 @@ class GroupSpec:
             raise ValueError(f"data.spec.refills must be at least 0, not {self.refills}")
         if not 0 <= self.curriculum < 1:
             raise ValueError(f"data.spec.curriculum must be at least 0 and below 1, not {self.curriculum}")
-        if min(self.per_step.values(), default=0) < 0 or not self.groups:
-            raise ValueError("data.spec.per_step must have at least 1 group, and of no task fewer than 0")
-        if missing := {task for task, count in self.per_step.items() if count} - {row["tag"] for row in self.prompts}:
-            raise ValueError(f"data.spec.per_step names {min(missing)!r}, a task of which there are no prompts")
+        if min(self.per_round.values(), default=0) < 0 or not self.groups:
+            raise ValueError("data.spec.per_round must have at least 1 group, and of no task fewer than 0")
+        if missing := {task for task, count in self.per_round.items() if count} - {row["tag"] for row in self.prompts}:
+            raise ValueError(f"data.spec.per_round names {min(missing)!r}, a task of which there are no prompts")
 
     @property
     def groups(self) -> int:
-        """Groups that a step learns from."""
-        return sum(self.per_step.values())
+        """Groups that a round learns from."""
+        return sum(self.per_round.values())
 
     @cached_property
     def _cycle(self) -> list[tuple[str, int]]:
-        """The task, and the number among those of its task, of each group of a step."""
-        places = [((j + 0.5) / count, task, j) for task, count in self.per_step.items() for j in range(count)]
+        """The task, and the number among those of its task, of each group of a round."""
+        places = [((j + 0.5) / count, task, j) for task, count in self.per_round.items() for j in range(count)]
         return [(task, j) for _, task, j in sorted(places)]
 
     @cached_property
@@ -80,14 +80,14 @@ class GroupSpec:
         cycles, position = divmod(place, self.groups)
         task, j = self._cycle[position]
         pool = self._pools[task]
-        return pool[(cycles * self.per_step[task] + j) % len(pool)]
+        return pool[(cycles * self.per_round[task] + j) % len(pool)]
 
 
 @dataclass
 class Curriculum:
     """Where a stream of prompts goes on, and which of them are passed over, because groups of their task seldom teach.
 
-    A task of which every other group teaches gets half as many groups, against `per_step`, as one of which all do.
+    A task of which every other group teaches gets half as many groups, against `per_round`, as one of which all do.
     """
 
     next_place: int = 0

@@ -1,4 +1,4 @@
-"""Groups that the policy of this moment makes whenever training comes to the next step, in minibatches, for GRPO."""
+"""Groups that the policy of this moment makes whenever training comes to the next round, in minibatches, for GRPO."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.groups import Columns, Curriculum, GroupCollector, GroupSpec
 from datamodules.loaders import make_loader
-from datamodules.step_sizes import refuse_uneven_step
+from datamodules.round_sizes import refuse_uneven_round
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import judge_named
 from lightning_modules.rewards.registry import JudgeRegistry
@@ -26,18 +26,18 @@ class _Minibatches(Dataset[Any]):
         self.data = data
 
     def __len__(self) -> int:
-        return self.data.steps * self.data.rows_per_step
+        return self.data.rounds * self.data.rows_per_round
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         return self.data.batch(indices)
 
 
 class GroupsDataModule(LightningDataModule):
-    """Groups of the LightningModule's own decoder, collected whenever training comes to the next step.
+    """Groups of the LightningModule's own decoder, collected whenever training comes to the next round.
 
-    A step collects groups once and learns from their images `inner_epochs` times, in minibatches. The loader asks for
-    them batch by batch, so that a step's images are those of the policy of that moment; checkpoints hold the images of
-    the step that they were saved in, and a resumed run goes on with them.
+    A round collects groups once and learns from their images `inner_epochs` times, in minibatches. The loader asks for
+    them batch by batch, so that a round's images are those of the policy of that moment; checkpoints hold the images of
+    the round that they were saved in, and a resumed run goes on with them.
 
     Args:
         judges: of the run.
@@ -46,9 +46,9 @@ class GroupsDataModule(LightningDataModule):
             finished ones. Its values are taken from the reward, step by step; see `GRPOObjective.advantages`.
         rewards: weights of judges, such as `geneval` (all is right), `clauses` (the fraction of what the prompt asks
             that is), `strict` (and counts are exact) or `parm`; each is normalised by itself.
-        held_out: names of judges whose scores are logged, and have no say.
-        steps: of an epoch, after which validation may come.
-        inner_epochs: how often a step learns from each image.
+        independent_judges: names of judges whose scores are logged, and have no say.
+        rounds: of an epoch, after which validation may come.
+        inner_epochs: how often a round learns from each image.
         batch_size: images of a minibatch, per rank.
         collect_batch_size: images decoded at a time.
         seed: of all images.
@@ -64,8 +64,8 @@ class GroupsDataModule(LightningDataModule):
         spec: GroupSpec,
         rewards: Mapping[str, float],
         potentials: Mapping[str, str],
-        held_out: Sequence[str],
-        steps: int,
+        independent_judges: Sequence[str],
+        rounds: int,
         inner_epochs: int,
         batch_size: int,
         collect_batch_size: int,
@@ -74,42 +74,44 @@ class GroupsDataModule(LightningDataModule):
         super().__init__()
         self.judges, self.spec, self.seed = judges, spec, seed
         self.rewards = {name: weight for name, weight in rewards.items() if weight}
-        self.potentials, self.held_out, self.steps, self.inner_epochs = potentials, held_out, steps, inner_epochs
+        self.potentials, self.independent_judges = potentials, independent_judges
+        self.rounds, self.inner_epochs = rounds, inner_epochs
         self.batch_size, self.collect_batch_size = batch_size, collect_batch_size
-        for name in ("steps", "inner_epochs", "batch_size", "collect_batch_size"):
+        for name in ("rounds", "inner_epochs", "batch_size", "collect_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if not self.rewards:
             raise ValueError("data.rewards names no judge with a weight other than 0: nothing to learn from")
-        if both := {*held_out} & {*self.rewards, *spec.strategy.judge_names}:
-            raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
-        self._step, self._curriculum = -1, Curriculum()  # the step whose images are here; where the stream goes on
+        if both := {*independent_judges} & {*self.rewards, *spec.strategy.judge_names}:
+            said = f"names {min(both)!r}, a judge that has a say in what is trained on"
+            raise ValueError(f"data.independent_judges {said}")
+        self._round, self._curriculum = -1, Curriculum()  # the round whose images are here; where the stream goes on
         self._columns: Columns = {}
         self._stats: dict[str, float] = {}
 
     @property
-    def rows_per_step(self) -> int:
-        """Images that a step learns from, each as often as it does."""
+    def rows_per_round(self) -> int:
+        """Images that a round learns from, each as often as it does."""
         return self.spec.groups * self.spec.samples * self.inner_epochs
 
     def state_dict(self) -> dict[str, Any]:
-        place = {"step": self._step, "curriculum": asdict(self._curriculum)}
+        place = {"round": self._round, "curriculum": asdict(self._curriculum)}
         return {**place, "columns": dict(self._columns), "stats": dict(self._stats)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step, self._curriculum = state_dict["step"], Curriculum(**state_dict["curriculum"])
+        self._round, self._curriculum = state_dict["round"], Curriculum(**state_dict["curriculum"])
         self._columns, self._stats = state_dict["columns"], state_dict["stats"]
 
     def setup(self, stage: str) -> None:
-        """Refuse unknown judges, and minibatches that do not divide a step, before any image is made."""
-        named = {"data.rewards": self.rewards, "data.held_out": self.held_out}
+        """Refuse unknown judges, and minibatches that do not divide a round, before any image is made."""
+        named = {"data.rewards": self.rewards, "data.independent_judges": self.independent_judges}
         self.judges.refuse_unknown({**named, "data.spec.strategy": self.spec.strategy.judge_names})
         self._check_potentials()
         if stage != "fit":
             return
         self.judges.teachers |= {*self.rewards, *self.spec.strategy.judge_names}
         images, ranks = self.spec.groups * self.spec.samples, self.trainer.world_size
-        refuse_uneven_step(images, self.batch_size, ranks, self.inner_epochs, self.trainer.accumulate_grad_batches)
+        refuse_uneven_round(images, self.batch_size, ranks, self.inner_epochs, self.trainer.accumulate_grad_batches)
 
     def _check_potentials(self) -> None:
         """Raise ValueError for values along the way that there are none of."""
@@ -123,21 +125,21 @@ class GroupsDataModule(LightningDataModule):
                 raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return the minibatch of these rows of an epoch, all of one step, whose images are made if need be."""
-        step, first = divmod(indices[0], self.rows_per_step)
-        step += self.trainer.current_epoch * self.steps
-        if step != self._step:
+        """Return the minibatch of these rows of an epoch, all of one round, whose images are made if need be."""
+        number, first = divmod(indices[0], self.rows_per_round)
+        number += self.trainer.current_epoch * self.rounds
+        if number != self._round:
             self._columns, self._stats = self._collect()
-            self._step = step
+            self._round = number
         images = self.spec.groups * self.spec.samples
-        shuffled = torch.Generator().manual_seed(image_seed(self.seed, step))
+        shuffled = torch.Generator().manual_seed(image_seed(self.seed, number))
         order = torch.cat([torch.randperm(images, generator=shuffled) for _ in range(self.inner_epochs)])
         rows = order[[index - indices[0] + first for index in indices]]
         columns = {name: part[rows] for name, part in self._columns.items()}
         batch: dict[str, Any] = {
             "prompt": [self.spec.prompt(place)["prompt"] for place in columns["place"].tolist()],
             "tokens": columns["tokens"] if columns["tokens"].is_floating_point() else columns["tokens"].long(),
-            "seed": [image_seed(self.seed, step, row) for row in rows.tolist()],
+            "seed": [image_seed(self.seed, number, row) for row in rows.tolist()],
             "advantage": columns["advantage"].numpy(),
             "stats": self._stats,
         }
@@ -155,9 +157,9 @@ class GroupsDataModule(LightningDataModule):
         return batch
 
     def _collect(self) -> tuple[Columns, dict[str, float]]:
-        """Make the images of a step with the policy as it is now; return them, and numbers about all that were made."""
+        """Make the images of a round with the policy as it is; return them, and numbers about all that were made."""
         module: Any = self.trainer.lightning_module
-        scores = [*self.rewards, *self.held_out]
+        scores = [*self.rewards, *self.independent_judges]
         settings = scores, self.potentials, self.spec, self.seed, self.collect_batch_size, module.refit is not None
         collector = GroupCollector(module.decoder, self.judges, *settings)
         found: list[Columns] = []
@@ -190,7 +192,7 @@ class GroupsDataModule(LightningDataModule):
         return module.advantages(rewards, self.rewards, potentials)
 
     def _describe(self, columns: Columns, teaches: Tensor) -> dict[str, float]:
-        """Describe all groups that a step has made, those without a lesson included."""
+        """Describe all groups that a round has made, those without a lesson included."""
         tasks = [self.spec.prompt(place)["tag"] for place in columns["place"].tolist()]
         stats = {"images_made": float(self._curriculum.taken * self.spec.samples)}  # since training began
         stats |= {"dropped": 1 - float(teaches.float().mean()), "objects": float(columns["objects"].float().mean())}
@@ -200,16 +202,17 @@ class GroupsDataModule(LightningDataModule):
             scores = columns[f"score/{name}"]
             stats[f"reward/{name}"] = float(scores.mean())
             stats[f"spread/{name}"] = float(scores.view(-1, self.spec.samples).std(1, correction=0).mean())
-            for task in self.spec.per_step:
+            for task in self.spec.per_round:
                 of_task = torch.tensor([each == task for each in tasks])
                 if of_task.any():
                     stats[f"reward/{name}/{task}"] = float(scores[of_task].mean())
         if self.spec.curriculum:
             stats |= {f"teaches/{task}": value for task, value in self._curriculum.teaches.items()}
-        return stats | {f"held_out/{name}": float(columns[f"score/{name}"].mean()) for name in self.held_out}
+        independent = {name: columns[f"score/{name}"].mean() for name in self.independent_judges}
+        return stats | {f"independent/{name}": float(mean) for name, mean in independent.items()}
 
     def predict_dataloader(self) -> list[Any]:
-        """Make the images of one step with the models as they are and describe them; no batches are left to predict."""
+        """Make the images of a round with the models as they are and describe them; no batches are left to predict."""
         for name, value in self._collect()[1].items():
             rank_zero_info(f"{name}: {value:.3f}")
         return []

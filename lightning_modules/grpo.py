@@ -33,7 +33,7 @@ class GRPOObjective:
         baseline: taken from each reward: the `mean` of the group, that of its `others` (leave-one-out, arXiv
             2402.14740), or `none`: then rewards are the advantages, and images without any teach nothing.
         scale: advantages are divided by the standard deviation of the `group`, or of the whole `batch` (all groups of a
-            step, each around its baseline), or not (`none`, arXiv 2503.20783).
+            round, each around its baseline), or not (`none`, arXiv 2503.20783).
         min_spread: a reward whose standard deviation within a group is not above this says nothing there.
         max_advantage: larger ones are cut to this, on both sides; null cuts none.
         positive_only: images below the baseline teach nothing (rejection-sampling fine-tuning).
@@ -153,7 +153,7 @@ class GRPOModule(PolicyModule):
     Batches have `prompt` (B strings), `tokens` [B, T], `seed` (B numbers), `recorded`, the log-probabilities of the
     choices when they were drawn, [B, S] (an array, not a tensor, which Lightning would round in bfloat16; none where
     images were decoded anew in part), `advantage` (an array [B, 1 or S]), and the `trajectory` where there is one;
-    `stats` are numbers about the groups of a step, which are logged; to refit PARM also `labels`, those of
+    `stats` are numbers about the groups of a round, which are logged; to refit PARM also `labels`, those of
     `PARMObjective.losses`.
 
     Args:

@@ -43,7 +43,7 @@ TRAINING = {
     "dpo": ["experiment=dpo", *SMALL_DPO, *STEPS, "trainer.max_epochs=-1", "trainer.val_check_interval=1.0",
             "module.warmup_steps=2", "callbacks.early_stop.patience=100", "data.train.plain.samples=5"],
     "grpo": ["experiment=grpo", *SMALL_GRPO, *STEPS, "trainer.max_epochs=-1", "trainer.accumulate_grad_batches=1",
-             "data.steps=10", "module.objective.beta=0.1"],
+             "data.rounds=10", "module.objective.beta=0.1"],
 }  # fmt: skip
 
 

@@ -564,13 +564,13 @@ def test_guided_dpo_refits_parm_and_can_keep_the_reference_of_the_run(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_judge_that_teaches_is_not_held_out(tmp_path: Path) -> None:
+def test_a_judge_that_teaches_is_not_independent(tmp_path: Path) -> None:
     done = command(tmp_path, "experiment=dpo", *SMALL_DPO, "+data.scores.parm=0.5", check=False)
     sentence = "Error: evaluator.independent_judges: 'parm' decides what is trained on"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == sentence
 
 
-def test_what_is_trained_is_not_held_out(compose_config) -> None:
+def test_what_is_trained_is_not_independent(compose_config) -> None:
     parts = Parts(compose_config(*SMALL_PARM, "evaluator.independent_judges=[parm]"))
     with pytest.raises(ValueError, match=r"evaluator\.independent_judges: 'parm' is trained"):
         _ = parts.trainer

@@ -1,4 +1,4 @@
-"""Checks of the judges that a config names: there are such, and those that teach are not held out."""
+"""Checks of the judges that a config names: there are such, and those that teach are not independent."""
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +58,7 @@ def refuse_unknown_judges(config: Mapping[str, Any]) -> None:
     }
     data = (decodes and config.get("data")) or {}
     gives = constant(str(data.get("_target_")), "gives", None)  # data of yours may mean something else by these
-    for name in {"groups": ("rewards", "held_out"), "pairs": ("scores",)}.get(gives, ()):
+    for name in {"groups": ("rewards", "independent_judges"), "pairs": ("scores",)}.get(gives, ()):
         named[f"data.{name}"] = data.get(name) or ()
     if gives == "groups":
         named["data.potentials"] = (data.get("potentials") or {}).values()
@@ -81,7 +81,7 @@ def _choosing(node: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a judge that is trained, or decides what is trained on, counts as independent or held out."""
+    """Raise ValueError if a judge that is trained, or decides what is trained on, counts as independent."""
     module, data = config["module"], config.get("data") or {}
     gives = constant(str(data.get("_target_")), "gives", None)
     weights = (data.get({"groups": "rewards", "pairs": "scores"}.get(gives, "")) or {}).items()
@@ -99,9 +99,9 @@ def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
 
 def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) -> None:
     data, rule = config["data"], config["callbacks"].get("divergence") or {}
-    held_out = data.get("held_out") or ()
-    if both := teachers & {*held_out}:
-        raise ValueError(f"data.held_out names {min(both)!r}, a judge that has a say in what is trained on")
+    independent = data.get("independent_judges") or ()
+    if both := teachers & {*independent}:
+        raise ValueError(f"data.independent_judges names {min(both)!r}, a judge that has a say in what is trained on")
     if missing := {*(data.get("potentials") or ())} - teachers:
         raise ValueError(f"data.potentials.{min(missing)}: data.rewards has no {min(missing)!r}")
     for name, by in (data.get("potentials") or {}).items():
@@ -110,10 +110,11 @@ def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) ->
     network = (config.get("decoder") or {}).get("module") or {}
     if data.get("potentials") and not constant(str(network.get("_target_")), "causal", True):
         raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
-    read = str(rule.get("held_out") or "")
-    if read.startswith("train/held_out/") and read.rpartition("/")[2] not in held_out:
-        said = f"data.held_out does not name {read.rpartition('/')[2]!r}; ~callbacks.divergence leaves this rule out"
-        raise ValueError(f"callbacks.divergence.held_out is {read}, and {said}")
+    read = str(rule.get("independent") or "")
+    if read.startswith("train/independent/") and read.rpartition("/")[2] not in independent:
+        said = f"data.independent_judges does not name {read.rpartition('/')[2]!r}"
+        out = "~callbacks.divergence leaves this rule out"
+        raise ValueError(f"callbacks.divergence.independent is {read}, and {said}; {out}")
 
 
 def _values_no_prefixes(judge: str, rewards: Mapping[str, Any]) -> bool:

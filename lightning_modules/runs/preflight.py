@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from datamodules.step_sizes import refuse_uneven_step
+from datamodules.round_sizes import refuse_uneven_round
 from lightning_modules.backbone.published import nodes
 from lightning_modules.rewards.geneval_metadata import TASKS
 from lightning_modules.runs.checkpoints import named_checkpoints, refuse_other_run, refuse_other_settings
@@ -116,23 +116,22 @@ def _refuse_several_processes(trainer: Any) -> None:
 def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
     """Raise ValueError for numbers of prompts of a task that is none of GenEval's."""
     for key, node in nodes(data, "data"):
-        for name in ("per_step", "per_round"):
-            counts = node.get(name)
-            if unknown := [task for task in counts if task not in TASKS] if isinstance(counts, Mapping) else []:
-                raise ValueError(f"{key}.{name} names the task {unknown[0]!r}; there are: {', '.join(TASKS)}")
+        counts = node.get("per_round")
+        if unknown := [task for task in counts if task not in TASKS] if isinstance(counts, Mapping) else []:
+            raise ValueError(f"{key}.per_round names the task {unknown[0]!r}; there are: {', '.join(TASKS)}")
 
 
-def _refuse_uneven_steps(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Refuse minibatches that do not divide a step of groups, where the number of processes is known."""
+def _refuse_uneven_rounds(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Refuse minibatches that do not divide a round of groups, where the number of processes is known."""
     devices, machines = trainer.get("devices"), trainer.get("num_nodes", 1)
     if data.get("_target_") != _GROUPS or type(devices) is not int or devices < 1:
         return
-    images, accumulated = _images_of_a_step(data["spec"]), trainer.get("accumulate_grad_batches", 1)
-    refuse_uneven_step(images, data["batch_size"], devices * machines, data["inner_epochs"], accumulated)
+    images, accumulated = _images_of_a_round(data["spec"]), trainer.get("accumulate_grad_batches", 1)
+    refuse_uneven_round(images, data["batch_size"], devices * machines, data["inner_epochs"], accumulated)
 
 
-def _images_of_a_step(spec: Mapping[str, Any]) -> int:
-    return int(sum(spec["per_step"].values()) * spec["samples"])
+def _images_of_a_round(spec: Mapping[str, Any]) -> int:
+    return int(sum(spec["per_round"].values()) * spec["samples"])
 
 
 def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
@@ -142,8 +141,8 @@ def _refuse_rare_validation(data: Mapping[str, Any], trainer: Mapping[str, Any])
         return
     images, said = data.get("train_images"), f"data.train_images={data.get('train_images')}"
     if data.get("_target_") == _GROUPS:
-        images = data["steps"] * data["inner_epochs"] * _images_of_a_step(data["spec"])
-        said = f"data.steps={data['steps']}"
+        images = data["rounds"] * data["inner_epochs"] * _images_of_a_round(data["spec"])
+        said = f"data.rounds={data['rounds']}"
     if data.get("_target_") == _ROLLOUTS:
         first = [node for node in data["train"].values() if not node.get("from_epoch")]
         images = sum(node["samples"] * len(instantiate(node["prompts"], _convert_="all")) for node in first)
@@ -205,7 +204,7 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
         _refuse_other_data(module, data)
         if config["task"] == "fit":
             refuse_teaching_judges(config)
-            _refuse_uneven_steps(data, config["trainer"])
+            _refuse_uneven_rounds(data, config["trainer"])
             _refuse_rare_validation(data, config["trainer"])
     if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):
         makes = "data=rollouts, preferences or preference_files"

@@ -8,7 +8,7 @@ import pytest
 
 from callbacks.divergence import Divergence
 
-NAMES = "train/reward/geneval", "train/held_out/clip"
+NAMES = "train/reward/geneval", "train/independent/clip"
 
 
 def make() -> Divergence:
@@ -51,7 +51,7 @@ def test_a_resumed_run_counts_on() -> None:
 def test_what_is_not_logged_is_named() -> None:
     trainer: Any = SimpleNamespace(should_stop=False, callback_metrics={"train/reward/geneval": 0.5})
     with pytest.raises(
-        ValueError, match=r"reads train/held_out/clip, which is not logged \(train/reward/geneval are\)"
+        ValueError, match=r"reads train/independent/clip, which is not logged \(train/reward/geneval are\)"
     ):
         make().on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="window must be at least 2, not 1"):

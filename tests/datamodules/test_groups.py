@@ -24,7 +24,7 @@ from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.rewards.verifier import Reward
 from tests.helpers.models import make_decoder, make_flow, make_masked, make_parm
 
-PER_STEP = {"colors": 1, "counting": 2, "position": 1}
+PER_ROUND = {"colors": 1, "counting": 2, "position": 1}
 
 
 class Darkness(Reward):
@@ -43,10 +43,10 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
     decoder = decoder or make_decoder()
     judges = JudgeRegistry(GenEvalReward(ShapesDetector()), {"dark": Darkness()}, decoder, settings.pop("parm", None))
     sampling, refit = settings.pop("sampling", Sampling(guidance=0.5)), settings.pop("refit", None)
-    wanted = {"per_step": PER_STEP, "samples": 3, "refills": 2, "curriculum": 0.0}
+    wanted = {"per_round": PER_ROUND, "samples": 3, "refills": 2, "curriculum": 0.0}
     spec = GroupSpec(rows, Sample(sampling), **{key: settings.pop(key, value) for key, value in wanted.items()})
-    values = {"rewards": {"dark": 1.0}, "potentials": {}, "held_out": ["likelihood"], "steps": 2, "inner_epochs": 2,
-              "batch_size": 4, "collect_batch_size": 5, "seed": 3}  # fmt: skip
+    values = {"rewards": {"dark": 1.0}, "potentials": {}, "independent_judges": ["likelihood"], "rounds": 2,
+              "inner_epochs": 2, "batch_size": 4, "collect_batch_size": 5, "seed": 3}  # fmt: skip
     data = GroupsDataModule(judges, spec, **(values | settings))
     advantages = GRPOObjective(min_spread=1e-6).advantages
     module = SimpleNamespace(decoder=decoder, advantages=advantages, refit=refit)
@@ -59,8 +59,8 @@ def make_data(rows: list, decoder: Any = None, trainer: dict | None = None, **se
 
 
 def test_the_stream_takes_up_each_task_where_it_left_it(rows: list) -> None:
-    prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in PER_STEP for i in range(3)]
-    spec = GroupSpec(prompts, Sample(Sampling()), PER_STEP | {"juggling": 0}, 2, 0)
+    prompts = [{"tag": task, "prompt": f"{task} {i}"} for task in PER_ROUND for i in range(3)]
+    spec = GroupSpec(prompts, Sample(Sampling()), PER_ROUND | {"juggling": 0}, 2, 0)
     taken = [spec.prompt(place)["prompt"] for place in range(12)]
     steps = [sorted(taken[start : start + 4]) for start in (0, 4, 8)]
     assert steps == [
@@ -102,15 +102,15 @@ def test_groups_that_teach_nothing_are_replaced_and_counted(rows: list) -> None:
     assert not colors & set(prompts) and (advantage != 0).any()
     stats = batches[0]["stats"]
     assert stats["dropped"] == pytest.approx(1 / 5) and stats["reward/dark/colors"] == pytest.approx(0.5)
-    assert stats["held_out/likelihood"] < 0 and stats["entropy"] > 0
-    assert "held_out/dark" not in stats and {"reward/dark", "spread/dark", "objects"} <= stats.keys()
+    assert stats["independent/likelihood"] < 0 and stats["entropy"] > 0
+    assert "independent/dark" not in stats and {"reward/dark", "spread/dark", "objects"} <= stats.keys()
     assert stats["images_made"] == 15  # 5 groups of 3
     later = next(loader)["stats"]  # of the next step
     assert later["images_made"] == pytest.approx(15 + 12 / (1 - later["dropped"]))
 
 
 def test_what_cannot_be_replaced_stays_without_advantage(rows: list) -> None:
-    data = make_data(rows, per_step={"colors": 1, "counting": 1}, refills=0, inner_epochs=1, batch_size=6)
+    data = make_data(rows, per_round={"colors": 1, "counting": 1}, refills=0, inner_epochs=1, batch_size=6)
     batch = next(iter(data.train_dataloader()))
     assert batch["tokens"].shape == (6, 16) and sum(value == 0 for value in batch["advantage"]) == 3
     assert batch["stats"]["dropped"] == 0.5
@@ -199,7 +199,7 @@ def test_grids_come_with_their_trajectory(rows: list) -> None:
 
 def test_denoised_images_come_with_their_latents(rows: list) -> None:
     sampling, decoder = FlowSampling(4, solver="sde", eta=0.5), make_flow(image_size=64)
-    data = make_data(rows, decoder, sampling=sampling, held_out=[])
+    data = make_data(rows, decoder, sampling=sampling, independent_judges=[])
     batch = next(iter(data.train_dataloader()))
     assert batch["recorded"].shape == (4, 4) and batch["trajectory"]["latents"].shape == (4, 5, 16, 768)
     assert torch.equal(torch.as_tensor(batch["trajectory"]["latents"][:, -1]), batch["tokens"])
@@ -217,11 +217,14 @@ def test_denoised_images_come_with_their_latents(rows: list) -> None:
     ("settings", "sentence"),
     [
         ({"rewards": {"dark": 0.0}}, r"data\.rewards names no judge with a weight other than 0"),
-        ({"held_out": ["dark"]}, r"data\.held_out names 'dark', a judge that has a say"),
-        ({"per_step": {"juggling": 1}}, r"data\.spec\.per_step names 'juggling', a task of which there are no prompts"),
-        ({"per_step": {}}, r"data\.spec\.per_step must have at least 1 group"),
-        ({"per_step": {"juggling": 0}}, r"data\.spec\.per_step must have at least 1 group"),
-        ({"per_step": {"colors": 2, "counting": -1}}, r"data\.spec\.per_step must have .* of no task fewer than 0"),
+        ({"independent_judges": ["dark"]}, r"data\.independent_judges names 'dark', a judge that has a say"),
+        (
+            {"per_round": {"juggling": 1}},
+            r"data\.spec\.per_round names 'juggling', a task of which there are no prompts",
+        ),
+        ({"per_round": {}}, r"data\.spec\.per_round must have at least 1 group"),
+        ({"per_round": {"juggling": 0}}, r"data\.spec\.per_round must have at least 1 group"),
+        ({"per_round": {"colors": 2, "counting": -1}}, r"data\.spec\.per_round must have .* of no task fewer than 0"),
         ({"curriculum": 1.0}, r"data\.spec\.curriculum must be at least 0 and below 1, not 1"),
         ({"samples": 0}, r"data\.spec\.samples must be at least 1, not 0"),
         ({"inner_epochs": 0}, r"data\.inner_epochs must be at least 1, not 0"),
@@ -232,8 +235,8 @@ def test_what_cannot_work_is_named(rows: list, settings: dict, sentence: str) ->
         make_data(rows, **settings)
 
 
-def test_minibatches_divide_a_step_and_judges_exist(rows: list) -> None:
-    with pytest.raises(ValueError, match=r"data\.batch_size=5 does not divide the 12 images of a step"):
+def test_minibatches_divide_a_round_and_judges_exist(rows: list) -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size=5 does not divide the 12 images of a round"):
         make_data(rows, batch_size=5).setup("fit")
     with pytest.raises(ValueError, match=r"data\.batch_size=4 on each of 2 processes does not divide the 12 images"):
         make_data(rows, trainer={"world_size": 2}).setup("fit")
@@ -246,8 +249,8 @@ def test_minibatches_divide_a_step_and_judges_exist(rows: list) -> None:
     with pytest.raises(ValueError, match=r"data\.potentials are values of prefixes, and only next-token decoders"):
         sampling = MaskSampling(steps=4)
         make_data(rows, make_masked(), sampling=sampling, potentials={"dark": "likelihood"}).setup("fit")
-    with pytest.raises(ValueError, match=r"data\.held_out names the judge 'taste'"):
-        make_data(rows, held_out=["taste"]).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.independent_judges names the judge 'taste'"):
+        make_data(rows, independent_judges=["taste"]).setup("fit")
     data = make_data(rows)
     data.setup("fit")
     assert data.judges.teachers == {"dark"}

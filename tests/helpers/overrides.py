@@ -65,11 +65,11 @@ SMALL_DPO = [
 SMALL_GRPO = [
     *(item for item in SMALL_DPO if not item.startswith(("data.", "geneval.train_prompts"))),
     "geneval.train_prompts.per_task=8",
-    "data.spec.per_step={two_object: 1, counting: 2, colors: 1}",
+    "data.spec.per_round={two_object: 1, counting: 2, colors: 1}",
     "data.spec.samples=4",
     "data.spec.refills=1",
     "data.batch_size=16",
-    "data.steps=2",
+    "data.rounds=2",
     "module.warmup_steps=1",
     "trainer.max_epochs=2",
     "callbacks.geneval.test_strategies=[sample]",

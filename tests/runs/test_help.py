@@ -118,7 +118,7 @@ def test_every_experiment_is_described() -> None:
         ),
         (["callbacks.checkpoint_last.dirpath=train.py"], "callbacks.checkpoint_last.dirpath: train.py: it is below a"),
         (["judges.geneval=null"], "judges.geneval is null, and what is made here is labelled by it"),
-        (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a step"),
+        (["experiment=grpo", "data.batch_size=60"], "data.batch_size=60 does not divide the 256 images of a round"),
         (["experiment=dpo", "callbacks.early_stop.mode=up"], "callbacks.early_stop.mode must be min or max, not 'up'"),
         (
             ["experiment=shapes_parm_left_right", "data.train.stream.relations=[left]"],
@@ -136,7 +136,10 @@ def test_every_experiment_is_described() -> None:
         (["module._target_=lightning_modules.prm.PARMModule"], "module._target_: there is no lightning_modules.prm.PA"),
         (["parm.module.input_features=embeddings"], "input_features is hidden there, and embeddings here"),
         (["trainer.val_check_interval=-1"], "must be a fraction up to 1, or a whole number of batches, not -1"),
-        (["experiment=grpo", "trainer.val_check_interval=41"], "is more than the 40 batches of data.steps=10 and data"),
+        (
+            ["experiment=grpo", "trainer.val_check_interval=41"],
+            "is more than the 40 batches of data.rounds=10 and data",
+        ),
         (["trainer._target_=lightning.Trainr"], "trainer._target_: there is no lightning.Trainr"),
         (
             ["decoder.module.max_words=3"],

@@ -285,8 +285,8 @@ def test_what_names_mean_to_a_class_of_yours_is_not_known(
 def test_data_and_strategies_of_yours_may_call_other_things_as_ours_call_judges(compose_config: Any) -> None:
     plain: Any = OmegaConf.to_container(compose_config("strategies=parm"), resolve=True)
     plain["strategies"]["mine"] = {"_target_": "my_package.Mine", "verifier": "majority"}
-    for held_out in (0.1, "eval.jsonl", ["eval.jsonl"]):
-        refuse_unknown_judges(plain | {"data": {"_target_": "my_package.Mine", "held_out": held_out}})
+    for named in (0.1, "eval.jsonl", ["eval.jsonl"]):
+        refuse_unknown_judges(plain | {"data": {"_target_": "my_package.Mine", "independent_judges": named}})
 
 
 def test_a_judge_that_is_not_there_is_found_wherever_a_strategy_names_it(compose_config: Any) -> None:
@@ -380,12 +380,12 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["evaluator.independent_judges=[parm]"], "evaluator.independent_judges: 'parm' is trained"),
         (
             ["experiment=grpo", "+data.rewards.clip=1", "evaluator.independent_judges=[parm]"],
-            "data.held_out names 'clip'",
+            "data.independent_judges names 'clip'",
         ),
         (["experiment=grpo", "+data.potentials.strict=parm"], "data.potentials.strict: data.rewards has no 'strict'"),
         (
-            ["experiment=grpo", "data.held_out=[]"],
-            "callbacks.divergence.held_out is train/held_out/clip, and data.held",
+            ["experiment=grpo", "data.independent_judges=[]"],
+            "callbacks.divergence.independent is train/independent/clip, and data.ind",
         ),
         (["experiment=grpo", "data.spec.samples=1"], "data.spec.samples must be at least 2: images of one prompt are"),
         (
@@ -418,7 +418,10 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
         (["experiment=pipeline", "seed=1"], "the jobs of task=pipeline do not read seed: leave it out"),
         (["experiment=pipeline", "pipeline.rows=null"], "pipeline.rows must be named values, {a: 1}, not null"),
         (["experiment=pipeline", "~pipeline.jobs.dpo"], "pipeline.rows: 'DPO' names the job 'dpo'; there are: parm, "),
-        (["experiment=grpo", "+data.spec.per_step.colour=3"], "data.spec.per_step names the task 'colour'; there are:"),
+        (
+            ["experiment=grpo", "+data.spec.per_round.colour=3"],
+            "data.spec.per_round names the task 'colour'; there are:",
+        ),
         (["experiment=shapes_masked_grpo", "+data.potentials.geneval=parm"], "only next-token decoders decide these"),
         (
             ["data.train.verified.strategy.stride=8"],

@@ -19,7 +19,7 @@ from tests.helpers.wandb_runs import history, settings_of, table
 SWEEPS = sorted((ROOT / "conf" / "sweep").glob("*.yaml"))
 SMALL = {
     "dpo": [*SMALL_DPO, "data.batch_size=8"],
-    "grpo": [*(each for each in SMALL_GRPO if "samples" not in each), "data.steps=1", "trainer.max_epochs=1"],
+    "grpo": [*(each for each in SMALL_GRPO if "samples" not in each), "data.rounds=1", "trainer.max_epochs=1"],
     "parm": SMALL_PARM,
     "decoding": SMALL_PARM,
     "reflection": SMALL_PARM,
