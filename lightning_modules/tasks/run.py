@@ -170,6 +170,7 @@ def fit(config: DictConfig) -> None:
     parts = Parts(config)
     module, data, trainer = parts.module, parts.data, parts.trainer
     best = best_checkpoint(trainer) if config.test_ckpt_path == "best" else None
+    done = read_checkpoint(config.ckpt_path).get("global_step") if config.ckpt_path else None
     rank_zero_only(print)("Stage 1 of 2: training", flush=True)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     if isinstance(trainer.strategy, FSDPStrategy):  # for good: another loop would shard what training has sharded
@@ -178,7 +179,7 @@ def fit(config: DictConfig) -> None:
     if tested == "":
         raise ValueError("test_ckpt_path=best: training ended before any weights were validated")
     rank_zero_only(print)("Stage 2 of 2: GenEval", flush=True)
-    if config.ckpt_path and trainer.global_step == read_checkpoint(config.ckpt_path).get("global_step"):
+    if trainer.global_step == done:
         said = f"Training had already ended, at step {trainer.global_step}: GenEval is measured again"
         rank_zero_only(print)(said, flush=True)
     say_what_is_tested(tested, f"the last weights (step {trainer.global_step})")
