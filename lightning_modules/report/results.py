@@ -1,6 +1,7 @@
 """Results of an evaluation: rows of results.jsonl, scores of strategies with their intervals."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def result_line(row: Mapping[str, Any]) -> str:
 
 
 def write_report_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write geneval.json; its numbers have six decimals, which is more than any of them is sure of."""
+    """Write geneval.json: numbers of six decimals, more than any of them is sure of, and null for what is no number."""
     write_text(path, json.dumps(_rounded(report), indent=2) + "\n")
 
 
@@ -66,7 +67,9 @@ def _rounded(value: Any) -> Any:
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(each) for each in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an evaluation writes."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,10 +100,12 @@ def test_names_reach_the_console_as_they_are(name: str, capsys: pytest.CaptureFi
 
 
 def test_numbers_of_the_report_have_six_decimals(tmp_path: Path) -> None:
-    write_report_json(tmp_path / "geneval.json", {"a": 0.8539999723434448, "b": [{"c": 1 / 3}], "n": 3, "d": (2.0,)})
-    assert json.loads((tmp_path / "geneval.json").read_text()) == {
+    report = {"a": 0.8539999723434448, "b": [{"c": 1 / 3}], "n": 3, "d": (2.0,), "e": math.nan}
+    write_report_json(tmp_path / "geneval.json", report)
+    assert json.loads((tmp_path / "geneval.json").read_text(), parse_constant=pytest.fail) == {
         "a": 0.854,
         "b": [{"c": 0.333333}],
         "n": 3,
         "d": [2.0],
+        "e": None,
     }
