@@ -3,6 +3,7 @@
 import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_modules.backbone.checkpoint_folder import from_hub, on_hub
@@ -72,6 +73,8 @@ class Published:
         return any(path.is_file() for pattern in self.files for path in folder.glob(pattern))  # links may dangle
 
     def __str__(self) -> str:
+        if (parent := Path(self.name).parent).is_dir():
+            return f"{self.key}: there is no {Path(self.name).name} in the folder {parent}"
         known = _SIZES.get(self.name + self.file, _SIZES.get(self.name))
         size = f", {known}" if known else ""
         only = f" --include '{self.only}'" if self.only else ""

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from lightning_modules.backbone.checkpoint_folder import on_hub
 from lightning_modules.backbone.open_clip_names import architecture, architectures, tags_of, weights_of
-from lightning_modules.backbone.published import named, refuse_missing
+from lightning_modules.backbone.published import Published, named, refuse_missing
 from tests.helpers.overrides import ROOT
 
 
@@ -25,6 +25,13 @@ def test_weights_of_llamagen_are_named_file_by_file(compose_config, monkeypatch:
     ) in said
     assert any(" (vq_ds16_t2i.pt, 0.3 GB): " in line and line.endswith("FOLDER/vq_ds16_t2i.pt") for line in said)
     assert any("google/flan-t5-xl (*.[js]*, 11.4 GB): `hf download" in line for line in said)
+
+
+def test_a_folder_that_is_gone_is_told_from_a_name_on_the_hub(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    gone = Published("parm.checkpoint", "outputs/my_parm", ("*.safetensors",))
+    assert str(gone) == "parm.checkpoint: there is no my_parm in the folder outputs"
 
 
 def test_open_clips_names_are_those_that_it_has_itself() -> None:
