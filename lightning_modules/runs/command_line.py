@@ -180,11 +180,22 @@ def _complaint(override: Override, tree: SettingsTree, multirun: bool) -> str | 
     if isinstance(given, Mapping) and isinstance(there, Mapping):  # these are merged
         new = [] if line[0] == "+" else [name for name in given if name not in there]
         return f"{key} has no {new[0]} yet: write +{line}" if new else None
+    if referred := _referred(key, value, tree):
+        return referred
     if override.is_add():
         return f"{key} is there already: write {line[1:]}" if key in tree.keys else None
     if override.is_force_add() or key in tree.keys:
         return None
     return _missing_key("~" * override.is_delete(), key, value, tree)
+
+
+def _referred(key: str, value: str, tree: SettingsTree) -> str | None:
+    """Explain a key below a node that is written down elsewhere."""
+    for end in (place.start() for place in re.finditer(r"\.", key)):
+        found = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(tree.keys.get(key[:end])))
+        if found:
+            return f"{key[:end]} is that of {found[1]}: write {found[1]}{key[end:]}={value}"
+    return None
 
 
 def _wrong_choice(group: str, name: str, value: str, tree: SettingsTree) -> str | None:
