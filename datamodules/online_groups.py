@@ -82,12 +82,17 @@ class GroupsDataModule(LightningDataModule):
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if not self.rewards:
             raise ValueError("data.rewards names no judge with a weight other than 0: nothing to learn from")
-        if both := {*independent_judges} & {*self.rewards, *spec.strategy.judge_names}:
+        if both := {*independent_judges} & self._teachers:
             said = f"names {min(both)!r}, a judge that has a say in what is trained on"
             raise ValueError(f"data.independent_judges {said}")
         self._round, self._curriculum = -1, Curriculum()  # the round whose images are here; where the stream goes on
         self._columns: Columns = {}
         self._stats: dict[str, float] = {}
+
+    @property
+    def _teachers(self) -> set[str]:
+        """Names of the judges that decide what is trained on."""
+        return {*self.rewards, *self.potentials.values(), *self.spec.strategy.judge_names}
 
     @property
     def rows_per_round(self) -> int:
@@ -109,7 +114,7 @@ class GroupsDataModule(LightningDataModule):
         self._check_potentials()
         if stage != "fit":
             return
-        self.judges.teachers |= {*self.rewards, *self.spec.strategy.judge_names}
+        self.judges.teachers |= self._teachers
         images, ranks = self.spec.groups * self.spec.samples, self.trainer.world_size
         refuse_uneven_round(images, self.batch_size, ranks, self.inner_epochs, self.trainer.accumulate_grad_batches)
 

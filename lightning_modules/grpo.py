@@ -66,6 +66,8 @@ class GRPOObjective:
         for name in ("min_spread", "clip_low", "clip_high", "beta"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"objective.{name} must be at least 0, not {value}")
+        if self.clip_low >= 1:
+            raise ValueError(f"objective.clip_low must be below 1, as no ratio is below 0, not {self.clip_low}")
         if self.max_advantage is not None and self.max_advantage <= 0:
             raise ValueError(f"objective.max_advantage must be above 0, or null, not {self.max_advantage}")
         if self.steps is not None and self.steps < 1:

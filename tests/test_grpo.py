@@ -419,6 +419,7 @@ def test_the_reference_is_not_saved() -> None:
         ({"baseline": "median"}, "objective.baseline must be one of mean, others, none, not 'median'"),
         ({"ratio": "image"}, "objective.ratio must be one of step, sequence, likelihood, not 'image'"),
         ({"clip_low": -0.1}, "objective.clip_low must be at least 0, not -0.1"),
+        ({"clip_low": 1.0}, "objective.clip_low must be below 1, as no ratio is below 0, not 1.0"),
         ({"steps": 0}, "objective.steps must be at least 1, or null, not 0"),
         ({"max_advantage": 0.0}, "objective.max_advantage must be above 0, or null, not 0.0"),
     ],

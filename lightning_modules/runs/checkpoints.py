@@ -261,6 +261,8 @@ def _refuse_other(path: str, stored: Mapping[str, Any], config: Mapping[str, Any
 def _decisive(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     module = config.get("module") or {}
     if task != "fit":
-        return {"module": {key: module[key] for key in _NETWORKS if key in module}}
+        networks = {key: module[key] for key in _NETWORKS if key in module}
+        networks["refit"] = "settings" if module.get("refit") else None  # with it PARM is trained as well
+        return {"module": networks}
     data = {key: value for key, value in (config.get("data") or {}).items() if key not in _FREE}
     return {"module": module, "data": data, "seed": config.get("seed")}

@@ -88,7 +88,10 @@ def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
     teachers = {name for name, weight in weights if weight}
     if gives == "groups":
         teachers |= {name for _, node in nodes(data["spec"], "spec") for name in _choosing(node)}
+        teachers |= {*(data.get("potentials") or {}).values()}
     trained = {"parm"} if gives == "rollouts" or module.get("refit") else set()
+    if "parm" in teachers - trained and _is_untrained(config.get("parm")) and not _is_untrained(config["decoder"]):
+        raise ValueError("parm.checkpoint is null: a PARM of random weights would decide what is trained on")
     for name in config["evaluator"].get("independent_judges") or ():
         if name in teachers | trained:
             said = "is trained" if name in trained else "decides what is trained on"
@@ -97,12 +100,17 @@ def refuse_teaching_judges(config: Mapping[str, Any]) -> None:
         _refuse_teaching_in_groups(config, teachers)
 
 
+def _is_untrained(node: Mapping[str, Any] | None) -> bool:
+    return node is not None and node.get("checkpoint", "") is None
+
+
 def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) -> None:
     data, rule = config["data"], config["callbacks"].get("divergence") or {}
     independent = data.get("independent_judges") or ()
     if both := teachers & {*independent}:
         raise ValueError(f"data.independent_judges names {min(both)!r}, a judge that has a say in what is trained on")
-    if missing := {*(data.get("potentials") or ())} - teachers:
+    rewards = {name for name, weight in (data.get("rewards") or {}).items() if weight}
+    if missing := {*(data.get("potentials") or ())} - rewards:
         raise ValueError(f"data.potentials.{min(missing)}: data.rewards has no {min(missing)!r}")
     for name, by in (data.get("potentials") or {}).items():
         if _values_no_prefixes(by, config["judges"].get("rewards") or {}):
@@ -110,6 +118,9 @@ def _refuse_teaching_in_groups(config: Mapping[str, Any], teachers: set[str]) ->
     network = (config.get("decoder") or {}).get("module") or {}
     if data.get("potentials") and not constant(str(network.get("_target_")), "causal", True):
         raise ValueError("data.potentials are values of prefixes, and only next-token decoders decide these")
+    read = str(rule.get("reward") or "")
+    if read.startswith("train/reward/") and read.split("/")[2] not in rewards:
+        raise ValueError(f"callbacks.divergence.reward is {read}, and data.rewards has no {read.split('/')[2]!r}")
     read = str(rule.get("independent") or "")
     if read.startswith("train/independent/") and read.rpartition("/")[2] not in independent:
         said = f"data.independent_judges does not name {read.rpartition('/')[2]!r}"

@@ -68,6 +68,8 @@ def refuse_settings(config: DictConfig) -> None:
         _refuse_what_does_not_go_together(plain, unresolved)
         if config.task == "fit" and config.test_ckpt_path == "best" and not _keeps_best(plain["callbacks"]):
             raise ValueError("test_ckpt_path=best needs callbacks.checkpoint_best, and here is none")
+        if config.task == "fit" and plain["trainer"].get("max_steps") == plain["trainer"].get("max_epochs") == -1:
+            raise ValueError("trainer.max_steps and trainer.max_epochs are both -1: the learning rate needs an end")
         for key in ("max_steps", "max_epochs") if config.task == "fit" and config.test_ckpt_path == "best" else ():
             if plain["trainer"].get(key) == 0:
                 raise ValueError(
@@ -119,6 +121,16 @@ def _refuse_unknown_tasks(data: Mapping[str, Any]) -> None:
         counts = node.get("per_round")
         if unknown := [task for task in counts if task not in TASKS] if isinstance(counts, Mapping) else []:
             raise ValueError(f"{key}.per_round names the task {unknown[0]!r}; there are: {', '.join(TASKS)}")
+
+
+def _refuse_other_distribution(module: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise ValueError for groups that are drawn otherwise than GRPO's ratios take them to be."""
+    if data.get("_target_") != _GROUPS or (module.get("objective") or {}).get("ratio") == "likelihood":
+        return
+    for key, node in nodes(data["spec"]["strategy"], "data.spec.strategy"):
+        if "sampling" in node and node["sampling"] != module.get("sampling"):
+            said = "what is trained is the distribution that is sampled; only likelihood is learnt of others"
+            raise ValueError(f"{key}.sampling differs from module.sampling: {said} (module.objective.ratio=likelihood)")
 
 
 def _refuse_uneven_rounds(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
@@ -204,6 +216,7 @@ def _refuse_what_does_not_go_together(config: Mapping[str, Any], unresolved: Map
         _refuse_other_data(module, data)
         if config["task"] == "fit":
             refuse_teaching_judges(config)
+            _refuse_other_distribution(module, data)
             _refuse_uneven_rounds(data, config["trainer"])
             _refuse_rare_validation(data, config["trainer"])
     if config["task"] == "rollout" and not _says(data, "makes_rollouts", True):

@@ -217,6 +217,10 @@ def test_denoised_images_come_with_their_latents(rows: list) -> None:
     ("settings", "sentence"),
     [
         ({"rewards": {"dark": 0.0}}, r"data\.rewards names no judge with a weight other than 0"),
+        (
+            {"potentials": {"dark": "likelihood"}},
+            r"data\.independent_judges names 'likelihood', a judge that has a say",
+        ),
         ({"independent_judges": ["dark"]}, r"data\.independent_judges names 'dark', a judge that has a say"),
         (
             {"per_round": {"juggling": 1}},
@@ -243,12 +247,12 @@ def test_minibatches_divide_a_round_and_judges_exist(rows: list) -> None:
     with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=4 does not divide the 6 minibatches of a"):
         make_data(rows, trainer={"accumulate_grad_batches": 4}).setup("fit")
     with pytest.raises(ValueError, match=r"data\.potentials\.geneval: data\.rewards has no 'geneval'"):
-        make_data(rows, potentials={"geneval": "likelihood"}).setup("fit")
+        make_data(rows, potentials={"geneval": "likelihood"}, independent_judges=[]).setup("fit")
     with pytest.raises(ValueError, match=r"judge 'dark' values no prefixes; there are: likelihood"):
         make_data(rows, potentials={"dark": "dark"}).setup("fit")
     with pytest.raises(ValueError, match=r"data\.potentials are values of prefixes, and only next-token decoders"):
-        sampling = MaskSampling(steps=4)
-        make_data(rows, make_masked(), sampling=sampling, potentials={"dark": "likelihood"}).setup("fit")
+        masked = {"decoder": make_masked(), "sampling": MaskSampling(steps=4), "independent_judges": []}
+        make_data(rows, **masked, potentials={"dark": "likelihood"}).setup("fit")
     with pytest.raises(ValueError, match=r"data\.independent_judges names the judge 'taste'"):
         make_data(rows, independent_judges=["taste"]).setup("fit")
     data = make_data(rows)

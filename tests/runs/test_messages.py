@@ -382,7 +382,39 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
             ["experiment=grpo", "+data.rewards.clip=1", "evaluator.independent_judges=[parm]"],
             "data.independent_judges names 'clip'",
         ),
-        (["experiment=grpo", "+data.potentials.strict=parm"], "data.potentials.strict: data.rewards has no 'strict'"),
+        (
+            ["experiment=grpo", "+data.potentials.strict=parm", "evaluator.independent_judges=[]"],
+            "data.potentials.strict: data.rewards has no 'strict'",
+        ),
+        (
+            ["experiment=grpo", "+data.potentials.geneval=parm"],
+            "evaluator.independent_judges: 'parm' decides what is trained on",
+        ),
+        (
+            ["experiment=grpo", "+data.rewards.parm=1", "parm=compact", "evaluator.independent_judges=[]"],
+            "parm.checkpoint is null: a PARM of random weights would decide what is trained on",
+        ),
+        (
+            ["experiment=grpo", "callbacks.divergence.reward=train/reward/strict"],
+            "callbacks.divergence.reward is train/reward/strict, and data.rewards has no 'strict'",
+        ),
+        (
+            ["experiment=rejection_sampling", "module.objective.ratio=step"],
+            "data.spec.strategy.sampling differs from module.sampling: what is trained is the distribution that",
+        ),
+        (
+            ["experiment=grpo", "data.spec.strategy.sampling={temperature: 0.5}"],
+            "data.spec.strategy.sampling must be a node with _target_, not {'temperature': 0.5}",
+        ),
+        (
+            ["experiment=grpo", "data.spec.strategy.sampling.temperature=0.5"],
+            "data.spec.strategy.sampling is that of sampling: write sampling.temperature=0.5",
+        ),
+        (
+            ["experiment=grpo", "+data.spec.strategy.sampling.temperature=0.5"],
+            "data.spec.strategy.sampling is that of sampling: write sampling.temperature=0.5",
+        ),
+        (["trainer.max_steps=-1"], "trainer.max_steps and trainer.max_epochs are both -1: the learning rate needs an"),
         (
             ["experiment=grpo", "data.independent_judges=[]"],
             "callbacks.divergence.independent is train/independent/clip, and data.ind",
@@ -422,7 +454,10 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
             ["experiment=grpo", "+data.spec.per_round.colour=3"],
             "data.spec.per_round names the task 'colour'; there are:",
         ),
-        (["experiment=shapes_masked_grpo", "+data.potentials.geneval=parm"], "only next-token decoders decide these"),
+        (
+            ["experiment=shapes_masked_grpo", "+data.potentials.geneval=parm", "evaluator.independent_judges=[]"],
+            "only next-token decoders decide these",
+        ),
         (
             ["data.train.verified.strategy.stride=8"],
             "strategy.stride must be 1 where random_stop is true, not 8",
