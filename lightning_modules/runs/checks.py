@@ -225,7 +225,7 @@ def _useless(name: str, kind: str, value: Any) -> str | None:
     in_range = number and isinstance(value, kinds) and least <= value <= most
     useless = {
         "finite": any(math.isnan(each) or name not in _MAY_BE_INFINITE for each in broken),
-        "a node with _target_": name == "sampling" and isinstance(value, Mapping) and "_target_" not in value,
+        "a node with _target_": name == "sampling" and isinstance(value, Mapping) and value and "_target_" not in value,
         "a list of at least one name": name in _NOT_EMPTY and value == [],
         "images to compare with": name == "references" and value is None,
         "a list of at least one seed": name == "seeds" and value == [],
