@@ -128,6 +128,8 @@ def _refuse_other_distribution(module: Mapping[str, Any], data: Mapping[str, Any
     if data.get("_target_") != _GROUPS or (module.get("objective") or {}).get("ratio") == "likelihood":
         return
     for key, node in nodes(data["spec"]["strategy"], "data.spec.strategy"):
+        if node["_target_"] == "lightning_modules.decoding.reflection.Reflection":
+            raise ValueError(f"{key} decodes images anew in part: module.objective.ratio must be likelihood")
         if "sampling" in node and node["sampling"] != module.get("sampling"):
             said = "what is trained is the distribution that is sampled; only likelihood is learnt of others"
             raise ValueError(f"{key}.sampling differs from module.sampling: {said} (module.objective.ratio=likelihood)")

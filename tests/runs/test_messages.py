@@ -403,6 +403,10 @@ def test_gpus_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None
             "data.spec.strategy.sampling differs from module.sampling: what is trained is the distribution that",
         ),
         (
+            ["experiment=grpo", "strategy@data.spec.strategy=reflection", "evaluator.independent_judges=[]"],
+            "data.spec.strategy decodes images anew in part: module.objective.ratio must be likelihood",
+        ),
+        (
             ["experiment=grpo", "data.spec.strategy.sampling={temperature: 0.5}"],
             "data.spec.strategy.sampling must be a node with _target_, not {'temperature': 0.5}",
         ),
