@@ -35,15 +35,16 @@ def load_split(path: str, split: str) -> Dataset:
     return found.with_format(None)  # rows are to be plain values, whatever they were when they were written
 
 
+def write_rows(rows: Dataset, folder: Path) -> None:
+    """Write a data set, without a bar: one for every part would drown that of the collection."""
+    datasets.disable_progress_bars()
+    rows.save_to_disk(str(folder))
+
+
 def get_rows(cache: ArtifactCache, name: str, key: Key, make: Callable[[], Dataset]) -> Path:
     """Return the folder of a data set in a cache, which is made if it is not there; see `ArtifactCache.get`."""
 
-    def write(partial: Path) -> None:
-        rows = make()
-        datasets.disable_progress_bars()  # one for every part would drown the one of the collection
-        rows.save_to_disk(str(partial))
-
-    return cache.get(name, key, write)
+    return cache.get(name, key, lambda partial: write_rows(make(), partial))
 
 
 def load_rows(folder: Path) -> Dataset:
@@ -52,6 +53,15 @@ def load_rows(folder: Path) -> Dataset:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} is broken ({first_line(error)}): remove it, and it is made again") from error
+
+
+def as_column(part: Tensor) -> Any:
+    """A column of codes or numbers [B, ...], or of vectors [B, T, D]: these as bytes, for Arrow's lists take long."""
+    if not part.is_floating_point():
+        return part.cpu().numpy().astype("int32")
+    if part.ndim < 3:
+        return part.cpu().numpy()
+    return [row.tobytes() for row in part.half().cpu().numpy()]
 
 
 class ArrowRows(torch.utils.data.Dataset[pa.Table]):

@@ -1,7 +1,9 @@
 """Groups that the policy of this moment makes whenever training comes to the next round, in minibatches, for GRPO."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from datamodules.loaders import make_loader
 from datamodules.round_sizes import refuse_uneven_round
 from lightning_modules.backbone.sampling import image_seed
 from lightning_modules.decoding.strategy import judge_named
+from lightning_modules.files import remove, whole
 from lightning_modules.rewards.registry import JudgeRegistry
 from lightning_modules.rewards.verifier import Ability
 
@@ -52,6 +55,8 @@ class GroupsDataModule(LightningDataModule):
         batch_size: images of a minibatch, per rank.
         collect_batch_size: images decoded at a time.
         seed: of all images.
+        folder: where the images of each round, with what judges say, are kept as data sets, a folder a round; null
+            keeps none.
     """
 
     gives = "groups"
@@ -70,9 +75,10 @@ class GroupsDataModule(LightningDataModule):
         batch_size: int,
         collect_batch_size: int,
         seed: int,
+        folder: str | None = None,
     ) -> None:
         super().__init__()
-        self.judges, self.spec, self.seed = judges, spec, seed
+        self.judges, self.spec, self.seed, self.folder = judges, spec, seed, folder
         self.rewards = {name: weight for name, weight in rewards.items() if weight}
         self.potentials, self.independent_judges = potentials, independent_judges
         self.rounds, self.inner_epochs = rounds, inner_epochs
@@ -136,6 +142,7 @@ class GroupsDataModule(LightningDataModule):
         if number != self._round:
             self._columns, self._stats = self._collect()
             self._round = number
+            self._keep()
         images = self.spec.groups * self.spec.samples
         shuffled = torch.Generator().manual_seed(image_seed(self.seed, number))
         order = torch.cat([torch.randperm(images, generator=shuffled) for _ in range(self.inner_epochs)])
@@ -188,6 +195,23 @@ class GroupsDataModule(LightningDataModule):
         kept["advantage"] = self._advantages(kept).flatten(0, 1)
         return kept, stats
 
+    def _keep(self) -> None:
+        """Write the images of this round into the folder, if there is one, in the place of any of that number."""
+        if self.folder is None or not self.trainer.is_global_zero:
+            return
+        from datasets import Dataset  # takes a second, which most runs spare
+
+        from datamodules.data_sets import as_column, write_rows
+
+        prompts = [self.spec.prompt(place) for place in self._columns["place"].tolist()]
+        names = ["tokens", "objects", "advantage", *(name for name in self._columns if name.startswith("score/"))]
+        rows = {name: as_column(self._columns[name]) for name in names}
+        rows |= {"prompt": [row["prompt"] for row in prompts], "metadata": [json.dumps(row) for row in prompts]}
+        path = Path(self.folder) / f"round-{self._round:05d}"
+        remove(path)
+        with whole(path) as partial:
+            write_rows(Dataset.from_dict(rows), partial)
+
     def _advantages(self, columns: Columns) -> Tensor:
         """The advantages of groups, [P, G, 1 or S]."""
         module: Any = self.trainer.lightning_module
@@ -218,7 +242,10 @@ class GroupsDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> list[Any]:
         """Make the images of a round with the models as they are and describe them; no batches are left to predict."""
-        for name, value in self._collect()[1].items():
+        self._round = 0
+        self._columns, stats = self._collect()
+        self._keep()
+        for name, value in stats.items():
             rank_zero_info(f"{name}: {value:.3f}")
         return []
 

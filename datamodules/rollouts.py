@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.data_sets import ArrowRows, StoredDataModule, get_rows, load_rows, numbers
+from datamodules.data_sets import ArrowRows, StoredDataModule, as_column, get_rows, load_rows, numbers
 from lightning_modules.artifacts import ArtifactCache, Key
 from lightning_modules.backbone.decoder import Request, TokenDecoder
 from lightning_modules.backbone.features import STATISTICS
@@ -147,7 +147,7 @@ class RolloutCollector:
         columns = {
             "prompt": [row["prompt"] for row in prompts],
             "metadata": [json.dumps(row) for row in prompts],
-            "tokens": _stored(decoded.tokens),
+            "tokens": as_column(decoded.tokens),
             "reward": [float(verdict.correct) for verdict in verdicts],
             "clauses": [[float(c) for c in verdict.clauses] for verdict in verdicts],
             "grounding": [ground(self.decoder, self.labels, *each) for each in zip(prompts, found, strict=True)],
@@ -167,21 +167,12 @@ class RolloutCollector:
         """
         columns: dict[str, Any] = {}
         if (trajectory := decoded.trajectory) is not None:
-            columns = {name: _stored(getattr(trajectory, name)) for name in trajectory.verifier_reads}
+            columns = {name: as_column(getattr(trajectory, name)) for name in trajectory.verifier_reads}
         elif self.store_features:
-            columns = {name: _stored(getattr(decoded.features, name)) for name in _HIDDEN}
+            columns = {name: as_column(getattr(decoded.features, name)) for name in _HIDDEN}
         if self.store_features:
             columns |= {name: getattr(decoded.features, name).cpu().numpy() for name in STATISTICS}
         return columns
-
-
-def _stored(part: Tensor) -> Any:
-    """A column of codes or numbers [B, ...], or of vectors [B, T, D]: these as bytes, for Arrow's lists take long."""
-    if not part.is_floating_point():
-        return part.cpu().numpy().astype("int32")
-    if part.ndim < 3:
-        return part.cpu().numpy()
-    return [row.tobytes() for row in part.half().cpu().numpy()]
 
 
 def _part(rows: range) -> tuple[str, Key]:

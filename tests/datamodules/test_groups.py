@@ -1,13 +1,16 @@
 """Groups: a stream that mixes tasks, groups that teach nothing replaced, a step that a checkpoint holds."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from torch import Tensor
 
 from datamodules.groups import Curriculum, GroupSpec
@@ -237,6 +240,20 @@ def test_denoised_images_come_with_their_latents(rows: list) -> None:
 def test_what_cannot_work_is_named(rows: list, settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_data(rows, **settings)
+
+
+def test_a_round_is_kept_as_a_data_set_if_asked(rows: list, tmp_path: Path) -> None:
+    data = make_data(rows, trainer={"is_global_zero": True}, folder=str(tmp_path / "rounds"))
+    for _ in range(2):  # a run that is killed and resumed may come to a round again
+        data._round = -1
+        data.batch(range(4))
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["round-00006"]  # two rounds an epoch
+    kept = load_from_disk(tmp_path / "rounds" / "round-00006").with_format("torch")
+    for name in ("tokens", "objects", "advantage", "score/dark", "score/likelihood"):
+        torch.testing.assert_close(kept[name][:].to(data._columns[name].dtype), data._columns[name])
+    places = data._columns["place"].tolist()
+    assert kept["prompt"][:] == [data.spec.prompt(place)["prompt"] for place in places]
+    assert [json.loads(row) for row in kept["metadata"][:]] == [data.spec.prompt(place) for place in places]
 
 
 def test_minibatches_divide_a_round_and_judges_exist(rows: list) -> None:
