@@ -146,6 +146,7 @@ def test_a_requeued_job_resumes_and_tests_its_last_weights(tmp_path: Path, dirs:
         (["seed=1"], "fit", "seed=0, not 1"),
         (["parm.module.transformer.dim=64"], "evaluate", "parm.module.transformer.dim=32, not 64"),
         (["decoder.checkpoint=elsewhere"], "evaluate", "decoder.checkpoint=null, not elsewhere"),
+        (["+module.refit={_target_: mine}"], "export", "module.refit=null, not settings"),
         (["experiment=dpo", *TINY], "export", "module._target_=lightning_modules.parm.PARMModule, not lightning_"),
         (["trainer.max_steps=9", "evaluator.batch_size=4", "rollouts_dir=elsewhere"], "fit", ""),
         (["seed=1", "module.objective.clause_weight=0.25", "data.batch_size=3"], "evaluate", ""),
