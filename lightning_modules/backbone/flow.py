@@ -32,6 +32,9 @@ _LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
 _LOOK_ALIKE = 2.0  # distance of vectors of codes that differ no more than two of the background
 _ESTIMATES = 4  # times an image, for `log_probs`
 _SHIFT = 15.0  # of the times at which verifiers learn; see `FlowSampling`
+# Of the last pass of 16 steps, from which finished images are judged. At times near 0, for which the network was not
+# trained, what it says of an image no longer depends on the prompt.
+_LAST_TIME = 0.5
 
 
 @dataclass
@@ -266,9 +269,9 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str], tokens: Tensor, time: Tensor | None = None) -> DecoderFeatures:
-        """Features of images [B, T, D] with noise of a time [B], by default of the last step; see `TokenDecoder`."""
+        """Features of images [B, T, D] with noise of a time [B], by default of the last pass; see `TokenDecoder`."""
         copies, device = len(prompts) // len(tokens), tokens.device
-        times = torch.full((len(tokens),), _LEAST_TIME, device=device) if time is None else time
+        times = torch.full((len(tokens),), _LAST_TIME, device=device) if time is None else time
         t = times[:, None, None]
         latents = ((1 - t) * tokens + t * torch.randn_like(tokens)).repeat_interleave(copies, 0)
         times = times.repeat_interleave(copies)
@@ -283,7 +286,8 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         """Features of images with noise of a time each; see `TokenDecoder`.
 
         An image and its latents on the way are, for an exact flow with stochastic steps, what an image and itself with
-        noise are. So no latents are stored. Times from before the first unverified step are not drawn.
+        noise are. So no latents are stored. Times from before the first unverified step are not drawn, nor those after
+        the last pass.
         """
         rows, device = len(batch["tokens"]), batch["tokens"].device
         if fraction is not None:
@@ -294,4 +298,4 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
         if fraction is None and "trajectory" in batch:
             first = batch["first_unverified"][:: len(batch["prompt"]) // rows].long()
             times = times * batch["trajectory"]["times"].gather(1, first[:, None]).squeeze(1)
-        return self.features(batch["prompt"], batch["tokens"], times.clamp(_LEAST_TIME, 1))
+        return self.features(batch["prompt"], batch["tokens"], times.clamp(_LAST_TIME, 1))
