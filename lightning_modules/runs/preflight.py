@@ -264,6 +264,8 @@ def _refuse_other_data(module: Mapping[str, Any], data: Mapping[str, Any]) -> No
         raise ValueError("module=grpo and data=groups go together: use experiment=grpo")
     for key, node in {"groups": {"spec": data.get("spec")}, "pairs": data.get("train") or {}}.get(given, {}).items():
         single = isinstance(node, Mapping) and node.get("samples") == 1
+        if given == "groups" and (module.get("objective") or {}).get("baseline") == "none":
+            continue  # rewards are the advantages
         if single and (given == "groups" or len(data["train"]) == 1):
             place = "data.spec" if given == "groups" else f"data.train.{key}"
             raise ValueError(f"{place}.samples must be at least 2: images of one prompt are compared")

@@ -229,10 +229,14 @@ SHORT = {
 def test_experiments_of_the_shapes_world_have_a_short_version(
     compose_config: Compose, preset: str, experiment: str
 ) -> None:
-    given = ["decoder.checkpoint=null"] if experiment.startswith("shapes_flow_") else []  # none is bundled
-    config = compose_config(f"experiment={experiment}", f"+debug={preset}", "trainer.accelerator=cpu", *given)
+    config = compose_config(f"experiment={experiment}", f"+debug={preset}", "trainer.accelerator=cpu")
     refuse_settings(config)
     assert config.trainer.max_steps == 20
+
+
+def test_images_that_are_not_compared_need_no_others_of_their_prompt(compose_config: Compose) -> None:
+    single = ["data.spec.samples=1", "data.batch_size=8", "trainer.accelerator=cpu"]
+    refuse_settings(compose_config("experiment=rejection_sampling", *single))
 
 
 def test_pairs_of_files_have_a_short_version(compose_config: Compose, tmp_path: Path) -> None:
