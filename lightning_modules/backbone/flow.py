@@ -31,10 +31,10 @@ _OWN = ("stem", "time_proj")  # layers that a mask-token decoder lacks
 _LEAST_TIME = 0.05  # below this all codes that differ to the eye are known
 _LOOK_ALIKE = 2.0  # distance of vectors of codes that differ no more than two of the background
 _ESTIMATES = 4  # times an image, for `log_probs`
-# Verifiers learn at the times of these steps. Finished images are judged from the last pass, which is not near time 0: the
-# network was not trained there, and what it says of an image no longer depends on the prompt.
-_SCHEDULE = FlowSampling(steps=16, shift=8.0)
-_LAST_TIME = _SCHEDULE.times[-2]
+# Verifiers learn at the times of these steps. Finished images are judged from the last pass. Its time is not near 0,
+# where the network was not trained, and where what it says of an image no longer depends on the prompt.
+SCHEDULE = FlowSampling(steps=16, shift=8.0)
+_LAST_TIME = SCHEDULE.times[-2]
 
 
 @dataclass
@@ -294,7 +294,7 @@ class FlowDecoder(DenoisingDecoder, MaskNetwork):
             left = torch.full((rows,), 1 - fraction, device=device)
         else:
             left = uniform_rows(rows, device=device) * (uniform_rows(rows, device=device) >= last_step)
-        times = _SCHEDULE.shift * left / (1 + (_SCHEDULE.shift - 1) * left)
+        times = SCHEDULE.shift * left / (1 + (SCHEDULE.shift - 1) * left)
         if fraction is None and "trajectory" in batch:
             first = batch["first_unverified"][:: len(batch["prompt"]) // rows].long()
             times = times * batch["trajectory"]["times"].gather(1, first[:, None]).squeeze(1)

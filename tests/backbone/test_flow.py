@@ -15,7 +15,7 @@ from datamodules.geneval_prompts import prompts_from_shapes
 from datamodules.shapes.detector import ShapesDetector
 from lightning_modules.backbone.decoder import Cost, Request
 from lightning_modules.backbone.denoising_sampling import FlowSampling
-from lightning_modules.backbone.flow import FlowDecoder
+from lightning_modules.backbone.flow import SCHEDULE, FlowDecoder
 from lightning_modules.backbone.loading import export, pretrained
 from lightning_modules.backbone.mask_token import MaskTokenDecoder
 from lightning_modules.backbone.transformer import TransformerConfig
@@ -173,13 +173,18 @@ def test_verifiers_learn_from_images_with_noise(flow: FlowDecoder) -> None:
         flow.training_features(batch, fraction=1.0)
         flow.training_features(batch, last_step=1.0)
         flow.training_features(batch)
-    last = FlowSampling(steps=16, shift=8.0).times[-2]  # of the last pass, which finished images are judged from
+    last = SCHEDULE.times[-2]  # of the last pass, which finished images are judged from
     assert torch.allclose(times[0], torch.tensor(8 / 9))
     assert torch.allclose(times[1], torch.tensor(last)) and torch.allclose(times[2], torch.tensor(last))
     assert len(times[3].unique()) == 3
     finished = flow.features(PROMPTS, tokens)
     assert torch.allclose(finished.embeddings, flow.code_table()[codes], atol=1e-4)  # each code is known by then
     assert (finished.log_probs > -1e-3).all() and (finished.entropy < 1e-2).all()
+
+
+def test_verifiers_learn_at_the_times_of_the_steps_that_are_set(compose_config: Callable[..., DictConfig]) -> None:
+    sampling = compose_config("decoder=shapes_flow").sampling
+    assert (sampling.steps, sampling.shift) == (SCHEDULE.steps, SCHEDULE.shift)
 
 
 def test_it_begins_as_the_mask_token_decoder_whose_weights_it_takes(tmp_path: Path) -> None:
